@@ -1,0 +1,1 @@
+"""Cheap guesses at what the target will write."""

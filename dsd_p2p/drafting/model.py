@@ -1,0 +1,122 @@
+"""A small language model that drafts: its cache follows the draft tree, and a whole level is one forward.
+
+The cache is kept by the same slot table as a stage's, with the tree's keys as names: what is committed joins the prefix,
+what no longer descends from the root is dropped, and nothing is computed twice.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.session.effects import Candidate, Draft
+from dsd_p2p.session.slots import SlotTable
+from dsd_p2p.types import TokenId
+
+_DRAFT_SLOTS = 2048
+_MAX_WIDTH = 8
+"""Children remembered of each node: agreement gains less than 1 % past four candidates (docs/benchmarks.md)."""
+
+
+class ModelDrafter:
+    """Drafts with a whole model; `name` is what statistics call it.
+
+    model: all layers of a language model with the target's vocabulary.
+    """
+
+    is_instant = False
+
+    def __init__(self, model: SpanModel, name: str) -> None:
+        self._model = model
+        self.name = name
+
+    def open(self, max_length: int) -> "ModelDraftSession":
+        """Start on a request.
+
+        Raises:
+            CapacityError: the drafter's cache budget is full.
+        """
+        return ModelDraftSession(self._model, max_length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Feed:
+    """A node the model has not seen yet."""
+
+    key: int
+    token: TokenId
+    parent: int | None
+    position: int
+
+
+class ModelDraftSession:
+    """The drafting model's cache for one request."""
+
+    def __init__(self, model: SpanModel, max_length: int) -> None:
+        self._model = model
+        self._cache = model.new_cache(max_length + _DRAFT_SLOTS)
+        self._slots = SlotTable()
+        self._children: dict[int, list[Candidate]] = {}
+
+    def expand(self, draft: Draft) -> list[list[Candidate]]:
+        """Run what is new of the text and of the stems' paths in one forward."""
+        self._settle(draft)
+        root_key = draft.keys[-1]
+        self._children = {
+            key: children for key, children in self._children.items() if key == root_key or key in self._slots
+        }
+        feeds = list(self._missing(draft))
+        if feeds:
+            self._run(feeds, num_without_children=max(0, len(draft.tokens) - 1 - feeds[0].position))
+        return [self._children[stem.key][: draft.width] for stem in draft.stems]
+
+    def close(self) -> None:
+        """Free the cache."""
+        self._cache.free()
+
+    def _settle(self, draft: Draft) -> None:
+        """Join what was committed since the last draft to the prefix, as far as the model has seen it."""
+        newest = None
+        for key in draft.keys[self._slots.prefix_length :]:
+            if key not in self._slots:
+                break
+            newest = key
+        is_unseen = self._slots.prefix_length < len(draft.keys) if newest is None else draft.keys[-1] != newest
+        edit = self._slots.settle(newest) if newest is not None else None
+        if edit is not None:
+            self._cache.edit(edit)
+        if is_unseen:
+            # The text went another way: nothing drafted descends from it.
+            edit = self._slots.settle(None)
+            if edit is not None:
+                self._cache.edit(edit)
+
+    def _missing(self, draft: Draft) -> Iterable[_Feed]:
+        fed: set[int] = set()
+        parent: int | None = None
+        for position in range(self._slots.prefix_length, len(draft.tokens)):
+            key = draft.keys[position]
+            yield _Feed(key=key, token=draft.tokens[position], parent=parent, position=position)
+            fed.add(key)
+            parent = key
+        for stem in draft.stems:
+            above, position = parent, len(draft.tokens)
+            for key, token in stem.path:
+                if key not in self._slots and key not in fed:
+                    yield _Feed(key=key, token=token, parent=above, position=position)
+                    fed.add(key)
+                above, position = key, position + 1
+
+    def _run(self, feeds: list[_Feed], num_without_children: int) -> None:
+        forward = self._slots.append(
+            [feed.key for feed in feeds], [feed.parent for feed in feeds], [feed.position for feed in feeds]
+        )
+        rows = range(num_without_children, len(feeds))
+        views = self._model.views(self._cache, forward, [feed.token for feed in feeds], rows)
+        logprobs = torch.log_softmax(torch.stack([view.row for view in views]).float(), dim=-1)
+        best = logprobs.topk(min(_MAX_WIDTH, logprobs.shape[-1]))
+        for row, tokens, values in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True):
+            self._children[feeds[row].key] = [
+                Candidate(token=token, logprob=logprob) for token, logprob in zip(tokens, values, strict=True)
+            ]

@@ -1,0 +1,77 @@
+"""Prompt lookup: what followed the same few tokens the last time, in the prompt or in the text so far.
+
+Saxena 2023 (prompt lookup decoding), with counts instead of the first match, and a confidence learned from
+the text itself: how often the lookup of each match length was right for the tokens already committed.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from dsd_p2p.session.effects import Candidate, Draft
+from dsd_p2p.types import TokenId
+
+_MAX_MATCH_TOKENS = 4
+_PRIOR_HITS, _PRIOR_TRIES = 1.0, 2.0
+
+
+class NgramDrafter:
+    """Needs no model and no measurable time."""
+
+    name = "ngram"
+    is_instant = True
+
+    def open(self, max_length: int) -> "NgramSession":
+        """Start on a request."""
+        return NgramSession()
+
+
+class NgramSession:
+    """The n-grams of one request's text."""
+
+    def __init__(self) -> None:
+        self._followers: dict[tuple[TokenId, ...], Counter[TokenId]] = defaultdict(Counter)
+        self._num_indexed = 0
+        self._hits = [_PRIOR_HITS] * (_MAX_MATCH_TOKENS + 1)
+        self._tries = [_PRIOR_TRIES] * (_MAX_MATCH_TOKENS + 1)
+
+    def expand(self, draft: Draft) -> list[list[Candidate]]:
+        """Look each stem's last tokens up."""
+        self._index(draft.tokens)
+        recent = list(draft.tokens[-_MAX_MATCH_TOKENS:])
+        return [self._lookup([*recent, *(token for _, token in stem.path)], draft.width) for stem in draft.stems]
+
+    def close(self) -> None:
+        """Forget the text."""
+        self._followers.clear()
+
+    def _index(self, tokens: Sequence[TokenId]) -> None:
+        for end in range(self._num_indexed, len(tokens)):
+            token = tokens[end]
+            for length in range(1, min(_MAX_MATCH_TOKENS, end) + 1):
+                followers = self._followers[tuple(tokens[end - length : end])]
+                if followers:
+                    self._tries[length] += 1
+                    self._hits[length] += _likeliest(followers, 1)[0][0] == token
+                # The most recent follower wins ties: re-inserting moves it behind the others of its count.
+                count = followers.pop(token, 0)
+                followers[token] = count + 1
+        self._num_indexed = len(tokens)
+
+    def _lookup(self, text: list[TokenId], width: int) -> list[Candidate]:
+        found: dict[TokenId, float] = {}
+        for length in range(min(_MAX_MATCH_TOKENS, len(text)), 0, -1):
+            followers = self._followers.get(tuple(text[-length:]))
+            if not followers:
+                continue
+            confidence = self._hits[length] / self._tries[length]
+            total = sum(followers.values())
+            for token, count in _likeliest(followers, width):
+                found.setdefault(token, math.log(confidence * count / total))
+        ranked = sorted(found.items(), key=lambda item: -item[1])[:width]
+        return [Candidate(token=token, logprob=logprob) for token, logprob in ranked]
+
+
+def _likeliest(followers: Counter[TokenId], width: int) -> list[tuple[TokenId, int]]:
+    newest_first = list(followers.items())[::-1]
+    return sorted(newest_first, key=lambda item: -item[1])[:width]

@@ -1,0 +1,92 @@
+"""Keys and values of one session at one stage, by slot, and the budget they come from."""
+
+import torch
+
+from dsd_p2p.errors import CapacityError
+from dsd_p2p.session.slots import CacheEdit
+
+
+class CacheBudget:
+    """Bytes that all sessions of a stage share."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take `num_bytes`.
+
+        Raises:
+            CapacityError: fewer are left.
+        """
+        if self.used_bytes + num_bytes > self.max_bytes:
+            raise CapacityError(
+                f"a session needs {num_bytes / 2**20:.0f} MiB of cache, {(self.max_bytes - self.used_bytes) / 2**20:.0f} of "
+                f"{self.max_bytes / 2**20:.0f} MiB are free: raise --cache-memory, ask for fewer tokens, or wait"
+            )
+        self.used_bytes += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        """Give `num_bytes` back."""
+        self.used_bytes -= num_bytes
+
+
+class KvCache:
+    """What transformers' attention layers see as their cache: they only ever call `update`.
+
+    Layer by layer `[1, heads, max_slots, head_dim]`, allocated on first use; `num_slots` of it are in use.
+    """
+
+    def __init__(
+        self, *, first_layer: int, num_layers: int, max_slots: int, num_bytes: int, budget: CacheBudget
+    ) -> None:
+        budget.reserve(num_bytes)
+        self._budget = budget
+        self._num_bytes = num_bytes
+        self._first_layer = first_layer
+        self._max_slots = max_slots
+        self._keys: list[torch.Tensor | None] = [None] * num_layers
+        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self.num_slots = 0
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put `[1, heads, n, head_dim]` behind the slots in use; return all of them, the new ones included."""
+        layer = layer_idx - self._first_layer
+        end = self.num_slots + keys.shape[2]
+        stored_keys, stored_values = self._keys[layer], self._values[layer]
+        if stored_keys is None or stored_values is None:
+            stored_keys = self._keys[layer] = _buffer(keys, self._max_slots)
+            stored_values = self._values[layer] = _buffer(values, self._max_slots)
+        stored_keys[:, :, self.num_slots : end] = keys
+        stored_values[:, :, self.num_slots : end] = values
+        return stored_keys[:, :, :end], stored_values[:, :, :end]
+
+    def grow(self, num_nodes: int) -> None:
+        """Count `num_nodes` slots as used, once all layers have been updated."""
+        self.num_slots += num_nodes
+
+    @torch.inference_mode()
+    def edit(self, edit: CacheEdit) -> None:
+        """Keep the first slots and move the gathered ones behind them."""
+        if len(edit.gathered):
+            index = torch.from_numpy(edit.gathered)
+            for tensor in (*self._keys, *self._values):
+                if tensor is not None:
+                    # index_select copies before it is written back, so source and target may overlap.
+                    moved = tensor.index_select(2, index.to(tensor.device))
+                    tensor[:, :, edit.num_kept : edit.num_slots] = moved
+        self.num_slots = edit.num_slots
+
+    def free(self) -> None:
+        """Give the memory back to the budget; twice is harmless."""
+        self._keys.clear()
+        self._values.clear()
+        self._budget.release(self._num_bytes)
+        self._num_bytes = 0
+
+
+def _buffer(like: torch.Tensor, num_slots: int) -> torch.Tensor:
+    batch, heads, _, head_dim = like.shape
+    return like.new_empty(batch, heads, num_slots, head_dim)

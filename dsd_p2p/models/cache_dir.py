@@ -1,0 +1,8 @@
+"""Where models are kept between runs."""
+
+from pathlib import Path
+
+
+def default_cache_dir() -> Path:
+    """Return `~/.cache/dsd-p2p`."""
+    return Path.home() / ".cache" / "dsd-p2p"

@@ -1,0 +1,42 @@
+"""GGUF to safetensors, once: the dequantised float32 weights are the model that everything compares against."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from dsd_p2p.errors import ModelError
+from dsd_p2p.models.progress import Progress
+
+
+def convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
+    """Write config, tokenizer and `model.safetensors` of `gguf` to `folder`, all of it or nothing.
+
+    Raises:
+        ModelError: transformers cannot read the file.
+    """
+    # Imported here because it takes seconds and a cached model does not need it.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    progress.step(f"convert {gguf.stem}", 0, 0)
+    staging = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    except (OSError, ValueError, KeyError, RuntimeError) as exc:
+        raise ModelError(f"{gguf}: transformers cannot read it: {exc}") from exc
+    model.config.__dict__.pop("quantization_config", None)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    save_file(state, staging / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(staging)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    staging.rename(folder)

@@ -1,0 +1,211 @@
+"""Builds the stock transformers model with one span of its layers in it, reading only that span's tensors.
+
+The model is built on `meta` with all its layers, so every layer keeps its real index; what the span does not own is
+replaced by a module that does nothing before anything is allocated. Checkpoint names are mapped by transformers' own
+conversion rules (5.23; they are internal, hence the pin), so fused experts, renamed heads and missing prefixes are its business.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from dsd_p2p.errors import ConfigError, ModelError
+from dsd_p2p.models.architecture import attention_kinds, read_config
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.types import Span
+
+_TEXT_TOWER_NAMES = {
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head": "lm_head",
+    r"^model\.language_model\.": "model.",
+}
+"""How checkpoints of multimodal models name their text model; a text-only checkpoint has none of these."""
+
+
+class _PassThrough(nn.Module):
+    """In place of an embedding, norm or head that another stage owns."""
+
+    def forward(self, hidden: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
+        return hidden
+
+
+class _NoPositions(nn.Module):
+    """In place of GPT-2's position embedding after the head."""
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), device=position_ids.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """Where a family keeps its parts, found by what they are."""
+
+    prefix: str
+    layers: str
+    embedding: str
+    norm: str
+    position_embedding: str | None
+    head: str
+
+
+def load_span(source: ModelSource, span: Span, dtype: torch.dtype, device: str) -> Any:
+    """Return transformers' causal language model, in evaluation mode, holding only `span`.
+
+    Raises:
+        ConfigError: the span is outside the model.
+        ModelError: the checkpoint lacks tensors, or does not fit the architecture.
+    """
+    transformers_logging.disable_progress_bar()
+    config = read_config(source.folder)
+    num_layers = int(config.num_hidden_layers)
+    if not 0 <= span.first < span.last <= num_layers:
+        raise ConfigError(f"span {span} is outside the model's layers [0, {num_layers})")
+    kinds = attention_kinds(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    parts = _find_parts(model, num_layers)
+    mapping = get_model_conversion_mapping(model, key_mapping=_TEXT_TOWER_NAMES)
+    wanted = _wanted_tensors(source, model, parts, span, mapping)
+    _drop_what_others_own(model, parts, span, num_layers)
+    missing = _load(model, source, wanted, mapping, dtype, device)
+    is_tail, tied = span.last == num_layers, bool(model.all_tied_weights_keys)
+    if is_tail and tied:
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        if span.first > 0:
+            setattr(model.base_model, parts.embedding, _PassThrough())
+    _fill_buffers(model, device)
+    _keep_layers(model, parts, span, kinds)
+    model.requires_grad_(False)
+    return model
+
+
+def _find_parts(model: Any, num_layers: int) -> _Parts:
+    base = model.base_model
+    children = dict(base.named_children())
+    layers = next(k for k, m in children.items() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
+    embedding = next(k for k, m in children.items() if m is base.get_input_embeddings())
+    rest = [k for k, m in children.items() if k not in (layers, embedding) and next(m.parameters(), None) is not None]
+    norms = [name for name in rest if "norm" in name or name.startswith("ln_")]
+    others = [name for name in rest if name not in norms]
+    if len(norms) != 1 or others not in ([], ["wpe"]):
+        raise ModelError(
+            f"{model.config.model_type}: cannot tell who owns {', '.join(rest)}; the family is not supported"
+        )
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    return _Parts(
+        prefix=model.base_model_prefix,
+        layers=layers,
+        embedding=embedding,
+        norm=norms[0],
+        position_embedding=others[0] if others else None,
+        head=head,
+    )
+
+
+def _wanted_tensors(source: ModelSource, model: Any, parts: _Parts, span: Span, mapping: Any) -> list[str]:
+    """Checkpoint names of the tensors that this span needs."""
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    layers_prefix = f"{parts.prefix}.{parts.layers}."
+    embedding_prefixes = tuple(f"{parts.prefix}.{n}." for n in (parts.embedding, parts.position_embedding) if n)
+    tied_to = set(model.all_tied_weights_keys.values())
+    is_head, is_tail = span.first == 0, span.last == model.config.num_hidden_layers
+    wanted = []
+    for name in source.file_of_tensor:
+        target, _ = rename_source_key(name, renamings, converters, parts.prefix, state)
+        if target not in state:
+            continue
+        if target.startswith(layers_prefix):
+            is_wanted = span.first <= int(target.removeprefix(layers_prefix).partition(".")[0]) < span.last
+        elif target.startswith(embedding_prefixes):
+            is_wanted = is_head or (is_tail and target in tied_to)
+        else:
+            is_wanted = is_tail
+        if is_wanted:
+            wanted.append(name)
+    return wanted
+
+
+def _drop_what_others_own(model: Any, parts: _Parts, span: Span, num_layers: int) -> None:
+    base = model.base_model
+    is_head, is_tail = span.first == 0, span.last == num_layers
+    layers = getattr(base, parts.layers)
+    for index in range(num_layers):
+        if not span.first <= index < span.last:
+            layers[index] = _PassThrough()
+    if not is_head and not (is_tail and model.all_tied_weights_keys):
+        setattr(base, parts.embedding, _PassThrough())
+    if not is_head and parts.position_embedding:
+        setattr(base, parts.position_embedding, _NoPositions())
+    if not is_head and hasattr(base, "embedding_multiplier"):
+        # Granite scales whatever comes in; only the head's input is an embedding.
+        base.embedding_multiplier = 1.0
+    if not is_tail:
+        setattr(base, parts.norm, _PassThrough())
+        model.set_submodule(parts.head, _PassThrough())
+
+
+def _load(model: Any, source: ModelSource, wanted: list[str], mapping: Any, dtype: torch.dtype, device: str) -> Any:
+    """Fill the model from the checkpoint; returns the library's list of what was not in it."""
+    settings = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping, device_map={"": device})
+    try:
+        with _lazy_tensors(source, wanted) as tensors:
+            info, _ = convert_and_load_state_dict_in_model(model, tensors, settings, None)
+    except (SafetensorError, OSError, RuntimeError) as exc:
+        raise ModelError(f"weights of {source.name}: {exc}") from exc
+    problems = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors]
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    tied = set(model.all_tied_weights_keys)
+    problems += [f"{name} is missing" for name in missing if name not in tied]
+    if problems:
+        raise ModelError(f"weights of {source.name} do not fit its config: {', '.join(map(str, problems[:3]))}")
+    return info.missing_keys
+
+
+@contextmanager
+def _lazy_tensors(source: ModelSource, wanted: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield slices that are read from the memory-mapped files when they are used."""
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        tensors = {}
+        for name in wanted:
+            file = source.file_of_tensor[name]
+            if file not in files:
+                files[file] = stack.enter_context(safe_open(source.file(file), "pt"))
+            tensors[name] = files[file].get_slice(name)
+        yield tensors
+
+
+def _fill_buffers(model: Any, device: str) -> None:
+    """Compute what no checkpoint holds (rotary frequencies, Gemma's embedding scale) by the model's own initialiser."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    # Loaded parameters are flagged and skipped.
+    model.initialize_weights()
+
+
+def _keep_layers(model: Any, parts: _Parts, span: Span, kinds: list[str]) -> None:
+    layers = list(getattr(model.base_model, parts.layers))
+    setattr(model.base_model, parts.layers, nn.ModuleList(layers[span.first : span.last]))
+    config = model.config
+    config.num_hidden_layers = span.num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = kinds[span.first : span.last]

@@ -1,0 +1,176 @@
+"""Performs what a coordinator machine asks for, on real peers, until the request is finished."""
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import trio
+
+from dsd_p2p.drafting.base import DraftSession
+from dsd_p2p.errors import (
+    CapacityError,
+    DsdError,
+    ModelError,
+    PeerDisconnected,
+    PeerError,
+    PeerTimeout,
+    RemoteProtocolError,
+)
+from dsd_p2p.pipeline.links import PeerLinks
+from dsd_p2p.session.coordinator import Coordinator, Route
+from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
+from dsd_p2p.transport.base import Lost
+from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.wire.messages import Failure, FailureKind, Verdict
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafted:
+    """A draft is done."""
+
+    children: list[list[Candidate]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rerouted:
+    """A chain was found again, or was not."""
+
+    route: Route | None
+    error: DsdError | None = None
+
+
+Event = Verdict | Failure | Lost | Drafted | Rerouted
+
+
+class RequestDriver:
+    """One request's loop: wait for an event or the deadline, tell the machine, do what it says.
+
+    find_route: connects to a chain of stages; called again after a chain is lost.
+    """
+
+    def __init__(
+        self,
+        machine: Coordinator,
+        links: PeerLinks,
+        drafter: DraftSession,
+        *,
+        is_instant_drafter: bool,
+        find_route: Callable[[], Awaitable[Route]],
+        inbox_size: int = 1024,
+    ) -> None:
+        self._machine = machine
+        self._links = links
+        self._drafter = drafter
+        self._is_instant_drafter = is_instant_drafter
+        self._find_route = find_route
+        self.inbox, self._events = trio.open_memory_channel[Event](inbox_size)
+        self._pending: deque[Effect] = deque()
+        self.finish: Finish | None = None
+
+    def involves(self, peer: PeerId) -> bool:
+        """True when `peer` is a stage of the present chain: nobody else has a say in this request."""
+        return self._machine.involves(peer)
+
+    async def run(self, output: trio.MemorySendChannel[tuple[TokenId, ...]]) -> None:
+        """Generate, sending each batch of committed tokens to `output`; closes it. Cancelling frees the stages' caches."""
+        async with trio.open_nursery() as nursery:
+            with output:
+                try:
+                    self._pending.extend(self._machine.start(trio.current_time()))
+                    while await self._perform(output, nursery):
+                        event = await self._next_event()
+                        self._pending.extend(self._tell(event))
+                finally:
+                    await self._stop()
+            nursery.cancel_scope.cancel()
+
+    async def _next_event(self) -> Event | None:
+        with trio.move_on_at(self._machine.deadline_s):
+            return await self._events.receive()
+        return None
+
+    def _tell(self, event: Event | None) -> Sequence[Effect]:
+        now_s = trio.current_time()
+        match event:
+            case None:
+                return self._machine.expire(now_s)
+            case Verdict():
+                try:
+                    return self._machine.receive(event, now_s)
+                except RemoteProtocolError as exc:
+                    return self._machine.lost(exc, now_s)
+            case Drafted(children=children):
+                return self._machine.drafted(children, now_s)
+            case Failure():
+                return self._machine.lost(_error_of(event), now_s)
+            case Lost(peer=peer) if not self.involves(peer):
+                return []
+            case Lost(peer=peer, reason=reason):
+                return self._machine.lost(PeerDisconnected(f"lost stage {peer}: {reason}"), now_s)
+            case Rerouted(route=route, error=error):
+                if route is not None:
+                    return self._machine.reopen(route, now_s)
+                return self._machine.chain_not_found(error or PeerDisconnected("no chain"), now_s)
+
+    async def _perform(self, output: trio.MemorySendChannel[tuple[TokenId, ...]], nursery: trio.Nursery) -> bool:
+        """Do everything pending; False once the request is finished."""
+        while self._pending:
+            match self._pending.popleft():
+                case Send(to=to, message=message):
+                    try:
+                        await self._links.send(to, message)
+                    except PeerError as exc:
+                        self._pending.extend(self._machine.lost(exc, trio.current_time()))
+                case Emit(tokens=tokens):
+                    await output.send(tokens)
+                case Draft() as draft if self._is_instant_drafter:
+                    children = self._drafter.expand(draft)
+                    self._pending.extend(self._machine.drafted(children, trio.current_time()))
+                case Draft() as draft:
+                    nursery.start_soon(self._draft, draft)
+                case Replay(delay_s=delay_s, reason=reason):
+                    logger.warning("chain lost, replaying delay_s=%.2f reason=%s", delay_s, reason)
+                    nursery.start_soon(self._reroute, delay_s)
+                case Finish() as finish:
+                    self.finish = finish
+        return self.finish is None
+
+    async def _draft(self, draft: Draft) -> None:
+        children = await trio.to_thread.run_sync(self._drafter.expand, draft)
+        await self.inbox.send(Drafted(children=children))
+
+    async def _reroute(self, delay_s: float) -> None:
+        await trio.sleep(delay_s)
+        try:
+            result = Rerouted(route=await self._find_route())
+        except DsdError as exc:
+            result = Rerouted(route=None, error=exc)
+        await self.inbox.send(result)
+
+    async def _stop(self) -> None:
+        """Close the session at every stage, also when we are cancelled."""
+        with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_TIMEOUT_S):
+            for effect in [*self._pending, *self._machine.stop()]:
+                if isinstance(effect, Send):
+                    with suppress(PeerError):
+                        await self._links.send(effect.to, effect.message)
+
+
+def _error_of(failure: Failure) -> DsdError:
+    match failure.kind:
+        case FailureKind.CAPACITY:
+            return CapacityError(failure.text)
+        case FailureKind.MODEL:
+            return ModelError(failure.text)
+        case FailureKind.ROUTE:
+            return PeerDisconnected(failure.text)
+        case FailureKind.TIMEOUT:
+            return PeerTimeout(failure.text)
+        case FailureKind.PROTOCOL:
+            return RemoteProtocolError("our message", failure.text, "what the stage says")

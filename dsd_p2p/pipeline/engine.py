@@ -1,0 +1,230 @@
+"""The way in: `open_engine` connects to stages, `Engine.generate` streams one request's tokens."""
+
+import logging
+import random
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.errors import ConfigError, PeerError, RemoteProtocolError
+from dsd_p2p.pipeline.driver import RequestDriver
+from dsd_p2p.pipeline.links import PeerLinks
+from dsd_p2p.placement.chain import choose_chain
+from dsd_p2p.session.coordinator import Coordinator, Request, RequestStats, Route
+from dsd_p2p.session.effects import Finish
+from dsd_p2p.transport.base import Lost, Transport
+from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Sampling, SessionId, Span, TokenId
+from dsd_p2p.window.base import Decision, WindowPolicy
+from dsd_p2p.window.tracker import Tracker
+from dsd_p2p.wire.messages import Failure, Hop, Verdict
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 20.0
+_OUTPUT_BATCHES = 1024
+_NOWHERE = Span(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """What one request asks for; `stop_tokens` end it, `seed` and the rest are the sampler's."""
+
+    max_tokens: int
+    sampling: Sampling = GREEDY
+    stop_tokens: frozenset[TokenId] = frozenset()
+    prefill_chunk: int = 128
+    stall_timeout_s: float = 60.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Generation:
+    """One request under way: iterate over `batches`, then read the rest."""
+
+    batches: trio.MemoryReceiveChannel[tuple[TokenId, ...]]
+    stats: RequestStats
+    machine: Coordinator
+    driver: RequestDriver
+    started_at_s: float
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+
+    async def tokens(self) -> AsyncGenerator[TokenId]:
+        """Yield the committed tokens as they come.
+
+        Raises:
+            DsdError: what ended the request; everything yielded before stands.
+        """
+        async for batch in self.batches:
+            self.arrivals.append((trio.current_time(), len(batch)))
+            for token in batch:
+                yield token
+        if self.finish is not None and self.finish.error is not None:
+            raise self.finish.error
+
+    @property
+    def finish(self) -> Finish | None:
+        """How it ended; None while it goes on."""
+        return self.driver.finish
+
+    @property
+    def decision(self) -> Decision:
+        """The window policy's present decision."""
+        return self.machine.decision
+
+
+class Engine:
+    """A coordinator: knows stages, drafts, streams. Made by `open_engine`."""
+
+    def __init__(self, links: PeerLinks, drafter: Drafter, vocab_size: int) -> None:
+        self.links = links
+        self._drafter = drafter
+        self._vocab_size = vocab_size
+        self._drivers: dict[bytes, RequestDriver] = {}
+        self._addresses: set[str] = set()
+        self._trackers: dict[tuple[str, ...], Tracker] = {}
+
+    async def add_stages(self, addresses: Sequence[str]) -> None:
+        """Connect to these nodes and to every node they know of.
+
+        Raises:
+            PeerError: one of `addresses` cannot be reached.
+            ConfigError: one of them cannot be read.
+        """
+        for address in addresses:
+            await self.links.connect(address, _CONNECT_TIMEOUT_S)
+            self._addresses.add(address)
+        for info in list(self.links.known.values()):
+            if info.span is not None and info.addresses and PeerId(info.peer) not in self.links.connected:
+                try:
+                    await self.links.connect(info.addresses[0], _CONNECT_TIMEOUT_S)
+                except PeerError as exc:
+                    logger.warning("known peer not reachable peer=%s error=%s", info.peer, exc)
+
+    def chain(self) -> list[PeerInfo]:
+        """Return the stages that the next request would use.
+
+        Raises:
+            ConfigError: the connected stages do not cover one model.
+        """
+        return choose_chain(info for peer, info in self.links.known.items() if peer in self.links.connected)
+
+    async def _find_route(self) -> Route:
+        """Reconnect to what is gone and choose a chain."""
+        for info in list(self.links.known.values()):
+            if PeerId(info.peer) not in self.links.connected and info.addresses:
+                try:
+                    await self.links.connect(info.addresses[0], _CONNECT_TIMEOUT_S / 4)
+                except PeerError as exc:
+                    logger.warning("peer not reachable peer=%s error=%s", info.peer, exc)
+        return self._route()
+
+    def _route(self) -> Route:
+        chain = self.chain()
+        me = self.links.transport
+        return Route(
+            hops=tuple(
+                Hop(peer=info.peer, address=info.addresses[0] if info.addresses else "", span=info.span or _NOWHERE)
+                for info in chain
+            ),
+            coordinator=Hop(peer=me.peer, address=me.addresses[0] if me.addresses else "", span=_NOWHERE),
+            model_digest=chain[0].model_digest,
+            dtype=chain[0].dtype,
+        )
+
+    @asynccontextmanager
+    async def generate(
+        self, prompt: Sequence[TokenId], options: GenerateOptions, policy: WindowPolicy
+    ) -> AsyncIterator[Generation]:
+        """Run one request; leaving the block early ends it and frees the stages' caches.
+
+        Raises:
+            ConfigError: no chain, an empty prompt, or a prompt and answer longer than the model's context.
+        """
+        route = self._route()
+        limit = self.chain()[0].max_positions
+        if not prompt:
+            raise ConfigError("the prompt is empty: give at least one token")
+        if max(prompt) >= self._vocab_size or min(prompt) < 0:
+            raise ConfigError(f"a prompt token is outside the model's vocabulary of {self._vocab_size}")
+        if options.max_tokens < 1:
+            raise ConfigError(f"--max-tokens is {options.max_tokens}: ask for at least 1")
+        if len(prompt) + options.max_tokens > limit:
+            raise ConfigError(
+                f"prompt of {len(prompt)} and {options.max_tokens} new tokens exceed the model's context of {limit}: "
+                "shorten the prompt or lower --max-tokens"
+            )
+        session = SessionId(secrets.token_bytes(8))
+        request = Request(
+            session=session,
+            prompt=prompt,
+            max_tokens=options.max_tokens,
+            vocab_size=self._vocab_size,
+            sampling=options.sampling,
+            stop_tokens=options.stop_tokens,
+            prefill_chunk=options.prefill_chunk,
+            stall_timeout_s=options.stall_timeout_s,
+        )
+        tracker = self._trackers.setdefault(tuple(hop.peer for hop in route.hops), Tracker())
+        machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
+        drafting = self._drafter.open(len(prompt) + options.max_tokens)
+        driver = RequestDriver(
+            machine,
+            self.links,
+            drafting,
+            is_instant_drafter=self._drafter.is_instant,
+            find_route=self._find_route,
+        )
+        self._drivers[session] = driver
+        output, batches = trio.open_memory_channel[tuple[TokenId, ...]](_OUTPUT_BATCHES)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(driver.run, output)
+                yield Generation(
+                    batches=batches,
+                    stats=machine.stats,
+                    machine=machine,
+                    driver=driver,
+                    started_at_s=trio.current_time(),
+                )
+                nursery.cancel_scope.cancel()
+        finally:
+            del self._drivers[session]
+            drafting.close()
+
+    async def receive(self) -> None:
+        """Hand what arrives to the request it belongs to; runs until cancelled."""
+        while True:
+            event = await self.links.receive()
+            if isinstance(event, Lost):
+                for driver in self._drivers.values():
+                    self._hand(driver, event)
+                continue
+            match event.message:
+                case Verdict() | Failure() as message:
+                    driver_of = self._drivers.get(message.session)
+                    if driver_of is not None and driver_of.involves(event.sender):
+                        self._hand(driver_of, message)
+                case other:
+                    error = RemoteProtocolError("message", type(other).__name__, "one that a coordinator takes")
+                    await self.links.refuse(event.sender, error)
+
+    @staticmethod
+    def _hand(driver: RequestDriver, event: Verdict | Failure | Lost) -> None:
+        try:
+            driver.inbox.send_nowait(event)
+        except trio.WouldBlock:
+            logger.exception("request overrun: event dropped, the stall deadline will end it")
+
+
+@asynccontextmanager
+async def open_engine(transport: Transport, drafter: Drafter, vocab_size: int) -> AsyncIterator[Engine]:
+    """Run a coordinator on `transport`."""
+    me = PeerInfo(peer=transport.peer, addresses=transport.addresses)
+    engine = Engine(PeerLinks(transport, me), drafter, vocab_size)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.receive)
+        yield engine
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,173 @@
+"""Messages to and from peers: greets each peer once, answers pings, drops those who break the protocol."""
+
+import logging
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+
+import trio
+
+from dsd_p2p.errors import PeerDisconnected, PeerError, PeerTimeout, RemoteProtocolError
+from dsd_p2p.transport.base import Lost, Transport
+from dsd_p2p.types import PeerId, PeerInfo
+from dsd_p2p.wire.codec import decode, encode
+from dsd_p2p.wire.messages import MAX_KNOWN_PEERS, Failure, FailureKind, Hello, Message, Ping, Pong
+from dsd_p2p.wire.version import PROTOCOL_VERSION
+
+logger = logging.getLogger(__name__)
+
+NO_SESSION = bytes(8)
+"""Session of a `Failure` that concerns the whole connection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """A checked message; `payload` is a view into the frame."""
+
+    sender: PeerId
+    message: Message
+    payload: memoryview
+    num_bytes: int
+
+
+class PeerLinks:
+    """What a stage and a coordinator have in common. One task must keep calling `receive`."""
+
+    def __init__(self, transport: Transport, me: PeerInfo) -> None:
+        self.transport = transport
+        self.me = me
+        self.known: dict[PeerId, PeerInfo] = {}
+        self.connected: set[PeerId] = set()
+        self.bytes_sent: Counter[str] = Counter()
+        self.bytes_received: Counter[str] = Counter()
+        self._greeted: set[PeerId] = set()
+        self._hello_from: dict[PeerId, trio.Event] = {}
+        self._pongs: dict[int, trio.Event] = {}
+        self._next_nonce = 0
+
+    async def connect(self, address: str, timeout_s: float) -> PeerInfo:
+        """Return what the peer at `address` says of itself.
+
+        Raises:
+            PeerTimeout: it cannot be reached, or does not speak this protocol.
+            PeerDisconnected: it refused.
+            ConfigError: the address cannot be read.
+        """
+        with trio.move_on_after(timeout_s) as scope:
+            peer = await self.transport.connect(address, timeout_s)
+            await self.greet(peer)
+            await self._hello_from.setdefault(peer, trio.Event()).wait()
+        if scope.cancelled_caught:
+            raise PeerTimeout(f"{address} does not answer: is it a dsd node of protocol version {PROTOCOL_VERSION}?")
+        if peer not in self.connected:
+            raise PeerDisconnected(f"{address} closed the connection")
+        return self.known[peer]
+
+    async def greet(self, peer: PeerId) -> None:
+        """Say hello once per connection."""
+        if peer in self._greeted:
+            return
+        self._greeted.add(peer)
+        known = tuple(info for name, info in self.known.items() if name != peer)[:MAX_KNOWN_PEERS]
+        await self.send(peer, Hello(version=PROTOCOL_VERSION, sender=self.me, known=known))
+
+    async def introduce(self) -> None:
+        """Tell every connected peer of all the others."""
+        for peer in list(self.connected):
+            self._greeted.discard(peer)
+            await self.greet(peer)
+
+    async def send(self, to: PeerId, message: Message, payload: bytes | memoryview = b"") -> None:
+        """Send one message.
+
+        Raises:
+            PeerDisconnected, PeerTimeout: see `Transport.send`.
+        """
+        frame = encode(message, payload)
+        self.bytes_sent[type(message).__name__] += len(frame)
+        await self.transport.send(to, frame)
+
+    async def round_trip_s(self, peer: PeerId, timeout_s: float) -> float:
+        """Seconds a small message takes to `peer` and back, on the stream that windows use.
+
+        Raises:
+            PeerTimeout, PeerDisconnected: there was no answer.
+        """
+        self._next_nonce += 1
+        nonce = self._next_nonce
+        answered = self._pongs[nonce] = trio.Event()
+        start_s = trio.current_time()
+        try:
+            with trio.fail_after(timeout_s):
+                await self.send(peer, Ping(nonce=nonce))
+                await answered.wait()
+        except trio.TooSlowError:
+            raise PeerTimeout(f"{peer} did not answer a ping within {timeout_s:g} s") from None
+        finally:
+            del self._pongs[nonce]
+        return trio.current_time() - start_s
+
+    async def receive(self) -> Arrived | Lost:
+        """Return the next message that is not of the links' own business, or the loss of a peer."""
+        while True:
+            event = await self.transport.receive()
+            if isinstance(event, Lost):
+                self._forget(event.peer)
+                return event
+            try:
+                message, payload = decode(event.frame)
+                self.bytes_received[type(message).__name__] += len(event.frame)
+                if await self._is_handled(event.sender, message):
+                    continue
+                self._check_greeted(event.sender, message)
+            except RemoteProtocolError as exc:
+                await self.refuse(event.sender, exc)
+                continue
+            return Arrived(sender=event.sender, message=message, payload=payload, num_bytes=len(event.frame))
+
+    async def refuse(self, peer: PeerId, error: RemoteProtocolError) -> None:
+        """Tell the peer what it did wrong and drop it."""
+        logger.warning("peer dropped peer=%s error=%s", peer, error)
+        with suppress(PeerError), trio.move_on_after(1):
+            await self.send(peer, Failure(session=NO_SESSION, kind=FailureKind.PROTOCOL, text=str(error)[:512]))
+        await self.transport.disconnect(peer, str(error))
+
+    async def _is_handled(self, sender: PeerId, message: Message) -> bool:
+        match message:
+            case Hello():
+                self._meet(sender, message)
+                with suppress(PeerError):
+                    await self.greet(sender)
+            case Ping(nonce=nonce):
+                with suppress(PeerError):
+                    await self.send(sender, Pong(nonce=nonce))
+            case Pong(nonce=nonce):
+                if nonce in self._pongs:
+                    self._pongs[nonce].set()
+            case _:
+                return False
+        return True
+
+    def _meet(self, sender: PeerId, hello: Hello) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            raise RemoteProtocolError("protocol version", hello.version, str(PROTOCOL_VERSION))
+        if hello.sender.peer != sender:
+            raise RemoteProtocolError("sender", hello.sender.peer, f"{sender}, the connection's own peer")
+        for info in hello.known:
+            peer = PeerId(info.peer)
+            has_room = peer in self.known or len(self.known) < MAX_KNOWN_PEERS
+            if peer != self.transport.peer and has_room and peer not in self.connected:
+                self.known[peer] = info
+        self.known[sender] = hello.sender
+        self.connected.add(sender)
+        self._hello_from.setdefault(sender, trio.Event()).set()
+
+    def _check_greeted(self, sender: PeerId, message: Message) -> None:
+        if sender not in self.connected:
+            raise RemoteProtocolError("first message", type(message).__name__, "Hello")
+
+    def _forget(self, peer: PeerId) -> None:
+        self.connected.discard(peer)
+        self._greeted.discard(peer)
+        if (waiting := self._hello_from.pop(peer, None)) is not None:
+            waiting.set()

@@ -1,0 +1,64 @@
+"""Finds a chain of stages that covers a model."""
+
+import itertools
+from collections.abc import Iterable
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.types import PeerInfo
+
+
+def even_spans(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
+    """Split `num_layers` into `num_stages` half-open spans whose lengths differ by at most one.
+
+    Raises:
+        ConfigError: there are fewer layers than stages.
+    """
+    if not 1 <= num_stages <= num_layers:
+        raise ConfigError(f"{num_stages} stages: this model's {num_layers} layers allow 1..{num_layers}")
+    bounds = [num_layers * index // num_stages for index in range(num_stages + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def choose_chain(peers: Iterable[PeerInfo]) -> list[PeerInfo]:
+    """Return the shortest chain of stages of one model and dtype that covers all its layers.
+
+    Raises:
+        ConfigError: no stage is known, or they leave layers uncovered or disagree on the model: says which.
+    """
+    stages = [peer for peer in peers if peer.span is not None]
+    if not stages:
+        raise ConfigError("none of the connected peers hosts a stage: connect to a node started with --span")
+    models = {(peer.model_digest, peer.dtype) for peer in stages}
+    chains = [_shortest([p for p in stages if (p.model_digest, p.dtype) == model]) for model in sorted(models)]
+    complete = [chain for chain in chains if chain and _end(chain) == chain[0].num_layers]
+    if complete:
+        return min(complete, key=len)
+    if len(models) > 1:
+        described = "; ".join(f"{p.peer[-8:]} {p.span} {p.model_name} {p.model_digest[:12]} {p.dtype}" for p in stages)
+        raise ConfigError(f"the stages disagree on the model's digest or dtype: {described}; start them with one model")
+    raise ConfigError(
+        f"layers from {max(map(_end, chains))} of {stages[0].num_layers} are not covered by a connected stage: "
+        "start a node with that span"
+    )
+
+
+def _shortest(stages: list[PeerInfo]) -> list[PeerInfo]:
+    """Breadth first from layer 0; returns the chain that gets furthest."""
+    best: list[PeerInfo] = []
+    frontier: list[list[PeerInfo]] = [[]]
+    reached = {0}
+    while frontier:
+        longer = []
+        for chain in frontier:
+            for stage in stages:
+                span = stage.span
+                if span is not None and span.first == _end(chain) and span.last not in reached:
+                    reached.add(span.last)
+                    longer.append([*chain, stage])
+        best = max([best, *longer], key=_end)
+        frontier = longer
+    return best
+
+
+def _end(chain: list[PeerInfo]) -> int:
+    return chain[-1].span.last if chain and chain[-1].span is not None else 0

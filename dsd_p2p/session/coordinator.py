@@ -1,0 +1,472 @@
+"""The coordinator machine: one request from prompt to last token, free of I/O (docs/protocol.md, rules 1, 3, 5 and 7).
+
+Each method takes what happened and the time, and returns the effects to perform in order. `_pump` is the algorithm.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from dsd_p2p.errors import DsdError, LocalProtocolError, PeerError, PeerTimeout, RemoteProtocolError
+from dsd_p2p.netmodel import UniformRng
+from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send, Stem
+from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.session.tree import DraftNode, DraftTree
+from dsd_p2p.types import GREEDY, PeerId, Sampling, SessionId, TokenId
+from dsd_p2p.window.base import Mode, WindowPolicy
+from dsd_p2p.window.tracker import Tracker
+from dsd_p2p.wire.messages import BASE, Cancel, CloseSession, Hop, OpenSession, Verdict, Window
+
+_MAX_EARLY_VERDICTS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A chain of stages that covers the model, head first, and the way back to the coordinator."""
+
+    hops: tuple[Hop, ...]
+    coordinator: Hop
+    model_digest: str
+    dtype: str
+
+    @property
+    def head(self) -> PeerId:
+        """The stage that windows are sent to."""
+        return PeerId(self.hops[0].peer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked of the target.
+
+    prompt: at least one token. stop_tokens: generation ends with the first of these, which is emitted.
+    prefill_chunk: prompt tokens a window; chunks follow each other through the stages like an assembly line.
+    stall_timeout_s: without a verdict for this long the chain counts as lost.
+    """
+
+    session: SessionId
+    prompt: Sequence[TokenId]
+    max_tokens: int
+    vocab_size: int
+    sampling: Sampling = GREEDY
+    stop_tokens: frozenset[TokenId] = frozenset()
+    prefill_chunk: int = 128
+    stall_timeout_s: float = 60.0
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestStats:
+    """Counts of one request; they add up over its replays.
+
+    num_misses: verdicts that named a token no window carried: each costs a traversal. Plain decoding counts every token.
+    link_bytes: bytes of window frames that all stages together have received, as the newest verdict told.
+    num_epochs: committed tokens over epochs is the mean accepted length (in sync mode: tokens a window, as in the papers).
+    """
+
+    num_windows: int = 0
+    num_nodes_sent: int = 0
+    num_prefill_tokens: int = 0
+    num_misses: int = 0
+    num_epochs: int = 0
+    num_stale_nodes: int = 0
+    num_draft_steps: int = 0
+    num_drafted_nodes: int = 0
+    num_replays: int = 0
+    max_windows_in_flight: int = 0
+    link_bytes: int = 0
+    draft_s: float = 0.0
+    stage_s: list[float] = field(default_factory=list)
+    first_token_at_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFlight:
+    window: int
+    num_nodes: int
+    sent_at_s: float
+
+
+class Coordinator:
+    """One request. Call `start` once, then report what happens; stop at the `Finish` effect."""
+
+    def __init__(self, request: Request, route: Route, policy: WindowPolicy, tracker: Tracker, rng: UniformRng) -> None:
+        if not request.prompt:
+            raise LocalProtocolError("a request needs at least one prompt token")
+        self._request = request
+        self._route = route
+        self._policy = policy
+        self._tracker = tracker
+        self._rng = rng
+        self.tokens: list[TokenId] = list(request.prompt)
+        self._keys = list(range(len(self.tokens)))
+        self._tree = DraftTree(token=self.tokens[-1], position=len(self.tokens) - 1, key=self._keys[-1])
+        self.stats = RequestStats()
+        self.decision = policy.decide(tracker.observe())
+        self._epoch = -1
+        self._next_node = 0
+        self._next_window = 0
+        self._wire_root = (0, BASE)
+        self._in_flight: list[_InFlight] = []
+        self._early: dict[int, Verdict] = {}
+        self._drafting: dict[int, DraftNode] | None = None
+        self._draft_started_s = 0.0
+        self._num_failed_attempts = 0
+        self._progress_at_s = 0.0
+        self._is_waiting_for_chain = False
+        self.is_finished = False
+
+    # What the driver reports
+
+    def start(self, now_s: float) -> list[Effect]:
+        """Open the session on the route and send the prompt."""
+        return [*self._open(now_s), *self._pump(now_s)]
+
+    def receive(self, verdict: Verdict, now_s: float) -> list[Effect]:
+        """Take in a verdict; duplicates and those of an older epoch change nothing.
+
+        Raises:
+            RemoteProtocolError: it contradicts what is committed, or lies too far ahead.
+        """
+        if self.is_finished or self._is_waiting_for_chain or verdict.epoch < self._epoch:
+            return []
+        self._check(verdict)
+        if verdict.start_pos > len(self.tokens):
+            self._early[verdict.start_pos] = verdict
+            return []
+        effects = self._apply(verdict, now_s)
+        while not self.is_finished and (early := self._early.pop(len(self.tokens), None)) is not None:
+            if early.epoch == self._epoch:
+                effects += self._apply(early, now_s)
+        if not self.is_finished:
+            self.decision = self._policy.decide(self._tracker.observe())
+            effects += self._pump(now_s)
+        return effects
+
+    def drafted(self, children: Sequence[Sequence[Candidate]], now_s: float) -> list[Effect]:
+        """Take in the answer to the last `Draft`: for each stem its children, likeliest first."""
+        if self.is_finished or self._drafting is None:
+            return []
+        stems, self._drafting = self._drafting, None
+        self.stats.num_draft_steps += 1
+        self.stats.draft_s += now_s - self._draft_started_s
+        self._tracker.draft_step(now_s - self._draft_started_s)
+        for (key, node), candidates in zip(stems.items(), children, strict=True):
+            if self._tree.get(key) is not node:
+                continue
+            for rank, candidate in enumerate(candidates):
+                self._tree.add(node, candidate.token, candidate.logprob, rank)
+                self.stats.num_drafted_nodes += 1
+        return self._pump(now_s)
+
+    def lost(self, error: DsdError, now_s: float) -> list[Effect]:
+        """A stage or the way to it failed: replay on another chain, or finish with `error` when that is no use."""
+        if self.is_finished or self._is_waiting_for_chain:
+            return []
+        is_hopeless = not isinstance(error, PeerError) or isinstance(error, RemoteProtocolError)
+        if is_hopeless or self._num_failed_attempts >= self._request.retry.max_attempts:
+            return self._finish("error", error)
+        delay_s = self._request.retry.delay_s(self._num_failed_attempts, self._rng)
+        self._num_failed_attempts += 1
+        self.stats.num_replays += 1
+        self._is_waiting_for_chain = True
+        return [*self._close(), Replay(delay_s=delay_s, reason=str(error))]
+
+    def reopen(self, route: Route, now_s: float) -> list[Effect]:
+        """Go on over `route` after a `Replay`: everything committed is given again, no token is emitted twice."""
+        self._route = route
+        self._is_waiting_for_chain = False
+        return [*self._open(now_s), *self._pump(now_s)]
+
+    def chain_not_found(self, error: DsdError, now_s: float) -> list[Effect]:
+        """There was no chain to go on with: try again later, or finish."""
+        self._is_waiting_for_chain = False
+        return self.lost(error, now_s)
+
+    def involves(self, peer: PeerId) -> bool:
+        """True when `peer` is a stage of the present route."""
+        return any(hop.peer == peer for hop in self._route.hops)
+
+    @property
+    def deadline_s(self) -> float:
+        """When `expire` must be called unless something happens before."""
+        is_waiting = bool(self._in_flight) and not self._is_waiting_for_chain and not self.is_finished
+        return self._progress_at_s + self._request.stall_timeout_s if is_waiting else math.inf
+
+    def expire(self, now_s: float) -> list[Effect]:
+        """Give the chain up if it has been silent for too long."""
+        if now_s < self.deadline_s:
+            return []
+        return self.lost(
+            PeerTimeout(
+                f"no verdict for {self._request.stall_timeout_s:g} s: check the stages' logs, or raise --stall-timeout"
+            ),
+            now_s,
+        )
+
+    def stop(self) -> list[Effect]:
+        """End the request early, freeing every stage's cache."""
+        return [] if self.is_finished else self._finish("cancelled")
+
+    # The algorithm
+
+    def _pump(self, now_s: float) -> list[Effect]:
+        """Send what may be sent, draft what may be drafted."""
+        effects: list[Effect] = []
+        decision = self.decision
+        if self._tree.root.number is None and (decision.mode is not Mode.SYNC or self._is_drafted_full()):
+            effects += self._send_window(now_s)
+        if decision.mode is Mode.CONTINUOUS:
+            while len(self._in_flight) < decision.max_in_flight and self._has_unsent():
+                effects += self._send_window(now_s)
+        if decision.mode is Mode.CONTINUOUS or (decision.mode is Mode.SYNC and self._tree.root.number is None):
+            effects += self._draft(now_s)
+        return effects
+
+    def _is_drafted_full(self) -> bool:
+        """True when a synchronous window is as large as it will get."""
+        is_full = len(self._tree) >= self.decision.max_nodes
+        return is_full or (self._drafting is None and not self._choose_stems())
+
+    def _send_window(self, now_s: float) -> list[Effect]:
+        """Send the likeliest unsent nodes whose parents are sent, the root first."""
+        nodes = self._choose_unsent(self.decision.window_nodes)
+        first_node = self._next_node
+        for node in nodes:
+            node.number = self._next_node
+            self._next_node += 1
+        root_parent = BASE if first_node == 0 else first_node - 1
+        parents = [root_parent if node.parent is None else _number(node.parent) for node in nodes]
+        effect = self._window([n.token for n in nodes], parents, [n.position for n in nodes], first_node, now_s)
+        if self._tree.root is nodes[0]:
+            self._wire_root = (self._epoch, first_node)
+        return [effect]
+
+    def _choose_unsent(self, limit: int) -> list[DraftNode]:
+        root = self._tree.root
+        heap = [(-node.path_logprob, node.key, node) for node in self._sendable()]
+        heapq.heapify(heap)
+        chosen: list[DraftNode] = []
+        while heap and len(chosen) < limit:
+            _, _, node = heapq.heappop(heap)
+            chosen.append(node)
+            for child in node.children.values():
+                heapq.heappush(heap, (-child.path_logprob, child.key, child))
+        assert root.number is not None or chosen[0] is root
+        return chosen
+
+    def _sendable(self) -> Iterable[DraftNode]:
+        if self._tree.root.number is None:
+            return (self._tree.root,)
+        return (
+            node
+            for node in self._tree.nodes()
+            if node.number is None and node.parent is not None and node.parent.number is not None
+        )
+
+    def _has_unsent(self) -> bool:
+        return any(True for _ in self._sendable())
+
+    def _draft(self, now_s: float) -> list[Effect]:
+        if self._drafting is not None or len(self._tree) >= self.decision.max_nodes:
+            return []
+        stems = self._choose_stems()
+        if not stems:
+            return []
+        self._drafting = {node.key: node for node in stems}
+        self._draft_started_s = now_s
+        for node in stems:
+            node.is_expanded = True
+        return [
+            Draft(
+                tokens=tuple(self.tokens),
+                keys=tuple(self._keys),
+                stems=tuple(Stem(key=node.key, path=_path(node)) for node in stems),
+                width=self.decision.width,
+            )
+        ]
+
+    def _choose_stems(self) -> list[DraftNode]:
+        """Choose the likeliest nodes that nobody was asked to expand, any depth: best-first, never beams of one depth."""
+        decision = self.decision
+        # A node at the last position but one yields the last token: nothing deeper is of use.
+        last_position = min(self._tree.root.position + decision.depth, self._end - 2)
+        min_logprob = math.log(decision.min_path_prob) if decision.min_path_prob else -math.inf
+        open_nodes = [
+            node
+            for node in self._tree.nodes()
+            if not node.is_expanded and node.position < last_position and node.path_logprob >= min_logprob
+        ]
+        return heapq.nsmallest(decision.expand_nodes, open_nodes, key=lambda node: (-node.path_logprob, node.key))
+
+    # Verdicts
+
+    def _check(self, verdict: Verdict) -> None:
+        if verdict.epoch > self._epoch:
+            raise RemoteProtocolError("verdict epoch", verdict.epoch, f"at most {self._epoch}")
+        if len(verdict.settled) != len(verdict.tokens):
+            raise RemoteProtocolError("settled", len(verdict.settled), f"{len(verdict.tokens)} entries, one a token")
+        first_new = len(self._request.prompt)
+        last_start = len(self.tokens) + self._next_node
+        if not first_new <= verdict.start_pos <= last_start:
+            raise RemoteProtocolError("start_pos", verdict.start_pos, f"{first_new}..{last_start}")
+        if len(self._early) >= _MAX_EARLY_VERDICTS:
+            raise RemoteProtocolError("verdicts out of order", len(self._early), f"below {_MAX_EARLY_VERDICTS}")
+        if max(verdict.tokens) >= self._request.vocab_size:
+            raise RemoteProtocolError("verdict tokens", verdict.tokens, f"below {self._request.vocab_size}")
+        known = self.tokens[verdict.start_pos : verdict.start_pos + len(verdict.tokens)]
+        if tuple(known) != verdict.tokens[: len(known)]:
+            raise RemoteProtocolError("verdict tokens", verdict.tokens, f"the committed {known}")
+
+    def _apply(self, verdict: Verdict, now_s: float) -> list[Effect]:
+        """Commit the verdict's new tokens one by one; raise the epoch at the one no window carries."""
+        self._measure(verdict, now_s)
+        emitted: list[TokenId] = []
+        for token in verdict.tokens[len(self.tokens) - verdict.start_pos :]:
+            is_sent = self._commit(token)
+            emitted.append(token)
+            if token in self._request.stop_tokens:
+                return [Emit(tokens=tuple(emitted)), *self._finish("stop")]
+            if len(self.tokens) >= self._end:
+                return [Emit(tokens=tuple(emitted)), *self._finish("length")]
+            if not is_sent:
+                self._miss()
+                if len(verdict.tokens) + verdict.start_pos > len(self.tokens):
+                    raise RemoteProtocolError("verdict tokens", verdict.tokens, "none after one that was never sent")
+        if not emitted:
+            return []
+        self._progress_at_s = now_s
+        self._num_failed_attempts = 0
+        if self.stats.first_token_at_s is None:
+            self.stats.first_token_at_s = now_s
+        effects: list[Effect] = [Emit(tokens=tuple(emitted))]
+        if self._tree.root.number is None and self._in_flight:
+            effects += [Send(to=PeerId(h.peer), message=self._cancel()) for h in self._route.hops]
+            self._in_flight.clear()
+        return effects
+
+    def _measure(self, verdict: Verdict, now_s: float) -> None:
+        stage_s = [us / 1e6 for us in verdict.stage_us]
+        self.stats.link_bytes = max(self.stats.link_bytes, verdict.link_bytes)
+        for flight in self._in_flight:
+            if flight.window == verdict.window:
+                self._tracker.verdict(num_nodes=flight.num_nodes, traversal_s=now_s - flight.sent_at_s, stage_s=stage_s)
+                totals = self.stats.stage_s or [0.0] * len(stage_s)
+                self.stats.stage_s = [a + b for a, b in zip(totals, stage_s, strict=False)]
+                self.stats.num_stale_nodes += verdict.num_stale
+        # Frames keep their order, so the tail is done with every window up to this one.
+        self._in_flight = [flight for flight in self._in_flight if flight.window > verdict.window]
+
+    def _commit(self, token: TokenId) -> bool:
+        """Move the root to `token`; True when a window carries it already."""
+        old_root = self._tree.root
+        hit = self._tree.commit(token)
+        if old_root.is_expanded and not (self._drafting and old_root.key in self._drafting):
+            self._tracker.outcome(hit.rank if hit else None)
+        self.tokens.append(token)
+        self._keys.append(self._tree.root.key)
+        if hit is None or hit.number is None:
+            return False
+        self._wire_root = (self._epoch, hit.number)
+        return True
+
+    def _miss(self) -> None:
+        """Open a new epoch with the target's own token as its first node; what is drafted below it stays."""
+        self.stats.num_misses += 1
+        self._raise_epoch()
+
+    # Opening, closing
+
+    @property
+    def _end(self) -> int:
+        """Length of the finished text, prompt included."""
+        return len(self._request.prompt) + self._request.max_tokens
+
+    def _open(self, now_s: float) -> list[Effect]:
+        """Open the session at a new epoch and send everything committed except the root, in chunks."""
+        self._raise_epoch()
+        self._in_flight.clear()
+        self._wire_root = (self._epoch, BASE)
+        self._progress_at_s = now_s
+        effects: list[Effect] = [Send(to=self._route.head, message=self._open_message())]
+        given = self.tokens[:-1]
+        chunk = self._request.prefill_chunk
+        for start in range(0, len(given), chunk):
+            tokens = given[start : start + chunk]
+            positions = range(start, start + len(tokens))
+            effects.append(self._window(tokens, [pos - 1 for pos in positions], positions, start, now_s))
+            self._next_node = start + len(tokens)
+            self._wire_root = (self._epoch, self._next_node - 1)
+        self.stats.num_prefill_tokens += len(given)
+        return effects
+
+    def _open_message(self) -> OpenSession:
+        request, route = self._request, self._route
+        return OpenSession(
+            session=request.session,
+            epoch=self._epoch,
+            route=route.hops,
+            coordinator=route.coordinator,
+            model_digest=route.model_digest,
+            dtype=route.dtype,
+            sampling=request.sampling,
+            num_given=len(self.tokens),
+            max_length=self._end,
+            idle_timeout_s=2 * request.stall_timeout_s,
+        )
+
+    def _raise_epoch(self) -> None:
+        self._epoch += 1
+        self.stats.num_epochs += 1
+        self._next_node = 0
+        self._early.clear()
+        for node in self._tree.nodes():
+            node.number = None
+
+    def _window(
+        self, tokens: Sequence[TokenId], parents: Sequence[int], positions: Sequence[int], first_node: int, now_s: float
+    ) -> Send:
+        window = Window(
+            session=self._request.session,
+            epoch=self._epoch,
+            window=self._next_window,
+            root=self._wire_root,
+            first_node=first_node,
+            tokens=tuple(tokens),
+            parents=tuple(parents),
+            positions=tuple(positions),
+        )
+        if not self._in_flight:
+            self._progress_at_s = now_s
+        self._in_flight.append(_InFlight(window=self._next_window, num_nodes=len(tokens), sent_at_s=now_s))
+        self._next_window += 1
+        self.stats.num_windows += 1
+        self.stats.num_nodes_sent += len(tokens)
+        self.stats.max_windows_in_flight = max(self.stats.max_windows_in_flight, len(self._in_flight))
+        return Send(to=self._route.head, message=window)
+
+    def _cancel(self) -> Cancel:
+        return Cancel(session=self._request.session, epoch=self._epoch)
+
+    def _close(self) -> list[Effect]:
+        self._in_flight.clear()
+        message = CloseSession(session=self._request.session, epoch=max(self._epoch, 0))
+        return [Send(to=PeerId(hop.peer), message=message) for hop in self._route.hops]
+
+    def _finish(self, reason: str, error: DsdError | None = None) -> list[Effect]:
+        self.is_finished = True
+        return [*self._close(), Finish(reason=reason, error=error)]
+
+
+def _number(node: DraftNode) -> int:
+    assert node.number is not None, "a node is sent after its parent"
+    return node.number
+
+
+def _path(node: DraftNode) -> tuple[tuple[int, TokenId], ...]:
+    path: list[tuple[int, TokenId]] = []
+    while node.parent is not None:
+        path.append((node.key, node.token))
+        node = node.parent
+    return tuple(reversed(path))

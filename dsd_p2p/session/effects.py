@@ -1,0 +1,72 @@
+"""What the coordinator machine asks its driver to do; the driver reports back with `Coordinator`'s methods."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsd_p2p.errors import DsdError
+from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stem:
+    """A node whose children are wanted: the path from the root's child down to it as (key, token); empty for the root."""
+
+    key: int
+    path: tuple[tuple[int, TokenId], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A drafted child: `logprob` is the drafter's own log probability of `token`."""
+
+    token: TokenId
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """Draft the `width` likeliest children of each stem; answer with `Coordinator.drafted`. At most one is under way.
+
+    tokens: prompt and committed tokens, the root last. keys: the name of each of them, same length; a key never
+    comes back with another token or position, so a drafter may keep its cache by it.
+    """
+
+    tokens: Sequence[TokenId]
+    keys: Sequence[int]
+    stems: tuple[Stem, ...]
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """Send `message` to one stage, in order with everything else sent to it."""
+
+    to: PeerId
+    message: OpenSession | Window | Cancel | CloseSession
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emit:
+    """Give these tokens to the user: committed, in order, never repeated."""
+
+    tokens: tuple[TokenId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """The chain is lost: after `delay_s` find one that works, then call `Coordinator.reopen`."""
+
+    delay_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The request is over; nothing follows. `error` is None when it ended as asked."""
+
+    reason: str
+    error: DsdError | None = None
+
+
+Effect = Draft | Send | Emit | Replay | Finish

@@ -1,0 +1,21 @@
+"""How often and how soon a lost chain is tried again."""
+
+from dataclasses import dataclass
+
+from dsd_p2p.netmodel import UniformRng
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter, bounded.
+
+    max_attempts: replays of one request without a committed token in between.
+    """
+
+    max_attempts: int = 3
+    first_delay_s: float = 0.25
+    max_delay_s: float = 4.0
+
+    def delay_s(self, attempt: int, rng: UniformRng) -> float:
+        """Seconds to wait before attempt number `attempt`, counted from 0."""
+        return rng.random() * min(self.max_delay_s, self.first_delay_s * 2.0**attempt)

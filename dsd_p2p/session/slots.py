@@ -1,0 +1,132 @@
+"""Which slot of a KV cache holds which node: committed prefix, then speculative nodes in arrival order.
+
+Slot `i < prefix_length` holds the committed token at position `i`. The slots after it hold the speculative nodes, parents
+always before their children. Stages and the model drafter keep their caches by the same table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd_p2p.errors import RemoteProtocolError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheEdit:
+    """What to do to the cache before the next forward: keep the first `num_kept` slots, then append `gathered`.
+
+    gathered: absolute slots, int64 `[m]`, ascending, all `>= num_kept`; empty for a plain truncation.
+    """
+
+    num_kept: int
+    gathered: NDArray[np.int64]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in use afterwards."""
+        return self.num_kept + len(self.gathered)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """One pass of `n` new nodes over a cache of `num_slots` slots, the new ones included.
+
+    positions: int64 `[n]`.
+    slot_positions: int64 `[num_slots]`, the position of what each slot holds.
+    mask: bool `[n, num_slots]`, True where a node attends: the committed prefix, its ancestors and itself.
+    is_causal: True when the nodes are a chain that directly follows everything in the cache.
+    """
+
+    positions: NDArray[np.int64]
+    slot_positions: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+    is_causal: bool
+
+
+class SlotTable:
+    """The bookkeeping of one session's cache. Nodes are named by integers that are never used twice."""
+
+    def __init__(self) -> None:
+        self.prefix_length = 0
+        self._nodes: dict[int, int] = {}
+        self._positions = np.empty(0, np.int64)
+        self._attends = np.empty((0, 0), np.bool_)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in use."""
+        return self.prefix_length + len(self._positions)
+
+    def __contains__(self, node: int) -> bool:
+        return node in self._nodes
+
+    def settle(self, node: int | None) -> CacheEdit | None:
+        """Join the path to `node` to the prefix and keep its descendants only; `None` keeps the prefix alone.
+
+        Returns None when the cache needs no change.
+        """
+        if node is None:
+            keep = np.empty(0, np.int64)
+            num_joined = 0
+        else:
+            index = self._nodes[node]
+            path = np.flatnonzero(self._attends[index])
+            descendants = np.flatnonzero(self._attends[:, index])
+            keep = np.concatenate([path, descendants[descendants != index]])
+            num_joined = len(path)
+        num_before = len(self._positions)
+        first_slot = self.prefix_length
+        self.prefix_length += num_joined
+        kept_speculative = keep[num_joined:]
+        new_index = {old: new for new, old in enumerate(kept_speculative.tolist())}
+        self._nodes = {name: new_index[old] for name, old in self._nodes.items() if old in new_index}
+        self._positions = self._positions[kept_speculative]
+        self._attends = self._attends[np.ix_(kept_speculative, kept_speculative)]
+        in_place = int(np.argmin(np.append(keep == np.arange(len(keep)), False)))
+        if in_place == len(keep) == num_before:
+            return None
+        return CacheEdit(num_kept=first_slot + in_place, gathered=first_slot + keep[in_place:])
+
+    def append(self, nodes: Sequence[int], parents: Sequence[int | None], positions: Sequence[int]) -> Forward:
+        """Give each node the next slot and return the pass that fills them.
+
+        parents: a node of the table or of this call before it; None for a child of the prefix's end.
+
+        Raises:
+            RemoteProtocolError: a parent is unknown, a name is used twice, a position is not its parent's plus one.
+        """
+        num_old, num_new = len(self._positions), len(nodes)
+        num_all = num_old + num_new
+        attends = np.zeros((num_all, num_all), np.bool_)
+        attends[:num_old, :num_old] = self._attends
+        index_of = dict(self._nodes)
+        all_positions = np.append(self._positions, np.asarray(positions, np.int64))
+        is_chain = True
+        for offset, (node, parent) in enumerate(zip(nodes, parents, strict=True)):
+            index = num_old + offset
+            if node in index_of:
+                raise RemoteProtocolError("node", node, "a number not used before")
+            if parent is None:
+                expected_position = self.prefix_length
+                is_chain = is_chain and index == 0
+            else:
+                parent_index = index_of.get(parent)
+                if parent_index is None:
+                    raise RemoteProtocolError("parent", parent, "a node that descends from the root")
+                attends[index] = attends[parent_index]
+                expected_position = int(all_positions[parent_index]) + 1
+                is_chain = is_chain and parent_index == index - 1
+            if positions[offset] != expected_position:
+                raise RemoteProtocolError("position", positions[offset], f"{expected_position}, its parent's plus one")
+            attends[index, index] = True
+            index_of[node] = index
+        is_causal = is_chain and (num_old == 0 or bool(attends[num_old].sum() == num_old + 1))
+        self._nodes, self._positions, self._attends = index_of, all_positions, attends
+        return Forward(
+            positions=all_positions[num_old:],
+            slot_positions=np.concatenate([np.arange(self.prefix_length), all_positions]),
+            mask=np.concatenate([np.ones((num_new, self.prefix_length), np.bool_), attends[num_old:]], axis=1),
+            is_causal=is_causal,
+        )

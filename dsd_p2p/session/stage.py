@@ -1,0 +1,112 @@
+"""What one stage knows of one session: epoch, root, nodes; decides what each window does to the cache.
+
+Rules 2 and 8 of docs/protocol.md. The caller performs the edit, then the pass, then forwards the window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsd_p2p.errors import CapacityError, RemoteProtocolError
+from dsd_p2p.session.slots import CacheEdit, Forward, SlotTable
+from dsd_p2p.wire.messages import BASE, Window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStep:
+    """What a window asks of a stage, in this order: edit the cache (None: leave it), run the pass (None: no node needs it)."""
+
+    edit: CacheEdit | None
+    forward: Forward | None
+
+
+class StageState:
+    """Bookkeeping of one session at one stage.
+
+    epoch: the first epoch, from `OpenSession`.
+    max_length: no position at or past this one is accepted.
+    max_slots: the most cache slots the session may use.
+    """
+
+    def __init__(self, *, epoch: int, max_length: int, max_slots: int) -> None:
+        self.epoch = epoch
+        self._cancelled_below = epoch
+        self._max_length = max_length
+        self._max_slots = max_slots
+        self._slots = SlotTable()
+        self._root = BASE
+        self._next_node = 0
+        self._last_window = -1
+
+    def cancel(self, epoch: int) -> None:
+        """Drop windows of epochs below `epoch`, those that are queued included."""
+        self._cancelled_below = max(self._cancelled_below, epoch)
+
+    def is_stale(self, window: Window) -> bool:
+        """True for a duplicate and for a window of an epoch that is over."""
+        return window.epoch < max(self.epoch, self._cancelled_below) or window.window <= self._last_window
+
+    def accept(self, window: Window, live: Sequence[int] | None = None) -> StageStep | None:
+        """Return what to do with `window`; None when it is stale.
+
+        live: offsets of the nodes worth a slot, with the parent of each; None is all of them. Only the tail knows better.
+
+        Raises:
+            RemoteProtocolError: epoch from the future, a gap in the nodes, unknown root or parent, wrong position.
+            CapacityError: the session's cache would outgrow its budget.
+        """
+        if self.is_stale(window):
+            return None
+        root_epoch, root = window.root
+        if window.epoch != self.epoch:
+            self._check_new_epoch(window)
+        elif window.first_node != self._next_node:
+            raise RemoteProtocolError("first_node", window.first_node, f"{self._next_node}, the next one")
+        if root_epoch != self.epoch:
+            raise RemoteProtocolError("root epoch", root_epoch, str(self.epoch))
+        if root != self._root and root not in self._slots:
+            raise RemoteProtocolError("root", root, "a node that descends from the last root")
+        if max(window.positions) >= self._max_length:
+            raise RemoteProtocolError("position", max(window.positions), f"below the session's {self._max_length}")
+
+        is_new_epoch = window.epoch != self.epoch
+        edit = self._settle(root, keep_descendants=not is_new_epoch)
+        if is_new_epoch:
+            self.epoch, self._root, self._next_node = window.epoch, BASE, 0
+        if self._slots.num_slots + len(window.tokens) > self._max_slots:
+            raise CapacityError(
+                f"session needs more than its {self._max_slots} cache slots: ask for fewer tokens or a smaller tree"
+            )
+        forward = self._append(window, range(len(window.tokens)) if live is None else live)
+        self._next_node += len(window.tokens)
+        self._last_window = window.window
+        return StageStep(edit=edit, forward=forward)
+
+    def _append(self, window: Window, offsets: Sequence[int]) -> Forward | None:
+        if not offsets:
+            return None
+        parents = [window.parents[offset] for offset in offsets]
+        return self._slots.append(
+            [self._next_node + offset for offset in offsets],
+            [None if parent == self._root else parent for parent in parents],
+            [window.positions[offset] for offset in offsets],
+        )
+
+    def _check_new_epoch(self, window: Window) -> None:
+        if window.epoch != self.epoch + 1:
+            raise RemoteProtocolError("epoch", window.epoch, f"{self.epoch} or {self.epoch + 1}")
+        if window.first_node != 0 or window.parents[0] != BASE:
+            raise RemoteProtocolError("first_node", window.first_node, "0 under the root, to open an epoch")
+
+    def _settle(self, root: int, *, keep_descendants: bool) -> CacheEdit | None:
+        edit = None if root == self._root else self._slots.settle(root)
+        self._root = root
+        if keep_descendants:
+            return edit
+        drop = self._slots.settle(None)
+        if edit is None or drop is None:
+            return edit or drop
+        # The dropped descendants stood behind the joined path: shorten the first edit instead of doing both.
+        return CacheEdit(
+            num_kept=min(edit.num_kept, self._slots.prefix_length),
+            gathered=edit.gathered[: max(0, self._slots.prefix_length - edit.num_kept)],
+        )

@@ -1,0 +1,93 @@
+"""The tail's walk down the draft tree: rule 3 of docs/protocol.md.
+
+The walk stands at the newest node it has the target's pick for, and waits for a child holding that pick. Whatever
+else arrives is stale for good: a node's parent is always sent before it, so everything that descends from the awaited
+child is still on its way.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.types import TokenId
+from dsd_p2p.wire.messages import BASE, Window
+
+
+@dataclass(slots=True, kw_only=True)
+class Committed:
+    """What one window settled: the target's picks from `start_pos` on and the node that holds each (`BASE`: none yet)."""
+
+    start_pos: int
+    tokens: list[TokenId] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
+
+
+class TailWalk:
+    """The position of one session's tail.
+
+    num_given: tokens at positions below this one are the prompt: taken as they come, not verified.
+    """
+
+    def __init__(self, *, epoch: int, num_given: int) -> None:
+        self._epoch = epoch
+        self._num_given = num_given
+        self._at = BASE
+        self._awaited: TokenId | None = None
+        self._next_commit_pos = num_given
+
+    def live(self, window: Window) -> list[int]:
+        """Offsets of the window's nodes that can still be committed; each comes after its parent.
+
+        Raises:
+            RemoteProtocolError: the window opens an epoch off the committed path.
+        """
+        at = self._at
+        if window.epoch != self._epoch:
+            if window.root != (self._epoch, at):
+                raise RemoteProtocolError("root", window.root, f"{(self._epoch, at)}, where the walk stands")
+            at = BASE
+        offsets: list[int] = []
+        numbers: set[int] = set()
+        for offset, parent in enumerate(window.parents):
+            follows_walk = parent == at and self._is_awaited(window, offset)
+            if follows_walk or parent in numbers:
+                offsets.append(offset)
+                numbers.add(window.first_node + offset)
+        return offsets
+
+    def wants_pick(self, position: int) -> bool:
+        """True when the target's pick after `position` is verified, not given."""
+        return position >= self._num_given - 1
+
+    def walk(self, window: Window, live: Sequence[int], pick: Callable[[int], TokenId]) -> Committed:
+        """Go on through the window's `live` nodes, committing the target's pick at each.
+
+        pick: maps an index into `live` to the target's token for the position after that node.
+        """
+        if window.epoch != self._epoch:
+            self._epoch, self._at = window.epoch, BASE
+        committed = Committed(start_pos=self._next_commit_pos)
+        children: dict[int, list[int]] = {}
+        for row, parent_offset in enumerate(live):
+            children.setdefault(window.parents[parent_offset], []).append(row)
+        while (index := self._find_child(window, live, children)) is not None:
+            offset = live[index]
+            self._at = window.first_node + offset
+            self._awaited = None
+            if committed.tokens:
+                committed.settled[-1] = self._at
+            if self.wants_pick(window.positions[offset]):
+                self._awaited = pick(index)
+                committed.tokens.append(self._awaited)
+                committed.settled.append(BASE)
+                self._next_commit_pos += 1
+        return committed
+
+    def _find_child(self, window: Window, live: Sequence[int], children: dict[int, list[int]]) -> int | None:
+        for index in children.get(self._at, ()):
+            if self._is_awaited(window, live[index]):
+                return index
+        return None
+
+    def _is_awaited(self, window: Window, offset: int) -> bool:
+        return self._awaited is None or window.tokens[offset] == self._awaited

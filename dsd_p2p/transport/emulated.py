@@ -1,0 +1,89 @@
+"""Adds a link's latency, jitter and bandwidth to what any transport sends, so one machine can behave like a wide area.
+
+Connecting and losing a peer are not delayed: frames are.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from dsd_p2p.errors import PeerDisconnected, PeerTimeout
+from dsd_p2p.netmodel import LinkModel, LinkState, UniformRng
+from dsd_p2p.transport.base import Lost, Received, Transport
+from dsd_p2p.types import PeerId
+
+_QUEUE_FRAMES = 1024
+_SEND_TIMEOUT_S = 30.0
+
+
+class EmulatedTransport:
+    """`inner` with every outgoing link behaving like `link`; both ends wrapped make a symmetric link."""
+
+    def __init__(self, inner: Transport, link: LinkModel, rng: UniformRng, nursery: trio.Nursery) -> None:
+        self._inner = inner
+        self._link = link
+        self._rng = rng
+        self._nursery = nursery
+        self._links: dict[PeerId, tuple[LinkState, trio.MemorySendChannel[tuple[float, bytes]]]] = {}
+
+    @property
+    def peer(self) -> PeerId:
+        """The inner transport's identity."""
+        return self._inner.peer
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The inner transport's addresses."""
+        return self._inner.addresses
+
+    async def connect(self, address: str, timeout_s: float) -> PeerId:
+        """Connect without delay."""
+        return await self._inner.connect(address, timeout_s)
+
+    async def send(self, to: PeerId, frame: bytes) -> None:
+        """Put the frame on the emulated link."""
+        if to not in self._links:
+            queue, waiting = trio.open_memory_channel[tuple[float, bytes]](_QUEUE_FRAMES)
+            self._links[to] = (LinkState(self._link), queue)
+            self._nursery.start_soon(self._carry, to, waiting)
+        state, queue = self._links[to]
+        due_s = state.send(now_s=trio.current_time(), num_bytes=len(frame), rng=self._rng)
+        try:
+            with trio.fail_after(_SEND_TIMEOUT_S):
+                await queue.send((due_s, frame))
+        except trio.TooSlowError:
+            raise PeerTimeout(f"{_QUEUE_FRAMES} frames wait on the emulated link to {to}") from None
+        except trio.BrokenResourceError:
+            raise PeerDisconnected(f"the link to {to} is gone") from None
+
+    async def receive(self) -> Received | Lost:
+        """Return the next event; what still waited on the link to a lost peer is dropped."""
+        event = await self._inner.receive()
+        if isinstance(event, Lost) and (link := self._links.pop(event.peer, None)) is not None:
+            link[1].close()
+        return event
+
+    async def disconnect(self, peer: PeerId, reason: str) -> None:
+        """Drop the connection at once."""
+        await self._inner.disconnect(peer, reason)
+
+    async def _carry(self, to: PeerId, waiting: trio.MemoryReceiveChannel[tuple[float, bytes]]) -> None:
+        async with waiting:
+            async for due_s, frame in waiting:
+                await trio.sleep_until(due_s)
+                try:
+                    await self._inner.send(to, frame)
+                except (PeerDisconnected, PeerTimeout):
+                    return
+
+
+@asynccontextmanager
+async def emulate(inner: Transport, link: LinkModel, rng: UniformRng) -> AsyncIterator[Transport]:
+    """Wrap `inner`, or hand it back untouched when the link is ideal."""
+    if link.is_ideal:
+        yield inner
+        return
+    async with trio.open_nursery() as nursery:
+        yield EmulatedTransport(inner, link, rng, nursery)
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,34 @@
+"""A peer's persistent secret: 32 random bytes in a file only its owner can read."""
+
+import os
+import secrets
+from pathlib import Path
+
+from dsd_p2p.errors import ConfigError
+
+SEED_BYTES = 32
+
+
+def load_or_create_seed(path: Path) -> bytes:
+    """Return the ed25519 seed in `path`, made on first use with mode 0600.
+
+    Raises:
+        ConfigError: the file is no seed, is readable by others, or cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            pass
+        else:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(SEED_BYTES))
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(f"identity {path} can be read by others: run `chmod 600 {path}`")
+        seed = path.read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"identity {path}: {exc.strerror}; choose another with --identity") from exc
+    if len(seed) != SEED_BYTES:
+        raise ConfigError(f"identity {path} has {len(seed)} bytes instead of {SEED_BYTES}: move it away")
+    return seed

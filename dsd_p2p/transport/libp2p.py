@@ -1,0 +1,330 @@
+"""Peers over libp2p: TCP, Noise, Yamux; one long-lived stream per neighbour and direction. The only importer of libp2p.
+
+What py-libp2p 0.8.1 needs from its caller is in docs/adr/0002-libp2p.md; each workaround below has a regression test.
+"""
+
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import libp2p.network.swarm
+import trio
+from libp2p import new_host
+from libp2p.crypto.ed25519 import Ed25519PrivateKey
+from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
+from libp2p.host.exceptions import HostException
+from libp2p.io.exceptions import IOException
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.exceptions import SwarmException
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import InvalidAddrError, info_from_p2p_addr
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.transport.tcp.tcp import TCP
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+
+from dsd_p2p.errors import ConfigError, PeerDisconnected, PeerTimeout
+from dsd_p2p.transport.base import Lost, Received
+from dsd_p2p.transport.identity import load_or_create_seed
+from dsd_p2p.types import PeerId
+
+logger = logging.getLogger(__name__)
+
+_LENGTH = struct.Struct("<I")
+_READ_BYTES = 64 << 10
+_QUEUE_FRAMES = 64
+_INBOX_EVENTS = 4096
+_MAX_PENDING_BYTES = 256 << 20
+"""Frames of one peer that were read from its stream and not yet taken by `receive`; past this the peer is dropped."""
+
+_SEND_TIMEOUT_S = 30.0
+_DIAL_TIMEOUT_S = 5.0
+_FIRST_BACKOFF_S = 0.05
+_MAX_BACKOFF_S = 2.0
+
+_TCP_INFO_BYTES = 140
+_TOTAL_RETRANSMITS_AT, _SEGMENTS_OUT_AT = 100, 136
+_LOSSY_SHARE = 0.005
+_TUNE_INTERVAL_S = 2.0
+
+_NETWORK_ERRORS = (IOException, SwarmException, HostException, OSError)
+
+
+class _Link:
+    """The outgoing side of one neighbour."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.queue, self.waiting = trio.open_memory_channel[bytes](_QUEUE_FRAMES)
+
+
+class Libp2pTransport:
+    """A `Transport` over a libp2p host; made by `open_libp2p`."""
+
+    def __init__(self, host: Any, protocol: str, max_frame_bytes: int, nursery: trio.Nursery) -> None:
+        self._host = host
+        self._protocol = protocol
+        self._max_frame_bytes = max_frame_bytes
+        self._nursery = nursery
+        self._links: dict[PeerId, _Link] = {}
+        self._opening: dict[PeerId, trio.Lock] = {}
+        self._inbound: dict[PeerId, Any] = {}
+        self._pending_bytes: dict[PeerId, int] = {}
+        self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_EVENTS)
+        self._is_closing = False
+        self.peer = PeerId(str(host.get_id()))
+        self.addresses: tuple[str, ...] = ()
+
+    async def connect(self, address: str, timeout_s: float) -> PeerId:
+        """Dial until it works or time is up."""
+        try:
+            info = info_from_p2p_addr(Multiaddr(address))
+        except (MultiaddrError, InvalidAddrError, ValueError) as exc:
+            raise ConfigError(f"address {address!r}: {exc}; write it as /ip4/HOST/tcp/PORT/p2p/PEER") from exc
+        peer = PeerId(str(info.peer_id))
+        backoff_s = _FIRST_BACKOFF_S
+        last_error: Exception | None = None
+        with trio.move_on_after(timeout_s):
+            while True:
+                try:
+                    with trio.fail_after(_DIAL_TIMEOUT_S):
+                        # A failed dial is remembered for a minute; the retry loop is ours, so forget it.
+                        self._host.get_network().unblock_peer(info.peer_id)
+                        await self._host.connect(info)
+                        await self._open_link(peer)
+                except (*_NETWORK_ERRORS, trio.TooSlowError) as exc:
+                    last_error = exc
+                    if "handshake" in str(exc.__cause__ or exc):
+                        raise PeerDisconnected(f"{address} is not the peer it should be: check its /p2p/ id") from exc
+                    await trio.sleep(backoff_s)
+                    backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+                else:
+                    return peer
+        raise PeerTimeout(
+            f"no connection to {address} within {timeout_s:g} s: is that peer running and reachable?"
+        ) from last_error
+
+    async def send(self, to: PeerId, frame: bytes) -> None:
+        """Queue the frame for the peer's writer."""
+        link = self._links.get(to)
+        try:
+            if link is None:
+                with trio.fail_after(_DIAL_TIMEOUT_S):
+                    link = await self._open_link(to)
+            with trio.fail_after(_SEND_TIMEOUT_S):
+                await link.queue.send(frame)
+        except trio.TooSlowError:
+            raise PeerTimeout(f"{to} takes no frames in: it is stuck or the link is down") from None
+        except (*_NETWORK_ERRORS, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            raise PeerDisconnected(f"the connection to {to} is gone") from exc
+
+    async def receive(self) -> Received | Lost:
+        """Return the next event."""
+        event = await self._inbox.receive()
+        if isinstance(event, Received):
+            self._pending_bytes[event.sender] -= len(event.frame)
+        return event
+
+    async def disconnect(self, peer: PeerId, reason: str) -> None:
+        """Drop the connection; both ends see `Lost`."""
+        self._drop(peer, reason)
+        with trio.move_on_after(1), suppress(*_NETWORK_ERRORS):
+            await self._host.disconnect(ID.from_string(peer))
+
+    async def _open_link(self, peer: PeerId) -> _Link:
+        """Return the outgoing stream to a connected peer, opened on first use."""
+        async with self._opening.setdefault(peer, trio.Lock()):
+            if peer not in self._links:
+                stream = await self._host.new_stream(ID.from_string(peer), [self._protocol])
+                link = _Link(stream)
+                self._links[peer] = link
+                self._nursery.start_soon(self._write, peer, link)
+                self._nursery.start_soon(self._watch, peer, link)
+            return self._links[peer]
+
+    async def _write(self, peer: PeerId, link: _Link) -> None:
+        """One writer a stream, one write a frame."""
+        raw = _raw_socket(link.stream)
+        _set_congestion_control(raw, b"cubic")
+        tuned_at_s = trio.current_time()
+        try:
+            async with link.waiting:
+                async for frame in link.waiting:
+                    await link.stream.write(_LENGTH.pack(len(frame)) + frame)
+                    if trio.current_time() - tuned_at_s > _TUNE_INTERVAL_S:
+                        tuned_at_s = trio.current_time()
+                        if _is_lossy(raw):
+                            _set_congestion_control(raw, b"bbr")
+        except _NETWORK_ERRORS as exc:
+            self._drop(peer, f"write failed: {type(exc).__name__}", link)
+
+    async def _watch(self, peer: PeerId, link: _Link) -> None:
+        """The peer sends nothing on our stream: a read that returns tells that it is gone, which a write does not."""
+        with suppress(*_NETWORK_ERRORS):
+            await link.stream.read(1)
+        self._drop(peer, "closed by the peer", link)
+
+    async def read(self, stream: Any) -> None:
+        """Stream handler: always drains, so that a slow consumer never stalls the peer's other streams."""
+        peer = PeerId(str(stream.muxed_conn.peer_id))
+        self._inbound[peer] = stream
+        reason = "closed by the peer"
+        buffer = bytearray()
+        try:
+            while True:
+                while len(buffer) < _LENGTH.size or len(buffer) < _LENGTH.size + _LENGTH.unpack_from(buffer)[0]:
+                    if len(buffer) >= _LENGTH.size and _LENGTH.unpack_from(buffer)[0] > self._max_frame_bytes:
+                        reason = f"announced a frame of {_LENGTH.unpack_from(buffer)[0]} bytes"
+                        return
+                    buffer += await stream.read(_READ_BYTES)
+                end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
+                frame = bytes(memoryview(buffer)[_LENGTH.size : end])
+                del buffer[:end]
+                pending_bytes = self._pending_bytes.get(peer, 0) + len(frame)
+                if pending_bytes > _MAX_PENDING_BYTES:
+                    reason = f"sent {pending_bytes} bytes faster than they were taken"
+                    return
+                self._pending_bytes[peer] = pending_bytes
+                await self._deliver.send(Received(sender=peer, frame=frame))
+        except _NETWORK_ERRORS as exc:
+            logger.debug("stream ended peer=%s reason=%r", peer, exc)
+        finally:
+            if self._inbound.get(peer) is stream:
+                del self._inbound[peer]
+            self._drop(peer, reason, inbound=stream)
+
+    def _drop(self, peer: PeerId, reason: str, link: _Link | None = None, inbound: Any = None) -> None:
+        """Forget the link (only if it is still `link`, when given) and tell the consumer once."""
+        current = self._links.get(peer)
+        if self._is_closing:
+            return
+        if (link is not None and current is not link) or (current is None and inbound is None):
+            return
+        if current is not None:
+            del self._links[peer]
+            current.queue.close()
+            self._nursery.start_soon(_reset, current.stream)
+        for stream in filter(None, (inbound, self._inbound.pop(peer, None))):
+            self._nursery.start_soon(_reset, stream)
+        try:
+            self._deliver.send_nowait(Lost(peer=peer, reason=reason))
+        except trio.WouldBlock:
+            logger.exception("inbox full, loss not reported peer=%s", peer)
+
+
+@asynccontextmanager
+async def open_libp2p(
+    *, identity: Path, listen: str, protocol: str, max_frame_bytes: int
+) -> AsyncIterator[Libp2pTransport]:
+    """Run a host with the identity in that file, listening on a multiaddr like `/ip4/127.0.0.1/tcp/0`.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    _quieten()
+    listen_address = _check_listen(listen)
+    private_key = Ed25519PrivateKey.from_bytes(load_or_create_seed(identity))
+    key_pair = KeyPair(private_key, private_key.get_public_key())
+    host = new_host(
+        key_pair=key_pair,
+        transports=[TCP()],
+        sec_opt={NOISE_ID: NoiseTransport(key_pair, noise_privkey=new_x25519_key_pair().private_key)},
+        muxer_opt={YAMUX_ID: Yamux},
+        disable_identify_address_discovery=True,
+        connection_config=ConnectionConfig(max_connections_per_peer=2),
+    )
+    network = host.get_network()
+    network.retry_config = RetryConfig(max_retries=0)
+    network.auto_connector.maybe_connect = _never_connect
+    network.set_stream_handler(_guarded(network.common_stream_handler))
+    async with host.run(listen_addrs=[listen_address]):
+        try:
+            if not host.get_transport_addrs():
+                raise ConfigError(f"cannot listen on {listen}: choose another address with --listen")
+            async with trio.open_nursery() as nursery:
+                transport = Libp2pTransport(host, protocol, max_frame_bytes, nursery)
+                transport.addresses = tuple(str(address) for address in host.get_addrs())
+                host.set_stream_handler(protocol, transport.read)
+                yield transport
+                transport._is_closing = True
+                nursery.cancel_scope.cancel()
+        finally:
+            # Leaving host.run alone would keep its sockets open until the process ends.
+            with trio.CancelScope(shield=True), trio.move_on_after(2):
+                await network.close()
+
+
+def _quieten() -> None:
+    """Undo what importing py-libp2p does to logging, and wait less for a second address family."""
+    logging.getLogger("libp2p").addHandler(logging.NullHandler())
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.NullHandler())
+    libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.02
+
+
+def _check_listen(listen: str) -> Multiaddr:
+    """Bind once ourselves: libp2p sets SO_REUSEPORT, so a port in use raises nothing and steals connections."""
+    try:
+        address = Multiaddr(listen)
+        host, port = address.value_for_protocol("ip4"), int(address.value_for_protocol("tcp"))
+    except (MultiaddrError, ValueError) as exc:
+        raise ConfigError(f"listen address {listen!r}: {exc}; write it as /ip4/127.0.0.1/tcp/PORT") from exc
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as exc:
+            raise ConfigError(f"cannot listen on {listen}: {exc.strerror}; choose another with --listen") from exc
+    return address
+
+
+async def _never_connect(*_args: object, **_kwargs: object) -> None:
+    """Stands in for libp2p's auto-connector, which dials known peers on its own."""
+
+
+def _guarded(handler: Any) -> Any:
+    """An exception in libp2p's stream handler (a few junk bytes suffice) would end the whole host."""
+
+    async def handle(stream: Any) -> None:
+        try:
+            await handler(stream)
+        except Exception as exc:  # task boundary: drops this one stream, whatever the peer did to break it
+            logger.warning("stream dropped peer=%s error=%r", stream.muxed_conn.peer_id, exc)
+            await _reset(stream)
+
+    return handle
+
+
+async def _reset(stream: Any) -> None:
+    with trio.move_on_after(1), suppress(*_NETWORK_ERRORS):
+        await stream.reset()
+
+
+def _raw_socket(stream: Any) -> Any:
+    """The TCP socket under Yamux, Noise and trio."""
+    return stream.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream.stream.socket
+
+
+def _set_congestion_control(raw: Any, name: bytes) -> None:
+    """Cubic sends a window in one burst, BBR paces it over a round trip but survives loss; a kernel may lack either."""
+    with suppress(OSError, AttributeError):
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+
+
+def _is_lossy(raw: Any) -> bool:
+    with suppress(OSError, AttributeError, struct.error):
+        info = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        (retransmits,) = struct.unpack_from("<I", info, _TOTAL_RETRANSMITS_AT)
+        (segments,) = struct.unpack_from("<I", info, _SEGMENTS_OUT_AT)
+        return bool(segments > 1000 and retransmits > _LOSSY_SHARE * segments)
+    return False

@@ -1,0 +1,85 @@
+"""Peers in one process: for tests and for trying things out. Wrap it with `emulated` for links with delays."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from dsd_p2p.errors import PeerDisconnected, PeerTimeout
+from dsd_p2p.transport.base import Lost, Received
+from dsd_p2p.types import PeerId
+
+_SCHEME = "memory:"
+_INBOX_FRAMES = 4096
+
+
+class MemoryNetwork:
+    """The peers that can reach each other, by name."""
+
+    def __init__(self) -> None:
+        self.transports: dict[str, MemoryTransport] = {}
+        self._joined: dict[str, trio.Event] = {}
+
+    async def joined(self, name: str) -> None:
+        """Wait until somebody has that name."""
+        await self._joined.setdefault(name, trio.Event()).wait()
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator["MemoryTransport"]:
+        """Join as `name`; leaving drops all its connections."""
+        transport = MemoryTransport(self, name)
+        self.transports[name] = transport
+        self._joined.setdefault(name, trio.Event()).set()
+        try:
+            yield transport
+        finally:
+            del self.transports[name], self._joined[name]
+            for peer in list(transport.connected):
+                await transport.disconnect(peer, f"{name} left")
+
+
+class MemoryTransport:
+    """One peer of a `MemoryNetwork`."""
+
+    def __init__(self, network: MemoryNetwork, name: str) -> None:
+        self._network = network
+        self.peer = PeerId(name)
+        self.addresses = (_SCHEME + name,)
+        self.connected: set[PeerId] = set()
+        self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_FRAMES)
+
+    async def connect(self, address: str, timeout_s: float) -> PeerId:
+        """Connect both ways; a name nobody has yet is waited for."""
+        name = address.removeprefix(_SCHEME)
+        with trio.move_on_after(timeout_s):
+            await self._network.joined(name)
+        other = self._network.transports.get(name)
+        if other is None:
+            raise PeerTimeout(f"nobody is at {address} after {timeout_s:g} s: start that peer first")
+        self.connected.add(other.peer)
+        other.connected.add(self.peer)
+        await trio.lowlevel.checkpoint()
+        return other.peer
+
+    async def send(self, to: PeerId, frame: bytes) -> None:
+        """Hand the frame to the other end's inbox."""
+        other = self._network.transports.get(to)
+        if other is None or to not in self.connected:
+            raise PeerDisconnected(f"not connected to {to}")
+        await other._deliver.send(Received(sender=self.peer, frame=frame))
+
+    async def receive(self) -> Received | Lost:
+        """Return the next event."""
+        return await self._inbox.receive()
+
+    async def disconnect(self, peer: PeerId, reason: str) -> None:
+        """Drop the connection at both ends."""
+        await trio.lowlevel.checkpoint()
+        if peer not in self.connected:
+            return
+        self.connected.discard(peer)
+        self._deliver.send_nowait(Lost(peer=peer, reason=reason))
+        other = self._network.transports.get(peer)
+        if other is not None and self.peer in other.connected:
+            other.connected.discard(self.peer)
+            other._deliver.send_nowait(Lost(peer=self.peer, reason=reason))

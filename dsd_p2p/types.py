@@ -1,0 +1,74 @@
+"""The nouns that flow through every layer."""
+
+from typing import Annotated, NewType
+
+import msgspec
+from msgspec import Meta
+
+PeerId = NewType("PeerId", str)
+"""A peer's public identity, as libp2p prints it."""
+
+SessionId = NewType("SessionId", bytes)
+"""Eight random bytes, chosen by the coordinator."""
+
+TokenId = int
+
+MAX_POSITIONS = 1 << 20
+"""Longest text any peer accepts, tokens."""
+
+Name = Annotated[str, Meta(max_length=128)]
+Address = Annotated[str, Meta(max_length=256)]
+Position = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """The half-open range of decoder layers `[first, last)` that one stage holds."""
+
+    first: Annotated[int, Meta(ge=0, le=4096)]
+    last: Annotated[int, Meta(ge=1, le=4096)]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers in the span."""
+        return self.last - self.first
+
+    def __str__(self) -> str:
+        return f"[{self.first}, {self.last})"
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How the target picks a token; `temperature == 0` is greedy.
+
+    With `top_k == 0` and `top_p == 1` nothing is cut off. The pick is a function of the logits, `seed` and the
+    position alone, see `dsd_p2p.verification.exact`.
+    """
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        """True when the pick is the argmax."""
+        return self.temperature == 0.0
+
+
+GREEDY = Sampling()
+"""The target's argmax."""
+
+
+class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What a node says of itself: who and where it is and which layers of which model it holds.
+
+    `span` is None for a peer that hosts no stage (a coordinator).
+    """
+
+    peer: Name
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=8)]
+    span: Span | None = None
+    num_layers: Annotated[int, Meta(ge=0, le=4096)] = 0
+    model_name: Name = ""
+    model_digest: Name = ""
+    dtype: Name = ""
+    max_positions: Position = 0

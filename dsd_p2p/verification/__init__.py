@@ -1,0 +1,1 @@
+"""How the target picks a token, and which candidates that accepts."""

@@ -1,0 +1,67 @@
+"""Exact verification: the target's own pick, whatever was drafted.
+
+Greedy is the argmax. Sampling is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030) over the logits
+divided by the temperature and cut by top-k, then top-p: `argmax(logit + noise)` is distributed as the softmax. The noise
+is a pure function of (seed, position, token id), so the pick does not depend on what was drafted, on the window, or on
+where the model was split.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd_p2p.errors import ModelError
+from dsd_p2p.types import Sampling, TokenId
+from dsd_p2p.verification.base import TargetView
+
+
+def gumbel_noise(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
+    """Return standard Gumbel noise, float64 `[V]`; entry i belongs to token i.
+
+    Philox-4x64-10 (Salmon et al. 2011) keyed by (seed, position), counter from 1; each 64-bit word w becomes
+    `u = (floor(w / 2^11) + 0.5) / 2^53` and `-ln(-ln(u))`.
+    """
+    words = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(vocab_size)
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    noise: NDArray[np.float64] = -np.log(-np.log(uniform))
+    return noise
+
+
+def kept_tokens(scores: NDArray[np.float64], top_k: int, top_p: float) -> NDArray[np.bool_]:
+    """Return which tokens survive top-k, then top-p (Holtzman et al. 2020), bool `[V]`.
+
+    scores: logits divided by the temperature, float64 `[V]`. Among equal scores the lower id comes first.
+    """
+    order = np.argsort(-scores, kind="stable")
+    if 0 < top_k < len(order):
+        order = order[:top_k]
+    if top_p < 1.0:
+        probs = np.exp(scores[order] - scores[order[0]])
+        mass_before = np.cumsum(probs) - probs
+        order = order[mass_before < top_p * probs.sum()]
+    kept = np.zeros(len(scores), np.bool_)
+    kept[order] = True
+    return kept
+
+
+class ExactVerifier:
+    """The target's own pick under `sampling`."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+
+    def pick(self, view: TargetView, position: int) -> TokenId:
+        """Return the target's token for `position`.
+
+        Raises:
+            ModelError: the logits are not finite.
+        """
+        sampling = self._sampling
+        if sampling.is_greedy:
+            return view.argmax()
+        scores = view.logits().astype(np.float64) / sampling.temperature
+        if not np.isfinite(scores.max()):
+            raise ModelError(f"the target's logits at position {position} are not finite: check its weights and dtype")
+        noisy = scores + gumbel_noise(sampling.seed, position, len(scores))
+        if sampling.top_k or sampling.top_p < 1.0:
+            noisy[~kept_tokens(scores, sampling.top_k, sampling.top_p)] = -np.inf
+        return int(np.argmax(noisy))

@@ -1,0 +1,87 @@
+"""The seam between the coordinator and what decides how much it speculates."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class Mode(StrEnum):
+    """What the coordinator does while a traversal is under way."""
+
+    PLAIN = "plain"
+    """Waits: one token per traversal."""
+
+    SYNC = "sync"
+    """Drafts a window, sends it, waits for its verdict: the synchronous algorithm of arXiv:2511.11733."""
+
+    CONTINUOUS = "continuous"
+    """Keeps drafting and sending; verdicts re-root the tree while the rest is in flight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the coordinator may do until the next decision.
+
+    depth: deepest draft below the root, tokens; 0 in plain mode.
+    width: children kept of each expanded node; 1 is a chain.
+    expand_nodes: nodes whose children are drafted in one step.
+    window_nodes: most nodes one window carries.
+    max_in_flight: most windows without a verdict.
+    max_nodes: most nodes below the root, sent or not.
+    min_path_prob: a node less likely than this is not expanded.
+    reason: for people, in a few words.
+    """
+
+    mode: Mode
+    depth: int = 0
+    width: int = 1
+    expand_nodes: int = 1
+    window_nodes: int = 1
+    max_in_flight: int = 1
+    max_nodes: int = 0
+    min_path_prob: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostLine:
+    """`fixed_s + per_node_s * n`: seconds of one pass over n nodes."""
+
+    fixed_s: float
+    per_node_s: float
+
+    def at(self, num_nodes: float) -> float:
+        """Seconds for `num_nodes`."""
+        return self.fixed_s + self.per_node_s * num_nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What is known of a chain and its drafter when a decision is due.
+
+    stages: one cost line per stage; empty before the first verdict.
+    links_s: seconds a traversal spends outside the stages' computation, return link included.
+    draft_step_s: seconds of one draft step.
+    hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
+    """
+
+    stages: tuple[CostLine, ...] = ()
+    links_s: float = 0.0
+    draft_step_s: float = 0.0
+    hit_rate_by_rank: tuple[float, ...] = field(default=())
+
+    def traversal_s(self, num_nodes: float) -> float:
+        """T(n): seconds from sending a window of n nodes to its verdict, nothing else under way."""
+        return self.links_s + sum(stage.at(num_nodes) for stage in self.stages)
+
+    def slowest_stage_s(self, num_nodes: float) -> float:
+        """Seconds between two windows of n nodes at the chain's bottleneck."""
+        return max((stage.at(num_nodes) for stage in self.stages), default=0.0)
+
+
+class WindowPolicy(Protocol):
+    """Decides how much to speculate; one instance serves one request at a time."""
+
+    def decide(self, observation: Observation) -> Decision:
+        """Return what to do from now on; called at the start and after each verdict."""
+        ...

@@ -1,0 +1,85 @@
+"""Turns what happens to a request into what a window policy wants to know."""
+
+from collections import Counter
+
+from dsd_p2p.window.base import CostLine, Observation
+
+_DECAY = 0.95
+"""Weight of the past at each new sample: about the last 20 windows count."""
+
+_PRIOR_HITS_BY_RANK = (0.70, 0.10, 0.04, 0.02)
+"""Before anything is measured: agreement of a small sibling on novel text (MT-bench replay, docs/benchmarks.md)."""
+
+_PRIOR_WEIGHT = 4.0
+"""Tokens after which measurement and prior count the same."""
+
+
+class LineFit:
+    """Least squares of `fixed + slope * n`, old samples fading; the slope never negative."""
+
+    def __init__(self) -> None:
+        self._weight = self._n = self._nn = self._y = self._ny = 0.0
+
+    def add(self, num_nodes: int, seconds: float) -> None:
+        """Take in one pass over `num_nodes`."""
+        for name, value in (("_weight", 1.0), ("_n", num_nodes), ("_nn", num_nodes**2), ("_y", seconds)):
+            setattr(self, name, getattr(self, name) * _DECAY + value)
+        self._ny = self._ny * _DECAY + num_nodes * seconds
+
+    def line(self) -> CostLine:
+        """Return the fit; where all samples have one size, the whole cost is taken as fixed."""
+        mean_n, mean_y = self._n / self._weight, self._y / self._weight
+        variance = self._nn / self._weight - mean_n**2
+        if variance < 1e-9:
+            return CostLine(fixed_s=mean_y, per_node_s=0.0)
+        slope = max(0.0, (self._ny / self._weight - mean_n * mean_y) / variance)
+        return CostLine(fixed_s=max(0.0, mean_y - slope * mean_n), per_node_s=slope)
+
+
+class Tracker:
+    """Measurements of one chain and drafter, kept across the requests that use them."""
+
+    def __init__(self) -> None:
+        self._stages: list[LineFit] = []
+        self._links_s = 0.0
+        self._draft_step_s = 0.0
+        self._num_draft_steps = 0
+        self._num_outcomes = 0
+        self._hits_by_rank: Counter[int] = Counter()
+
+    def verdict(self, *, num_nodes: int, traversal_s: float, stage_s: list[float]) -> None:
+        """Take in the first verdict of a window of `num_nodes`, `traversal_s` after it was sent."""
+        if len(stage_s) != len(self._stages):
+            self._stages = [LineFit() for _ in stage_s]
+            self._links_s = 0.0
+        for fit, seconds in zip(self._stages, stage_s, strict=True):
+            fit.add(num_nodes, seconds)
+        # Windows queue behind each other, so the links are what the quickest recent traversal spent outside the stages.
+        links_s = max(0.0, traversal_s - sum(stage_s))
+        self._links_s = links_s if not self._links_s else min(links_s, self._links_s + (1 - _DECAY) * links_s)
+
+    def draft_step(self, seconds: float) -> None:
+        """Take in one draft step."""
+        self._num_draft_steps += 1
+        share = max(1 - _DECAY, 1 / self._num_draft_steps)
+        self._draft_step_s += share * (seconds - self._draft_step_s)
+
+    def outcome(self, rank: int | None) -> None:
+        """Take in one committed token that the drafter was asked for: its rank, None where it was no candidate."""
+        self._num_outcomes += 1
+        if rank is not None:
+            self._hits_by_rank[rank] += 1
+
+    def observe(self) -> Observation:
+        """Return what is known now."""
+        total = self._num_outcomes + _PRIOR_WEIGHT
+        num_ranks = max(len(_PRIOR_HITS_BY_RANK), max(self._hits_by_rank, default=0) + 1)
+        prior = _PRIOR_HITS_BY_RANK + (0.0,) * (num_ranks - len(_PRIOR_HITS_BY_RANK))
+        return Observation(
+            stages=tuple(fit.line() for fit in self._stages),
+            links_s=self._links_s,
+            draft_step_s=self._draft_step_s,
+            hit_rate_by_rank=tuple(
+                (self._hits_by_rank[rank] + _PRIOR_WEIGHT * prior[rank]) / total for rank in range(num_ranks)
+            ),
+        )

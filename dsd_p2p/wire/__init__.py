@@ -1,0 +1,1 @@
+"""What crosses a link: messages, frames, limits (docs/protocol.md)."""

@@ -1,0 +1,90 @@
+"""Messages to frames and back.
+
+A frame is `version: u8 | header length: u24 little endian | header: MessagePack | payload: raw bytes`. Only a `Window` between
+stages carries a payload: its hidden states, row-major. The transport adds the frame's own length (docs/protocol.md).
+"""
+
+import math
+from typing import NamedTuple
+
+import msgspec
+
+from dsd_p2p.errors import LocalProtocolError, RemoteProtocolError
+from dsd_p2p.wire.messages import Message, OpenSession, Window
+from dsd_p2p.wire.version import PROTOCOL_VERSION
+
+MAX_FRAME_BYTES = 64 << 20
+"""1024 positions of a model with H = 16384 in float32."""
+
+_MAX_HEADER_BYTES = 1 << 20
+_PREFIX_BYTES = 4
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+class Frame(NamedTuple):
+    """A decoded frame; `payload` is a view into the received bytes."""
+
+    message: Message
+    payload: memoryview
+
+
+def encode(message: Message, payload: bytes | memoryview = b"") -> bytes:
+    """Return the frame of `message`.
+
+    Raises:
+        LocalProtocolError: the frame would be larger than `MAX_FRAME_BYTES`.
+    """
+    header = _encoder.encode(message)
+    frame = b"".join((bytes((PROTOCOL_VERSION,)), len(header).to_bytes(3, "little"), header, payload))
+    if len(frame) > MAX_FRAME_BYTES:
+        raise LocalProtocolError(f"frame of {len(frame)} bytes exceeds {MAX_FRAME_BYTES}: send smaller windows")
+    return frame
+
+
+def decode(frame: bytes) -> Frame:
+    """Check and decode what a peer sent.
+
+    Raises:
+        RemoteProtocolError: names the field, its value and the limit.
+    """
+    if not _PREFIX_BYTES < len(frame) <= MAX_FRAME_BYTES:
+        raise RemoteProtocolError("frame length", len(frame), f"{_PREFIX_BYTES + 1}..{MAX_FRAME_BYTES} bytes")
+    if frame[0] != PROTOCOL_VERSION:
+        raise RemoteProtocolError("protocol version", frame[0], str(PROTOCOL_VERSION))
+    header_bytes = int.from_bytes(frame[1:_PREFIX_BYTES], "little")
+    available_bytes = min(len(frame) - _PREFIX_BYTES, _MAX_HEADER_BYTES)
+    if not 0 < header_bytes <= available_bytes:
+        raise RemoteProtocolError("header length", header_bytes, f"1..{available_bytes} bytes")
+    view = memoryview(frame)
+    try:
+        message = _decoder.decode(view[_PREFIX_BYTES : _PREFIX_BYTES + header_bytes])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise RemoteProtocolError("header", str(exc), "a message of docs/protocol.md") from exc
+    payload = view[_PREFIX_BYTES + header_bytes :]
+    _check(message, len(payload))
+    return Frame(message, payload)
+
+
+def _check(message: Message, payload_bytes: int) -> None:
+    """Check what the types cannot say."""
+    if isinstance(message, OpenSession):
+        sampling = message.sampling
+        if not (math.isfinite(sampling.temperature) and math.isfinite(sampling.top_p)):
+            raise RemoteProtocolError("sampling", sampling, "finite numbers")
+        if any(hop.span.first >= hop.span.last for hop in message.route):
+            raise RemoteProtocolError("route span", [str(hop.span) for hop in message.route], "first < last")
+    if not isinstance(message, Window):
+        if payload_bytes:
+            raise RemoteProtocolError("payload length", payload_bytes, f"0 bytes for {type(message).__name__}")
+        return
+    num_nodes = len(message.tokens)
+    if len(message.parents) != num_nodes or len(message.positions) != num_nodes:
+        raise RemoteProtocolError(
+            "window lengths",
+            (num_nodes, len(message.parents), len(message.positions)),
+            "as many parents and positions as tokens",
+        )
+    if message.first_node < 0:
+        raise RemoteProtocolError("first_node", message.first_node, ">= 0")

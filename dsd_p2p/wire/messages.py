@@ -1,0 +1,152 @@
+"""The messages of the protocol (docs/protocol.md), in the order they appear in a session's life.
+
+Every message carries what makes it idempotent (session, epoch, window number, start position), so nothing is
+acknowledged. Field types and lengths are checked when a frame is decoded (`dsd_p2p.wire.codec`); what needs the state of a session
+(unknown parent, epoch from the future) is checked by `dsd_p2p.session`.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from dsd_p2p.types import MAX_POSITIONS, Address, Name, PeerInfo, Position, Sampling, Span
+
+MAX_WINDOW_NODES = 1024
+MAX_STAGES = 64
+MAX_KNOWN_PEERS = 64
+MAX_TOKEN = (1 << 31) - 1
+
+SessionBytes = Annotated[bytes, Meta(min_length=8, max_length=8)]
+Epoch = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+WindowNumber = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+NodeNumber = Annotated[int, Meta(ge=-1, le=MAX_POSITIONS)]
+Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
+Microseconds = Annotated[int, Meta(ge=0, le=1 << 40)]
+
+BASE = -1
+"""Node number of what an epoch hangs under: the root its first window names, or the empty text."""
+
+
+class FailureKind(StrEnum):
+    """Why a peer cannot go on with a session; each maps to one class of `dsd_p2p.errors`."""
+
+    CAPACITY = "capacity"
+    PROTOCOL = "protocol"
+    MODEL = "model"
+    ROUTE = "route"
+    TIMEOUT = "timeout"
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """First message on every stream: the sender and the peers it knows."""
+
+    version: int
+    sender: PeerInfo
+    known: Annotated[tuple[PeerInfo, ...], Meta(max_length=MAX_KNOWN_PEERS)] = ()
+
+
+class Hop(msgspec.Struct, frozen=True, array_like=True):
+    """One stage of a chain: who, where, and the layers it is asked to run."""
+
+    peer: Name
+    address: Address
+    span: Span
+
+
+class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Opens a session at `epoch` on every stage of `route`; travels down the chain ahead of the windows.
+
+    `num_given` tokens are the prompt (and, in a replay, the tokens already committed): the tail does not verify them.
+    Received again with a higher epoch it resets the session: nothing of the old epochs is kept.
+    """
+
+    session: SessionBytes
+    epoch: Epoch
+    route: Annotated[tuple[Hop, ...], Meta(min_length=1, max_length=MAX_STAGES)]
+    coordinator: Hop
+    model_digest: Name
+    dtype: Name
+    sampling: Sampling
+    num_given: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
+    max_length: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
+    idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
+
+
+class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Draft nodes on their way down the chain; after the first stage the frame's payload is their hidden states `[n, H]`.
+
+    root: the newest node known to be committed, as (epoch, node number).
+    first_node: number of the first node; the others follow by one.
+    parents: node number within this epoch of each node's parent, `BASE` for the node that opens the epoch.
+    stage_us: compute microseconds of each stage passed so far.
+    link_bytes: bytes of window frames that the stages passed so far have received in this session.
+    """
+
+    session: SessionBytes
+    epoch: Epoch
+    window: WindowNumber
+    root: tuple[Epoch, NodeNumber]
+    first_node: NodeNumber
+    tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
+    parents: Annotated[tuple[NodeNumber, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
+    positions: Annotated[tuple[Position, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
+    stage_us: Annotated[tuple[Microseconds, ...], Meta(max_length=MAX_STAGES)] = ()
+    link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
+
+
+class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """Tail → coordinator: `tokens` are the target's own picks from `start_pos` on; never empty.
+
+    settled: for each token the node that holds it in the tail's cache, or `BASE` where none did yet.
+    num_live, num_stale: nodes of the window that descended from the tail's position, and those that did not.
+    """
+
+    session: SessionBytes
+    epoch: Epoch
+    window: WindowNumber
+    start_pos: Position
+    tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
+    settled: Annotated[tuple[NodeNumber, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
+    num_live: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
+    num_stale: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
+    stage_us: Annotated[tuple[Microseconds, ...], Meta(max_length=MAX_STAGES)] = ()
+    link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """Coordinator → every stage: drop queued windows of epochs below `epoch`."""
+
+    session: SessionBytes
+    epoch: Epoch
+
+
+class CloseSession(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """Coordinator → every stage: free the session's cache now; the session may be opened again at a later epoch only."""
+
+    session: SessionBytes
+    epoch: Epoch
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Stage → coordinator: this session cannot go on here, and why."""
+
+    session: SessionBytes
+    kind: FailureKind
+    text: Annotated[str, Meta(max_length=512)]
+
+
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """Asks for a `Pong` with the same nonce: the round trip of the very stream that windows travel on."""
+
+    nonce: Annotated[int, Meta(ge=0, le=(1 << 62))]
+
+
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """Answer to a `Ping`."""
+
+    nonce: Annotated[int, Meta(ge=0, le=(1 << 62))]
+
+
+Message = Hello | OpenSession | Window | Verdict | Cancel | CloseSession | Failure | Ping | Pong

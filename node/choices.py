@@ -1,0 +1,76 @@
+"""Turns names from flags into implementations: drafters and window policies."""
+
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.model import ModelDrafter
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.models.catalog import CATALOG
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.source import ModelSource, find_model
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.types import Span
+from dsd_p2p.window.analytic import AnalyticPolicy
+from dsd_p2p.window.base import Mode, WindowPolicy
+from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
+from node.config import GenerateConfig
+
+_SYNC_DEPTH = 8
+_TREE_DEPTH, _TREE_WIDTH, _TREE_WINDOW_NODES, _TREE_IN_FLIGHT = 24, 2, 3, 12
+
+
+def make_policy(config: GenerateConfig) -> WindowPolicy:
+    """Return the window policy of `--mode`, `--window` and the window's numbers.
+
+    Raises:
+        ConfigError: there is no such mode or policy.
+    """
+    try:
+        mode = Mode(config.mode)
+    except ValueError as exc:
+        raise ConfigError(f"mode {config.mode!r}: choose one of {', '.join(Mode)}") from exc
+    if mode is Mode.PLAIN:
+        return StaticPolicy(PLAIN)
+    if config.window == "analytic":
+        return AnalyticPolicy(frozenset({mode}))
+    if config.window != "static":
+        raise ConfigError(f"window {config.window!r}: choose static or analytic")
+    if mode is Mode.SYNC:
+        return StaticPolicy(sync_chain(config.depth or _SYNC_DEPTH))
+    return StaticPolicy(
+        continuous_tree(
+            depth=config.depth or _TREE_DEPTH,
+            width=config.width or _TREE_WIDTH,
+            window_nodes=config.window_nodes or _TREE_WINDOW_NODES,
+            max_in_flight=config.in_flight or _TREE_IN_FLIGHT,
+        )
+    )
+
+
+def make_drafter(config: GenerateConfig, target: ModelSource, vocab_size: int, progress: Progress) -> Drafter:
+    """Return the drafter of `--draft`, its model loaded.
+
+    Raises:
+        ConfigError: its vocabulary is not the target's.
+        ModelError: its weights cannot be loaded.
+    """
+    name = config.draft
+    if name == "auto":
+        name = CATALOG[config.model].drafter if config.model in CATALOG else "ngram"
+    if name == "ngram" or config.mode == Mode.PLAIN:
+        return NgramDrafter()
+    if name == "shadow":
+        raise ConfigError("shadow: not yet")
+    source = find_model(name, progress)
+    progress.step(f"load drafter {name}", 0, 0)
+    model = SpanModel(source, _all_layers(source), dtype=config.draft_dtype, device=config.device)
+    if model.shape.vocab_size != vocab_size:
+        raise ConfigError(
+            f"drafter {name} has {model.shape.vocab_size} tokens, the target {vocab_size}: they must share a tokenizer"
+        )
+    return ModelDrafter(model, name)
+
+
+def _all_layers(source: ModelSource) -> Span:
+    from dsd_p2p.models.architecture import read_config
+
+    return Span(0, int(read_config(source.folder).num_hidden_layers))

@@ -1,0 +1,131 @@
+"""`dsd`: one small file that reads flags; each command is imported only when it runs, so that a mistyped flag answers at once."""
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+
+_COMMAND_MODULES = {
+    "models": "node.commands.models",
+    "node": "node.commands.node",
+    "up": "node.commands.up",
+    "generate": "node.commands.generate",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 an error of ours or a peer's, 2 wrong usage, 130 interrupted."""
+    options = vars(_parser().parse_args(arguments))
+    if options.pop("exit_with_parent", False):
+        threading.Thread(target=_exit_when_parent_dies, daemon=True).start()
+    command = str(options.pop("command"))
+    try:
+        return _run(command, {key: value for key, value in options.items() if value is not None})
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(command: str, options: dict[str, object]) -> int:
+    from dsd_p2p.errors import DsdError, PeerError
+
+    try:
+        code: int = import_module(_COMMAND_MODULES[command]).run(options)
+    except DsdError as exc:
+        print(f"dsd {command}: {exc}", file=sys.stderr)
+        return 2 if not isinstance(exc, PeerError) and type(exc).__name__ == "ConfigError" else 1
+    except BaseExceptionGroup as group:
+        known, unknown = group.split((DsdError, KeyboardInterrupt))
+        if unknown is not None:
+            raise
+        first = _first_leaf(known)
+        if isinstance(first, KeyboardInterrupt):
+            return 130
+        print(f"dsd {command}: {first}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _first_leaf(group: BaseException | None) -> BaseException | None:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+def _exit_when_parent_dies() -> None:
+    """Our standard input is a pipe that only the parent holds open: it ends when the parent does, however it dies."""
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dsd", description="Peer-to-peer LLM inference, fast over distance.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    models = commands.add_parser("models", help="list, fetch and locate models")
+    models.add_argument("action", choices=["list", "pull", "path"])
+    models.add_argument("name", nargs="?", help="a catalog name, a folder or a Hugging Face id")
+
+    node = commands.add_parser("node", help="run one stage")
+    _add_model_flags(node)
+    node.add_argument("--span", help="layers FIRST:LAST of this stage (default: all)")
+    node.add_argument("--listen", help="multiaddr to listen on (default /ip4/127.0.0.1/tcp/0)")
+    node.add_argument("--peers", type=_comma_list, help="addresses of other nodes, comma separated")
+    node.add_argument("--identity", help="file of the node's secret, made on first use (default: a new one each run)")
+    node.add_argument("--events", action="store_const", const=True, help="one JSON object per event on stdout")
+    node.add_argument("--exit-with-parent", action="store_true", help="stop when standard input closes")
+
+    up = commands.add_parser("up", help="run a whole swarm on this machine")
+    _add_model_flags(up)
+    up.add_argument("--stages", type=int, help="number of stage processes (default 3)")
+
+    generate = commands.add_parser("generate", help="write text")
+    _add_model_flags(generate)
+    _add_generate_flags(generate)
+    return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
+    parser.add_argument("--model", help="a catalog name, a folder or a Hugging Face id (default smollm2-135m)")
+    parser.add_argument("--dtype", help="float32 (default, exact in every mode), bfloat16 or float16")
+    parser.add_argument("--device", help="torch device (default cpu)")
+    parser.add_argument("--threads", type=int, help="torch threads of a process (default 1)")
+    parser.add_argument("--cache-memory", help="cache of one stage, like 1GB (default)")
+    parser.add_argument("--link", help="emulated one-way latency of every link, like 50ms")
+    parser.add_argument("--rate", help="emulated bandwidth, like 100mbit")
+    parser.add_argument("--jitter", help="emulated jitter, like 5ms")
+
+
+def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stages", type=int, help="start this many stage processes for this answer (default 3)")
+    parser.add_argument("--connect", type=_comma_list, help="use a running swarm: address of one of its nodes")
+    parser.add_argument("--prompt", help="what to answer or continue; - reads standard input")
+    parser.add_argument("--prompt-ids", help="the prompt as token ids, separated by commas")
+    parser.add_argument("--raw", action="store_const", const=True, help="no chat template: continue the prompt")
+    parser.add_argument("--max-tokens", type=int, help="most new tokens (default 128)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--seed", type=int, help="of the sampler (default 0)")
+    parser.add_argument("--mode", choices=["plain", "sync", "continuous"], help="default continuous")
+    parser.add_argument("--draft", help="ngram, shadow, a model, or auto (default)")
+    parser.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
+    parser.add_argument("--window", choices=["static", "analytic"], help="who decides how much to speculate")
+    parser.add_argument("--depth", type=int, help="deepest draft; γ in sync mode")
+    parser.add_argument("--width", type=int, help="children kept of each draft node; 1 is a chain")
+    parser.add_argument("--window-nodes", type=int, help="most nodes a window carries")
+    parser.add_argument("--in-flight", type=int, help="most windows under way")
+    parser.add_argument("--prefill-chunk", type=int, help="prompt tokens a window (default 128)")
+    parser.add_argument("--stall-timeout", help="give a silent chain up after this long (default 60s)")
+    parser.add_argument("--json", action="store_const", const=True, help="print one JSON object instead of text")
+
+
+def _comma_list(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""`dsd up`: a whole swarm on this machine, until Ctrl-C."""
+
+import signal
+import tempfile
+from pathlib import Path
+
+import trio
+
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.source import find_model
+from dsd_p2p.pipeline.engine import open_engine
+from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.transport.libp2p import open_libp2p
+from dsd_p2p.types import PeerId, Span
+from dsd_p2p.wire.codec import MAX_FRAME_BYTES
+from dsd_p2p.wire.version import PROTOCOL_ID
+from node.config import UpConfig, read_config
+from node.console import ConsoleProgress, console
+from node.local_swarm import local_swarm
+
+
+def run(options: dict[str, object]) -> int:
+    """Serve until interrupted."""
+    file = options.pop("config", None)
+    trio.run(_up, read_config(UpConfig, str(file) if file else None, options))
+    return 0
+
+
+async def _up(config: UpConfig) -> None:
+    with ConsoleProgress() as progress:
+        source = find_model(config.model, progress)
+        num_layers = int(read_model_config(source.folder).num_hidden_layers)
+        spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
+        async with local_swarm(config, spans, progress) as addresses:
+            await _introduce(addresses)
+            progress.close()
+            console.print(f"{config.stages} stages of {config.model} are up; Ctrl-C ends them. Use them with")
+            print(f"dsd generate --model {config.model} --connect {addresses[0]} --prompt '...'", flush=True)
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async for _ in signals:
+                    return
+
+
+async def _introduce(addresses: list[str]) -> None:
+    """Tell every node of all the others, so that the address of one is enough."""
+    with tempfile.TemporaryDirectory(prefix="dsd-up-") as scratch:
+        async with (
+            open_libp2p(
+                identity=Path(scratch) / "identity",
+                listen="/ip4/127.0.0.1/tcp/0",
+                protocol=PROTOCOL_ID,
+                max_frame_bytes=MAX_FRAME_BYTES,
+            ) as transport,
+            open_engine(transport, NgramDrafter(), vocab_size=1) as engine,
+        ):
+            await engine.add_stages(addresses)
+            await engine.links.introduce()
+            for info in engine.chain():
+                # Answered after the introduction before it on the same stream.
+                await engine.links.round_trip_s(PeerId(info.peer), timeout_s=10)

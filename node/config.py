@@ -1,0 +1,118 @@
+"""What each command can be told, from a TOML file and from flags; flags beat the file, unknown keys are errors."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.models.catalog import DEFAULT_MODEL
+from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.types import Sampling
+from node import units
+
+Positive = Annotated[int, Meta(ge=1)]
+Config = TypeVar("Config", bound=msgspec.Struct)
+
+
+class LinkFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The emulated link of everything a process sends; the default adds nothing."""
+
+    link: str = "0ms"
+    rate: str = "0mbit"
+    jitter: str = "0ms"
+
+    def link_model(self) -> LinkModel:
+        """Return it in numbers."""
+        return LinkModel(
+            latency_s=units.seconds(self.link),
+            jitter_s=units.seconds(self.jitter),
+            bandwidth_bps=units.bits_per_second(self.rate),
+        )
+
+
+class ModelFlags(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every process that computes needs.
+
+    threads: of torch in one process; more than one slows several processes on the same cores down.
+    cache_memory: for the keys and values of all sessions of a stage.
+    """
+
+    model: str = DEFAULT_MODEL
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: Positive = 1
+    cache_memory: str = "1GB"
+
+
+class NodeConfig(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd node`. An empty span is the whole model; an empty identity is a new one for this run only."""
+
+    span: str = ""
+    listen: str = "/ip4/127.0.0.1/tcp/0"
+    peers: tuple[str, ...] = ()
+    identity: str = ""
+
+
+class SwarmFlags(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A swarm of processes on this machine."""
+
+    stages: Positive = 3
+
+
+class UpConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd up`."""
+
+
+class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd generate`.
+
+    draft: "ngram", "shadow", a model, or "auto": what measured best for the target.
+    depth, width, window_nodes, in_flight: the static window; 0 is the mode's default.
+    """
+
+    connect: tuple[str, ...] = ()
+    draft: str = "auto"
+    draft_dtype: str = "float32"
+    mode: str = "continuous"
+    window: str = "static"
+    depth: Annotated[int, Meta(ge=0, le=256)] = 0
+    width: Annotated[int, Meta(ge=0, le=8)] = 0
+    window_nodes: Annotated[int, Meta(ge=0, le=256)] = 0
+    in_flight: Annotated[int, Meta(ge=0, le=256)] = 0
+    prompt: str = ""
+    prompt_ids: str = ""
+    raw: bool = False
+    max_tokens: Positive = 128
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    prefill_chunk: Annotated[int, Meta(ge=1, le=1024)] = 128
+    stall_timeout: str = "60s"
+    json: bool = False
+
+    def sampling(self) -> Sampling:
+        """Return the sampler's settings."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+
+
+def read_config(kind: type[Config], file: str | None, flags: dict[str, object]) -> Config:
+    """Return the configuration: defaults, then `file`, then `flags` that were given.
+
+    Raises:
+        ConfigError: the file cannot be read, has an unknown key, or a value is out of range.
+    """
+    values: dict[str, object] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(Path(file).read_text())
+        except (OSError, tomllib.TOMLDecodeError) as exc:
+            raise ConfigError(f"config file {file}: {exc}") from exc
+    values |= flags
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{exc}; see `dsd {kind.__name__.removesuffix('Config').lower()} --help`") from exc

@@ -1,0 +1,215 @@
+"""A toy target without a model: its next token is a hash of everything a node attends to.
+
+Its stages keep tokens where a real one keeps keys and values, and see exactly what the masks let them see. So a wrong mask,
+slot, position or epoch changes the text.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dsd_p2p.session.coordinator import Coordinator, Request, Route
+from dsd_p2p.session.effects import Candidate, Draft, Emit, Finish, Replay, Send
+from dsd_p2p.session.slots import CacheEdit, Forward
+from dsd_p2p.session.stage import StageState
+from dsd_p2p.session.tail import TailWalk
+from dsd_p2p.types import PeerId, SessionId, Span
+from dsd_p2p.window.base import Decision
+from dsd_p2p.window.static import StaticPolicy
+from dsd_p2p.window.tracker import Tracker
+from dsd_p2p.wire.messages import Cancel, CloseSession, Hop, OpenSession, Verdict, Window
+
+VOCAB = 7
+SESSION = SessionId(b"toy-sess")
+
+
+def next_token(text: Sequence[int]) -> int:
+    return hashlib.sha256(bytes(text)).digest()[0] % VOCAB
+
+
+def plain_text(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    text = list(prompt)
+    for _ in range(num_tokens):
+        text.append(next_token(text))
+    return text[len(prompt) :]
+
+
+class ToyCache:
+    """Applies edits and passes as a model's cache would."""
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+
+    def edit(self, edit: CacheEdit | None) -> None:
+        if edit is not None:
+            self.slots = self.slots[: edit.num_kept] + [self.slots[i] for i in edit.gathered]
+
+    def run(self, tokens: Sequence[int], forward: Forward) -> list[int]:
+        self.slots += list(tokens)
+        assert forward.mask.shape == (len(tokens), len(self.slots)) == (len(tokens), len(forward.slot_positions))
+        picks = []
+        for row, position in zip(forward.mask, forward.positions, strict=True):
+            seen = np.flatnonzero(row)
+            order = seen[np.argsort(forward.slot_positions[seen])]
+            assert forward.slot_positions[order].tolist() == list(range(position + 1))
+            picks.append(next_token([self.slots[i] for i in order]))
+        if forward.is_causal:
+            assert np.array_equal(forward.mask, np.tril(np.ones_like(forward.mask), len(self.slots) - len(tokens)))
+        return picks
+
+
+class ToyStage:
+    def __init__(self, opened: OpenSession, *, is_tail: bool) -> None:
+        self.state = StageState(epoch=opened.epoch, max_length=opened.max_length, max_slots=4096)
+        self.walk = TailWalk(epoch=opened.epoch, num_given=opened.num_given) if is_tail else None
+        self.cache = ToyCache()
+
+    def window(self, window: Window) -> tuple[Window | None, Verdict | None]:
+        """What a stage does with a window: what it forwards, what the tail answers."""
+        if self.state.is_stale(window):
+            return None, None
+        live = self.walk.live(window) if self.walk else None
+        step = self.state.accept(window, live)
+        assert step is not None
+        self.cache.edit(step.edit)
+        offsets = range(len(window.tokens)) if live is None else live
+        picks = self.cache.run([window.tokens[i] for i in offsets], step.forward) if step.forward else []
+        if self.walk is None:
+            return window, None
+        committed = self.walk.walk(window, list(offsets), picks.__getitem__)
+        if not committed.tokens:
+            return None, None
+        return None, Verdict(
+            session=window.session,
+            epoch=window.epoch,
+            window=window.window,
+            start_pos=committed.start_pos,
+            tokens=tuple(committed.tokens),
+            settled=tuple(committed.settled),
+            num_stale=len(window.tokens) - len(offsets),
+            stage_us=(1000, 1000),
+        )
+
+
+def toy_route(num_stages: int) -> Route:
+    hops = tuple(Hop(peer=f"stage{i}", address="", span=Span(i, i + 1)) for i in range(num_stages))
+    me = Hop(peer="coordinator", address="", span=Span(0, 1))
+    return Route(hops=hops, coordinator=me, model_digest="toy", dtype="float32")
+
+
+Drafts = Callable[[Sequence[int], int], list[Candidate]]
+
+
+class ToyNetwork:
+    """Coordinator and stages with one queue a link; `choose` picks which link delivers next: any interleaving."""
+
+    def __init__(
+        self,
+        *,
+        prompt: Sequence[int],
+        num_tokens: int,
+        num_stages: int,
+        decision: Decision,
+        drafts: Drafts,
+        choose: Callable[[int], int],
+        rng: Callable[[], float] = lambda: 0.5,
+        prefill_chunk: int = 3,
+    ) -> None:
+        self.route = toy_route(num_stages)
+        rng_object = type("Rng", (), {"random": staticmethod(rng)})()
+        self.machine = Coordinator(
+            Request(
+                session=SESSION, prompt=prompt, max_tokens=num_tokens, vocab_size=VOCAB, prefill_chunk=prefill_chunk
+            ),
+            self.route,
+            StaticPolicy(decision),
+            Tracker(),
+            rng_object,
+        )
+        self.drafts = drafts
+        self.choose = choose
+        self.stages: list[ToyStage | None] = [None] * num_stages
+        self.links: dict[tuple[str, str], deque[object]] = {}
+        self.draft: Draft | None = None
+        self.emitted: list[int] = []
+        self.finish: Finish | None = None
+        self.replay: Replay | None = None
+        self.now_s = 0.0
+        self.trace: list[object] = []
+
+    def perform(self, effects: Sequence[object]) -> None:
+        for effect in effects:
+            assert self.finish is None, "nothing follows Finish"
+            self.trace.append(effect)
+            match effect:
+                case Send(to=to, message=message):
+                    source = "windows" if isinstance(message, Window | OpenSession) else "control"
+                    self.links.setdefault((source, to), deque()).append(message)
+                case Draft():
+                    assert self.draft is None, "one draft at a time"
+                    self.draft = effect
+                case Emit(tokens=tokens):
+                    self.emitted += tokens
+                case Replay():
+                    self.replay = effect
+                case Finish():
+                    self.finish = effect
+
+    def step(self) -> bool:
+        """Deliver one message or finish one draft; False when nothing can move."""
+        self.now_s += 0.01
+        ready = [link for link, queue in self.links.items() if queue]
+        num_choices = len(ready) + (self.draft is not None)
+        if self.finish or not num_choices:
+            return False
+        choice = self.choose(num_choices)
+        if choice == len(ready):
+            draft, self.draft = self.draft, None
+            assert draft is not None
+            texts = [[*draft.tokens, *(token for _, token in stem.path)] for stem in draft.stems]
+            self.perform(self.machine.drafted([self.drafts(text, draft.width) for text in texts], self.now_s))
+        else:
+            link = ready[choice]
+            self.deliver(link[1], self.links[link].popleft())
+        return True
+
+    def deliver(self, to: str, message: object) -> None:
+        if to == "coordinator":
+            assert isinstance(message, Verdict)
+            self.perform(self.machine.receive(message, self.now_s))
+            return
+        index = int(to.removeprefix("stage"))
+        is_tail = index == len(self.stages) - 1
+        onward = ("windows", f"stage{index + 1}")
+        stage = self.stages[index]
+        match message:
+            case OpenSession():
+                if stage is None or message.epoch > stage.state.epoch:
+                    self.stages[index] = ToyStage(message, is_tail=is_tail)
+                if not is_tail:
+                    self.links.setdefault(onward, deque()).append(message)
+            case Cancel(epoch=epoch) if stage is not None:
+                stage.state.cancel(epoch)
+            case CloseSession():
+                self.stages[index] = None
+            case Window() if stage is not None:
+                forwarded, verdict = stage.window(message)
+                if forwarded is not None:
+                    self.links.setdefault(onward, deque()).append(forwarded)
+                if verdict is not None:
+                    self.links.setdefault(("verdicts", "coordinator"), deque()).append(verdict)
+            case _:
+                pass
+
+    def run(self, max_steps: int = 200_000) -> list[int]:
+        self.perform(self.machine.start(self.now_s))
+        for _ in range(max_steps):
+            if not self.step():
+                break
+        return self.emitted
+
+
+def peer(index: int) -> PeerId:
+    return PeerId(f"stage{index}")
