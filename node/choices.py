@@ -3,6 +3,7 @@
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.progress import Progress
@@ -59,7 +60,8 @@ def make_drafter(config: GenerateConfig, target: ModelSource, vocab_size: int, p
     if name == "ngram" or config.mode == Mode.PLAIN:
         return NgramDrafter()
     if name == "shadow":
-        raise ConfigError("shadow: not yet")
+        progress.step("load drafter shadow", 0, 0)
+        return make_shadow(target, _all_layers(target).num_layers)
     source = find_model(name, progress)
     progress.step(f"load drafter {name}", 0, 0)
     model = SpanModel(source, _all_layers(source), dtype=config.draft_dtype, device=config.device)

@@ -4,14 +4,19 @@ import math
 import random
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import VOCAB, ToyNetwork, next_token, plain_text
+from toy import SESSION, VOCAB, ToyNetwork, ToyStage, next_token, plain_text, toy_route
 
-from dsd_p2p.session.effects import Candidate, Draft, Send
+from dsd_p2p.errors import CapacityError, DsdError, ModelError, PeerDisconnected, RemoteProtocolError
+from dsd_p2p.session.effects import Candidate, Draft, Emit, Finish, Replay, Send
+from dsd_p2p.session.stage import StageState
+from dsd_p2p.session.tail import TailWalk
+from dsd_p2p.types import Sampling, Span
 from dsd_p2p.window.base import Decision, Mode
 from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
-from dsd_p2p.wire.messages import Window
+from dsd_p2p.wire.messages import BASE, Cancel, CloseSession, Hop, OpenSession, Verdict, Window
 
 DECISIONS = [
     PLAIN,
@@ -65,3 +70,315 @@ def test_every_mode_writes_the_targets_own_text(seed, decision, num_stages, accu
     sent_windows = [e.message for e in network.trace if isinstance(e, Send) and isinstance(e.message, Window)]
     assert [w.window for w in sent_windows] == list(range(len(sent_windows)))
     assert any(isinstance(e, Draft) for e in network.trace) == (decision.mode is not Mode.PLAIN and num_tokens > 1)
+
+
+def network_of(decision: Decision, *, accuracy: float = 0.8, seed: int = 0, num_tokens: int = 30) -> ToyNetwork:
+    rng = random.Random(seed)
+    return ToyNetwork(
+        prompt=[1, 2, 3, 4, 5],
+        num_tokens=num_tokens,
+        num_stages=3,
+        decision=decision,
+        drafts=drafter(accuracy, rng),
+        choose=rng.randrange,
+    )
+
+
+TREE = continuous_tree(depth=12, width=3, window_nodes=4, max_in_flight=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32), decision=st.sampled_from(DECISIONS), data=st.data())
+def test_duplicated_stale_and_reordered_verdicts_change_nothing(seed, decision, data):
+    """Verdicts are delivered in any order, several times, old ones again: no token twice, none lost, it ends."""
+    network = network_of(decision, seed=seed)
+    rng = random.Random(seed)
+    seen: list[Verdict] = []
+    original = network.deliver
+
+    def deliver(to: str, message: object) -> None:
+        if to != "coordinator":
+            original(to, message)
+            return
+        seen.append(message)
+        for verdict in [*rng.sample(seen, k=min(len(seen), rng.randrange(3))), message]:
+            if network.finish is None:
+                before = len(network.machine.tokens)
+                original(to, verdict)
+                assert len(network.machine.tokens) >= before
+
+    network.deliver = deliver
+    assert network.run() == plain_text([1, 2, 3, 4, 5], 30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 2**32), decision=st.sampled_from(DECISIONS))
+def test_duplicated_and_stale_windows_change_nothing_at_the_stages(seed, decision):
+    """A stage that gets a window twice, or one from an earlier epoch again, stays as it was."""
+    network = network_of(decision, seed=seed)
+    rng = random.Random(seed)
+    old: list[Window] = []
+    original = network.deliver
+
+    def deliver(to: str, message: object) -> None:
+        original(to, message)
+        if to != "stage0" or not isinstance(message, Window):
+            return
+        old.append(message)
+        stage = network.stages[0]
+        if stage is not None:
+            assert stage.window(rng.choice(old)) == (None, None)
+
+    network.deliver = deliver
+    assert network.run() == plain_text([1, 2, 3, 4, 5], 30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32), decision=st.sampled_from([PLAIN, sync_chain(4), TREE]))
+def test_hostile_verdicts_are_refused_and_never_emitted(data, seed, decision):
+    """Any verdict a tail can make up is either ignored, refused with its field, or was what the tail would say."""
+    network = network_of(decision, seed=seed)
+    expected = plain_text([1, 2, 3, 4, 5], 30)
+    network.perform(network.machine.start(0.0))
+    for _ in range(data.draw(st.integers(0, 60))):
+        network.step()
+    small = st.integers(0, 60)
+    tokens = tuple(data.draw(st.lists(st.integers(0, VOCAB + 2), min_size=1, max_size=5)))
+    forged = Verdict(
+        session=SESSION,
+        epoch=data.draw(small),
+        window=data.draw(small),
+        start_pos=data.draw(small),
+        tokens=tokens,
+        settled=tuple(data.draw(st.lists(st.integers(-1, 60), min_size=1, max_size=5))),
+    )
+    before = list(network.machine.tokens)
+    try:
+        effects = network.machine.receive(forged, 1.0)
+    except RemoteProtocolError as exc:
+        assert exc.field
+        assert exc.limit
+        return
+    assert network.machine.tokens[: len(before)] == before, "positions only grow"
+    emitted = [token for effect in effects if isinstance(effect, Emit) for token in effect.tokens]
+    assert network.machine.tokens[len(before) :] == emitted
+    assert len(network.emitted) + len(emitted) <= len(expected)
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_hostile_windows_meet_a_typed_error_and_leave_the_stage_sound(data, seed):
+    """Whatever a window claims, a stage refuses it by field, drops it, or runs it with sound masks; then honest ones go on."""
+    network = network_of(TREE, seed=seed)
+    network.perform(network.machine.start(0.0))
+    for _ in range(data.draw(st.integers(2, 50))):
+        network.step()
+    stage = network.stages[data.draw(st.integers(0, 2))]
+    if stage is None:
+        return
+    count = data.draw(st.integers(1, 4))
+    small = st.integers(-1, 40)
+    window = Window(
+        session=SESSION,
+        epoch=max(0, stage.state.epoch + data.draw(st.integers(-1, 2))),
+        window=data.draw(st.integers(0, 200)),
+        root=(max(0, stage.state.epoch + data.draw(st.integers(-1, 1))), data.draw(small)),
+        first_node=max(0, data.draw(small)),
+        tokens=tuple(data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=count, max_size=count))),
+        parents=tuple(data.draw(st.lists(small, min_size=count, max_size=count))),
+        positions=tuple(data.draw(st.lists(st.integers(0, 60), min_size=count, max_size=count))),
+    )
+    try:
+        stage.window(window)
+    except (RemoteProtocolError, CapacityError) as exc:
+        assert str(exc)
+
+
+def open_message(**changes: object) -> OpenSession:
+    values = {
+        "session": SESSION,
+        "epoch": 0,
+        "route": toy_route(1).hops,
+        "coordinator": Hop(peer="coordinator", address="", span=Span(0, 1)),
+        "model_digest": "toy",
+        "dtype": "float32",
+        "sampling": Sampling(),
+        "num_given": 2,
+        "max_length": 20,
+        "idle_timeout_s": 1.0,
+    }
+    return OpenSession(**{**values, **changes})
+
+
+def window(number: int, epoch: int, root: tuple[int, int], first: int, nodes: list[tuple[int, int, int]]) -> Window:
+    tokens, parents, positions = zip(*nodes, strict=True)
+    return Window(
+        session=SESSION,
+        epoch=epoch,
+        window=number,
+        root=root,
+        first_node=first,
+        tokens=tokens,
+        parents=parents,
+        positions=positions,
+    )
+
+
+def test_the_tail_commits_the_correction_and_the_bonus_token():
+    """Two right guesses and a wrong one: three tokens are committed, the third is the target's own."""
+    text = [1, 2]
+    truth = [*text, *plain_text(text, 3)]
+    wrong = (truth[4] + 1) % VOCAB
+    stage = ToyStage(open_message(), is_tail=True)
+    nodes = [(1, BASE, 0), (2, 0, 1), (truth[2], 1, 2), (truth[3], 2, 3), (wrong, 3, 4)]
+    _, verdict = stage.window(window(0, 0, (0, BASE), 0, nodes))
+    assert verdict is not None
+    assert verdict.start_pos == 2
+    assert list(verdict.tokens) == truth[2:5]
+    assert list(verdict.settled) == [2, 3, BASE]
+
+    stage = ToyStage(open_message(), is_tail=True)
+    _, verdict = stage.window(window(0, 0, (0, BASE), 0, nodes[:4]))
+    assert verdict is not None
+    assert list(verdict.tokens) == truth[2:5], "the bonus token comes with a fully accepted window"
+
+
+def test_a_late_sibling_takes_the_walk_on_without_a_new_epoch():
+    text = [1, 2]
+    truth = [*text, *plain_text(text, 3)]
+    wrong = (truth[2] + 1) % VOCAB
+    stage = ToyStage(open_message(), is_tail=True)
+    _, first = stage.window(window(0, 0, (0, BASE), 0, [(1, BASE, 0), (2, 0, 1), (wrong, 1, 2)]))
+    assert first is not None
+    assert list(first.tokens) == truth[2:3]
+    _, stale = stage.window(window(1, 0, (0, 1), 3, [(0, 2, 3)]))
+    assert stale is None, "nothing below the wrong token is worth a verdict"
+    _, second = stage.window(window(2, 0, (0, 1), 4, [(truth[2], 1, 2)]))
+    assert second is not None
+    assert (second.start_pos, list(second.tokens)) == (3, truth[3:4])
+
+
+@pytest.mark.parametrize(
+    ("broken", "field"),
+    [
+        ({"epoch": 3}, "epoch"),
+        ({"first_node": 7}, "first_node"),
+        ({"root": (0, 9)}, "root"),
+        ({"parents": (5,)}, "parent"),
+        ({"positions": (9,)}, "position"),
+        ({"positions": (20,)}, "position"),
+        ({"epoch": 1, "root": (1, 0)}, "first_node"),
+    ],
+)
+def test_a_stage_names_what_is_wrong(broken, field):
+    import msgspec
+
+    state = StageState(epoch=0, max_length=20, max_slots=30)
+    state.accept(window(0, 0, (0, BASE), 0, [(1, BASE, 0), (2, 0, 1)]))
+    with pytest.raises(RemoteProtocolError) as caught:
+        state.accept(msgspec.structs.replace(window(1, 0, (0, 0), 2, [(3, 1, 2)]), **broken))
+    assert caught.value.field == field
+    assert state.accept(window(1, 0, (0, 0), 2, [(3, 1, 2)])) is not None, "an honest window still goes through"
+
+
+def test_a_session_cannot_outgrow_its_slots():
+    state = StageState(epoch=0, max_length=20, max_slots=3)
+    with pytest.raises(CapacityError, match="3 cache slots"):
+        state.accept(window(0, 0, (0, BASE), 0, [(1, BASE, 0), (2, 0, 1), (3, 1, 2), (4, 2, 3)]))
+
+
+def test_cancel_drops_queued_windows_of_older_epochs():
+    state = StageState(epoch=0, max_length=20, max_slots=30)
+    state.accept(window(0, 0, (0, BASE), 0, [(1, BASE, 0), (2, 0, 1)]))
+    state.cancel(1)
+    assert state.is_stale(window(1, 0, (0, 1), 2, [(3, 1, 2)]))
+    opened = state.accept(window(2, 1, (0, 1), 0, [(4, BASE, 2)]))
+    assert opened is not None
+    assert opened.forward is not None
+    assert opened.forward.slot_positions.tolist() == [0, 1, 2]
+
+
+def test_windows_overlap():
+    """The continuous mode's reason to exist: windows leave before the verdicts of earlier ones are back."""
+    network = network_of(TREE, accuracy=1.0)
+    network.perform(network.machine.start(0.0))
+    for _ in range(10):
+        if network.draft is not None:
+            draft, network.draft = network.draft, None
+            texts = [[*draft.tokens, *(token for _, token in stem.path)] for stem in draft.stems]
+            network.perform(network.machine.drafted([network.drafts(t, draft.width) for t in texts], 0.0))
+    assert network.machine.stats.max_windows_in_flight == TREE.max_in_flight
+    assert network.emitted == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    decision=st.sampled_from(DECISIONS),
+    losses=st.lists(st.integers(0, 120), min_size=1, max_size=3),
+)
+def test_a_lost_chain_is_replayed_without_a_wrong_or_repeated_token(seed, decision, losses):
+    network = network_of(decision, seed=seed)
+    network.perform(network.machine.start(0.0))
+    for steps in losses:
+        for _ in range(steps):
+            network.step()
+        if network.finish is not None:
+            break
+        network.perform(network.machine.lost(PeerDisconnected("stage1 died"), network.now_s))
+        assert network.replay is not None
+        network.links.clear()
+        network.stages = [None] * 3
+        network.replay = None
+        network.perform(network.machine.reopen(toy_route(3), network.now_s))
+    while network.step():
+        pass
+    assert network.emitted == plain_text([1, 2, 3, 4, 5], 30)
+
+
+def test_replays_are_bounded():
+    network = network_of(PLAIN)
+    network.perform(network.machine.start(0.0))
+    for _ in range(10):
+        network.perform(network.machine.lost(PeerDisconnected("down"), 0.0))
+        if network.finish is not None:
+            break
+        network.perform(network.machine.reopen(toy_route(3), 0.0))
+    assert network.finish is not None
+    assert isinstance(network.finish.error, PeerDisconnected)
+    assert network.machine.stats.num_replays == 3
+
+
+@pytest.mark.parametrize("error", [CapacityError("full"), ModelError("broken"), RemoteProtocolError("x", 1, "2")])
+def test_what_a_retry_cannot_mend_ends_the_request_at_once(error: DsdError):
+    network = network_of(PLAIN)
+    network.perform(network.machine.start(0.0))
+    effects = network.machine.lost(error, 0.0)
+    assert [type(e.message) for e in effects if isinstance(e, Send)] == [CloseSession] * 3
+    assert isinstance(effects[-1], Finish)
+    assert effects[-1].error is error
+
+
+def test_silence_past_the_deadline_is_a_lost_chain():
+    network = network_of(PLAIN)
+    network.perform(network.machine.start(5.0))
+    assert network.machine.deadline_s == 65.0
+    assert network.machine.expire(64.9) == []
+    assert any(isinstance(effect, Replay) for effect in network.machine.expire(65.0))
+
+
+def test_a_miss_cancels_what_is_in_flight_at_every_stage():
+    network = network_of(
+        continuous_tree(depth=12, width=1, window_nodes=1, max_in_flight=6), accuracy=0.0, num_tokens=10
+    )
+    network.run()
+    cancels = [e for e in network.trace if isinstance(e, Send) and isinstance(e.message, Cancel)]
+    assert {e.to for e in cancels} == {"stage0", "stage1", "stage2"}
+
+
+def test_the_walk_refuses_an_epoch_off_its_path():
+    walk = TailWalk(epoch=0, num_given=1)
+    first = window(0, 0, (0, BASE), 0, [(1, BASE, 0)])
+    walk.walk(first, walk.live(first), lambda _row: 5)
+    with pytest.raises(RemoteProtocolError, match="root"):
+        walk.live(window(1, 1, (0, 3), 0, [(5, BASE, 1)]))

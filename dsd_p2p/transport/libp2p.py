@@ -66,6 +66,21 @@ class _Link:
         self.queue, self.waiting = trio.open_memory_channel[bytes](_QUEUE_FRAMES)
 
 
+class _StreamBuffer:
+    """Cuts a stream into pieces; reads as much as there is, because each read passes through five layers."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+
+    async def take(self, num_bytes: int) -> bytes:
+        while len(self._buffer) < num_bytes:
+            self._buffer += await self._stream.read(_READ_BYTES)
+        piece = bytes(memoryview(self._buffer)[:num_bytes])
+        del self._buffer[:num_bytes]
+        return piece
+
+
 class Libp2pTransport:
     """A `Transport` over a libp2p host; made by `open_libp2p`."""
 
@@ -115,6 +130,8 @@ class Libp2pTransport:
     async def send(self, to: PeerId, frame: bytes) -> None:
         """Queue the frame for the peer's writer."""
         link = self._links.get(to)
+        if link is None and to not in self._inbound:
+            raise PeerDisconnected(f"not connected to {to}")
         try:
             if link is None:
                 with trio.fail_after(_DIAL_TIMEOUT_S):
@@ -177,17 +194,14 @@ class Libp2pTransport:
         peer = PeerId(str(stream.muxed_conn.peer_id))
         self._inbound[peer] = stream
         reason = "closed by the peer"
-        buffer = bytearray()
+        buffer = _StreamBuffer(stream)
         try:
             while True:
-                while len(buffer) < _LENGTH.size or len(buffer) < _LENGTH.size + _LENGTH.unpack_from(buffer)[0]:
-                    if len(buffer) >= _LENGTH.size and _LENGTH.unpack_from(buffer)[0] > self._max_frame_bytes:
-                        reason = f"announced a frame of {_LENGTH.unpack_from(buffer)[0]} bytes"
-                        return
-                    buffer += await stream.read(_READ_BYTES)
-                end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
-                frame = bytes(memoryview(buffer)[_LENGTH.size : end])
-                del buffer[:end]
+                (frame_bytes,) = _LENGTH.unpack(await buffer.take(_LENGTH.size))
+                if frame_bytes > self._max_frame_bytes:
+                    reason = f"announced a frame of {frame_bytes} bytes, {self._max_frame_bytes} are allowed"
+                    return
+                frame = await buffer.take(frame_bytes)
                 pending_bytes = self._pending_bytes.get(peer, 0) + len(frame)
                 if pending_bytes > _MAX_PENDING_BYTES:
                     reason = f"sent {pending_bytes} bytes faster than they were taken"

@@ -1,0 +1,64 @@
+"""Rounds a model's linear layers to int8 and runs them in int8: a third of the time, a quarter of the bytes.
+
+One scale per output channel for the weights. For the activations of a draft step one scale per call; for a prompt one
+per row, because the first tokens' outliers would otherwise cost 7 points of agreement (measured on SmolLM2-135M: 0.945
+against 0.879, docs/benchmarks.md).
+"""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+_ONE_SCALE_ROWS = 16
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with packed int8 weights; takes and returns float32.
+
+    weight: float32 `[out, in]`. bias: float32 `[out]` or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+        rounded = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        with warnings.catch_warnings():
+            # torch calls its quantized tensors deprecated without offering other int8 kernels for the CPU.
+            warnings.simplefilter("ignore")
+            quantized = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
+            self._packed: Any = torch.ops.quantized.linear_prepack(quantized, bias)
+        self._reduce_range = not _has_vnni()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map `[..., in]` to `[..., out]`."""
+        if inputs.shape[-2] <= _ONE_SCALE_ROWS:
+            return self._multiply(inputs)
+        sizes = torch.linalg.vector_norm(inputs, math.inf, dim=-1, keepdim=True).clamp_min(1e-12)
+        return torch.mul(self._multiply(inputs / sizes), sizes)
+
+    def _multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = torch.ops.quantized.linear_dynamic(inputs, self._packed, self._reduce_range)
+        return output
+
+
+def round_linear_layers(model: Any) -> None:
+    """Replace every linear layer of a float32 CPU model, the LM head included, by its `Int8Linear`."""
+    engines = torch.backends.quantized.supported_engines
+    torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else "qnnpack"
+    with torch.inference_mode():
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                model.set_submodule(name, Int8Linear(module.weight, module.bias))
+            elif isinstance(module, Conv1D):
+                model.set_submodule(name, Int8Linear(module.weight.T.contiguous(), module.bias))
+
+
+def _has_vnni() -> bool:
+    """Without these instructions fbgemm's products of two full 8-bit numbers overflow."""
+    check = getattr(torch.cpu, "_is_vnni_supported", None)
+    return bool(check is not None and check())

@@ -1,0 +1,100 @@
+"""Every family, split and speculated upon, writes what transformers writes with the whole model in one piece."""
+
+import random
+
+import pytest
+import reference
+import torch
+from families import FAMILIES, NUM_LAYERS, VOCAB
+from safetensors import safe_open
+from swarms import load_stages, model_swarm
+
+from dsd_p2p.drafting.model import ModelDrafter
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.models.progress import NoProgress
+from dsd_p2p.models.source import find_model
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.session.slots import SlotTable
+from dsd_p2p.types import Span
+from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
+
+DECISIONS = {
+    "plain": PLAIN,
+    "sync": sync_chain(4),
+    "chain": continuous_tree(depth=8, width=1, window_nodes=2, max_in_flight=4),
+    "tree": continuous_tree(depth=8, width=3, window_nodes=5, max_in_flight=4),
+}
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(2, VOCAB), k=length)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_all_modes_and_drafters_write_the_unsplit_models_text(tiny, family, num_stages):
+    folder = tiny(family)
+    source = find_model(str(folder), NoProgress())
+    stages = load_stages(source, num_stages)
+    itself = ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself")
+    other = ModelDrafter(SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS)), "other")
+    prompt = prompt_of(11)
+    expected = reference.greedy(folder, prompt, 24)
+    for drafter in (NgramDrafter(), itself, other):
+        async with model_swarm(stages, drafter) as swarm:
+            for name, decision in DECISIONS.items():
+                tokens, generation = await swarm.write(prompt, 24, decision)
+                assert tokens == expected, (drafter.name, name)
+                if drafter is itself and name == "sync":
+                    assert generation.stats.num_epochs == 5, "the target drafting for itself: 24 tokens, five a window"
+            await swarm.all_closed()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_window_gives_each_node_the_logits_of_its_own_path(tiny, family):
+    folder = tiny(family)
+    model = SpanModel(find_model(str(folder), NoProgress()), Span(0, NUM_LAYERS))
+    text = prompt_of(23, seed=1)
+    nodes = prompt_of(9, seed=2)
+    parents = [None, None, 100, 100, 101, 102, 104, 105, 105]
+    depths = [0, 0, 1, 1, 1, 2, 2, 3, 3]
+    slots, cache = SlotTable(), model.new_cache(64)
+    prefix = slots.append(range(23), [None, *range(22)], range(23))
+    model.views(cache, prefix, text, [])
+    slots.settle(22)
+    forward = slots.append(range(100, 109), parents, [23 + depth for depth in depths])
+    views = model.views(cache, forward, nodes, range(9))
+    for index, view in enumerate(views):
+        path: list[int] = []
+        at: int | None = 100 + index
+        while at is not None:
+            path.insert(0, nodes[at - 100])
+            at = parents[at - 100]
+        expected = reference.logits(folder, [*text, *path])[-1]
+        assert torch.allclose(view.row, expected, atol=1e-4), (index, (view.row - expected).abs().max())
+
+    # Committing 100 → 103 and going on from there moves keys and values to other slots.
+    edit = slots.settle(103)
+    assert edit is not None
+    cache.edit(edit)
+    last = slots.append([200], [None], [25])
+    row = model.views(cache, last, [7], [0])[0].row
+    expected = reference.logits(folder, [*text, nodes[0], nodes[3], 7])[-1]
+    assert torch.allclose(row, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stage_loads_only_its_own_tensors(tiny, family):
+    source = find_model(str(tiny(family)), NoProgress())
+    with safe_open(source.file("model.safetensors"), "pt") as weights:
+        file_bytes = sum(weights.get_tensor(name).nbytes for name in weights.keys())  # noqa: SIM118
+    stages = load_stages(source, 4)
+    sizes = [stage.weight_bytes for stage in stages]
+    assert max(sizes) < file_bytes / 2
+    is_tied = stages[0].model.config.tie_word_embeddings
+    embedding_bytes = VOCAB * 64 * 4
+    # Together they hold every tensor once; a tied embedding is needed at both ends.
+    assert sum(sizes) == file_bytes + (embedding_bytes if is_tied else 0)
+    names = {name for stage in stages for name, _ in stage.model.named_parameters()}
+    assert not any("meta" in str(p.device) for stage in stages for p in stage.model.parameters())
+    assert names
