@@ -46,7 +46,7 @@ class MemorySwarm:
         options = GenerateOptions(max_tokens=num_tokens, sampling=sampling or Sampling())
         with trio.fail_after(120):
             async with self.engine.generate(prompt, options, StaticPolicy(decision)) as generation:
-                tokens = [token async for token in generation.tokens()]
+                tokens = [token async for token in generation]
         return tokens, generation
 
     async def all_closed(self) -> None:

@@ -23,7 +23,7 @@ from dsd_p2p.session.coordinator import Coordinator, Route
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, TokenId
-from dsd_p2p.wire.messages import Failure, FailureKind, Verdict
+from dsd_p2p.wire.messages import CloseSession, Failure, FailureKind, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class RequestDriver:
         self.inbox, self._events = trio.open_memory_channel[Event](inbox_size)
         self._pending: deque[Effect] = deque()
         self.finish: Finish | None = None
+        self._scope = trio.CancelScope()
+        self._is_over = trio.Event()
 
     def involves(self, peer: PeerId) -> bool:
         """True when `peer` is a stage of the present chain: nobody else has a say in this request."""
@@ -79,16 +81,22 @@ class RequestDriver:
 
     async def run(self, output: trio.MemorySendChannel[tuple[TokenId, ...]]) -> None:
         """Generate, sending each batch of committed tokens to `output`; closes it. Cancelling frees the stages' caches."""
-        async with trio.open_nursery() as nursery:
-            with output:
-                try:
+        try:
+            with self._scope, output:
+                async with trio.open_nursery() as nursery:
                     self._pending.extend(self._machine.start(trio.current_time()))
                     while await self._perform(output, nursery):
                         event = await self._next_event()
                         self._pending.extend(self._tell(event))
-                finally:
-                    await self._stop()
-            nursery.cancel_scope.cancel()
+                    nursery.cancel_scope.cancel()
+        finally:
+            await self._close_stages()
+            self._is_over.set()
+
+    async def stop(self) -> None:
+        """End the request if it still goes on; returns once nothing of it runs."""
+        self._scope.cancel()
+        await self._is_over.wait()
 
     async def _next_event(self) -> Event | None:
         with trio.move_on_at(self._machine.deadline_s):
@@ -108,7 +116,7 @@ class RequestDriver:
             case Drafted(children=children):
                 return self._machine.drafted(children, now_s)
             case Failure():
-                return self._machine.lost(_error_of(event), now_s)
+                return self._machine.failed(event.epoch, _error_of(event), now_s)
             case Lost(peer=peer) if not self.involves(peer):
                 return []
             case Lost(peer=peer, reason=reason):
@@ -128,7 +136,9 @@ class RequestDriver:
                     except PeerError as exc:
                         self._pending.extend(self._machine.lost(exc, trio.current_time()))
                 case Emit(tokens=tokens):
-                    await output.send(tokens)
+                    # A reader that has gone stops us by `stop`; until then nobody misses these.
+                    with suppress(trio.BrokenResourceError):
+                        await output.send(tokens)
                 case Draft() as draft if self._is_instant_drafter:
                     children = self._drafter.expand(draft)
                     self._pending.extend(self._machine.drafted(children, trio.current_time()))
@@ -153,11 +163,11 @@ class RequestDriver:
             result = Rerouted(route=None, error=exc)
         await self.inbox.send(result)
 
-    async def _stop(self) -> None:
+    async def _close_stages(self) -> None:
         """Close the session at every stage, also when we are cancelled."""
         with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_TIMEOUT_S):
             for effect in [*self._pending, *self._machine.stop()]:
-                if isinstance(effect, Send):
+                if isinstance(effect, Send) and isinstance(effect.message, CloseSession):
                     with suppress(PeerError):
                         await self._links.send(effect.to, effect.message)
 

@@ -3,7 +3,8 @@
 import logging
 import random
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -42,27 +43,35 @@ class GenerateOptions:
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """One request under way: iterate over `batches`, then read the rest."""
+    """One request under way: iterate over it for its tokens, then read the rest."""
 
     batches: trio.MemoryReceiveChannel[tuple[TokenId, ...]]
+    waiting: deque[TokenId] = field(default_factory=deque)
     stats: RequestStats
     machine: Coordinator
     driver: RequestDriver
     started_at_s: float
     arrivals: list[tuple[float, int]] = field(default_factory=list)
 
-    async def tokens(self) -> AsyncGenerator[TokenId]:
-        """Yield the committed tokens as they come.
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> TokenId:
+        """Return the next committed token.
 
         Raises:
-            DsdError: what ended the request; everything yielded before stands.
+            DsdError: what ended the request; everything returned before stands.
         """
-        async for batch in self.batches:
+        if not self.waiting:
+            try:
+                batch = await self.batches.receive()
+            except trio.EndOfChannel:
+                if self.finish is not None and self.finish.error is not None:
+                    raise self.finish.error from None
+                raise StopAsyncIteration from None
             self.arrivals.append((trio.current_time(), len(batch)))
-            for token in batch:
-                yield token
-        if self.finish is not None and self.finish.error is not None:
-            raise self.finish.error
+            self.waiting.extend(batch)
+        return self.waiting.popleft()
 
     @property
     def finish(self) -> Finish | None:
@@ -78,8 +87,9 @@ class Generation:
 class Engine:
     """A coordinator: knows stages, drafts, streams. Made by `open_engine`."""
 
-    def __init__(self, links: PeerLinks, drafter: Drafter, vocab_size: int) -> None:
+    def __init__(self, links: PeerLinks, drafter: Drafter, vocab_size: int, nursery: trio.Nursery) -> None:
         self.links = links
+        self._nursery = nursery
         self._drafter = drafter
         self._vocab_size = vocab_size
         self._drivers: dict[bytes, RequestDriver] = {}
@@ -179,18 +189,20 @@ class Engine:
         )
         self._drivers[session] = driver
         output, batches = trio.open_memory_channel[tuple[TokenId, ...]](_OUTPUT_BATCHES)
+        # In the engine's nursery, so that the caller's own errors do not come out wrapped in a group.
+        self._nursery.start_soon(driver.run, output)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(driver.run, output)
-                yield Generation(
-                    batches=batches,
-                    stats=machine.stats,
-                    machine=machine,
-                    driver=driver,
-                    started_at_s=trio.current_time(),
-                )
-                nursery.cancel_scope.cancel()
+            yield Generation(
+                batches=batches,
+                stats=machine.stats,
+                machine=machine,
+                driver=driver,
+                started_at_s=trio.current_time(),
+            )
         finally:
+            batches.close()
+            with trio.CancelScope(shield=True):
+                await driver.stop()
             del self._drivers[session]
             drafting.close()
 
@@ -223,8 +235,8 @@ class Engine:
 async def open_engine(transport: Transport, drafter: Drafter, vocab_size: int) -> AsyncIterator[Engine]:
     """Run a coordinator on `transport`."""
     me = PeerInfo(peer=transport.peer, addresses=transport.addresses)
-    engine = Engine(PeerLinks(transport, me), drafter, vocab_size)
     async with trio.open_nursery() as nursery:
+        engine = Engine(PeerLinks(transport, me), drafter, vocab_size, nursery)
         nursery.start_soon(engine.receive)
         yield engine
         nursery.cancel_scope.cancel()

@@ -129,7 +129,9 @@ class PeerLinks:
         """Tell the peer what it did wrong and drop it."""
         logger.warning("peer dropped peer=%s error=%s", peer, error)
         with suppress(PeerError), trio.move_on_after(1):
-            await self.send(peer, Failure(session=NO_SESSION, kind=FailureKind.PROTOCOL, text=str(error)[:512]))
+            await self.send(
+                peer, Failure(session=NO_SESSION, epoch=0, kind=FailureKind.PROTOCOL, text=str(error)[:512])
+            )
         await self.transport.disconnect(peer, str(error))
 
     async def _is_handled(self, sender: PeerId, message: Message) -> bool:

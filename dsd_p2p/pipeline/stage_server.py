@@ -137,7 +137,7 @@ class StageServer:
         self._clock = clock
         self._model_in_use = trio.Lock()
         self._sessions: dict[bytes, _Session] = {}
-        self._closed: OrderedDict[bytes, int] = OrderedDict()
+        self._closed: OrderedDict[tuple[str, bytes], int] = OrderedDict()
 
     @property
     def num_sessions(self) -> int:
@@ -162,10 +162,11 @@ class StageServer:
     async def _dispatch(self, event: Arrived, nursery: trio.Nursery) -> None:
         match event.message:
             case OpenSession() as opened:
+                index = self._check_sender(opened, event.sender)
                 try:
-                    session = self._accept(opened, event.sender)
-                except (CapacityError, ModelError, PeerError) as exc:
-                    await self._report(PeerId(opened.coordinator.peer), opened.session, exc)
+                    session = self._accept(opened, index)
+                except (CapacityError, ModelError, RemoteProtocolError) as exc:
+                    await self._report(opened, exc)
                     return
                 if session is not None:
                     nursery.start_soon(self._serve, session)
@@ -177,17 +178,17 @@ class StageServer:
             case CloseSession(session=name, epoch=epoch):
                 if (owned := self._owned(name, event.sender)) is not None:
                     owned.end()
-                self._remember_closed(name, epoch)
+                self._remember_closed(event.sender, name, epoch)
             case Failure() as failure:
                 logger.warning("peer reports peer=%s kind=%s text=%s", event.sender, failure.kind, failure.text)
             case other:
                 raise RemoteProtocolError("message", type(other).__name__, "one that a stage takes")
 
-    def _accept(self, opened: OpenSession, sender: PeerId) -> _Session | None:
+    def _accept(self, opened: OpenSession, index: int) -> _Session | None:
         """Check an `OpenSession` and reserve what it needs; None when the coordinator closed it already."""
-        if opened.epoch <= self._closed.get(opened.session, -1):
+        if opened.epoch <= self._closed.get((opened.coordinator.peer, opened.session), -1):
             return None
-        index = self._check_route(opened, sender)
+        self._check_route(opened, index)
         if opened.model_digest != self._me.model_digest or opened.dtype != self._me.dtype:
             raise ModelError(
                 f"this stage holds {self._me.model_name} {self._me.model_digest[:12]} {self._me.dtype}, asked for "
@@ -210,7 +211,7 @@ class StageServer:
         put, take = trio.open_memory_channel[tuple[Window, bytes]](self._limits.max_queued_windows)
         session = _Session(
             opened=opened,
-            previous=sender,
+            previous=_previous(opened, index),
             onward=None if is_tail else opened.route[index + 1],
             state=StageState(epoch=opened.epoch, max_length=opened.max_length, max_slots=max_slots),
             walk=TailWalk(epoch=opened.epoch, num_given=opened.num_given) if is_tail else None,
@@ -222,22 +223,22 @@ class StageServer:
         self._sessions[opened.session] = session
         return session
 
-    def _check_route(self, opened: OpenSession, sender: PeerId) -> int:
-        """Return this stage's index in the route."""
-        route, me = opened.route, self._me
-        mine = [index for index, hop in enumerate(route) if hop.peer == me.peer]
+    def _check_sender(self, opened: OpenSession, sender: PeerId) -> int:
+        """Return this stage's index in the route; whoever sends it must stand before us there."""
+        mine = [index for index, hop in enumerate(opened.route) if hop.peer == self._me.peer]
         if len(mine) != 1:
-            raise RemoteProtocolError("route", [hop.peer for hop in route], f"{me.peer} exactly once")
-        index = mine[0]
+            raise RemoteProtocolError("route", [hop.peer for hop in opened.route], f"{self._me.peer} exactly once")
+        if sender != _previous(opened, mine[0]):
+            raise RemoteProtocolError("sender", sender, f"{_previous(opened, mine[0])}, the stage before in the route")
+        return mine[0]
+
+    def _check_route(self, opened: OpenSession, index: int) -> None:
+        route, me = opened.route, self._me
         if route[index].span != self._span:
             raise RemoteProtocolError("span", str(route[index].span), f"this stage's {self._span}")
         bounds = [0, *(hop.span.last for hop in route)]
         if [hop.span.first for hop in route] != bounds[:-1] or bounds[-1] != me.num_layers:
             raise RemoteProtocolError("route spans", [str(hop.span) for hop in route], f"layers 0..{me.num_layers}")
-        previous = route[index - 1].peer if index else opened.coordinator.peer
-        if sender != previous:
-            raise RemoteProtocolError("sender", sender, f"{previous}, the stage before in the route")
-        return index
 
     def _enqueue(self, window: Window, event: Arrived) -> None:
         session = self._sessions.get(window.session)
@@ -290,8 +291,8 @@ class StageServer:
                 del self._sessions[session.opened.session]
             logger.info("session closed session=%s error=%s", session.opened.session.hex(), session.error)
         if session.error is not None:
-            self._remember_closed(session.opened.session, session.opened.epoch)
-            await self._report(session.coordinator, session.opened.session, session.error)
+            self._remember_closed(session.coordinator, session.opened.session, session.opened.epoch)
+            await self._report(session.opened, session.error)
 
     async def _open_onward(self, session: _Session) -> None:
         onward = session.onward
@@ -366,17 +367,23 @@ class StageServer:
             return payload
         return b"".join(payload[offset * row_bytes : (offset + 1) * row_bytes] for offset in live)
 
-    def _remember_closed(self, name: bytes, epoch: int) -> None:
+    def _remember_closed(self, coordinator: str, name: bytes, epoch: int) -> None:
         """A close can overtake the open that travels down the chain: an `OpenSession` up to this epoch is ignored."""
-        self._closed[name] = max(epoch, self._closed.get(name, -1))
-        self._closed.move_to_end(name)
+        key = (coordinator, name)
+        self._closed[key] = max(epoch, self._closed.get(key, -1))
+        self._closed.move_to_end(key)
         while len(self._closed) > _MAX_CLOSED_REMEMBERED:
             self._closed.popitem(last=False)
 
-    async def _report(self, coordinator: PeerId, session: bytes, error: DsdError) -> None:
-        logger.warning("session failed session=%s error=%s", session.hex(), error)
+    async def _report(self, opened: OpenSession, error: DsdError) -> None:
+        logger.warning("session failed session=%s error=%s", opened.session.hex(), error)
+        failure = Failure(session=opened.session, epoch=opened.epoch, kind=_kind(error), text=str(error)[:512])
         with suppress(PeerError), trio.move_on_after(_CONNECT_TIMEOUT_S):
-            await self._links.send(coordinator, Failure(session=session, kind=_kind(error), text=str(error)[:512]))
+            await self._links.send(PeerId(opened.coordinator.peer), failure)
+
+
+def _previous(opened: OpenSession, index: int) -> PeerId:
+    return PeerId(opened.route[index - 1].peer if index else opened.coordinator.peer)
 
 
 def _measured(window: Window, session: _Session, seconds: float) -> Window:

@@ -105,6 +105,7 @@ class Coordinator:
         self.stats = RequestStats()
         self.decision = policy.decide(tracker.observe())
         self._epoch = -1
+        self._opened_epoch = 0
         self._next_node = 0
         self._next_window = 0
         self._wire_root = (0, BASE)
@@ -178,6 +179,10 @@ class Coordinator:
         self._route = route
         self._is_waiting_for_chain = False
         return [*self._open(now_s), *self._pump(now_s)]
+
+    def failed(self, epoch: int, error: DsdError, now_s: float) -> list[Effect]:
+        """A stage gave up the session it had opened at `epoch`; what it says of an earlier opening is old news."""
+        return self.lost(error, now_s) if epoch >= self._opened_epoch else []
 
     def chain_not_found(self, error: DsdError, now_s: float) -> list[Effect]:
         """There was no chain to go on with: try again later, or finish."""
@@ -386,6 +391,7 @@ class Coordinator:
     def _open(self, now_s: float) -> list[Effect]:
         """Open the session at a new epoch and send everything committed except the root, in chunks."""
         self._raise_epoch()
+        self._opened_epoch = self._epoch
         self._in_flight.clear()
         self._wire_root = (self._epoch, BASE)
         self._progress_at_s = now_s

@@ -130,9 +130,10 @@ class CloseSession(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """Stage → coordinator: this session cannot go on here, and why."""
+    """Stage → coordinator: the session opened at `epoch` cannot go on here, and why."""
 
     session: SessionBytes
+    epoch: Epoch
     kind: FailureKind
     text: Annotated[str, Meta(max_length=512)]
 

@@ -5,7 +5,7 @@ import secrets
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -119,12 +119,11 @@ def _check_digest(engine: Engine, source: ModelSource) -> None:
 async def _stream(generation: Generation, text: TextCodec, *, is_quiet: bool) -> list[TokenId]:
     tokens: list[TokenId] = []
     streamer = text.streamer()
-    async with aclosing(generation.tokens()) as stream:
-        async for token in stream:
-            tokens.append(token)
-            if not is_quiet:
-                sys.stdout.write(streamer.step(token))
-                sys.stdout.flush()
+    async for token in generation:
+        tokens.append(token)
+        if not is_quiet:
+            sys.stdout.write(streamer.step(token))
+            sys.stdout.flush()
     return tokens
 
 

@@ -1,0 +1,107 @@
+"""The toy target of `toy.py` as the span of a stage server: hidden states are eight bytes, the token itself."""
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from toy import VOCAB, ToyCache, next_token
+
+from dsd_p2p.errors import CapacityError, RemoteProtocolError
+from dsd_p2p.session.slots import CacheEdit, Forward
+from dsd_p2p.types import Span
+
+ROW = struct.Struct("<q")
+
+
+class ToySpanCache(ToyCache):
+    def __init__(self, model: "ToySpanModel") -> None:
+        super().__init__()
+        self._model = model
+        self._is_free = False
+
+    def edit(self, edit: CacheEdit) -> None:
+        super().edit(edit)
+
+    def free(self) -> None:
+        if not self._is_free:
+            self._is_free = True
+            self._model.num_caches -= 1
+
+
+class ToyView:
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def argmax(self) -> int:
+        return self._token
+
+    def logits(self) -> np.ndarray:
+        return np.eye(VOCAB, dtype=np.float32)[self._token]
+
+
+class ToySpanModel:
+    """Counts what it is asked to do."""
+
+    def __init__(self, span: Span, num_layers: int, max_caches: int = 1000) -> None:
+        self.is_head = span.first == 0
+        self.is_tail = span.last == num_layers
+        self.num_caches = 0
+        self.num_passes = 0
+        self.before_pass = lambda: None
+        self._max_caches = max_caches
+
+    def new_cache(self, max_slots: int) -> ToySpanCache:
+        if self.num_caches >= self._max_caches:
+            raise CapacityError("the toy's memory is full: raise --cache-memory")
+        self.num_caches += 1
+        return ToySpanCache(self)
+
+    def _tokens(self, inputs: Sequence[int] | bytes, num_nodes: int) -> list[int]:
+        if not isinstance(inputs, bytes):
+            tokens = list(inputs)
+        elif len(inputs) != num_nodes * ROW.size:
+            raise RemoteProtocolError("hidden states", len(inputs), f"{num_nodes * ROW.size} bytes")
+        else:
+            tokens = [value for (value,) in ROW.iter_unpack(inputs)]
+        if not all(0 <= token < VOCAB for token in tokens):
+            raise RemoteProtocolError("token", tokens, f"0..{VOCAB - 1}")
+        return tokens
+
+    def _run(self, cache: ToySpanCache, forward: Forward, inputs: Sequence[int] | bytes) -> tuple[list[int], list[int]]:
+        tokens = self._tokens(inputs, len(forward.positions))
+        self.before_pass()
+        self.num_passes += 1
+        return tokens, cache.run(tokens, forward)
+
+    def hidden(self, cache: ToySpanCache, forward: Forward, inputs: Sequence[int] | bytes) -> bytes:
+        tokens, _ = self._run(cache, forward, inputs)
+        return b"".join(ROW.pack(token) for token in tokens)
+
+    def views(
+        self, cache: ToySpanCache, forward: Forward, inputs: Sequence[int] | bytes, rows: Sequence[int]
+    ) -> list[ToyView]:
+        _, picks = self._run(cache, forward, inputs)
+        return [ToyView(picks[row]) for row in rows]
+
+
+class ToyDrafter:
+    """Drafts the truth first with a given accuracy, in a thread like a model."""
+
+    name = "toy"
+
+    def __init__(self, drafts, *, is_instant: bool = True) -> None:
+        self._drafts = drafts
+        self.is_instant = is_instant
+
+    def open(self, max_length: int) -> "ToyDrafter":
+        return self
+
+    def expand(self, draft):
+        texts = [[*draft.tokens, *(token for _, token in stem.path)] for stem in draft.stems]
+        return [self._drafts(text, draft.width) for text in texts]
+
+    def close(self) -> None:
+        pass
+
+
+__all__ = ["ROW", "ToyDrafter", "ToySpanModel", "next_token"]
