@@ -19,14 +19,14 @@ _SYNC_DEPTH = 8
 _TREE_DEPTH, _TREE_WIDTH, _TREE_WINDOW_NODES, _TREE_IN_FLIGHT = 24, 2, 3, 12
 
 
-def make_policy(config: GenerateConfig) -> WindowPolicy:
-    """Return the window policy of `--mode`, `--window` and the window's numbers.
+def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolicy:
+    """Return the window policy of `--mode` (or of `mode`), `--window` and the window's numbers.
 
     Raises:
         ConfigError: there is no such mode or policy.
     """
     try:
-        mode = Mode(config.mode)
+        mode = mode or Mode(config.mode)
     except ValueError as exc:
         raise ConfigError(f"mode {config.mode!r}: choose one of {', '.join(Mode)}") from exc
     if mode is Mode.PLAIN:

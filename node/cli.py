@@ -12,6 +12,7 @@ _COMMAND_MODULES = {
     "node": "node.commands.node",
     "up": "node.commands.up",
     "generate": "node.commands.generate",
+    "demo": "node.commands.demo",
 }
 
 
@@ -84,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="write text")
     _add_model_flags(generate)
     _add_generate_flags(generate)
+
+    demo = commands.add_parser("demo", help="write one answer plain and speculative, and compare")
+    _add_model_flags(demo)
+    _add_generate_flags(demo)
     return parser
 
 

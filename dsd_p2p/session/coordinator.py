@@ -74,6 +74,7 @@ class RequestStats:
     num_draft_steps: int = 0
     num_drafted_nodes: int = 0
     num_replays: int = 0
+    num_verdicts: int = 0
     max_windows_in_flight: int = 0
     link_bytes: int = 0
     draft_s: float = 0.0
@@ -357,6 +358,7 @@ class Coordinator:
         for flight in self._in_flight:
             if flight.window == verdict.window:
                 self._tracker.verdict(num_nodes=flight.num_nodes, traversal_s=now_s - flight.sent_at_s, stage_s=stage_s)
+                self.stats.num_verdicts += 1
                 totals = self.stats.stage_s or [0.0] * len(stage_s)
                 self.stats.stage_s = [a + b for a, b in zip(totals, stage_s, strict=False)]
                 self.stats.num_stale_nodes += verdict.num_stale

@@ -1,20 +1,17 @@
 """`dsd up`: a whole swarm on this machine, until Ctrl-C."""
 
 import signal
-import tempfile
-from pathlib import Path
 
 import trio
 
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.source import find_model
+from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import open_engine
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.transport.libp2p import open_libp2p
 from dsd_p2p.types import PeerId, Span
-from dsd_p2p.wire.codec import MAX_FRAME_BYTES
-from dsd_p2p.wire.version import PROTOCOL_ID
+from node.client import coordinator_transport
 from node.config import UpConfig, read_config
 from node.console import ConsoleProgress, console
 from node.local_swarm import local_swarm
@@ -44,18 +41,12 @@ async def _up(config: UpConfig) -> None:
 
 async def _introduce(addresses: list[str]) -> None:
     """Tell every node of all the others, so that the address of one is enough."""
-    with tempfile.TemporaryDirectory(prefix="dsd-up-") as scratch:
-        async with (
-            open_libp2p(
-                identity=Path(scratch) / "identity",
-                listen="/ip4/127.0.0.1/tcp/0",
-                protocol=PROTOCOL_ID,
-                max_frame_bytes=MAX_FRAME_BYTES,
-            ) as transport,
-            open_engine(transport, NgramDrafter(), vocab_size=1) as engine,
-        ):
-            await engine.add_stages(addresses)
-            await engine.links.introduce()
-            for info in engine.chain():
-                # Answered after the introduction before it on the same stream.
-                await engine.links.round_trip_s(PeerId(info.peer), timeout_s=10)
+    async with (
+        coordinator_transport(LinkModel()) as transport,
+        open_engine(transport, NgramDrafter(), vocab_size=1) as engine,
+    ):
+        await engine.add_stages(addresses)
+        await engine.links.introduce()
+        for info in engine.chain():
+            # Answered after the introduction before it on the same stream.
+            await engine.links.round_trip_s(PeerId(info.peer), timeout_s=10)
