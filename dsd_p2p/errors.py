@@ -54,3 +54,10 @@ class PeerDisconnected(PeerError):  # noqa: N818 - reads as the event it reports
 
 class PeerTimeout(PeerError):  # noqa: N818 - reads as the event it reports
     """A peer did not answer before the deadline."""
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return the first error inside nested exception groups, or `error` itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,11 +1,11 @@
 """`dsd`: one small file that reads flags; each command is imported only when it runs, so that a mistyped flag answers at once."""
 
 import argparse
-import os
 import sys
-import threading
 from collections.abc import Sequence
 from importlib import import_module
+
+from dsd_p2p.errors import ConfigError, DsdError, first_cause
 
 _COMMAND_MODULES = {
     "models": "node.commands.models",
@@ -19,46 +19,20 @@ _COMMAND_MODULES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an error of ours or a peer's, 2 wrong usage, 130 interrupted."""
     options = vars(_parser().parse_args(arguments))
-    if options.pop("exit_with_parent", False):
-        threading.Thread(target=_exit_when_parent_dies, daemon=True).start()
     command = str(options.pop("command"))
     try:
-        return _run(command, {key: value for key, value in options.items() if value is not None})
-    except KeyboardInterrupt:
-        return 130
-
-
-def _run(command: str, options: dict[str, object]) -> int:
-    from dsd_p2p.errors import DsdError, PeerError
-
-    try:
-        code: int = import_module(_COMMAND_MODULES[command]).run(options)
-    except DsdError as exc:
-        print(f"dsd {command}: {exc}", file=sys.stderr)
-        return 2 if not isinstance(exc, PeerError) and type(exc).__name__ == "ConfigError" else 1
-    except BaseExceptionGroup as group:
-        known, unknown = group.split((DsdError, KeyboardInterrupt))
-        if unknown is not None:
-            raise
-        first = _first_leaf(known)
-        if isinstance(first, KeyboardInterrupt):
-            return 130
-        print(f"dsd {command}: {first}", file=sys.stderr)
-        return 1
+        given = {key: value for key, value in options.items() if value is not None}
+        code: int = import_module(_COMMAND_MODULES[command]).run(given)
+    except (DsdError, KeyboardInterrupt, BaseExceptionGroup) as exc:
+        match first_cause(exc):
+            case KeyboardInterrupt():
+                return 130
+            case DsdError() as cause:
+                print(f"dsd {command}: {cause}", file=sys.stderr)
+                return 2 if isinstance(cause, ConfigError) else 1
+            case _:
+                raise
     return code
-
-
-def _first_leaf(group: BaseException | None) -> BaseException | None:
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group
-
-
-def _exit_when_parent_dies() -> None:
-    """Our standard input is a pipe that only the parent holds open: it ends when the parent does, however it dies."""
-    while os.read(0, 4096):
-        pass
-    os._exit(0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,8 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     node.add_argument("--listen", help="multiaddr to listen on (default /ip4/127.0.0.1/tcp/0)")
     node.add_argument("--peers", type=_comma_list, help="addresses of other nodes, comma separated")
     node.add_argument("--identity", help="file of the node's secret, made on first use (default: a new one each run)")
-    node.add_argument("--events", action="store_const", const=True, help="one JSON object per event on stdout")
-    node.add_argument("--exit-with-parent", action="store_true", help="stop when standard input closes")
+    node.add_argument("--exit-with-parent", action="store_const", const=True, help="stop when standard input closes")
 
     up = commands.add_parser("up", help="run a whole swarm on this machine")
     _add_model_flags(up)

@@ -1,9 +1,14 @@
-"""What a node process tells the process that started it, one JSON object a line on standard output."""
+"""What node processes tell the process that started them, one JSON object a line on standard output."""
 
-import sys
-from typing import Any
+import os
 
 import msgspec
+
+
+class Started(msgspec.Struct, tag="started"):
+    """The process exists."""
+
+    pid: int
 
 
 class Loading(msgspec.Struct, tag="loading"):
@@ -21,25 +26,33 @@ class Ready(msgspec.Struct, tag="ready"):
 
 
 class Failed(msgspec.Struct, tag="failed"):
-    """The node could not start; it exits."""
+    """The node could not start, or has ended."""
 
     text: str
 
 
-NodeEvent = Loading | Ready | Failed
-
-_decoder: msgspec.json.Decoder[NodeEvent] = msgspec.json.Decoder(NodeEvent)
+NodeEvent = Started | Loading | Ready | Failed
 
 
-def report(event: NodeEvent) -> None:
-    """Print the event."""
-    sys.stdout.write(msgspec.json.encode(event).decode() + "\n")
-    sys.stdout.flush()
+class Report(msgspec.Struct):
+    """An event and the number of the node it is about."""
+
+    index: int
+    event: NodeEvent
 
 
-def parse(line: bytes) -> Any:
-    """Return the event of a line, None when it is none."""
-    try:
-        return _decoder.decode(line)
-    except msgspec.DecodeError:
-        return None
+_decoder = msgspec.json.Decoder(Report)
+
+
+def report(index: int, event: NodeEvent) -> None:
+    """Write the event in one piece, so that several processes may share the pipe."""
+    os.write(1, msgspec.json.encode(Report(index=index, event=event)) + b"\n")
+
+
+def parse(line: bytes) -> Report:
+    """Return the report of a line.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    return _decoder.decode(line)

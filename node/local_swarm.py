@@ -1,16 +1,19 @@
-"""A swarm of `dsd node` processes on this machine, ended with the block that started them."""
+"""A swarm of node processes on this machine, ended with the block that started them."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
+import msgspec
 import trio
 
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.types import Span
-from node.config import SwarmFlags
+from node.config import NodeConfig, SwarmFlags
 from node.events import Failed, Loading, Ready, parse
 
 _START_TIMEOUT_S = 180.0
@@ -21,81 +24,79 @@ _STOP_TIMEOUT_S = 5.0
 async def local_swarm(config: SwarmFlags, spans: Sequence[Span], progress: Progress) -> AsyncIterator[list[str]]:
     """Start one process per span; yields their addresses, in order, once all of them serve.
 
-    A child that dies later is seen by whoever talks to it. Children end with the block, and also when this process is killed:
-    each watches its standard input, a pipe whose other end is ours.
+    One that dies later is seen by whoever talks to it. All end with the block, and also when this process is killed: each watches
+    its standard input, a pipe whose other end is ours.
 
     Raises:
-        ModelError: a child could not start: says why.
+        ModelError: one of them could not start: says why.
     """
-    processes: list[trio.Process] = []
+    nodes = [_node_config(config, span) for span in spans]
+    # A session of their own: Ctrl-C reaches only us, and we end them.
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "node.stage_processes"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
-        for span in spans:
-            processes.append(await _start(config, span))
-        addresses: list[str] = [""] * len(spans)
+        assert process.stdin is not None
+        await process.stdin.send_all(msgspec.json.encode(nodes) + b"\n")
         with trio.move_on_after(_START_TIMEOUT_S) as scope:
-            async with trio.open_nursery() as nursery:
-                for index, process in enumerate(processes):
-                    nursery.start_soon(_wait_ready, process, index, addresses, progress)
+            addresses = await _all_ready(process, len(nodes), progress)
         if scope.cancelled_caught:
-            raise ModelError(f"a stage did not start within {_START_TIMEOUT_S:g} s: is the machine out of memory?")
+            raise ModelError(f"the stages did not start within {_START_TIMEOUT_S:g} s: is the machine out of memory?")
         yield addresses
     finally:
-        await _stop(processes)
+        await _stop(process)
 
 
-async def _start(config: SwarmFlags, span: Span) -> trio.Process:
-    flags = {
-        "model": config.model,
-        "dtype": config.dtype,
-        "device": config.device,
-        "threads": str(config.threads),
-        "cache-memory": config.cache_memory,
-        "link": config.link,
-        "rate": config.rate,
-        "jitter": config.jitter,
-        "span": f"{span.first}:{span.last}",
-    }
-    command = [sys.executable, "-m", "node.cli", "node", "--events", "--exit-with-parent"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
-    # Its own session: Ctrl-C reaches only us, and we end the children.
-    return await trio.lowlevel.open_process(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
+def _node_config(config: SwarmFlags, span: Span) -> NodeConfig:
+    shared = {name: getattr(config, name) for name in SwarmFlags.__struct_fields__ if name != "stages"}
+    return NodeConfig(span=f"{span.first}:{span.last}", **shared)
 
 
-async def _wait_ready(process: trio.Process, index: int, addresses: list[str], progress: Progress) -> None:
+async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) -> list[str]:
     assert process.stdout is not None
+    addresses: dict[int, str] = {}
     buffer = b""
-    while True:
+    while len(addresses) < num_nodes:
         chunk = await process.stdout.receive_some()
         if not chunk:
-            code = await process.wait()
-            raise ModelError(f"stage {index} ended with exit code {code} before it was ready: see its message above")
+            raise ModelError("the stage processes ended before they were ready: see their messages above")
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
-            match parse(line):
+            report = parse(line)
+            match report.event:
                 case Loading(what=what):
-                    progress.step(f"stage {index}: {what}", 0, 0)
+                    progress.step(f"stage {report.index}: {what}", 0, 0)
                 case Ready(address=address):
-                    progress.step(f"stage {index}: ready", 1, 1)
-                    addresses[index] = address
-                    return
+                    progress.step(f"stage {report.index}: ready", 1, 1)
+                    addresses[report.index] = address
                 case Failed(text=text):
-                    raise ModelError(f"stage {index}: {text}")
+                    raise ModelError(f"stage {report.index}: {text}")
+                case _:
+                    pass
+    return [addresses[index] for index in range(num_nodes)]
 
 
-async def _stop(processes: Sequence[trio.Process]) -> None:
+async def _stop(process: trio.Process) -> None:
+    """Ask the whole session to stop, then make it."""
     with trio.CancelScope(shield=True):
-        for process in processes:
-            process.terminate()
-        with trio.move_on_after(_STOP_TIMEOUT_S):
-            for process in processes:
-                await process.wait()
-        for process in processes:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with suppress(OSError):
-                        await pipe.aclose()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with trio.move_on_after(_STOP_TIMEOUT_S):
+                await _session_gone(process)
+                break
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    await pipe.aclose()
+
+
+async def _session_gone(process: trio.Process) -> None:
+    """The pipe ends when the last process that can write to it has."""
+    assert process.stdout is not None
+    while await process.stdout.receive_some():
+        pass
+    await process.wait()

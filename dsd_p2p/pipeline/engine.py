@@ -90,7 +90,7 @@ class Engine:
     def __init__(self, links: PeerLinks, drafter: Drafter, vocab_size: int, nursery: trio.Nursery) -> None:
         self.links = links
         self._nursery = nursery
-        self._drafter = drafter
+        self.drafter = drafter
         self._vocab_size = vocab_size
         self._drivers: dict[bytes, RequestDriver] = {}
         self._addresses: set[str] = set()
@@ -179,12 +179,12 @@ class Engine:
         )
         tracker = self._trackers.setdefault(tuple(hop.peer for hop in route.hops), Tracker())
         machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
-        drafting = self._drafter.open(len(prompt) + options.max_tokens)
+        drafting = self.drafter.open(len(prompt) + options.max_tokens)
         driver = RequestDriver(
             machine,
             self.links,
             drafting,
-            is_instant_drafter=self._drafter.is_instant,
+            is_instant_drafter=self.drafter.is_instant,
             find_route=self._find_route,
         )
         self._drivers[session] = driver

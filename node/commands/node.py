@@ -2,39 +2,40 @@
 
 import logging
 import sys
+from collections.abc import Callable
 
 import trio
 
-from dsd_p2p.errors import DsdError
+from dsd_p2p.errors import DsdError, first_cause
 from dsd_p2p.models.source import find_model
 from node.config import NodeConfig, read_config
 from node.console import ConsoleProgress, console
 from node.daemon import run_node
-from node.events import Failed, Loading, NodeEvent, Ready, report
+from node.events import Failed, Loading, NodeEvent, Ready
+from node.stage_processes import watch_parent
 
 
 def run(options: dict[str, object]) -> int:
     """Serve until stopped."""
-    has_parent = bool(options.pop("events", False))
+    if options.pop("exit_with_parent", False):
+        watch_parent()
     file = options.pop("config", None)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    return serve(read_config(NodeConfig, str(file) if file else None, options), _tell_user)
+
+
+def serve(config: NodeConfig, report: Callable[[NodeEvent], None]) -> int:
+    """Serve until stopped; what keeps the node from it is reported. Returns the exit code."""
+    logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="%(levelname)s %(name)s %(message)s")
     try:
-        config = read_config(NodeConfig, str(file) if file else None, options)
         with ConsoleProgress() as progress:
             source = find_model(config.model, progress)
-        trio.run(run_node, config, source, report if has_parent else _tell_user)
+        trio.run(run_node, config, source, report)
     except (DsdError, BaseExceptionGroup) as exc:
-        if has_parent:
-            report(Failed(text=_text(exc)))
-            return 1
-        raise
+        if not isinstance(cause := first_cause(exc), DsdError):
+            raise
+        report(Failed(text=str(cause)))
+        return 1
     return 0
-
-
-def _text(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return str(error)
 
 
 def _tell_user(event: NodeEvent) -> None:
@@ -45,4 +46,6 @@ def _tell_user(event: NodeEvent) -> None:
             console.print(f"serving layers {span} at")
             print(address, flush=True)
         case Failed(text=text):
-            console.print(text)
+            print(f"dsd node: {text}", file=sys.stderr)
+        case _:
+            pass
