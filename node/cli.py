@@ -13,6 +13,7 @@ _COMMAND_MODULES = {
     "up": "node.commands.up",
     "generate": "node.commands.generate",
     "demo": "node.commands.demo",
+    "bench": "node.commands.bench",
 }
 
 
@@ -62,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="write one answer plain and speculative, and compare")
     _add_model_flags(demo)
     _add_generate_flags(demo)
+
+    bench = commands.add_parser("bench", help="measure and write a receipt to docs/benchmarks")
+    bench.add_argument("what", choices=["overhead", "distance"])
+    bench.add_argument("--rounds", type=int, help="repetitions of every arm (default 5)")
+    _add_model_flags(bench)
+    _add_generate_flags(bench)
     return parser
 
 

@@ -29,7 +29,7 @@ from dsd_p2p.wire.version import PROTOCOL_ID
 from node import units
 from node.choices import make_drafter
 from node.config import GenerateConfig
-from node.local_swarm import local_swarm
+from node.local_swarm import LocalNode, local_swarm
 from node.text import TextCodec, parse_ids
 
 
@@ -42,16 +42,22 @@ class Client:
     text: TextCodec
     drafter: Drafter
     prompt: list[TokenId]
+    nodes: list[LocalNode]
 
     async def write(
-        self, policy: WindowPolicy, show: Callable[[str], None] | None = None
+        self,
+        policy: WindowPolicy,
+        show: Callable[[str], None] | None = None,
+        prompt: list[TokenId] | None = None,
     ) -> tuple[list[TokenId], dict[str, object]]:
-        """Write the answer, handing its text to `show` as it comes; returns the new tokens and the run's statistics.
+        """Write the answer to the client's prompt or to `prompt`, handing its text to `show` as it comes.
+
+        Returns the new tokens and the run's statistics.
 
         Raises:
             DsdError: what ended it.
         """
-        config = self.config
+        config, prompt = self.config, prompt or self.prompt
         options = GenerateOptions(
             max_tokens=config.max_tokens,
             sampling=config.sampling(),
@@ -61,12 +67,12 @@ class Client:
         )
         tokens: list[TokenId] = []
         streamer = self.text.streamer()
-        async with self.engine.generate(self.prompt, options, policy) as generation:
+        async with self.engine.generate(prompt, options, policy) as generation:
             async for token in generation:
                 tokens.append(token)
                 if show is not None:
                     show(streamer.step(token))
-        return tokens, summarise(generation, self.drafter.name, len(self.prompt), len(tokens))
+        return tokens, summarise(generation, self.drafter.name, len(prompt), len(tokens))
 
 
 @asynccontextmanager
@@ -83,16 +89,17 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     prompt = _prompt(config, text)
     vocab_size = int(model_config.vocab_size)
     async with AsyncExitStack() as stack:
-        addresses = list(config.connect)
+        addresses, nodes = list(config.connect), []
         if not addresses:
             spans = [Span(*bounds) for bounds in even_spans(int(model_config.num_hidden_layers), config.stages)]
-            addresses = await stack.enter_async_context(local_swarm(config, spans, progress))
+            nodes = await stack.enter_async_context(local_swarm(config, spans, progress))
+            addresses = [node.address for node in nodes]
         drafter = make_drafter(config, source, vocab_size, progress)
         transport = await stack.enter_async_context(coordinator_transport(config.link_model()))
         engine = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
         await engine.add_stages(addresses)
         _check_model(engine, source, config.dtype)
-        yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt)
+        yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt, nodes=nodes)
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 
 import msgspec
 import trio
@@ -14,15 +15,24 @@ from dsd_p2p.errors import ModelError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.types import Span
 from node.config import NodeConfig, SwarmFlags
-from node.events import Failed, Loading, Ready, parse
+from node.events import Failed, Loading, Ready, Started, parse
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalNode:
+    """One process of the swarm."""
+
+    address: str
+    pid: int
+    weight_bytes: int
+
+
 @asynccontextmanager
-async def local_swarm(config: SwarmFlags, spans: Sequence[Span], progress: Progress) -> AsyncIterator[list[str]]:
-    """Start one process per span; yields their addresses, in order, once all of them serve.
+async def local_swarm(config: SwarmFlags, spans: Sequence[Span], progress: Progress) -> AsyncIterator[list[LocalNode]]:
+    """Start one process per span; yields them, in order, once all of them serve.
 
     One that dies later is seen by whoever talks to it. All end with the block, and also when this process is killed: each watches
     its standard input, a pipe whose other end is ours.
@@ -42,10 +52,10 @@ async def local_swarm(config: SwarmFlags, spans: Sequence[Span], progress: Progr
         assert process.stdin is not None
         await process.stdin.send_all(msgspec.json.encode(nodes) + b"\n")
         with trio.move_on_after(_START_TIMEOUT_S) as scope:
-            addresses = await _all_ready(process, len(nodes), progress)
+            local_nodes = await _all_ready(process, len(nodes), progress)
         if scope.cancelled_caught:
             raise ModelError(f"the stages did not start within {_START_TIMEOUT_S:g} s: is the machine out of memory?")
-        yield addresses
+        yield local_nodes
     finally:
         await _stop(process)
 
@@ -55,11 +65,12 @@ def _node_config(config: SwarmFlags, span: Span) -> NodeConfig:
     return NodeConfig(span=f"{span.first}:{span.last}", **shared)
 
 
-async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) -> list[str]:
+async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) -> list[LocalNode]:
     assert process.stdout is not None
-    addresses: dict[int, str] = {}
+    pids: dict[int, int] = {}
+    ready: dict[int, LocalNode] = {}
     buffer = b""
-    while len(addresses) < num_nodes:
+    while len(ready) < num_nodes:
         chunk = await process.stdout.receive_some()
         if not chunk:
             raise ModelError("the stage processes ended before they were ready: see their messages above")
@@ -69,14 +80,14 @@ async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) 
             match report.event:
                 case Loading(what=what):
                     progress.step(f"stage {report.index}: {what}", 0, 0)
-                case Ready(address=address):
+                case Started(pid=pid):
+                    pids[report.index] = pid
+                case Ready(address=address, weight_bytes=weight_bytes):
                     progress.step(f"stage {report.index}: ready", 1, 1)
-                    addresses[report.index] = address
+                    ready[report.index] = LocalNode(address=address, pid=pids[report.index], weight_bytes=weight_bytes)
                 case Failed(text=text):
                     raise ModelError(f"stage {report.index}: {text}")
-                case _:
-                    pass
-    return [addresses[index] for index in range(num_nodes)]
+    return [ready[index] for index in range(num_nodes)]
 
 
 async def _stop(process: trio.Process) -> None:

@@ -42,11 +42,11 @@ async def write_all(config, num_layers, vocab_size, requests):
     answers = []
     with trio.fail_after(280):
         async with (
-            local_swarm(config, spans, NoProgress()) as addresses,
+            local_swarm(config, spans, NoProgress()) as nodes,
             coordinator_transport(LinkModel()) as transport,
             open_engine(transport, NgramDrafter(), vocab_size) as engine,
         ):
-            await engine.add_stages(addresses)
+            await engine.add_stages([node.address for node in nodes])
             for drafter, decision, prompt, num_tokens, sampling in requests:
                 engine.drafter = drafter
                 options = GenerateOptions(max_tokens=num_tokens, sampling=sampling)

@@ -8,7 +8,6 @@ from families import VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.stats import chisquare
 from swarms import load_stages, model_swarm
 from test_families import DECISIONS, prompt_of
 
@@ -29,6 +28,15 @@ class Row:
 
     def logits(self):
         return self._logits
+
+
+# Chi-square values that a true sampler exceeds once in ten thousand draws, by degrees of freedom (any statistics table).
+CRITICAL = {1: 15.14, 2: 18.42, 5: 25.74}
+
+
+def deviates(counts, expected):
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return statistic > CRITICAL[len(counts) - 1]
 
 
 def softmax(scores):
@@ -61,7 +69,7 @@ def test_the_picks_are_distributed_as_the_target(sampling, kept, vary):
         counts[verifier.pick(Row(logits), position)] += 1
     expected = softmax(scores) * num_draws
     assert counts[expected == 0].sum() == 0
-    assert chisquare(counts[kept], expected[kept]).pvalue > 1e-4
+    assert not deviates(counts[kept], expected[kept])
 
 
 def test_the_chi_square_test_can_fail():
@@ -70,7 +78,7 @@ def test_the_chi_square_test_can_fail():
     counts = np.zeros(6)
     for seed in range(20_000):
         counts[ExactVerifier(Sampling(temperature=1.0, seed=seed)).pick(Row(logits), 7)] += 1
-    assert chisquare(counts, softmax(logits / 1.1) * 20_000).pvalue < 1e-4
+    assert deviates(counts, softmax(logits / 1.1) * 20_000)
 
 
 def philox_words(key: tuple[int, int], count: int) -> list[int]:

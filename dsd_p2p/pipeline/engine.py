@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import trio
 
 from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.errors import ConfigError, PeerError, RemoteProtocolError
+from dsd_p2p.errors import ConfigError, PeerDisconnected, PeerError, RemoteProtocolError
 from dsd_p2p.pipeline.driver import RequestDriver
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.placement.chain import choose_chain
@@ -19,7 +19,7 @@ from dsd_p2p.session.coordinator import Coordinator, Request, RequestStats, Rout
 from dsd_p2p.session.effects import Finish
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Sampling, SessionId, Span, TokenId
-from dsd_p2p.window.base import Decision, WindowPolicy
+from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.messages import Failure, Hop, Verdict
 
@@ -121,6 +121,13 @@ class Engine:
         """
         return choose_chain(info for peer, info in self.links.known.items() if peer in self.links.connected)
 
+    def observe(self) -> Observation:
+        """Return what is measured of the present chain and drafter."""
+        return self._tracker(self._route()).observe()
+
+    def _tracker(self, route: Route) -> Tracker:
+        return self._trackers.setdefault((self.drafter.name, *(hop.peer for hop in route.hops)), Tracker())
+
     async def _find_route(self) -> Route:
         """Reconnect to what is gone and choose a chain."""
         for info in list(self.links.known.values()):
@@ -129,7 +136,10 @@ class Engine:
                     await self.links.connect(info.addresses[0], _CONNECT_TIMEOUT_S / 4)
                 except PeerError as exc:
                     logger.warning("peer not reachable peer=%s error=%s", info.peer, exc)
-        return self._route()
+        try:
+            return self._route()
+        except ConfigError as exc:
+            raise PeerDisconnected(f"a stage is gone: {exc}") from exc
 
     def _route(self) -> Route:
         chain = self.chain()
@@ -177,8 +187,7 @@ class Engine:
             prefill_chunk=options.prefill_chunk,
             stall_timeout_s=options.stall_timeout_s,
         )
-        tracker = self._trackers.setdefault(tuple(hop.peer for hop in route.hops), Tracker())
-        machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
+        machine = Coordinator(request, route, policy, self._tracker(route), random.Random(secrets.randbits(64)))  # noqa: S311
         drafting = self.drafter.open(len(prompt) + options.max_tokens)
         driver = RequestDriver(
             machine,

@@ -29,7 +29,8 @@ async def _up(config: UpConfig) -> None:
         source = find_model(config.model, progress)
         num_layers = int(read_model_config(source.folder).num_hidden_layers)
         spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
-        async with local_swarm(config, spans, progress) as addresses:
+        async with local_swarm(config, spans, progress) as nodes:
+            addresses = [node.address for node in nodes]
             await _introduce(addresses)
             progress.close()
             console.print(f"{config.stages} stages of {config.model} are up; Ctrl-C ends them. Use them with")

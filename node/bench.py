@@ -1,0 +1,68 @@
+"""Measurements with a receipt: interleaved arms, medians with their spread, what machine and commit."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from node.console import console
+
+RECEIPTS = Path("docs/benchmarks")
+
+
+class Sample(msgspec.Struct):
+    """Median and range of one arm's repetitions."""
+
+    median: float
+    low: float
+    high: float
+    values: list[float]
+
+
+def sample(values: Sequence[float]) -> Sample:
+    """Return the median and range of `values`."""
+    return Sample(median=median(values), low=min(values), high=max(values), values=list(values))
+
+
+def machine() -> dict[str, object]:
+    """Return what a reader needs to judge a timing."""
+    cpu = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def write_receipt(name: str, seed: int, results: dict[str, object], machine_before: dict[str, object]) -> Path:
+    """Write `docs/benchmarks/NAME.json` and return its path."""
+    receipt = {
+        "benchmark": name,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "seed": seed,
+        "machine": machine_before,
+        "results": results,
+    }
+    RECEIPTS.mkdir(parents=True, exist_ok=True)
+    path = RECEIPTS / f"{name}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(receipt), indent=1) + b"\n")
+    console.print(f"receipt: {path}")
+    return path
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed command
+    return result.stdout.strip() or "unknown"
