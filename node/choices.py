@@ -16,7 +16,8 @@ from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_cha
 from node.config import GenerateConfig
 
 _SYNC_DEPTH = 8
-_TREE_DEPTH, _TREE_WIDTH, _TREE_WINDOW_NODES, _TREE_IN_FLIGHT = 24, 2, 3, 12
+_DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 24, 1, 4, 6
+# Where processes share cores a wide tree costs more drafting than its hits give back (docs/benchmarks.md).
 
 
 def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolicy:
@@ -39,10 +40,10 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
         return StaticPolicy(sync_chain(config.depth or _SYNC_DEPTH))
     return StaticPolicy(
         continuous_tree(
-            depth=config.depth or _TREE_DEPTH,
-            width=config.width or _TREE_WIDTH,
-            window_nodes=config.window_nodes or _TREE_WINDOW_NODES,
-            max_in_flight=config.in_flight or _TREE_IN_FLIGHT,
+            depth=config.depth or _DEPTH,
+            width=config.width or _WIDTH,
+            window_nodes=config.window_nodes or _WINDOW_NODES,
+            max_in_flight=config.in_flight or _IN_FLIGHT,
         )
     )
 

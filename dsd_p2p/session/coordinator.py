@@ -258,7 +258,8 @@ class Coordinator:
             _, _, node = heapq.heappop(heap)
             chosen.append(node)
             for child in node.children.values():
-                heapq.heappush(heap, (-child.path_logprob, child.key, child))
+                if self._is_likely(child):
+                    heapq.heappush(heap, (-child.path_logprob, child.key, child))
         assert root.number is not None or chosen[0] is root
         return chosen
 
@@ -268,8 +269,19 @@ class Coordinator:
         return (
             node
             for node in self._tree.nodes()
-            if node.number is None and node.parent is not None and node.parent.number is not None
+            if node.number is None
+            and node.parent is not None
+            and node.parent.number is not None
+            and self._is_likely(node)
         )
+
+    def _is_likely(self, node: DraftNode) -> bool:
+        """True when the node is worth a place now; it may become so later, when the root has moved towards it."""
+        return node.path_logprob >= self._min_logprob
+
+    @property
+    def _min_logprob(self) -> float:
+        return math.log(self.decision.min_path_prob) if self.decision.min_path_prob else -math.inf
 
     def _has_unsent(self) -> bool:
         return any(True for _ in self._sendable())
@@ -298,11 +310,10 @@ class Coordinator:
         decision = self.decision
         # A node at the last position but one yields the last token: nothing deeper is of use.
         last_position = min(self._tree.root.position + decision.depth, self._end - 2)
-        min_logprob = math.log(decision.min_path_prob) if decision.min_path_prob else -math.inf
         open_nodes = [
             node
             for node in self._tree.nodes()
-            if not node.is_expanded and node.position < last_position and node.path_logprob >= min_logprob
+            if not node.is_expanded and node.position < last_position and self._is_likely(node)
         ]
         return heapq.nsmallest(decision.expand_nodes, open_nodes, key=lambda node: (-node.path_logprob, node.key))
 

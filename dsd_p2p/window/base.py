@@ -28,7 +28,7 @@ class Decision:
     window_nodes: most nodes one window carries.
     max_in_flight: most windows without a verdict.
     max_nodes: most nodes below the root, sent or not.
-    min_path_prob: a node less likely than this is not expanded.
+    min_path_prob: a node less likely than this, seen from the root, is neither expanded nor sent for now.
     reason: for people, in a few words.
     """
 

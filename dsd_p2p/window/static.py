@@ -2,6 +2,9 @@
 
 from dsd_p2p.window.base import Decision, Mode, Observation
 
+_MAX_TREE_NODES = 512
+"""Bounds memory only: what is worth a place is decided by its path's probability."""
+
 PLAIN = Decision(mode=Mode.PLAIN, reason="asked for")
 
 
@@ -16,11 +19,11 @@ def continuous_tree(*, depth: int, width: int, window_nodes: int, max_in_flight:
         mode=Mode.CONTINUOUS,
         depth=depth,
         width=width,
-        expand_nodes=1 if width == 1 else window_nodes,
+        expand_nodes=1 if width == 1 else max(1, window_nodes // 2),
         window_nodes=window_nodes,
         max_in_flight=max_in_flight,
-        max_nodes=window_nodes * (max_in_flight + 1),
-        min_path_prob=0.0 if width == 1 else 0.01,
+        max_nodes=depth if width == 1 else _MAX_TREE_NODES,
+        min_path_prob=0.0 if width == 1 else 0.02,
         reason="asked for",
     )
 

@@ -147,8 +147,9 @@ async def _distance(config: GenerateConfig, rounds: int) -> dict[str, object]:
         "plain": StaticPolicy(PLAIN),
         "sync chain 4": StaticPolicy(sync_chain(4)),
         "sync chain 8": StaticPolicy(sync_chain(8)),
-        "continuous chain": StaticPolicy(continuous_tree(depth=24, width=1, window_nodes=2, max_in_flight=8)),
-        "continuous tree": make_policy(config, Mode.CONTINUOUS),
+        "sync chain 12": StaticPolicy(sync_chain(12)),
+        "continuous chain": make_policy(config, Mode.CONTINUOUS),
+        "continuous tree": StaticPolicy(continuous_tree(depth=24, width=2, window_nodes=8, max_in_flight=4)),
     }
     speeds: dict[str, list[float]] = {name: [] for name in arms}
     lengths: dict[str, list[float]] = {name: [] for name in arms}
@@ -156,7 +157,7 @@ async def _distance(config: GenerateConfig, rounds: int) -> dict[str, object]:
     with ConsoleProgress() as progress:
         async with open_client(config, progress) as client:
             progress.close()
-            await client.write(arms["continuous tree"])
+            await client.write(arms["continuous chain"])
             for round_number in range(rounds):
                 prompt = client.text.encode(_PROMPTS[round_number % len(_PROMPTS)], is_raw=False)
                 answers = set()
