@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.source import find_model
 from dsd_p2p.types import TokenId
 from dsd_p2p.window.analytic import predicted_tokens_per_s
-from dsd_p2p.window.base import Decision, Mode, WindowPolicy
+from dsd_p2p.window.base import Decision, Mode, Observation, WindowPolicy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
 from node.bench import machine, sample, write_receipt
 from node.choices import make_policy
-from node.client import Client, open_client
+from node.client import open_client
 from node.config import GenerateConfig, read_config
 from node.console import ConsoleProgress, console
 
@@ -168,7 +169,8 @@ async def _distance(config: GenerateConfig, rounds: int) -> dict[str, object]:
                     lengths[name].append(_number(stats["mean_accepted_length"]))
                 if len(answers) != 1:
                     raise LocalProtocolError("two arms wrote different tokens")
-            predicted = _predict(client, arms)
+            observation = client.engine.observe()
+            predicted = _predict(observation, arms)
     ratios = {
         name: [speed / plain for speed, plain in zip(values, speeds["plain"], strict=True)]
         for name, values in speeds.items()
@@ -196,12 +198,12 @@ async def _distance(config: GenerateConfig, rounds: int) -> dict[str, object]:
         "ratio_to_plain": {name: sample(values) for name, values in ratios.items()},
         "mean_accepted_length": {name: sample(values) for name, values in lengths.items()},
         "predicted_tokens_per_s": predicted,
+        "observation": asdict(observation),
     }
 
 
-def _predict(client: Client, arms: dict[str, WindowPolicy]) -> dict[str, float]:
+def _predict(observation: Observation, arms: dict[str, WindowPolicy]) -> dict[str, float]:
     """What the latency model says of each arm, from the costs and agreement measured in these very runs."""
-    observation = client.engine.observe()
     decisions: dict[str, Decision] = {name: policy.decide(observation) for name, policy in arms.items()}
     return {name: predicted_tokens_per_s(decision, observation) for name, decision in decisions.items()}
 
