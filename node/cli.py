@@ -1,6 +1,7 @@
 """`dsd`: one small file that reads flags; each command is imported only when it runs, so that a mistyped flag answers at once."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,9 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an error of ours or a peer's, 2 wrong usage, 130 interrupted."""
     options = vars(_parser().parse_args(arguments))
     command = str(options.pop("command"))
+    given = {key: value for key, value in options.items() if value is not None}
+    # An interrupt while modules load can vanish in one of Python's own callbacks; nothing is to be cleaned up yet, so die at once.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    module = import_module(_COMMAND_MODULES[command])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        given = {key: value for key, value in options.items() if value is not None}
-        code: int = import_module(_COMMAND_MODULES[command]).run(given)
+        code: int = module.run(given)
     except (DsdError, KeyboardInterrupt, BaseExceptionGroup) as exc:
         match first_cause(exc):
             case KeyboardInterrupt():

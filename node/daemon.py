@@ -85,8 +85,7 @@ def _warm_up(model: SpanModel) -> None:
     for num_nodes in _WARM_UP_NODES:
         cache = model.new_cache(num_nodes)
         forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
-        itemsize = torch.empty(0, dtype=model.torch_dtype).element_size()
-        inputs = [0] * num_nodes if model.is_head else bytes(num_nodes * model.shape.hidden_size * itemsize)
+        inputs = [0] * num_nodes if model.is_head else bytes(num_nodes * model.row_bytes)
         if model.is_tail:
             model.views(cache, forward, inputs, range(num_nodes))
         else:

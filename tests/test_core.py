@@ -273,7 +273,7 @@ def test_a_late_sibling_takes_the_walk_on_without_a_new_epoch():
 def test_a_stage_names_what_is_wrong(broken, field):
     import msgspec
 
-    state = StageState(epoch=0, max_length=20, max_slots=30)
+    state = StageState(epoch=0, max_length=20, max_speculative=30)
     state.accept(window(0, 0, (0, BASE), 0, [(1, BASE, 0), (2, 0, 1)]))
     with pytest.raises(RemoteProtocolError) as caught:
         state.accept(msgspec.structs.replace(window(1, 0, (0, 0), 2, [(3, 1, 2)]), **broken))
@@ -282,13 +282,13 @@ def test_a_stage_names_what_is_wrong(broken, field):
 
 
 def test_a_session_cannot_outgrow_its_slots():
-    state = StageState(epoch=0, max_length=20, max_slots=3)
-    with pytest.raises(CapacityError, match="3 cache slots"):
+    state = StageState(epoch=0, max_length=20, max_speculative=3)
+    with pytest.raises(CapacityError, match="4 nodes wait below the root, 3 may"):
         state.accept(window(0, 0, (0, BASE), 0, [(1, BASE, 0), (2, 0, 1), (3, 1, 2), (4, 2, 3)]))
 
 
 def test_cancel_drops_queued_windows_of_older_epochs():
-    state = StageState(epoch=0, max_length=20, max_slots=30)
+    state = StageState(epoch=0, max_length=20, max_speculative=30)
     state.accept(window(0, 0, (0, BASE), 0, [(1, BASE, 0), (2, 0, 1)]))
     state.cancel(1)
     assert state.is_stale(window(1, 0, (0, 1), 2, [(3, 1, 2)]))

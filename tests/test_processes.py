@@ -275,7 +275,7 @@ def start_generate(tiny, mark, *flags):
 
 @pytest.mark.parametrize(
     ("how", "moment_s"),
-    [*((signal.SIGINT, s) for s in (0.05, 1.0, 3.0, 5.0, 8.0)), (signal.SIGTERM, 4.0), (signal.SIGKILL, 4.0)],
+    [*((signal.SIGINT, s) for s in (0.5, 1.0, 3.0, 5.0, 8.0)), (signal.SIGTERM, 4.0), (signal.SIGKILL, 4.0)],
 )
 def test_a_signal_at_any_moment_leaves_no_process_behind(tiny, moment_s, how):
     tiny("llama")
@@ -287,6 +287,7 @@ def test_a_signal_at_any_moment_leaves_no_process_behind(tiny, moment_s, how):
         process.communicate(timeout=20)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode != 0
     assert wait_gone(mark) == []
 

@@ -3,6 +3,7 @@
 import gc
 import logging
 import random
+import threading
 import tracemalloc
 from contextlib import asynccontextmanager
 
@@ -336,7 +337,7 @@ async def test_a_strangers_words_about_a_session_are_not_taken():
         stranger(network) as mallory,
         trio.open_nursery() as nursery,
     ):
-        num_refused = 0
+        num_refused, is_done = 0, trio.Event()
 
         async def meddle():
             nonlocal num_refused
@@ -355,10 +356,16 @@ async def test_a_strangers_words_about_a_session_are_not_taken():
                     await mallory.send(f"stage{index}", hello)
                     await mallory.send(f"stage{index}", encode(message))
                     num_refused += "allowed is" in await answer(mallory)
+            is_done.set()
 
         nursery.start_soon(meddle)
-        tokens, generation = await swarm.write(PROMPT, 400, PLAIN)
-        assert tokens == plain_text(PROMPT, 400)
+        tokens = []
+        async with swarm.engine.generate(PROMPT, GenerateOptions(max_tokens=1000), StaticPolicy(PLAIN)) as generation:
+            async for token in generation:
+                tokens.append(token)
+                if is_done.is_set():
+                    break
+        assert tokens == plain_text(PROMPT, len(tokens))
         assert generation.stats.num_replays == 0
         assert num_refused == 12
 
@@ -398,6 +405,113 @@ async def test_a_close_that_overtakes_its_open_wins():
         while not isinstance(decode((await mallory.receive()).frame).message, Pong):
             pass
         assert swarm.servers[0].num_sessions == 0
+
+
+async def test_a_late_close_of_an_earlier_epoch_does_not_end_the_reopened_session():
+    network = MemoryNetwork()
+    async with toy_swarm(network=network) as swarm, stranger(network) as mallory:
+        await mallory.send("stage0", encode(open_message(epoch=4)))
+        await mallory.send("stage0", encode(CloseSession(session=b"mallory!", epoch=3)))
+        await mallory.send("stage0", encode(Ping(nonce=5)))
+        while not isinstance(decode((await mallory.receive()).frame).message, Pong):
+            pass
+        assert swarm.servers[0].num_sessions == 1
+
+
+async def test_reopening_under_a_running_pass_waits_for_it():
+    network = MemoryNetwork()
+    stages = toys()
+    running, go_on = threading.Event(), threading.Event()
+
+    def before_pass():
+        running.set()
+        assert go_on.wait(10)
+
+    stages[0].before_pass = before_pass
+    async with toy_swarm(network=network, stages=stages) as swarm, stranger(network) as mallory:
+        await mallory.send("stage0", encode(open_message()))
+        await mallory.send("stage0", encode(first_window()))
+        await trio.to_thread.run_sync(running.wait)
+        await mallory.send("stage0", encode(open_message(epoch=1)))
+        await mallory.send("stage0", encode(first_window(epoch=1, window=1, root=(1, -1))))
+        await mallory.send("stage0", encode(Ping(nonce=5)))
+        while not isinstance(decode((await mallory.receive()).frame).message, Pong):
+            pass
+        assert stages[0].num_caches == 1
+        go_on.set()
+        with trio.fail_after(10):
+            while not isinstance(decode((await mallory.receive()).frame).message, Verdict):
+                pass
+        assert swarm.servers[0].num_sessions == 1
+
+
+async def test_a_pass_that_raises_ends_its_session_and_not_the_daemon():
+    network = MemoryNetwork()
+    stages = toys()
+
+    def before_pass():
+        stages[0].before_pass = lambda: None
+        raise RuntimeError("out of memory, says the device")
+
+    async with toy_swarm(network=network, stages=stages) as swarm, stranger(network) as mallory:
+        stages[0].before_pass = before_pass
+        await mallory.send("stage0", encode(open_message()))
+        await mallory.send("stage0", encode(first_window()))
+        assert "failed: RuntimeError" in await answer(mallory)
+        tokens, _ = await swarm.write(PROMPT, 10, TREE)
+        assert tokens == plain_text(PROMPT, 10)
+
+
+@pytest.mark.parametrize("is_instant", [True, False])
+async def test_a_drafter_that_raises_costs_speed_and_not_the_answer(is_instant):
+    calls = []
+
+    def drafts(text, width):
+        calls.append(text)
+        if len(calls) > 3:
+            raise RuntimeError("drafter broke")
+        return drafter(1.0, random.Random(0))(text, width)
+
+    async with memory_swarm(
+        toys(), ToyDrafter(drafts, is_instant=is_instant), vocab_size=VOCAB, num_layers=NUM_STAGES, spans=SPANS
+    ) as swarm:
+        tokens, _ = await swarm.write(PROMPT, 30, TREE)
+        assert tokens == plain_text(PROMPT, 30)
+        assert len(calls) == 4, "not asked again"
+
+
+async def test_a_relay_is_not_blamed_for_what_it_was_given():
+    """Measurements before the head and a route that names a peer twice are stopped where they enter."""
+    network = MemoryNetwork()
+    async with toy_swarm(network=network) as swarm:
+        for messages in (
+            [open_message(), first_window(link_bytes=1 << 62)],
+            [open_message(), first_window(stage_us=(1,) * 64)],
+            [open_message(route=(*open_message().route[:2], open_message().route[1]))],
+        ):
+            async with stranger(network) as mallory:
+                for message in messages:
+                    await mallory.send("stage0", encode(message))
+                assert "allowed is" in await answer(mallory)
+        assert "stage1" in network.transports["stage0"].connected or swarm.servers[0].num_sessions == 0
+        tokens, generation = await swarm.write(PROMPT, 20, TREE)
+        assert tokens == plain_text(PROMPT, 20)
+        assert generation.stats.num_replays == 0
+
+
+async def test_clients_that_left_are_forgotten_and_not_passed_on():
+    network = MemoryNetwork()
+    async with toy_swarm(network=network) as swarm:
+        for index in range(5):
+            async with stranger(network, f"client{index}"):
+                await trio.testing.wait_all_tasks_blocked()
+        await trio.testing.wait_all_tasks_blocked()
+        async with stranger(network, "late") as late:
+            with trio.fail_after(5):
+                while not isinstance(message := decode((await late.receive()).frame).message, Hello):
+                    pass
+        assert not any("client" in info.peer for info in message.known)
+        assert not any("client" in peer for peer in swarm.engine.links.known)
 
 
 def mutations(rng):

@@ -205,6 +205,22 @@ async def test_junk_on_a_fresh_stream_does_not_end_the_host(tmp_path):
         assert (await received(b)).frame == b"still there"
 
 
+async def test_a_peer_that_answers_negotiation_with_junk_fails_one_connection(tmp_path):
+    """libp2p decodes the answer as UTF-8 and raises from new_stream; the host and its other peers go on."""
+    async with open_host(tmp_path, "a") as a, open_host(tmp_path, "b") as b, open_host(tmp_path, "c") as c:
+
+        async def junk(stream):
+            await stream.write(b"\x04\xff\xfe\xfd\n")
+            await stream.read(1)
+
+        b._host.get_network().set_stream_handler(junk)
+        with pytest.raises(PeerError):
+            await a.connect(b.addresses[0], 2)
+        await a.connect(c.addresses[0], 10)
+        await a.send(c.peer, b"still there")
+        assert (await received(c)).frame == b"still there"
+
+
 async def test_a_frame_above_the_limit_drops_the_sender(tmp_path):
     async with open_host(tmp_path, "a") as a, open_host(tmp_path, "b", max_frame_bytes=1000) as b:
         await a.connect(b.addresses[0], 10)

@@ -62,7 +62,7 @@ class ToyCache:
 
 class ToyStage:
     def __init__(self, opened: OpenSession, *, is_tail: bool) -> None:
-        self.state = StageState(epoch=opened.epoch, max_length=opened.max_length, max_slots=4096)
+        self.state = StageState(epoch=opened.epoch, max_length=opened.max_length, max_speculative=1024)
         self.walk = TailWalk(epoch=opened.epoch, num_given=opened.num_given) if is_tail else None
         self.cache = ToyCache()
 

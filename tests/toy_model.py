@@ -45,6 +45,7 @@ class ToySpanModel:
     def __init__(self, span: Span, num_layers: int, max_caches: int = 1000) -> None:
         self.is_head = span.first == 0
         self.is_tail = span.last == num_layers
+        self.row_bytes = ROW.size
         self.num_caches = 0
         self.num_passes = 0
         self.before_pass = lambda: None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dsd_p2p.errors import CapacityError
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.session.slots import SlotTable
@@ -35,8 +36,14 @@ class ModelDrafter:
         """Start on a request.
 
         Raises:
-            CapacityError: the drafter's cache budget is full.
+            CapacityError: the drafter's cache budget is full, or the text longer than its context.
         """
+        max_positions = self._model.shape.max_positions
+        if max_length > max_positions:
+            raise CapacityError(
+                f"drafter {self.name} reads {max_positions} tokens, the text may grow to {max_length}: "
+                "ask for fewer tokens or choose another with --draft"
+            )
         return ModelDraftSession(self._model, max_length)
 
 

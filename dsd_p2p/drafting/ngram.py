@@ -67,9 +67,10 @@ class NgramSession:
             confidence = self._hits[length] / self._tries[length]
             total = sum(followers.values())
             for token, count in _likeliest(followers, width):
-                found.setdefault(token, math.log(confidence * count / total))
+                found.setdefault(token, confidence * count / total)
         ranked = sorted(found.items(), key=lambda item: -item[1])[:width]
-        return [Candidate(token=token, logprob=logprob) for token, logprob in ranked]
+        mass = max(1.0, sum(found.values()))
+        return [Candidate(token=token, logprob=math.log(prob / mass)) for token, prob in ranked]
 
 
 def _likeliest(followers: Counter[TokenId], width: int) -> list[tuple[TokenId, int]]:

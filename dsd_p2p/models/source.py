@@ -1,6 +1,7 @@
 """Where a model's files are: a local folder, a catalog model in the cache, or the Hugging Face hub."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -143,7 +144,10 @@ def _folder_digest(folder: Path, weight_files: list[str]) -> str:
     total.update("\n".join(sorted(tensor_digests)).encode())
     digest = total.hexdigest()
     stored.parent.mkdir(parents=True, exist_ok=True)
-    stored.write_text(digest)
+    # Several processes may do this at once: each puts a whole file in place.
+    scratch = stored.with_suffix(f".{os.getpid()}")
+    scratch.write_text(digest)
+    scratch.replace(stored)
     return digest
 
 

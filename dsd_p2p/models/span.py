@@ -75,6 +75,11 @@ class SpanModel:
         return self._model
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one node's hidden state."""
+        return self.shape.hidden_size * self.torch_dtype.itemsize
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the span's tensors, each counted once."""
         tensors = {parameter.data_ptr(): parameter for parameter in self._model.parameters()}
@@ -148,7 +153,7 @@ class SpanModel:
         return arguments
 
     def _read_hidden(self, data: bytes, num_nodes: int) -> torch.Tensor:
-        expected_bytes = num_nodes * self.shape.hidden_size * self.torch_dtype.itemsize
+        expected_bytes = num_nodes * self.row_bytes
         if len(data) != expected_bytes:
             raise RemoteProtocolError(
                 "hidden states", f"{len(data)} bytes", f"{expected_bytes} bytes for {num_nodes} nodes"

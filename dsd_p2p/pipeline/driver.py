@@ -72,6 +72,7 @@ class RequestDriver:
         self.inbox, self._events = trio.open_memory_channel[Event](inbox_size)
         self._pending: deque[Effect] = deque()
         self.finish: Finish | None = None
+        self._is_drafter_broken = False
         self._scope = trio.CancelScope()
         self._is_over = trio.Event()
 
@@ -99,6 +100,9 @@ class RequestDriver:
         await self._is_over.wait()
 
     async def _next_event(self) -> Event | None:
+        with suppress(trio.WouldBlock):
+            # What has arrived counts, even if the reader kept us from it until after the deadline.
+            return self._events.receive_nowait()
         with trio.move_on_at(self._machine.deadline_s):
             return await self._events.receive()
         return None
@@ -140,7 +144,7 @@ class RequestDriver:
                     with suppress(trio.BrokenResourceError):
                         await output.send(tokens)
                 case Draft() as draft if self._is_instant_drafter:
-                    children = self._drafter.expand(draft)
+                    children = self._expand(draft)
                     self._pending.extend(self._machine.drafted(children, trio.current_time()))
                 case Draft() as draft:
                     nursery.start_soon(self._draft, draft)
@@ -152,8 +156,18 @@ class RequestDriver:
         return self.finish is None
 
     async def _draft(self, draft: Draft) -> None:
-        children = await trio.to_thread.run_sync(self._drafter.expand, draft)
+        children = await trio.to_thread.run_sync(self._expand, draft)
         await self.inbox.send(Drafted(children=children))
+
+    def _expand(self, draft: Draft) -> list[list[Candidate]]:
+        """Ask the drafter; one that fails is not asked again, and the text goes on without it."""
+        if not self._is_drafter_broken:
+            try:
+                return self._drafter.expand(draft)
+            except Exception:  # a guess is never worth the answer
+                logger.exception("drafter failed, going on without it")
+                self._is_drafter_broken = True
+        return [[] for _ in draft.stems]
 
     async def _reroute(self, delay_s: float) -> None:
         await trio.sleep(delay_s)

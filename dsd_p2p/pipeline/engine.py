@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import trio
 
 from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.errors import ConfigError, PeerDisconnected, PeerError, RemoteProtocolError
+from dsd_p2p.errors import ConfigError, LocalProtocolError, PeerDisconnected, PeerError, RemoteProtocolError
 from dsd_p2p.pipeline.driver import RequestDriver
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.placement.chain import choose_chain
@@ -66,7 +66,9 @@ class Generation:
             try:
                 batch = await self.batches.receive()
             except trio.EndOfChannel:
-                if self.finish is not None and self.finish.error is not None:
+                if self.finish is None:
+                    raise LocalProtocolError("the request ended without saying why: please report it") from None
+                if self.finish.error is not None:
                     raise self.finish.error from None
                 raise StopAsyncIteration from None
             self.arrivals.append((trio.current_time(), len(batch)))
@@ -110,7 +112,7 @@ class Engine:
             if info.span is not None and info.addresses and PeerId(info.peer) not in self.links.connected:
                 try:
                     await self.links.connect(info.addresses[0], _CONNECT_TIMEOUT_S)
-                except PeerError as exc:
+                except (PeerError, ConfigError) as exc:
                     logger.warning("known peer not reachable peer=%s error=%s", info.peer, exc)
 
     def chain(self) -> list[PeerInfo]:
@@ -131,10 +133,10 @@ class Engine:
     async def _find_route(self) -> Route:
         """Reconnect to what is gone and choose a chain."""
         for info in list(self.links.known.values()):
-            if PeerId(info.peer) not in self.links.connected and info.addresses:
+            if info.span is not None and info.addresses and PeerId(info.peer) not in self.links.connected:
                 try:
                     await self.links.connect(info.addresses[0], _CONNECT_TIMEOUT_S / 4)
-                except PeerError as exc:
+                except (PeerError, ConfigError) as exc:
                     logger.warning("peer not reachable peer=%s error=%s", info.peer, exc)
         try:
             return self._route()

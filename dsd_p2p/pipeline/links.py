@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from dsd_p2p.wire.messages import MAX_KNOWN_PEERS, Failure, FailureKind, Hello, 
 from dsd_p2p.wire.version import PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
+
+_REPLY_TIMEOUT_S = 0.5
 
 NO_SESSION = bytes(8)
 """Session of a `Failure` that concerns the whole connection."""
@@ -68,8 +71,14 @@ class PeerLinks:
         if peer in self._greeted:
             return
         self._greeted.add(peer)
-        known = tuple(info for name, info in self.known.items() if name != peer)[:MAX_KNOWN_PEERS]
-        await self.send(peer, Hello(version=PROTOCOL_VERSION, sender=self.me, known=known))
+        known = tuple(info for name, info in self.known.items() if name != peer and info.span is not None)[
+            :MAX_KNOWN_PEERS
+        ]
+        try:
+            await self.send(peer, Hello(version=PROTOCOL_VERSION, sender=self.me, known=known))
+        except BaseException:
+            self._greeted.discard(peer)
+            raise
 
     async def introduce(self) -> None:
         """Tell every connected peer of all the others."""
@@ -138,11 +147,9 @@ class PeerLinks:
         match message:
             case Hello():
                 self._meet(sender, message)
-                with suppress(PeerError):
-                    await self.greet(sender)
+                await self._reply(sender, self.greet(sender))
             case Ping(nonce=nonce):
-                with suppress(PeerError):
-                    await self.send(sender, Pong(nonce=nonce))
+                await self._reply(sender, self.send(sender, Pong(nonce=nonce)))
             case Pong(nonce=nonce):
                 if nonce in self._pongs:
                     self._pongs[nonce].set()
@@ -150,16 +157,23 @@ class PeerLinks:
                 return False
         return True
 
+    async def _reply(self, peer: PeerId, sending: Awaitable[None]) -> None:
+        """Answer from within the receive loop: a peer that takes nothing in is dropped before it holds the others up."""
+        with trio.move_on_after(_REPLY_TIMEOUT_S) as scope, suppress(PeerError):
+            await sending
+        if scope.cancelled_caught:
+            await self.transport.disconnect(peer, "takes no answers in")
+
     def _meet(self, sender: PeerId, hello: Hello) -> None:
         if hello.version != PROTOCOL_VERSION:
             raise RemoteProtocolError("protocol version", hello.version, str(PROTOCOL_VERSION))
         if hello.sender.peer != sender:
             raise RemoteProtocolError("sender", hello.sender.peer, f"{sender}, the connection's own peer")
         for info in hello.known:
-            peer = PeerId(info.peer)
-            has_room = peer in self.known or len(self.known) < MAX_KNOWN_PEERS
-            if peer != self.transport.peer and has_room and peer not in self.connected:
-                self.known[peer] = info
+            # Others' word of a peer counts until it introduces itself, and only stages are worth remembering.
+            is_news = info.peer != self.transport.peer and info.peer not in self.known and info.span is not None
+            if is_news and len(self.known) < MAX_KNOWN_PEERS:
+                self.known[PeerId(info.peer)] = info
         self.known[sender] = hello.sender
         self.connected.add(sender)
         self._hello_from.setdefault(sender, trio.Event()).set()
@@ -171,5 +185,7 @@ class PeerLinks:
     def _forget(self, peer: PeerId) -> None:
         self.connected.discard(peer)
         self._greeted.discard(peer)
+        if (info := self.known.get(peer)) is not None and info.span is None:
+            del self.known[peer]
         if (waiting := self._hello_from.pop(peer, None)) is not None:
             waiting.set()

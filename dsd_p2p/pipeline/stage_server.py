@@ -30,7 +30,17 @@ from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, Span, TokenId
 from dsd_p2p.verification.base import TargetView
 from dsd_p2p.verification.exact import ExactVerifier
-from dsd_p2p.wire.messages import Cancel, CloseSession, Failure, FailureKind, Hop, OpenSession, Verdict, Window
+from dsd_p2p.wire.messages import (
+    MAX_STAGES,
+    Cancel,
+    CloseSession,
+    Failure,
+    FailureKind,
+    Hop,
+    OpenSession,
+    Verdict,
+    Window,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +73,11 @@ class SpanModel(Protocol):
         """True when the span ends with the norm and the LM head."""
         ...
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one node's hidden state."""
+        ...
+
     def new_cache(self, max_slots: int) -> SpanCache:
         """Return an empty cache for up to `max_slots`.
 
@@ -90,12 +105,13 @@ class SpanModel(Protocol):
 class StageLimits:
     """What one stage grants.
 
-    max_sessions: open at the same time. max_queued_windows: of one session, waiting for the model.
-    max_draft_slots: cache slots of one session beyond its longest text.
+    max_sessions: open at the same time. max_queued_windows, max_queued_bytes: of one session, waiting for the model.
+    max_draft_slots: cache slots of one session beyond its longest text, and its most speculative nodes.
     """
 
     max_sessions: int = 64
     max_queued_windows: int = 512
+    max_queued_bytes: int = 256 << 20
     max_draft_slots: int = 1024
 
 
@@ -107,10 +123,14 @@ class _Session:
     state: StageState
     walk: TailWalk | None
     verifier: ExactVerifier
-    cache: SpanCache
+    max_slots: int
+    replaces: "_Session | None"
     put: trio.MemorySendChannel[tuple[Window, bytes]]
     take: trio.MemoryReceiveChannel[tuple[Window, bytes]]
+    cache: SpanCache | None = None
     received_bytes: int = 0
+    queued_bytes: int = 0
+    is_over: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     error: DsdError | None = None
 
@@ -166,7 +186,7 @@ class StageServer:
                 try:
                     session = self._accept(opened, index)
                 except (CapacityError, ModelError, RemoteProtocolError) as exc:
-                    await self._report(opened, exc)
+                    nursery.start_soon(self._report, opened, exc)
                     return
                 if session is not None:
                     nursery.start_soon(self._serve, session)
@@ -176,7 +196,7 @@ class StageServer:
                 if (owned := self._owned(name, event.sender)) is not None:
                     owned.state.cancel(epoch)
             case CloseSession(session=name, epoch=epoch):
-                if (owned := self._owned(name, event.sender)) is not None:
+                if (owned := self._owned(name, event.sender)) is not None and epoch >= owned.opened.epoch:
                     owned.end()
                 self._remember_closed(event.sender, name, epoch)
             case Failure() as failure:
@@ -203,7 +223,6 @@ class StageServer:
             if old.coordinator != opened.coordinator.peer or opened.epoch <= old.opened.epoch:
                 raise RemoteProtocolError("epoch", opened.epoch, f"above {old.opened.epoch}, from the same coordinator")
             old.end()
-            old.cache.free()
         elif len(self._sessions) >= self._limits.max_sessions:
             raise CapacityError(f"{self._limits.max_sessions} sessions are open here: try again later")
         max_slots = opened.max_length + self._limits.max_draft_slots
@@ -213,10 +232,13 @@ class StageServer:
             opened=opened,
             previous=_previous(opened, index),
             onward=None if is_tail else opened.route[index + 1],
-            state=StageState(epoch=opened.epoch, max_length=opened.max_length, max_slots=max_slots),
+            state=StageState(
+                epoch=opened.epoch, max_length=opened.max_length, max_speculative=self._limits.max_draft_slots
+            ),
             walk=TailWalk(epoch=opened.epoch, num_given=opened.num_given) if is_tail else None,
             verifier=ExactVerifier(opened.sampling),
-            cache=self._model.new_cache(max_slots),
+            max_slots=max_slots,
+            replaces=old,
             put=put,
             take=take,
         )
@@ -234,6 +256,8 @@ class StageServer:
 
     def _check_route(self, opened: OpenSession, index: int) -> None:
         route, me = opened.route, self._me
+        if len({opened.coordinator.peer, *(hop.peer for hop in route)}) != len(route) + 1:
+            raise RemoteProtocolError("route", [hop.peer for hop in route], "each peer once, without the coordinator")
         if route[index].span != self._span:
             raise RemoteProtocolError("span", str(route[index].span), f"this stage's {self._span}")
         bounds = [0, *(hop.span.last for hop in route)]
@@ -246,7 +270,18 @@ class StageServer:
             return
         if event.sender != session.previous:
             raise RemoteProtocolError("sender", event.sender, f"{session.previous}, the stage before in the route")
+        if self._model.is_head and (window.stage_us or window.link_bytes):
+            raise RemoteProtocolError(
+                "stage_us, link_bytes", (window.stage_us, window.link_bytes), "none before the head"
+            )
+        expected_bytes = 0 if self._model.is_head else len(window.tokens) * self._model.row_bytes
+        if len(event.payload) != expected_bytes:
+            raise RemoteProtocolError("payload length", len(event.payload), f"{expected_bytes} bytes")
         session.received_bytes += event.num_bytes
+        session.queued_bytes += expected_bytes
+        if session.queued_bytes > self._limits.max_queued_bytes:
+            session.end(CapacityError(f"{session.queued_bytes} bytes of windows wait here: send them more slowly"))
+            return
         try:
             session.put.send_nowait((window, bytes(event.payload)))
         except trio.WouldBlock:
@@ -276,17 +311,28 @@ class StageServer:
         logger.info("session opened session=%s span=%s", session.opened.session.hex(), self._span)
         try:
             with session.scope, session.take:
+                if session.replaces is not None:
+                    # Its last pass may still run in its thread; only then is its cache free.
+                    await session.replaces.is_over.wait()
+                    session.replaces = None
+                session.cache = self._model.new_cache(session.max_slots)
                 await self._open_onward(session)
                 while True:
                     with trio.fail_after(session.opened.idle_timeout_s):
                         window, payload = await session.take.receive()
+                    session.queued_bytes -= len(payload)
                     await self._handle(session, window, payload)
         except trio.TooSlowError:
             session.error = PeerTimeout(f"stage {self._span} heard nothing for {session.opened.idle_timeout_s:g} s")
         except DsdError as exc:
             session.error = exc
+        except Exception as exc:  # task boundary: one session's failed pass must not end the others
+            logger.exception("pass failed session=%s", session.opened.session.hex())
+            session.error = ModelError(f"stage {self._span} failed: {type(exc).__name__}; see its log")
         finally:
-            session.cache.free()
+            if session.cache is not None:
+                session.cache.free()
+            session.is_over.set()
             if self._sessions.get(session.opened.session) is session:
                 del self._sessions[session.opened.session]
             logger.info("session closed session=%s error=%s", session.opened.session.hex(), session.error)
@@ -321,6 +367,7 @@ class StageServer:
         step = session.state.accept(window, live)
         if step is None:
             return None
+        assert session.cache is not None
         if step.edit is not None:
             session.cache.edit(step.edit)
         inputs = self._inputs(window, payload, live)
@@ -356,15 +403,10 @@ class StageServer:
 
     def _inputs(self, window: Window, payload: bytes, live: list[int]) -> list[TokenId] | bytes:
         if self._model.is_head:
-            if payload:
-                raise RemoteProtocolError("payload length", len(payload), "0 bytes at the head")
             return [window.tokens[offset] for offset in live]
-        num_nodes = len(window.tokens)
-        row_bytes, remainder = divmod(len(payload), num_nodes)
-        if remainder or not payload:
-            raise RemoteProtocolError("payload length", len(payload), f"a multiple of {num_nodes} nodes")
-        if len(live) == num_nodes:
+        if len(live) == len(window.tokens):
             return payload
+        row_bytes = self._model.row_bytes
         return b"".join(payload[offset * row_bytes : (offset + 1) * row_bytes] for offset in live)
 
     def _remember_closed(self, coordinator: str, name: bytes, epoch: int) -> None:
@@ -390,8 +432,8 @@ def _measured(window: Window, session: _Session, seconds: float) -> Window:
     """The window with what this stage adds to its measurements."""
     return msgspec.structs.replace(
         window,
-        stage_us=(*window.stage_us, max(0, round(seconds * 1e6))),
-        link_bytes=window.link_bytes + session.received_bytes,
+        stage_us=(*window.stage_us, max(0, round(seconds * 1e6)))[-MAX_STAGES:],
+        link_bytes=min(window.link_bytes + session.received_bytes, 1 << 62),
     )
 
 

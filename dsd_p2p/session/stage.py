@@ -24,14 +24,14 @@ class StageState:
 
     epoch: the first epoch, from `OpenSession`.
     max_length: no position at or past this one is accepted.
-    max_slots: the most cache slots the session may use.
+    max_speculative: the most nodes that may wait below the root; what bounds the cache and the masks.
     """
 
-    def __init__(self, *, epoch: int, max_length: int, max_slots: int) -> None:
+    def __init__(self, *, epoch: int, max_length: int, max_speculative: int) -> None:
         self.epoch = epoch
         self._cancelled_below = epoch
         self._max_length = max_length
-        self._max_slots = max_slots
+        self._max_speculative = max_speculative
         self._slots = SlotTable()
         self._root = BASE
         self._next_node = 0
@@ -72,9 +72,10 @@ class StageState:
         edit = self._settle(root, keep_descendants=not is_new_epoch)
         if is_new_epoch:
             self.epoch, self._root, self._next_node = window.epoch, BASE, 0
-        if self._slots.num_slots + len(window.tokens) > self._max_slots:
+        num_speculative = self._slots.num_slots - self._slots.prefix_length + len(window.tokens)
+        if num_speculative > self._max_speculative:
             raise CapacityError(
-                f"session needs more than its {self._max_slots} cache slots: ask for fewer tokens or a smaller tree"
+                f"{num_speculative} nodes wait below the root, {self._max_speculative} may: send smaller windows or trees"
             )
         forward = self._append(window, range(len(window.tokens)) if live is None else live)
         self._next_node += len(window.tokens)

@@ -54,7 +54,7 @@ class EmulatedTransport:
                 await queue.send((due_s, frame))
         except trio.TooSlowError:
             raise PeerTimeout(f"{_QUEUE_FRAMES} frames wait on the emulated link to {to}") from None
-        except trio.BrokenResourceError:
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise PeerDisconnected(f"the link to {to} is gone") from None
 
     async def receive(self) -> Received | Lost:

@@ -61,8 +61,9 @@ _NETWORK_ERRORS = (IOException, SwarmException, HostException, OSError)
 class _Link:
     """The outgoing side of one neighbour."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    def __init__(self) -> None:
+        self.stream: Any = None
+        self.is_settled = trio.Event()
         self.queue, self.waiting = trio.open_memory_channel[bytes](_QUEUE_FRAMES)
 
 
@@ -90,7 +91,6 @@ class Libp2pTransport:
         self._max_frame_bytes = max_frame_bytes
         self._nursery = nursery
         self._links: dict[PeerId, _Link] = {}
-        self._opening: dict[PeerId, trio.Lock] = {}
         self._inbound: dict[PeerId, Any] = {}
         self._pending_bytes: dict[PeerId, int] = {}
         self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_EVENTS)
@@ -114,8 +114,10 @@ class Libp2pTransport:
                         # A failed dial is remembered for a minute; the retry loop is ours, so forget it.
                         self._host.get_network().unblock_peer(info.peer_id)
                         await self._host.connect(info)
-                        await self._open_link(peer)
-                except (*_NETWORK_ERRORS, trio.TooSlowError) as exc:
+                        link = self._link_to(peer)
+                        await link.is_settled.wait()
+                        _check_open(link)
+                except Exception as exc:  # whatever a hostile answer makes libp2p raise is one failed attempt
                     last_error = exc
                     if "handshake" in str(exc.__cause__ or exc):
                         raise PeerDisconnected(f"{address} is not the peer it should be: check its /p2p/ id") from exc
@@ -133,11 +135,8 @@ class Libp2pTransport:
         if link is None and to not in self._inbound:
             raise PeerDisconnected(f"not connected to {to}")
         try:
-            if link is None:
-                with trio.fail_after(_DIAL_TIMEOUT_S):
-                    link = await self._open_link(to)
             with trio.fail_after(_SEND_TIMEOUT_S):
-                await link.queue.send(frame)
+                await (link or self._link_to(to)).queue.send(frame)
         except trio.TooSlowError:
             raise PeerTimeout(f"{to} takes no frames in: it is stuck or the link is down") from None
         except (*_NETWORK_ERRORS, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
@@ -153,46 +152,60 @@ class Libp2pTransport:
     async def disconnect(self, peer: PeerId, reason: str) -> None:
         """Drop the connection; both ends see `Lost`."""
         self._drop(peer, reason)
-        with trio.move_on_after(1), suppress(*_NETWORK_ERRORS):
+        with trio.move_on_after(1), suppress(Exception):
             await self._host.disconnect(ID.from_string(peer))
 
-    async def _open_link(self, peer: PeerId) -> _Link:
-        """Return the outgoing stream to a connected peer, opened on first use."""
-        async with self._opening.setdefault(peer, trio.Lock()):
-            if peer not in self._links:
-                stream = await self._host.new_stream(ID.from_string(peer), [self._protocol])
-                link = _Link(stream)
-                self._links[peer] = link
-                self._nursery.start_soon(self._write, peer, link)
-                self._nursery.start_soon(self._watch, peer, link)
-            return self._links[peer]
+    def _link_to(self, peer: PeerId) -> _Link:
+        """Return the outgoing side to a connected peer; its stream is opened in the background on first use."""
+        link = self._links.get(peer)
+        if link is None:
+            link = self._links[peer] = _Link()
+            self._nursery.start_soon(self._run_link, peer, link)
+        return link
 
-    async def _write(self, peer: PeerId, link: _Link) -> None:
+    async def _run_link(self, peer: PeerId, link: _Link) -> None:
+        reason = "closed by the peer"
+        try:
+            with trio.fail_after(_DIAL_TIMEOUT_S):
+                link.stream = await self._host.new_stream(ID.from_string(peer), [self._protocol])
+            link.is_settled.set()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, link.stream, nursery.cancel_scope)
+                await self._write(link)
+        except Exception as exc:  # task boundary: negotiation raises whatever the peer's bytes provoke
+            reason = f"stream failed: {type(exc).__name__}"
+            logger.debug("stream failed peer=%s error=%r", peer, exc)
+        finally:
+            link.is_settled.set()
+            self._drop(peer, reason, link)
+
+    async def _write(self, link: _Link) -> None:
         """One writer a stream, one write a frame."""
         raw = _raw_socket(link.stream)
         _set_congestion_control(raw, b"cubic")
         tuned_at_s = trio.current_time()
-        try:
-            async with link.waiting:
-                async for frame in link.waiting:
-                    await link.stream.write(_LENGTH.pack(len(frame)) + frame)
-                    if trio.current_time() - tuned_at_s > _TUNE_INTERVAL_S:
-                        tuned_at_s = trio.current_time()
-                        if _is_lossy(raw):
-                            _set_congestion_control(raw, b"bbr")
-        except _NETWORK_ERRORS as exc:
-            self._drop(peer, f"write failed: {type(exc).__name__}", link)
+        async with link.waiting:
+            async for frame in link.waiting:
+                await link.stream.write(_LENGTH.pack(len(frame)) + frame)
+                if trio.current_time() - tuned_at_s > _TUNE_INTERVAL_S:
+                    tuned_at_s = trio.current_time()
+                    if _is_lossy(raw):
+                        _set_congestion_control(raw, b"bbr")
 
-    async def _watch(self, peer: PeerId, link: _Link) -> None:
+    async def _watch(self, stream: Any, scope: trio.CancelScope) -> None:
         """The peer sends nothing on our stream: a read that returns tells that it is gone, which a write does not."""
         with suppress(*_NETWORK_ERRORS):
-            await link.stream.read(1)
-        self._drop(peer, "closed by the peer", link)
+            await stream.read(1)
+        scope.cancel()
 
     async def read(self, stream: Any) -> None:
         """Stream handler: always drains, so that a slow consumer never stalls the peer's other streams."""
         peer = PeerId(str(stream.muxed_conn.peer_id))
+        replaced = self._inbound.get(peer)
         self._inbound[peer] = stream
+        if replaced is not None:
+            # One stream a direction: an old one that ends later must not take the new one down.
+            await _reset(replaced)
         reason = "closed by the peer"
         buffer = _StreamBuffer(stream)
         try:
@@ -212,22 +225,22 @@ class Libp2pTransport:
             logger.debug("stream ended peer=%s reason=%r", peer, exc)
         finally:
             if self._inbound.get(peer) is stream:
-                del self._inbound[peer]
-            self._drop(peer, reason, inbound=stream)
+                self._drop(peer, reason)
+            else:
+                await _reset(stream)
 
-    def _drop(self, peer: PeerId, reason: str, link: _Link | None = None, inbound: Any = None) -> None:
-        """Forget the link (only if it is still `link`, when given) and tell the consumer once."""
-        current = self._links.get(peer)
-        if self._is_closing:
-            return
-        if (link is not None and current is not link) or (current is None and inbound is None):
+    def _drop(self, peer: PeerId, reason: str, link: _Link | None = None) -> None:
+        """Forget both directions (only if the link is still `link`, when given) and tell the consumer once."""
+        current, inbound = self._links.get(peer), self._inbound.get(peer)
+        if self._is_closing or (link is not None and current is not link) or (current is None and inbound is None):
             return
         if current is not None:
             del self._links[peer]
             current.queue.close()
-            self._nursery.start_soon(_reset, current.stream)
-        for stream in filter(None, (inbound, self._inbound.pop(peer, None))):
-            self._nursery.start_soon(_reset, stream)
+        self._inbound.pop(peer, None)
+        for stream in (inbound, current and current.stream):
+            if stream is not None:
+                self._nursery.start_soon(_reset, stream)
         try:
             self._deliver.send_nowait(Lost(peer=peer, reason=reason))
         except trio.WouldBlock:
@@ -320,8 +333,13 @@ def _guarded(handler: Any) -> Any:
 
 
 async def _reset(stream: Any) -> None:
-    with trio.move_on_after(1), suppress(*_NETWORK_ERRORS):
+    with trio.CancelScope(shield=True), trio.move_on_after(1), suppress(*_NETWORK_ERRORS):
         await stream.reset()
+
+
+def _check_open(link: _Link) -> None:
+    if link.stream is None:
+        raise SwarmException("the peer does not speak this protocol")
 
 
 def _raw_socket(stream: Any) -> Any:

@@ -46,8 +46,10 @@ class AnalyticPolicy:
         """Return the best decision; before the first verdict a short one that measures something."""
         if not observation.stages:
             return next(self._candidates(observation))
-        rated = [(predicted_tokens_per_s(each, observation), each) for each in self._candidates(observation)]
-        best_rate, best = max([*rated, (predicted_tokens_per_s(PLAIN, observation), PLAIN)], key=lambda pair: pair[0])
+        # Plain comes first and so wins ties: speculation has to earn its place.
+        candidates = [PLAIN, *self._candidates(observation)]
+        rated = [(predicted_tokens_per_s(each, observation), each) for each in candidates]
+        best_rate, best = max(rated, key=lambda pair: pair[0])
         if self._current is not None:
             current_rate = predicted_tokens_per_s(self._current, observation)
             if best_rate < _KEEP_MARGIN * current_rate:

@@ -56,7 +56,9 @@ class Tracker:
             fit.add(num_nodes, seconds)
         # Windows queue behind each other, so the links are what the quickest recent traversal spent outside the stages.
         links_s = max(0.0, traversal_s - sum(stage_s))
-        self._links_s = links_s if not self._links_s else min(links_s, self._links_s + (1 - _DECAY) * links_s)
+        self._links_s = (
+            links_s if not self._links_s else min(links_s, self._links_s + (1 - _DECAY) * (links_s - self._links_s))
+        )
 
     def draft_step(self, seconds: float) -> None:
         """Take in one draft step."""

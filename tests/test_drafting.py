@@ -1,0 +1,162 @@
+"""One conformance suite over every drafter; what each is good for."""
+
+import math
+import random
+
+import pytest
+import reference
+import torch
+from families import NUM_LAYERS, VOCAB
+from test_families import prompt_of
+
+from dsd_p2p.drafting.model import ModelDrafter
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.drafting.shadow import make_shadow
+from dsd_p2p.errors import CapacityError
+from dsd_p2p.models.progress import NoProgress
+from dsd_p2p.models.source import find_model
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.session.effects import Draft, Stem
+from dsd_p2p.types import Span
+
+
+@pytest.fixture(params=["ngram", "model", "shadow"])
+def drafter(request, tiny):
+    source = find_model(str(tiny("llama")), NoProgress())
+    match request.param:
+        case "ngram":
+            return NgramDrafter()
+        case "model":
+            return ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "model")
+        case _:
+            return make_shadow(source, NUM_LAYERS)
+
+
+def draft_of(tokens, *paths, width=3):
+    stems = tuple(Stem(key=path[-1][0] if path else len(tokens) - 1, path=tuple(path)) for path in paths)
+    return Draft(tokens=tuple(tokens), keys=tuple(range(len(tokens))), stems=stems, width=width)
+
+
+def test_candidates_are_distinct_ranked_and_within_the_width(drafter):
+    text = prompt_of(20) * 3
+    session = drafter.open(100)
+    for width in (1, 2, 4):
+        answers = session.expand(draft_of(text, [], [(100, text[0])], [(100, text[0]), (101, text[1])], width=width))
+        assert len(answers) == 3
+        for candidates in answers:
+            assert len(candidates) <= width
+            assert len({c.token for c in candidates}) == len(candidates)
+            assert all(0 <= c.token < VOCAB and c.logprob <= 1e-6 for c in candidates)
+            assert [c.logprob for c in candidates] == sorted((c.logprob for c in candidates), reverse=True)
+            assert sum(math.exp(c.logprob) for c in candidates) <= 1 + 1e-5
+    session.close()
+
+
+def test_a_session_that_lived_through_a_tree_answers_like_a_fresh_one(drafter):
+    """Commits on and off the drafted path, stems of any depth: what is cached never changes an answer."""
+    rng = random.Random(5)
+    text, next_key = prompt_of(6), 1000
+    keys = list(range(6))
+    session = drafter.open(200)
+    paths = [[]]
+    for _ in range(25):
+        for path in rng.sample(paths, k=min(len(paths), 2)):
+            paths.append([*path, (next_key, rng.randrange(VOCAB))])
+            next_key += 1
+        stems = tuple(
+            Stem(key=path[-1][0] if path else keys[-1], path=tuple(path))
+            for path in rng.sample(paths, k=min(3, len(paths)))
+        )
+        draft = Draft(tokens=tuple(text), keys=tuple(keys), stems=stems, width=4)
+        lived = session.expand(draft)
+        fresh_session = drafter.open(200)
+        fresh = fresh_session.expand(draft)
+        fresh_session.close()
+        for old, new in zip(lived, fresh, strict=True):
+            if drafter.name == "shadow":
+                # One activation scale a call: what else is in it moves the answer a little.
+                assert old[0].logprob == pytest.approx(new[0].logprob, abs=0.5)
+                continue
+            assert [c.token for c in old] == [c.token for c in new]
+            assert [c.logprob for c in old] == pytest.approx([c.logprob for c in new], abs=1e-3)
+        if rng.random() < 0.6:
+            deep = rng.choice(paths)
+            if deep and rng.random() < 0.7:
+                (key, token), *_ = deep
+            else:
+                key, token = next_key, rng.randrange(VOCAB)
+                next_key += 1
+            text.append(token)
+            keys.append(key)
+            paths = [[], *(path[1:] for path in paths if len(path) > 1 and path[0][0] == key)]
+    session.close()
+
+
+def test_the_model_drafts_what_it_would_say_itself(tiny):
+    folder = tiny("llama")
+    drafter = ModelDrafter(SpanModel(find_model(str(folder), NoProgress()), Span(0, NUM_LAYERS)), "model")
+    session = drafter.open(100)
+    text = prompt_of(12)
+    (candidates,) = session.expand(draft_of(text, []))
+    expected = torch.log_softmax(reference.logits(folder, text)[-1], -1).topk(3)
+    assert [c.token for c in candidates] == expected.indices.tolist()
+    assert [c.logprob for c in candidates] == pytest.approx(expected.values.tolist(), abs=1e-4)
+
+
+def test_a_level_is_one_forward_and_nothing_is_computed_twice(tiny, monkeypatch):
+    model = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS))
+    sizes = []
+    views = model.views
+    monkeypatch.setattr(model, "views", lambda c, f, i, r: sizes.append(len(i)) or views(c, f, i, r))
+    session = ModelDrafter(model, "model").open(100)
+    text = prompt_of(10)
+    session.expand(draft_of(text, []))
+    session.expand(draft_of(text, [(100, 5)], [(101, 6)], [(102, 7)]))
+    session.expand(draft_of(text, [(100, 5), (103, 8)], [(101, 6), (104, 9)]))
+    committed = Draft(
+        tokens=(*text, 5), keys=(*range(10), 100), stems=(Stem(key=105, path=((103, 8), (105, 2))),), width=2
+    )
+    session.expand(committed)
+    assert sizes == [10, 3, 2, 1]
+
+
+def test_the_shadow_is_a_quarter_of_the_bytes_and_mostly_of_one_mind_with_the_target(smollm):
+    shadow = make_shadow(smollm, 30)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm.folder)
+    prompt = tokenizer("Once upon a time, in a small village by the sea, there lived").input_ids
+    truth = reference.greedy(smollm.folder, prompt, 60)
+    session = shadow.open(200)
+    hits = 0
+    for length in range(len(truth)):
+        text = [*prompt, *truth[:length]]
+        ((candidate,),) = session.expand(draft_of(text, [], width=1))
+        hits += candidate.token == truth[length]
+    session.close()
+    assert hits >= 45, f"{hits} of {len(truth)}"
+
+
+def test_the_ngram_drafter_continues_what_it_has_seen():
+    text = [7, 8, 9, 10, 11, 12, 50, 51, 7, 8, 9]
+    session = NgramDrafter().open(100)
+    path = []
+    for expected in (10, 11, 12, 50):
+        ((first, *_),) = session.expand(draft_of(text, list(path)))
+        assert first.token == expected
+        path.append((100 + len(path), first.token))
+    assert session.expand(draft_of([*text, 99], [])) == [[]], "what was never seen is not guessed"
+
+
+def test_the_ngram_drafter_learns_how_far_to_trust_itself():
+    repeating, random_text = [1, 2, 3, 4, 5] * 20, random.Random(1).choices(range(30), k=400)
+    sure = NgramDrafter().open(500).expand(draft_of(repeating, []))[0][0]
+    unsure = NgramDrafter().open(500).expand(draft_of(random_text, []))[0][0]
+    assert sure.logprob > math.log(0.9)
+    assert unsure.logprob < math.log(0.4)
+
+
+def test_a_drafter_without_memory_says_so(tiny):
+    model = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS), cache_bytes=1000)
+    with pytest.raises(CapacityError, match="raise --cache-memory"):
+        ModelDrafter(model, "model").open(100)

@@ -1,0 +1,99 @@
+"""The tracker's estimates and the analytic policy's choices against a world whose costs are known."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsd_p2p.window.analytic import AnalyticPolicy, predicted_tokens_per_s
+from dsd_p2p.window.base import CostLine, Mode, Observation
+from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
+from dsd_p2p.window.tracker import LineFit, Tracker
+
+STAGE = CostLine(fixed_s=0.01, per_node_s=0.001)
+
+
+def world(*, links_s, stage=STAGE, num_stages=3, draft_s=0.005, agreement=0.8):
+    return Observation(
+        stages=(stage,) * num_stages,
+        links_s=links_s,
+        draft_step_s=draft_s,
+        hit_rate_by_rank=(agreement, agreement * (1 - agreement) / 2, agreement * (1 - agreement) / 4),
+    )
+
+
+@given(fixed=st.floats(0, 0.1), slope=st.floats(0, 0.01), sizes=st.lists(st.integers(1, 32), min_size=3, max_size=60))
+def test_a_line_is_found_again(fixed, slope, sizes):
+    fit = LineFit()
+    for size in sizes:
+        fit.add(size, fixed + slope * size)
+    line = fit.line()
+    assert line.at(sum(sizes) / len(sizes)) == pytest.approx(fixed + slope * sum(sizes) / len(sizes), abs=1e-2)
+    if len(set(sizes[-10:])) > 1:
+        assert line.per_node_s == pytest.approx(slope, abs=1e-4)
+        assert line.fixed_s == pytest.approx(fixed, abs=1e-3)
+
+
+def test_the_tracker_measures_what_it_is_shown():
+    tracker, rng = Tracker(), random.Random(2)
+    for _ in range(200):
+        size = rng.randrange(1, 16)
+        stage_s = [0.01 + 0.001 * size, 0.02 + 0.002 * size]
+        queueing_s = rng.random() * 0.05
+        tracker.verdict(num_nodes=size, traversal_s=0.2 + sum(stage_s) + queueing_s, stage_s=stage_s)
+        tracker.draft_step(0.007)
+        tracker.outcome(rng.choices([0, 1, None], weights=[7, 2, 1])[0])
+    observation = tracker.observe()
+    assert [round(line.fixed_s, 4) for line in observation.stages] == [0.01, 0.02]
+    assert [round(line.per_node_s, 5) for line in observation.stages] == [0.001, 0.002]
+    assert observation.links_s == pytest.approx(0.2, abs=0.02)
+    assert observation.draft_step_s == pytest.approx(0.007)
+    assert observation.hit_rate_by_rank[0] == pytest.approx(0.7, abs=0.08)
+    assert observation.hit_rate_by_rank[1] == pytest.approx(0.2, abs=0.08)
+
+
+def test_predictions_are_those_of_the_latency_model():
+    observation = world(links_s=0.2)
+    assert predicted_tokens_per_s(PLAIN, observation) == pytest.approx(1 / (0.2 + 3 * 0.011))
+    tokens = sum(0.8**k for k in range(5))
+    assert predicted_tokens_per_s(sync_chain(4), observation) == pytest.approx(tokens / (4 * 0.005 + 0.2 + 3 * 0.015))
+    chain = continuous_tree(depth=8, width=1, window_nodes=1, max_in_flight=4)
+    assert predicted_tokens_per_s(chain, observation) == pytest.approx(5 / (0.2 + 3 * 0.011 + 4 * 0.011))
+
+
+@pytest.mark.parametrize(
+    ("observation", "mode"),
+    [
+        (world(links_s=0.2, agreement=0.95), Mode.CONTINUOUS),
+        (world(links_s=0.2, agreement=0.0), Mode.PLAIN),
+        (world(links_s=0.0, draft_s=0.05, agreement=0.8), Mode.PLAIN),
+    ],
+)
+def test_it_chooses_what_the_world_favours(observation, mode):
+    policy = AnalyticPolicy()
+    policy.decide(Observation())
+    assert policy.decide(observation).mode is mode
+
+
+@given(
+    links_s=st.floats(0, 1),
+    draft_s=st.floats(0, 0.2),
+    agreement=st.floats(0, 1),
+    slope=st.floats(0, 0.05),
+    allow=st.sampled_from([{Mode.SYNC}, {Mode.CONTINUOUS}, {Mode.SYNC, Mode.CONTINUOUS}]),
+)
+def test_it_never_chooses_what_it_predicts_to_be_slower_than_plain(links_s, draft_s, agreement, slope, allow):
+    observation = world(
+        links_s=links_s, draft_s=draft_s, agreement=agreement, stage=CostLine(fixed_s=0.01, per_node_s=slope)
+    )
+    decision = AnalyticPolicy(frozenset(allow)).decide(observation)
+    assert decision.mode in {Mode.PLAIN, *allow}
+    assert predicted_tokens_per_s(decision, observation) >= predicted_tokens_per_s(PLAIN, observation)
+
+
+def test_it_keeps_its_decision_while_another_is_hardly_better():
+    policy = AnalyticPolicy(frozenset({Mode.SYNC}))
+    first = policy.decide(world(links_s=0.2, agreement=0.8))
+    assert policy.decide(world(links_s=0.2, agreement=0.81)) is first
+    assert policy.decide(world(links_s=0.2, agreement=0.98)) is not first
