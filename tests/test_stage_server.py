@@ -499,6 +499,17 @@ async def test_a_relay_is_not_blamed_for_what_it_was_given():
         assert generation.stats.num_replays == 0
 
 
+async def test_a_route_names_the_addresses_that_worked_for_the_coordinator():
+    network = TappedNetwork()
+    async with toy_swarm(network=network) as swarm:
+        for index in range(NUM_STAGES):
+            info = swarm.engine.links.known[f"stage{index}"]
+            swarm.engine.links.known[f"stage{index}"] = replace(info, addresses=("memory:its-loopback",))
+        await swarm.write(PROMPT, 5, PLAIN)
+    opened = next(message for _, _, message, _ in network.log if isinstance(message, OpenSession))
+    assert [hop.address for hop in opened.route] == [f"memory:stage{index}" for index in range(NUM_STAGES)]
+
+
 async def test_clients_that_left_are_forgotten_and_not_passed_on():
     network = MemoryNetwork()
     async with toy_swarm(network=network) as swarm:

@@ -95,7 +95,7 @@ class Engine:
         self.drafter = drafter
         self._vocab_size = vocab_size
         self._drivers: dict[bytes, RequestDriver] = {}
-        self._addresses: set[str] = set()
+        self._dialed: dict[str, str] = {}
         self._trackers: dict[tuple[str, ...], Tracker] = {}
 
     async def add_stages(self, addresses: Sequence[str]) -> None:
@@ -106,12 +106,12 @@ class Engine:
             ConfigError: one of them cannot be read.
         """
         for address in addresses:
-            await self.links.connect(address, _CONNECT_TIMEOUT_S)
-            self._addresses.add(address)
+            info = await self.links.connect(address, _CONNECT_TIMEOUT_S)
+            self._dialed[info.peer] = address
         for info in list(self.links.known.values()):
             if info.span is not None and info.addresses and PeerId(info.peer) not in self.links.connected:
                 try:
-                    await self.links.connect(info.addresses[0], _CONNECT_TIMEOUT_S)
+                    await self.links.connect(self._address_of(info), _CONNECT_TIMEOUT_S)
                 except (PeerError, ConfigError) as exc:
                     logger.warning("known peer not reachable peer=%s error=%s", info.peer, exc)
 
@@ -130,12 +130,17 @@ class Engine:
     def _tracker(self, route: Route) -> Tracker:
         return self._trackers.setdefault((self.drafter.name, *(hop.peer for hop in route.hops)), Tracker())
 
+    def _address_of(self, info: PeerInfo) -> str:
+        """The address that worked for us; what a node says of itself may be its loopback."""
+        advertised = info.addresses[0] if info.addresses else ""
+        return self._dialed.get(info.peer, advertised)
+
     async def _find_route(self) -> Route:
         """Reconnect to what is gone and choose a chain."""
         for info in list(self.links.known.values()):
             if info.span is not None and info.addresses and PeerId(info.peer) not in self.links.connected:
                 try:
-                    await self.links.connect(info.addresses[0], _CONNECT_TIMEOUT_S / 4)
+                    await self.links.connect(self._address_of(info), _CONNECT_TIMEOUT_S / 4)
                 except (PeerError, ConfigError) as exc:
                     logger.warning("peer not reachable peer=%s error=%s", info.peer, exc)
         try:
@@ -148,8 +153,7 @@ class Engine:
         me = self.links.transport
         return Route(
             hops=tuple(
-                Hop(peer=info.peer, address=info.addresses[0] if info.addresses else "", span=info.span or _NOWHERE)
-                for info in chain
+                Hop(peer=info.peer, address=self._address_of(info), span=info.span or _NOWHERE) for info in chain
             ),
             coordinator=Hop(peer=me.peer, address=me.addresses[0] if me.addresses else "", span=_NOWHERE),
             model_digest=chain[0].model_digest,

@@ -8,7 +8,7 @@ _DECAY = 0.95
 """Weight of the past at each new sample: about the last 20 windows count."""
 
 _PRIOR_HITS_BY_RANK = (0.70, 0.10, 0.04, 0.02)
-"""Before anything is measured: agreement of a small sibling on novel text (MT-bench replay, docs/benchmarks.md)."""
+"""Before anything is measured: what a small sibling of the target might reach on novel text."""
 
 _PRIOR_WEIGHT = 4.0
 """Tokens after which measurement and prior count the same."""
