@@ -83,6 +83,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
         ConfigError, ModelError, PeerError: what is missing and what to do.
     """
     torch.set_num_threads(config.threads)
+    link = config.link_model()
     source = find_model(config.model, progress)
     model_config = read_model_config(source.folder)
     text = TextCodec(source.folder)
@@ -95,7 +96,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
             nodes = await stack.enter_async_context(local_swarm(config, spans, progress))
             addresses = [node.address for node in nodes]
         drafter = make_drafter(config, source, vocab_size, progress)
-        transport = await stack.enter_async_context(coordinator_transport(config.link_model()))
+        transport = await stack.enter_async_context(coordinator_transport(link))
         engine = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
         await engine.add_stages(addresses)
         _check_model(engine, source, config.dtype)

@@ -7,7 +7,7 @@ import numpy as np
 from toy import VOCAB, ToyCache, next_token
 
 from dsd_p2p.errors import CapacityError, RemoteProtocolError
-from dsd_p2p.session.slots import CacheEdit, Forward
+from dsd_p2p.session.slots import Forward
 from dsd_p2p.types import Span
 
 ROW = struct.Struct("<q")
@@ -18,9 +18,6 @@ class ToySpanCache(ToyCache):
         super().__init__()
         self._model = model
         self._is_free = False
-
-    def edit(self, edit: CacheEdit) -> None:
-        super().edit(edit)
 
     def free(self) -> None:
         if not self._is_free:
