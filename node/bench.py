@@ -3,12 +3,14 @@
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import msgspec
+from rich.table import Table
 
 from node.console import console
 
@@ -45,13 +47,13 @@ def machine() -> dict[str, object]:
     }
 
 
-def write_receipt(name: str, seed: int, results: dict[str, object], machine_before: dict[str, object]) -> Path:
+def write_receipt(name: str, benchmark: str, results: dict[str, object], machine_before: dict[str, object]) -> Path:
     """Write `docs/benchmarks/NAME.json` and return its path."""
     receipt = {
-        "benchmark": name,
+        "benchmark": benchmark,
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "seed": seed,
+        "command": " ".join(["dsd", *sys.argv[1:]]),
         "machine": machine_before,
         "results": results,
     }
@@ -60,6 +62,16 @@ def write_receipt(name: str, seed: int, results: dict[str, object], machine_befo
     path.write_bytes(msgspec.json.format(msgspec.json.encode(receipt), indent=1) + b"\n")
     console.print(f"receipt: {path}")
     return path
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Show a table to people, on standard error."""
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _commit() -> str:

@@ -69,12 +69,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_flags(demo)
     _add_generate_flags(demo)
 
-    bench = commands.add_parser("bench", help="measure and write a receipt to docs/benchmarks")
-    bench.add_argument("what", choices=["overhead", "distance"])
-    bench.add_argument("--rounds", type=int, help="repetitions of every arm (default 5)")
-    _add_model_flags(bench)
-    _add_generate_flags(bench)
+    _add_bench_commands(commands.add_parser("bench", help="measure; --receipt keeps the result in docs/benchmarks"))
     return parser
+
+
+def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
+    benchmarks = bench.add_subparsers(dest="what", required=True)
+
+    overhead = benchmarks.add_parser("overhead", help="what splitting a model into stages costs")
+    _add_model_flags(overhead)
+    _add_generate_flags(overhead)
+
+    ring = benchmarks.add_parser("ring", help="the protocol on fake stages with recorded tokens")
+    ring.add_argument("--links", dest="link", help="one-way latency of every link, like 50ms (default)")
+    ring.add_argument("--stages", type=int, help="number of fake stages (default 4)")
+    ring.add_argument("--stage-time", help="seconds of a stage's pass, like 5ms (default)")
+    ring.add_argument("--node-time", help="what each node of the pass adds (default 0ms)")
+    ring.add_argument("--draft-time", help="seconds of a draft step, like 6ms (default)")
+    ring.add_argument("--rate", help="bandwidth of every link, like 100mbit (default unlimited)")
+    ring.add_argument("--jitter", help="jitter of every link, like 5ms (default none)")
+    ring.add_argument("--max-tokens", type=int, help="tokens of each text (default 64)")
+    ring.add_argument("--trace", help="file of recorded agreement (default: the bundled one)")
+    ring.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
+    ring.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
+    for benchmark in (overhead, ring):
+        benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
+        benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,9 @@
 """A coordinator as the commands use it: model, text, drafter and a connected engine."""
 
-import random
-import secrets
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -16,20 +12,16 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
-from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.pipeline.engine import Engine, GenerateOptions, Generation, open_engine
+from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.transport.base import Transport
-from dsd_p2p.transport.emulated import emulate
-from dsd_p2p.transport.libp2p import open_libp2p
 from dsd_p2p.types import Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
-from dsd_p2p.wire.codec import MAX_FRAME_BYTES
-from dsd_p2p.wire.version import PROTOCOL_ID
 from node import units
 from node.choices import make_drafter
 from node.config import GenerateConfig
-from node.local_swarm import LocalNode, local_swarm
+from node.local_swarm import LocalNode, local_swarm, stage_configs
+from node.reach import coordinator_transport
+from node.summary import summarise
 from node.text import TextCodec, parse_ids
 
 
@@ -93,7 +85,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
         addresses, nodes = list(config.connect), []
         if not addresses:
             spans = [Span(*bounds) for bounds in even_spans(int(model_config.num_hidden_layers), config.stages)]
-            nodes = await stack.enter_async_context(local_swarm(config, spans, progress))
+            nodes = await stack.enter_async_context(local_swarm(stage_configs(config, spans), progress))
             addresses = [node.address for node in nodes]
         drafter = make_drafter(config, source, vocab_size, progress)
         transport = await stack.enter_async_context(coordinator_transport(link))
@@ -101,50 +93,6 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
         await engine.add_stages(addresses)
         _check_model(engine, source, config.dtype)
         yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt, nodes=nodes)
-
-
-@asynccontextmanager
-async def coordinator_transport(link: LinkModel) -> AsyncIterator[Transport]:
-    """Open libp2p on loopback with an identity for this run only."""
-    with tempfile.TemporaryDirectory(prefix="dsd-coordinator-") as scratch:
-        async with open_libp2p(
-            identity=Path(scratch) / "identity",
-            listen="/ip4/127.0.0.1/tcp/0",
-            protocol=PROTOCOL_ID,
-            max_frame_bytes=MAX_FRAME_BYTES,
-        ) as inner:
-            rng = random.Random(secrets.randbits(64))  # noqa: S311 - jitter of an emulated link
-            async with emulate(inner, link, rng) as transport:
-                yield transport
-
-
-def summarise(generation: Generation, drafter: str, num_prompt_tokens: int, num_tokens: int) -> dict[str, object]:
-    """Return what a script wants to know of a finished request; times in seconds.
-
-    tokens_per_s counts from the first tokens on, so that the prompt's cost is in `ttft_s` alone.
-    """
-    stats, decision = generation.stats, generation.decision
-    first_at_s, first_size = generation.arrivals[0]
-    last_at_s, _ = generation.arrivals[-1]
-    num_later, later_s = num_tokens - first_size, last_at_s - first_at_s
-    return {
-        "mode": decision.mode,
-        "verification": "exact",
-        "num_relaxed_tokens": 0,
-        "drafter": drafter,
-        "decision": asdict(decision),
-        "finish_reason": generation.finish.reason if generation.finish else None,
-        "num_prompt_tokens": num_prompt_tokens,
-        "num_tokens": num_tokens,
-        "tokens_per_s": num_later / later_s if later_s > 0 else num_tokens / (last_at_s - generation.started_at_s),
-        "ttft_s": first_at_s - generation.started_at_s,
-        "total_s": last_at_s - generation.started_at_s,
-        "mean_accepted_length": num_tokens / stats.num_epochs,
-        "bytes_per_token": stats.link_bytes / num_tokens,
-        "mean_stage_s": [total / max(1, stats.num_verdicts) for total in stats.stage_s],
-        "mean_draft_step_s": stats.draft_s / max(1, stats.num_draft_steps),
-        "counts": asdict(stats),
-    }
 
 
 def _prompt(config: GenerateConfig, text: TextCodec) -> list[TokenId]:

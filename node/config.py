@@ -47,13 +47,31 @@ class ModelFlags(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cache_memory: str = "1GB"
 
 
+class ServiceTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """What the fake stages take and send.
+
+    trace: the file of the recorded texts. stage_s + node_s * n: seconds of a pass over n nodes. row_bytes: hidden state of a node.
+    """
+
+    trace: str
+    stage_s: float
+    node_s: float = 0.0
+    row_bytes: int = 3072
+    """H = 1536 in bfloat16, Qwen2.5 1.5B."""
+
+
 class NodeConfig(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`dsd node`. An empty span is the whole model; an empty identity is a new one for this run only."""
+    """`dsd node`. An empty span is the whole model; an empty identity is a new one for this run only.
+
+    recorded: a stage of the fake ring of `num_recorded_stages` instead of a model's layers.
+    """
 
     span: str = ""
     listen: str = "/ip4/127.0.0.1/tcp/0"
     peers: tuple[str, ...] = ()
     identity: str = ""
+    recorded: ServiceTimes | None = None
+    num_recorded_stages: Positive = 1
 
 
 class SwarmFlags(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +115,18 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     def sampling(self) -> Sampling:
         """Return the sampler's settings."""
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+
+
+class RingConfig(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd bench ring`. trace: of recorded agreement; empty is the bundled one."""
+
+    link: str = "50ms"
+    stages: Positive = 4
+    stage_time: str = "5ms"
+    node_time: str = "0ms"
+    draft_time: str = "6ms"
+    max_tokens: Positive = 64
+    trace: str = ""
 
 
 def read_config(kind: type[Config], file: str | None, flags: dict[str, object]) -> Config:

@@ -31,8 +31,8 @@ class LocalNode:
 
 
 @asynccontextmanager
-async def local_swarm(config: SwarmFlags, spans: Sequence[Span], progress: Progress) -> AsyncIterator[list[LocalNode]]:
-    """Start one process per span; yields them, in order, once all of them serve.
+async def local_swarm(nodes: Sequence[NodeConfig], progress: Progress) -> AsyncIterator[list[LocalNode]]:
+    """Start one process per configuration; yields them, in order, once all of them serve.
 
     One that dies later is seen by whoever talks to it. All end with the block, and also when this process is killed: each watches
     its standard input, a pipe whose other end is ours.
@@ -40,7 +40,6 @@ async def local_swarm(config: SwarmFlags, spans: Sequence[Span], progress: Progr
     Raises:
         ModelError: one of them could not start: says why.
     """
-    nodes = [_node_config(config, span) for span in spans]
     # A session of their own: Ctrl-C reaches only us, and we end them.
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "node.stage_processes"],
@@ -50,7 +49,7 @@ async def local_swarm(config: SwarmFlags, spans: Sequence[Span], progress: Progr
     )
     try:
         assert process.stdin is not None
-        await process.stdin.send_all(msgspec.json.encode(nodes) + b"\n")
+        await process.stdin.send_all(msgspec.json.encode(list(nodes)) + b"\n")
         with trio.move_on_after(_START_TIMEOUT_S) as scope:
             local_nodes = await _all_ready(process, len(nodes), progress)
         if scope.cancelled_caught:
@@ -60,9 +59,10 @@ async def local_swarm(config: SwarmFlags, spans: Sequence[Span], progress: Progr
         await _stop(process)
 
 
-def _node_config(config: SwarmFlags, span: Span) -> NodeConfig:
+def stage_configs(config: SwarmFlags, spans: Sequence[Span]) -> list[NodeConfig]:
+    """Return the configuration of a node for each span of the model."""
     shared = {name: getattr(config, name) for name in SwarmFlags.__struct_fields__ if name != "stages"}
-    return NodeConfig(span=f"{span.first}:{span.last}", **shared)
+    return [NodeConfig(span=f"{span.first}:{span.last}", **shared) for span in spans]
 
 
 async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) -> list[LocalNode]:

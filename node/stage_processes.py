@@ -16,8 +16,11 @@ from node.events import Failed, Started, report
 def main() -> None:
     """Fork one node per configuration; end when they have ended, or when standard input does."""
     configs = msgspec.json.decode(sys.stdin.readline(), type=list[NodeConfig])
-    # No thread may run before the forks, so both modules are imported and nothing is started.
+    # No thread may run before the forks, so modules are imported and nothing is started.
     import node.commands.node
+
+    if any(config.recorded is None for config in configs):
+        import node.stage_models
 
     names: dict[int, int] = {}
     for index, config in enumerate(configs):

@@ -363,8 +363,8 @@ def test_silence_past_the_deadline_is_a_lost_chain():
     network = network_of(PLAIN)
     network.perform(network.machine.start(5.0))
     assert network.machine.deadline_s == 65.0
-    assert network.machine.expire(64.9) == []
-    assert any(isinstance(effect, Replay) for effect in network.machine.expire(65.0))
+    assert network.machine.wake(64.9) == []
+    assert any(isinstance(effect, Replay) for effect in network.machine.wake(65.0))
 
 
 def test_a_miss_cancels_what_is_in_flight_at_every_stage():

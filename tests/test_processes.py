@@ -31,7 +31,7 @@ from dsd_p2p.types import Sampling, Span
 from dsd_p2p.window.static import StaticPolicy
 from node.client import coordinator_transport
 from node.config import UpConfig
-from node.local_swarm import local_swarm
+from node.local_swarm import local_swarm, stage_configs
 
 DSD = [sys.executable, "-m", "node.cli"]
 
@@ -42,7 +42,7 @@ async def write_all(config, num_layers, vocab_size, requests):
     answers = []
     with trio.fail_after(280):
         async with (
-            local_swarm(config, spans, NoProgress()) as nodes,
+            local_swarm(stage_configs(config, spans), NoProgress()) as nodes,
             coordinator_transport(LinkModel()) as transport,
             open_engine(transport, NgramDrafter(), vocab_size) as engine,
         ):

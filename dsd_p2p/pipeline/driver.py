@@ -19,8 +19,9 @@ from dsd_p2p.errors import (
     RemoteProtocolError,
 )
 from dsd_p2p.pipeline.links import PeerLinks
-from dsd_p2p.session.coordinator import Coordinator, Route
+from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
+from dsd_p2p.session.request import Route
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, TokenId
 from dsd_p2p.wire.messages import CloseSession, Failure, FailureKind, Verdict
@@ -111,7 +112,7 @@ class RequestDriver:
         now_s = trio.current_time()
         match event:
             case None:
-                return self._machine.expire(now_s)
+                return self._machine.wake(now_s)
             case Verdict():
                 try:
                     return self._machine.receive(event, now_s)

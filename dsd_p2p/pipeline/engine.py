@@ -15,8 +15,9 @@ from dsd_p2p.errors import ConfigError, LocalProtocolError, PeerDisconnected, Pe
 from dsd_p2p.pipeline.driver import RequestDriver
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.placement.chain import choose_chain
-from dsd_p2p.session.coordinator import Coordinator, Request, RequestStats, Route
+from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Finish
+from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Sampling, SessionId, Span, TokenId
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy

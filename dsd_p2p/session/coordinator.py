@@ -3,83 +3,24 @@
 Each method takes what happened and the time, and returns the effects to perform in order. `_pump` is the algorithm.
 """
 
-import heapq
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dsd_p2p.errors import DsdError, LocalProtocolError, PeerError, PeerTimeout, RemoteProtocolError
 from dsd_p2p.netmodel import UniformRng
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send, Stem
-from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.session.growth import choose_stems, choose_unsent, has_unsent
+from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.tree import DraftNode, DraftTree
-from dsd_p2p.types import GREEDY, PeerId, Sampling, SessionId, TokenId
+from dsd_p2p.types import PeerId, TokenId
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.wire.messages import BASE, Cancel, CloseSession, Hop, OpenSession, Verdict, Window
+from dsd_p2p.wire.messages import BASE, Cancel, CloseSession, OpenSession, Verdict, Window
 
 _MAX_EARLY_VERDICTS = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """A chain of stages that covers the model, head first, and the way back to the coordinator."""
-
-    hops: tuple[Hop, ...]
-    coordinator: Hop
-    model_digest: str
-    dtype: str
-
-    @property
-    def head(self) -> PeerId:
-        """The stage that windows are sent to."""
-        return PeerId(self.hops[0].peer)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is asked of the target.
-
-    prompt: at least one token. stop_tokens: generation ends with the first of these, which is emitted.
-    prefill_chunk: prompt tokens a window; chunks follow each other through the stages like an assembly line.
-    stall_timeout_s: without a verdict for this long the chain counts as lost.
-    """
-
-    session: SessionId
-    prompt: Sequence[TokenId]
-    max_tokens: int
-    vocab_size: int
-    sampling: Sampling = GREEDY
-    stop_tokens: frozenset[TokenId] = frozenset()
-    prefill_chunk: int = 128
-    stall_timeout_s: float = 60.0
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
-
-
-@dataclass(slots=True, kw_only=True)
-class RequestStats:
-    """Counts of one request; they add up over its replays.
-
-    num_misses: verdicts that named a token no window carried: each costs a traversal. Plain decoding counts every token.
-    link_bytes: bytes of window frames that all stages together have received, as the newest verdict told.
-    num_epochs: committed tokens over epochs is the mean accepted length (in sync mode: tokens a window, as in the papers).
-    """
-
-    num_windows: int = 0
-    num_nodes_sent: int = 0
-    num_prefill_tokens: int = 0
-    num_misses: int = 0
-    num_epochs: int = 0
-    num_stale_nodes: int = 0
-    num_draft_steps: int = 0
-    num_drafted_nodes: int = 0
-    num_replays: int = 0
-    num_verdicts: int = 0
-    max_windows_in_flight: int = 0
-    link_bytes: int = 0
-    draft_s: float = 0.0
-    stage_s: list[float] = field(default_factory=list)
-    first_token_at_s: float | None = None
+_TREE_NODES_PER_SENT = 3
+"""Nodes kept below the root for each that may be sent: what is unlikely now may be likely once the root has moved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +46,9 @@ class Coordinator:
         self._tree = DraftTree(token=self.tokens[-1], position=len(self.tokens) - 1, key=self._keys[-1])
         self.stats = RequestStats()
         self.decision = policy.decide(tracker.observe())
+        self._pace_s = 0.0
+        self._next_send_at_s = 0.0
+        self._num_round_steps = 0
         self._epoch = -1
         self._opened_epoch = 0
         self._next_node = 0
@@ -142,7 +86,7 @@ class Coordinator:
             if early.epoch == self._epoch:
                 effects += self._apply(early, now_s)
         if not self.is_finished:
-            self.decision = self._policy.decide(self._tracker.observe())
+            self._decide()
             effects += self._pump(now_s)
         return effects
 
@@ -155,11 +99,9 @@ class Coordinator:
         self.stats.draft_s += now_s - self._draft_started_s
         self._tracker.draft_step(now_s - self._draft_started_s)
         for (key, node), candidates in zip(stems.items(), children, strict=True):
-            if self._tree.get(key) is not node:
-                continue
-            for rank, candidate in enumerate(candidates):
-                self._tree.add(node, candidate.token, candidate.logprob, rank)
-                self.stats.num_drafted_nodes += 1
+            if self._tree.get(key) is node:
+                self._grow(node, candidates)
+        self._tree.shed(_TREE_NODES_PER_SENT * max(self.decision.max_nodes, self.decision.depth))
         return self._pump(now_s)
 
     def lost(self, error: DsdError, now_s: float) -> list[Effect]:
@@ -196,14 +138,19 @@ class Coordinator:
 
     @property
     def deadline_s(self) -> float:
-        """When `expire` must be called unless something happens before."""
+        """When `wake` must be called unless something happens before."""
+        is_next_send_due = self._may_send_soon() and has_unsent(self._tree, self.decision)
+        return min(self._stalled_at_s, self._next_send_at_s if is_next_send_due else math.inf)
+
+    @property
+    def _stalled_at_s(self) -> float:
         is_waiting = bool(self._in_flight) and not self._is_waiting_for_chain and not self.is_finished
         return self._progress_at_s + self._request.stall_timeout_s if is_waiting else math.inf
 
-    def expire(self, now_s: float) -> list[Effect]:
-        """Give the chain up if it has been silent for too long."""
-        if now_s < self.deadline_s:
-            return []
+    def wake(self, now_s: float) -> list[Effect]:
+        """Send what was held back until now; give the chain up if it has been silent for too long."""
+        if now_s < self._stalled_at_s:
+            return self._pump(now_s) if self._may_send_soon() else []
         return self.lost(
             PeerTimeout(
                 f"no verdict for {self._request.stall_timeout_s:g} s: check the stages' logs, or raise --stall-timeout"
@@ -220,82 +167,60 @@ class Coordinator:
     def _pump(self, now_s: float) -> list[Effect]:
         """Send what may be sent, draft what may be drafted."""
         effects: list[Effect] = []
-        decision = self.decision
-        if self._tree.root.number is None and (decision.mode is not Mode.SYNC or self._is_drafted_full()):
+        decision, tree = self.decision, self._tree
+        if tree.root.number is None and (decision.mode is not Mode.SYNC or self._is_drafted_full()):
             effects += self._send_window(now_s)
-        if decision.mode is Mode.CONTINUOUS:
-            while len(self._in_flight) < decision.max_in_flight and self._has_unsent():
-                effects += self._send_window(now_s)
-        if decision.mode is Mode.CONTINUOUS or (decision.mode is Mode.SYNC and self._tree.root.number is None):
+        while self._may_send_soon() and now_s >= self._next_send_at_s and has_unsent(tree, decision):
+            effects += self._send_window(now_s)
+        if decision.mode is Mode.CONTINUOUS or (decision.mode is Mode.SYNC and tree.root.number is None):
             effects += self._draft(now_s)
         return effects
 
+    def _may_send_soon(self) -> bool:
+        """True when nothing but the pace holds the next window back."""
+        decision = self.decision
+        return (
+            decision.mode is Mode.CONTINUOUS
+            and not self._is_waiting_for_chain
+            and not self.is_finished
+            and self._tree.root.number is not None
+            and len(self._in_flight) < decision.max_in_flight
+            and self._tree.num_sent + decision.window_nodes <= decision.max_nodes
+        )
+
     def _is_drafted_full(self) -> bool:
         """True when a synchronous window is as large as it will get."""
-        is_full = len(self._tree) >= self.decision.max_nodes
+        is_full = self._num_round_steps >= self.decision.depth
         return is_full or (self._drafting is None and not self._choose_stems())
 
     def _send_window(self, now_s: float) -> list[Effect]:
         """Send the likeliest unsent nodes whose parents are sent, the root first."""
-        nodes = self._choose_unsent(self.decision.window_nodes)
+        nodes = choose_unsent(self._tree, self.decision, self.decision.window_nodes)
+        assert self._tree.root.number is not None or nodes[0] is self._tree.root
         first_node = self._next_node
         for node in nodes:
-            node.number = self._next_node
+            self._tree.send(node, self._next_node)
             self._next_node += 1
         root_parent = BASE if first_node == 0 else first_node - 1
         parents = [root_parent if node.parent is None else _number(node.parent) for node in nodes]
         effect = self._window([n.token for n in nodes], parents, [n.position for n in nodes], first_node, now_s)
         if self._tree.root is nodes[0]:
             self._wire_root = (self._epoch, first_node)
+        self._num_round_steps = 0
+        self._next_send_at_s = now_s + self._pace_s
         return [effect]
 
-    def _choose_unsent(self, limit: int) -> list[DraftNode]:
-        root = self._tree.root
-        heap = [(-node.path_logprob, node.key, node) for node in self._sendable()]
-        heapq.heapify(heap)
-        chosen: list[DraftNode] = []
-        while heap and len(chosen) < limit:
-            _, _, node = heapq.heappop(heap)
-            chosen.append(node)
-            for child in node.children.values():
-                if self._is_likely(child):
-                    heapq.heappush(heap, (-child.path_logprob, child.key, child))
-        assert root.number is not None or chosen[0] is root
-        return chosen
-
-    def _sendable(self) -> Iterable[DraftNode]:
-        if self._tree.root.number is None:
-            return (self._tree.root,)
-        return (
-            node
-            for node in self._tree.nodes()
-            if node.number is None
-            and node.parent is not None
-            and node.parent.number is not None
-            and self._is_likely(node)
-        )
-
-    def _is_likely(self, node: DraftNode) -> bool:
-        """True when the node is worth a place now; it may become so later, when the root has moved towards it."""
-        return node.path_logprob >= self._min_logprob
-
-    @property
-    def _min_logprob(self) -> float:
-        return math.log(self.decision.min_path_prob) if self.decision.min_path_prob else -math.inf
-
-    def _has_unsent(self) -> bool:
-        return any(True for _ in self._sendable())
-
     def _draft(self, now_s: float) -> list[Effect]:
-        if self._drafting is not None or len(self._tree) >= self.decision.max_nodes:
+        if self._drafting is not None:
             return []
         stems = self._choose_stems()
         if not stems:
             return []
         self._drafting = {node.key: node for node in stems}
         self._draft_started_s = now_s
+        self._num_round_steps += 1
         for node in stems:
-            node.is_expanded = True
+            self._tree.expand(node)
         return [
             Draft(
                 tokens=tuple(self.tokens),
@@ -306,16 +231,24 @@ class Coordinator:
         ]
 
     def _choose_stems(self) -> list[DraftNode]:
-        """Choose the likeliest nodes that nobody was asked to expand, any depth: best-first, never beams of one depth."""
-        decision = self.decision
         # A node at the last position but one yields the last token: nothing deeper is of use.
-        last_position = min(self._tree.root.position + decision.depth, self._end - 2)
-        open_nodes = [
-            node
-            for node in self._tree.nodes()
-            if not node.is_expanded and node.position < last_position and self._is_likely(node)
-        ]
-        return heapq.nsmallest(decision.expand_nodes, open_nodes, key=lambda node: (-node.path_logprob, node.key))
+        return choose_stems(self._tree, self.decision, self._end - 2)
+
+    def _grow(self, node: DraftNode, candidates: Sequence[Candidate]) -> None:
+        """Hang a drafter's answer below `node`."""
+        node.candidate_logprobs = tuple(candidate.logprob for candidate in candidates)
+        calibrated = self._tracker.calibrated(node.candidate_logprobs)
+        for rank, (candidate, logprob) in enumerate(zip(candidates, calibrated, strict=True)):
+            child = self._tree.add(node, candidate.token, logprob, rank, candidate.source)
+            self.stats.num_drafted_nodes += 1
+            if candidate.children and not child.is_expanded and child.position < self._end - 2:
+                self._grow(child, candidate.children)
+
+    def _decide(self) -> None:
+        observation = self._tracker.observe()
+        self.decision = self._policy.decide(observation)
+        # Windows that come faster than the slowest stage takes them only queue there, in front of better ones.
+        self._pace_s = observation.slowest_stage_s(self.decision.window_nodes)
 
     # Verdicts
 
@@ -380,8 +313,11 @@ class Coordinator:
         """Move the root to `token`; True when a window carries it already."""
         old_root = self._tree.root
         hit = self._tree.commit(token)
-        if old_root.is_expanded and not (self._drafting and old_root.key in self._drafting):
-            self._tracker.outcome(hit.rank if hit else None)
+        if old_root.candidate_logprobs:
+            self._tracker.outcome(hit.rank if hit else None, old_root.candidate_logprobs)
+            self.stats.outcome(
+                depth=old_root.depth + 1, rank=hit.rank if hit else None, source=hit.source if hit else ""
+            )
         self.tokens.append(token)
         self._keys.append(self._tree.root.key)
         if hit is None or hit.number is None:
@@ -440,8 +376,7 @@ class Coordinator:
         self.stats.num_epochs += 1
         self._next_node = 0
         self._early.clear()
-        for node in self._tree.nodes():
-            node.number = None
+        self._tree.forget_sent()
 
     def _window(
         self, tokens: Sequence[TokenId], parents: Sequence[int], positions: Sequence[int], first_node: int, now_s: float

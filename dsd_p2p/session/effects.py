@@ -18,10 +18,15 @@ class Stem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A drafted child: `logprob` is the drafter's own log probability of `token`."""
+    """A drafted child: `logprob` is the drafter's own log probability of `token`, `source` the drafter's name.
+
+    children: what a drafter that looks several tokens ahead at once proposes below it.
+    """
 
     token: TokenId
     logprob: float
+    source: str = ""
+    children: tuple["Candidate", ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

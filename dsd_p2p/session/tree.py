@@ -1,5 +1,6 @@
 """The coordinator's draft tree under the last committed token."""
 
+import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ class DraftNode:
     """One candidate token.
 
     key: names the node for the life of the session; drafters keep their caches by it.
-    path_logprob: the drafter's log probability of the path from the root to here.
-    rank: place among its siblings by the drafter's probability, 0 the likeliest.
+    path_logprob: log probability of the path from the root to here, by the drafter and what is known of its calibration.
+    rank: place among its siblings by the drafter's probability, 0 the likeliest. source: which drafter proposed it.
     number: its number on the wire within the epoch, None before it is sent.
-    is_expanded: a drafter has already been asked for its children.
+    is_expanded: a drafter has already been asked for its children. candidate_logprobs: its answer, likeliest first.
+    depth: distance from the root when it was drafted.
     """
 
     key: int
@@ -24,8 +26,11 @@ class DraftNode:
     parent: "DraftNode | None"
     path_logprob: float
     rank: int = 0
+    source: str = ""
+    depth: int = 0
     number: int | None = None
     is_expanded: bool = False
+    candidate_logprobs: tuple[float, ...] = ()
     children: dict[TokenId, "DraftNode"] = field(default_factory=dict)
 
     def subtree(self) -> Iterator["DraftNode"]:
@@ -38,29 +43,57 @@ class DraftNode:
 
 
 class DraftTree:
-    """Committed root and the candidates below it."""
+    """Committed root and the candidates below it.
+
+    unsent, unexpanded: the nodes, by key, that no window carries and that no drafter was asked to expand.
+    """
 
     def __init__(self, *, token: TokenId, position: int, key: int) -> None:
         self._next_key = key
         self._by_key: dict[int, DraftNode] = {}
-        self.root = self._new_node(token, position, None, 0.0, 0)
+        self.unsent: dict[int, DraftNode] = {}
+        self.unexpanded: dict[int, DraftNode] = {}
+        self.root = self._new_node(token, position, None, 0.0, 0, "")
 
     def __len__(self) -> int:
         """Return the number of nodes below the root."""
         return len(self._by_key) - 1
 
+    @property
+    def num_sent(self) -> int:
+        """Nodes that windows carry, the root included."""
+        return len(self._by_key) - len(self.unsent)
+
     def get(self, key: int) -> DraftNode | None:
         """Return the node of that key if it is still in the tree."""
         return self._by_key.get(key)
 
-    def add(self, parent: DraftNode, token: TokenId, logprob: float, rank: int = 0) -> DraftNode:
+    def add(self, parent: DraftNode, token: TokenId, logprob: float, rank: int = 0, source: str = "") -> DraftNode:
         """Hang a candidate under `parent`; one that is there already is returned as it is."""
         known = parent.children.get(token)
         if known is not None:
             return known
-        node = self._new_node(token, parent.position + 1, parent, parent.path_logprob + min(logprob, 0.0), rank)
+        path_logprob = parent.path_logprob + min(logprob, 0.0)
+        node = self._new_node(token, parent.position + 1, parent, path_logprob, rank, source)
+        node.depth = node.position - self.root.position
         parent.children[token] = node
         return node
+
+    def send(self, node: DraftNode, number: int) -> None:
+        """Note the node's number on the wire."""
+        node.number = number
+        self.unsent.pop(node.key, None)
+
+    def expand(self, node: DraftNode) -> None:
+        """Note that a drafter is asked for the node's children."""
+        node.is_expanded = True
+        self.unexpanded.pop(node.key, None)
+
+    def forget_sent(self) -> None:
+        """Take every number back: a new epoch begins."""
+        for node in self._by_key.values():
+            node.number = None
+        self.unsent = dict(self._by_key)
 
     def commit(self, token: TokenId) -> DraftNode | None:
         """Make the root's child holding `token` the new root and drop everything else.
@@ -71,29 +104,52 @@ class DraftTree:
         hit = old_root.children.get(token)
         if hit is None:
             self._by_key.clear()
-            self.root = self._new_node(token, old_root.position + 1, None, 0.0, 0)
+            self.unsent.clear()
+            self.unexpanded.clear()
+            self.root = self._new_node(token, old_root.position + 1, None, 0.0, 0, "")
             return None
         base_logprob = hit.path_logprob
         self._by_key = {}
         for node in hit.subtree():
             node.path_logprob -= base_logprob
             self._by_key[node.key] = node
+        self.unsent = {key: node for key, node in self._by_key.items() if node.number is None}
+        self.unexpanded = {key: node for key, node in self._by_key.items() if not node.is_expanded}
         hit.parent = None
         self.root = hit
         return hit
+
+    def shed(self, max_nodes: int) -> None:
+        """Drop the unlikeliest leaves that were never sent or expanded until at most `max_nodes` are below the root."""
+        surplus = len(self) - max_nodes
+        if surplus <= 0:
+            return
+        leaves = [node for node in self.unsent.values() if not node.is_expanded and node.parent is not None]
+        for node in heapq.nsmallest(surplus, leaves, key=lambda node: (node.path_logprob, -node.key)):
+            assert node.parent is not None
+            del node.parent.children[node.token]
+            for index in (self._by_key, self.unsent, self.unexpanded):
+                del index[node.key]
 
     def nodes(self) -> Iterable[DraftNode]:
         """All nodes, the root included, parents before children."""
         return self._by_key.values()
 
     def _new_node(
-        self, token: TokenId, position: int, parent: DraftNode | None, path_logprob: float, rank: int
+        self, token: TokenId, position: int, parent: DraftNode | None, path_logprob: float, rank: int, source: str
     ) -> DraftNode:
         if not math.isfinite(path_logprob):
             path_logprob = -1e9
         node = DraftNode(
-            key=self._next_key, token=token, position=position, parent=parent, path_logprob=path_logprob, rank=rank
+            key=self._next_key,
+            token=token,
+            position=position,
+            parent=parent,
+            path_logprob=path_logprob,
+            rank=rank,
+            source=source,
         )
-        self._by_key[node.key] = node
+        for index in (self._by_key, self.unsent, self.unexpanded):
+            index[node.key] = node
         self._next_key += 1
         return node

@@ -24,10 +24,10 @@ class Decision:
 
     depth: deepest draft below the root, tokens; 0 in plain mode.
     width: children kept of each expanded node; 1 is a chain.
-    expand_nodes: nodes whose children are drafted in one step.
+    expand_nodes: nodes whose children are drafted in one step. A synchronous window is sent after `depth` steps.
     window_nodes: most nodes one window carries.
     max_in_flight: most windows without a verdict.
-    max_nodes: most nodes below the root, sent or not.
+    max_nodes: most sent nodes below the root, the root included.
     min_path_prob: a node less likely than this, seen from the root, is neither expanded nor sent for now.
     reason: for people, in a few words.
     """

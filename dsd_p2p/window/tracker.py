@@ -1,6 +1,8 @@
 """Turns what happens to a request into what a window policy wants to know."""
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 
 from dsd_p2p.window.base import CostLine, Observation
 
@@ -36,6 +38,35 @@ class LineFit:
         return CostLine(fixed_s=max(0.0, mean_y - slope * mean_n), per_node_s=slope)
 
 
+class Calibration:
+    """How much surer a drafter is than it says: probabilities `p^s / Σ p^s`, s fitted to what the target went on to write.
+
+    A drafter's probabilities are those of sampling; a greedy target takes its likeliest token more often than they say.
+    The exponent climbs the likelihood of the outcomes (stochastic gradient ascent). What no candidate holds counts as one more.
+    """
+
+    def __init__(self) -> None:
+        self.exponent = 1.3
+
+    def apply(self, logprobs: Sequence[float]) -> list[float]:
+        """Return the calibrated log probabilities of one node's candidates."""
+        log_mass = math.log(sum(math.exp(self.exponent * value) for value in (*logprobs, _rest(logprobs))))
+        return [self.exponent * value - log_mass for value in logprobs]
+
+    def learn(self, rank: int | None, logprobs: Sequence[float]) -> None:
+        """Take in which candidate came true, None for none of them."""
+        values = (*logprobs, _rest(logprobs))
+        weights = [math.exp(self.exponent * value) for value in values]
+        expected = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+        # Bounded: one great surprise must not undo a hundred confirmations.
+        step = max(-1.0, min(1.0, values[-1 if rank is None else rank] - expected))
+        self.exponent = max(0.5, min(3.0, self.exponent + 0.02 * step))
+
+
+def _rest(logprobs: Sequence[float]) -> float:
+    return math.log(max(1e-4, 1 - sum(math.exp(value) for value in logprobs)))
+
+
 class Tracker:
     """Measurements of one chain and drafter, kept across the requests that use them."""
 
@@ -46,6 +77,7 @@ class Tracker:
         self._num_draft_steps = 0
         self._num_outcomes = 0
         self._hits_by_rank: Counter[int] = Counter()
+        self.calibration = Calibration()
 
     def verdict(self, *, num_nodes: int, traversal_s: float, stage_s: list[float]) -> None:
         """Take in the first verdict of a window of `num_nodes`, `traversal_s` after it was sent."""
@@ -66,9 +98,18 @@ class Tracker:
         share = max(1 - _DECAY, 1 / self._num_draft_steps)
         self._draft_step_s += share * (seconds - self._draft_step_s)
 
-    def outcome(self, rank: int | None) -> None:
-        """Take in one committed token that the drafter was asked for: its rank, None where it was no candidate."""
+    def calibrated(self, logprobs: Sequence[float]) -> list[float]:
+        """Return one node's candidates' log probabilities as experience corrects them."""
+        return self.calibration.apply(logprobs)
+
+    def outcome(self, rank: int | None, logprobs: Sequence[float] = ()) -> None:
+        """Take in one committed token that the drafter was asked for: its rank, None where it was no candidate.
+
+        logprobs: of all its candidates, likeliest first.
+        """
         self._num_outcomes += 1
+        if logprobs:
+            self.calibration.learn(rank, logprobs)
         if rank is not None:
             self._hits_by_rank[rank] += 1
 

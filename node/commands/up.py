@@ -11,10 +11,10 @@ from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import open_engine
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.types import PeerId, Span
-from node.client import coordinator_transport
 from node.config import UpConfig, read_config
 from node.console import ConsoleProgress, console
-from node.local_swarm import local_swarm
+from node.local_swarm import local_swarm, stage_configs
+from node.reach import coordinator_transport
 
 
 def run(options: dict[str, object]) -> int:
@@ -29,7 +29,7 @@ async def _up(config: UpConfig) -> None:
         source = find_model(config.model, progress)
         num_layers = int(read_model_config(source.folder).num_hidden_layers)
         spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
-        async with local_swarm(config, spans, progress) as nodes:
+        async with local_swarm(stage_configs(config, spans), progress) as nodes:
             addresses = [node.address for node in nodes]
             await _introduce(addresses)
             progress.close()

@@ -1,0 +1,89 @@
+"""What a request asks for, over which stages, and what it cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.types import GREEDY, PeerId, Sampling, SessionId, TokenId
+from dsd_p2p.wire.messages import Hop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A chain of stages that covers the model, head first, and the way back to the coordinator."""
+
+    hops: tuple[Hop, ...]
+    coordinator: Hop
+    model_digest: str
+    dtype: str
+
+    @property
+    def head(self) -> PeerId:
+        """The stage that windows are sent to."""
+        return PeerId(self.hops[0].peer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked of the target.
+
+    prompt: at least one token. stop_tokens: generation ends with the first of these, which is emitted.
+    prefill_chunk: prompt tokens a window; chunks follow each other through the stages like an assembly line.
+    stall_timeout_s: without a verdict for this long the chain counts as lost.
+    """
+
+    session: SessionId
+    prompt: Sequence[TokenId]
+    max_tokens: int
+    vocab_size: int
+    sampling: Sampling = GREEDY
+    stop_tokens: frozenset[TokenId] = frozenset()
+    prefill_chunk: int = 128
+    stall_timeout_s: float = 60.0
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestStats:
+    """Counts of one request; they add up over its replays.
+
+    num_misses: verdicts that named a token no window carried: each costs a traversal. Plain decoding counts every token.
+    link_bytes: bytes of window frames that all stages together have received, as the newest verdict told.
+    num_epochs: committed tokens over epochs is the mean accepted length (in sync mode: tokens a window, as in the papers).
+    hits_by_depth, outcomes_by_depth: for d = 1, 2, ...: of the committed tokens whose parent was drafted d - 1 below the root and
+        expanded, how many were among the candidates, and how many there were.
+    hits_by_rank: how often the committed token was the drafter's first, second, ... candidate. hits_by_source: whose it was.
+    """
+
+    num_windows: int = 0
+    num_nodes_sent: int = 0
+    num_prefill_tokens: int = 0
+    num_misses: int = 0
+    num_epochs: int = 0
+    num_stale_nodes: int = 0
+    num_draft_steps: int = 0
+    num_drafted_nodes: int = 0
+    num_replays: int = 0
+    num_verdicts: int = 0
+    max_windows_in_flight: int = 0
+    link_bytes: int = 0
+    draft_s: float = 0.0
+    stage_s: list[float] = field(default_factory=list)
+    first_token_at_s: float | None = None
+    hits_by_depth: list[int] = field(default_factory=list)
+    outcomes_by_depth: list[int] = field(default_factory=list)
+    hits_by_rank: list[int] = field(default_factory=list)
+    hits_by_source: dict[str, int] = field(default_factory=dict)
+
+    def outcome(self, *, depth: int, rank: int | None, source: str) -> None:
+        """Count one committed token that a drafter was asked for; `rank` None: it was no candidate."""
+        _count(self.outcomes_by_depth, depth - 1, 1)
+        _count(self.hits_by_depth, depth - 1, rank is not None)
+        if rank is not None:
+            _count(self.hits_by_rank, rank, 1)
+            self.hits_by_source[source] = self.hits_by_source.get(source, 0) + 1
+
+
+def _count(counts: list[int], index: int, amount: int) -> None:
+    counts.extend([0] * (index + 1 - len(counts)))
+    counts[index] += amount

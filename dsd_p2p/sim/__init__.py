@@ -1,0 +1,1 @@
+"""DSD-Sim: the same core in virtual time, fed with recorded agreement."""

@@ -1,0 +1,61 @@
+"""Recorded agreement: what a target wrote and what a drafter proposed at every position of it.
+
+Small enough to travel with the project; `dsd bench record` makes it again.
+"""
+
+import gzip
+from pathlib import Path
+
+import msgspec
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.types import TokenId
+
+
+class RecordedText(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer of the target.
+
+    category: chat, maths or code. source: the prompt's name in its collection.
+    tokens: the target's greedy text, length n.
+    draft_tokens, draft_centinats: for each of the n positions the drafter's likeliest candidates given the text before it,
+        and -100 times the natural logarithm of their probabilities.
+    """
+
+    category: str
+    source: str
+    tokens: tuple[TokenId, ...]
+    draft_tokens: tuple[tuple[TokenId, ...], ...]
+    draft_centinats: tuple[tuple[int, ...], ...]
+
+
+class AgreementTrace(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts of one pair of models, with where they come from."""
+
+    target: str
+    drafter: str
+    dtype: str
+    command: str
+    date: str
+    vocab_size: int
+    texts: tuple[RecordedText, ...]
+
+
+def write_trace(trace: AgreementTrace, path: Path) -> None:
+    """Write gzipped JSON, the same bytes for the same trace."""
+    path.write_bytes(gzip.compress(msgspec.json.encode(trace), mtime=0))
+
+
+def read_trace(path: Path) -> AgreementTrace:
+    """Return the trace in `path`.
+
+    Raises:
+        ConfigError: it cannot be read or is none.
+    """
+    try:
+        trace = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=AgreementTrace)
+    except (OSError, EOFError, msgspec.DecodeError) as exc:
+        raise ConfigError(f"agreement trace {path}: {exc}; make one with `dsd bench record`") from exc
+    for text in trace.texts:
+        if not len(text.tokens) == len(text.draft_tokens) == len(text.draft_centinats):
+            raise ConfigError(f"agreement trace {path}: text {text.source} has lists of different lengths")
+    return trace

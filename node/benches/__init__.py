@@ -1,0 +1,1 @@
+"""What `dsd bench` measures, one benchmark a file."""

@@ -1,0 +1,163 @@
+"""Stages and drafter of the fake ring: recorded tokens and service times where a real swarm computes.
+
+Everything else is the live system: processes, sockets, stage server, coordinator. So the protocol can be measured at stage times
+that this machine could not compute at.
+"""
+
+import struct
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd_p2p.drafting.base import DraftSession
+from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.session.effects import Candidate, Draft
+from dsd_p2p.session.slots import CacheEdit, Forward
+from dsd_p2p.sim.recorded import RecordedDrafts, recorded_pick
+from dsd_p2p.sim.trace import AgreementTrace, read_trace
+from dsd_p2p.types import PeerInfo, Span, TokenId
+from node import units
+from node.config import NodeConfig, ServiceTimes
+
+MODEL_NAME = "recorded"
+_DIGEST = "recorded"
+_TOKEN = struct.Struct("<q")
+
+
+def bundled_trace() -> Path:
+    """Return the agreement trace that the project brings along."""
+    return Path(str(files("node").joinpath("data/agreement.json.gz")))
+
+
+def stage_info(peer: str, addresses: tuple[str, ...], span: Span, num_stages: int) -> PeerInfo:
+    """Return what a fake stage says of itself: it holds one "layer"."""
+    return PeerInfo(
+        peer=peer,
+        addresses=addresses,
+        span=span,
+        num_layers=num_stages,
+        model_name=MODEL_NAME,
+        model_digest=_DIGEST,
+        dtype="float32",
+        max_positions=1 << 16,
+    )
+
+
+def load_recorded(config: NodeConfig, peer: str, addresses: tuple[str, ...]) -> "tuple[RecordedSpan, PeerInfo]":
+    """Load the recorded texts of a stage of the fake ring (`node.daemon.LoadStage`).
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    assert config.recorded is not None
+    span, num_stages = units.span(config.span), config.num_recorded_stages
+    model = RecordedSpan(span, num_stages, config.recorded, read_trace(Path(config.recorded.trace)))
+    return model, stage_info(peer, addresses, span, num_stages)
+
+
+class RecordedCache:
+    """Remembers only which text is written: the token at position 0."""
+
+    def __init__(self) -> None:
+        self.text: TokenId = -1
+
+    def edit(self, edit: CacheEdit) -> None:
+        """Nothing to move."""
+
+    def free(self) -> None:
+        """Nothing to free."""
+
+
+class RecordedView:
+    """The target's view where it goes on to write `token`."""
+
+    def __init__(self, token: TokenId, vocab_size: int) -> None:
+        self._token = token
+        self._vocab_size = vocab_size
+
+    def argmax(self) -> TokenId:
+        """Return the recorded token."""
+        return self._token
+
+    def logits(self) -> NDArray[np.float32]:
+        """Return logits that are certain."""
+        logits = np.full(self._vocab_size, -100.0, np.float32)
+        logits[self._token] = 0.0
+        return logits
+
+
+class RecordedSpan:
+    """A stage server's model that sleeps; a node's hidden state is its token and padding."""
+
+    def __init__(self, span: Span, num_stages: int, times: ServiceTimes, trace: AgreementTrace) -> None:
+        self.is_head = span.first == 0
+        self.is_tail = span.last == num_stages
+        self.row_bytes = times.row_bytes
+        self.weight_bytes = 0
+        self._times = times
+        self._trace = trace
+
+    def new_cache(self, max_slots: int) -> RecordedCache:
+        """Return an empty cache."""
+        return RecordedCache()
+
+    def hidden(self, cache: RecordedCache, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
+        """Sleep, and pass the tokens on in rows of the configured size."""
+        return b"".join(_TOKEN.pack(token).ljust(self.row_bytes, b"\0") for token in self._pass(cache, forward, inputs))
+
+    def views(
+        self, cache: RecordedCache, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
+    ) -> list[RecordedView]:
+        """Sleep, and return the recorded continuation after each row; nobody asks about a node off the recorded path."""
+        self._pass(cache, forward, inputs)
+        num_tokens = len(self._trace.texts[cache.text].tokens)
+        return [
+            RecordedView(
+                recorded_pick(self._trace, cache.text, min(int(forward.positions[row]), num_tokens - 1)),
+                self._trace.vocab_size,
+            )
+            for row in rows
+        ]
+
+    def _pass(self, cache: RecordedCache, forward: Forward, inputs: Sequence[TokenId] | bytes) -> list[TokenId]:
+        end_s = time.perf_counter() + self._times.stage_s + self._times.node_s * len(forward.positions)
+        tokens = (
+            [_TOKEN.unpack_from(inputs, start)[0] for start in range(0, len(inputs), self.row_bytes)]
+            if isinstance(inputs, bytes)
+            else list(inputs)
+        )
+        if forward.positions[0] == 0:
+            if not 0 <= tokens[0] < len(self._trace.texts):
+                raise RemoteProtocolError("text number", tokens[0], f"0..{len(self._trace.texts) - 1}")
+            cache.text = tokens[0]
+        time.sleep(max(0.0, end_s - time.perf_counter()))
+        return tokens
+
+
+class RecordedDrafter:
+    """Proposes what the recorded drafter proposed, `draft_s` after it was asked."""
+
+    name = "recorded"
+    is_instant = False
+
+    def __init__(self, trace: AgreementTrace, draft_s: float) -> None:
+        self._drafts = RecordedDrafts(trace)
+        self._draft_s = draft_s
+
+    def open(self, max_length: int) -> DraftSession:
+        """Start on a request; there is nothing to remember."""
+        return self
+
+    def expand(self, draft: Draft) -> list[list[Candidate]]:
+        """Return each stem's recorded children."""
+        end_s = time.perf_counter() + self._draft_s
+        children = self._drafts.expand(draft)
+        time.sleep(max(0.0, end_s - time.perf_counter()))
+        return children
+
+    def close(self) -> None:
+        """Nothing to free."""
