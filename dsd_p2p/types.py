@@ -1,5 +1,6 @@
 """The nouns that flow through every layer."""
 
+from enum import StrEnum
 from typing import Annotated, NewType
 
 import msgspec
@@ -52,6 +53,29 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     def is_greedy(self) -> bool:
         """True when the pick is the argmax."""
         return self.temperature == 0.0
+
+
+class RelaxationRule(StrEnum):
+    """By what a drafted token may stand that the target would not have written."""
+
+    IMPORTANCE = "importance"
+    MARGIN = "margin"
+
+
+class Relaxation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Relaxed verification, see `dsd_p2p.verification.adaptive`. Made by `dsd calibrate`.
+
+    tau: weight of the drafter in the blend. max_ce_ratio, max_prob_gap, min_norm_match: beyond any of these a token is key.
+    max_overshoot: greatest P_d / P_t. max_margin: of the margin rule, in logits.
+    """
+
+    rule: RelaxationRule = RelaxationRule.IMPORTANCE
+    tau: Annotated[float, Meta(ge=0, le=1)] = 0.2
+    max_ce_ratio: Annotated[float, Meta(ge=0, le=1e9)] = 8.0
+    max_prob_gap: Annotated[float, Meta(ge=0, le=1)] = 0.4
+    min_norm_match: Annotated[float, Meta(ge=0, le=1)] = 0.6
+    max_overshoot: Annotated[float, Meta(ge=1, le=1e9)] = 4.0
+    max_margin: Annotated[float, Meta(ge=0, le=1e9)] = 0.3
 
 
 GREEDY = Sampling()

@@ -1,6 +1,11 @@
 """Turns names from flags into implementations: drafters and window policies."""
 
+from pathlib import Path
+
+import msgspec
+
 from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.drafting.shadow import make_shadow
@@ -9,10 +14,11 @@ from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.span import SpanModel
-from dsd_p2p.types import Span
+from dsd_p2p.types import Relaxation, Span
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
+from node.calibration import bundled_calibration, read_calibration
 from node.config import GenerateConfig
 
 _SYNC_DEPTH = 8
@@ -48,6 +54,23 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
     )
 
 
+def make_relaxation(config: GenerateConfig) -> Relaxation | None:
+    """Return what `--verify` asks for; None is exact.
+
+    Raises:
+        ConfigError: no such mode, or the calibration cannot be read.
+    """
+    match config.verify:
+        case "exact":
+            return None
+        case "relaxed":
+            file = Path(config.relaxation) if config.relaxation else bundled_calibration()
+            relaxation = read_calibration(file).relaxation
+            return relaxation if config.tau is None else msgspec.structs.replace(relaxation, tau=config.tau)
+        case other:
+            raise ConfigError(f"verify {other!r}: choose exact or relaxed")
+
+
 def make_drafter(config: GenerateConfig, target: ModelSource, vocab_size: int, progress: Progress) -> Drafter:
     """Return the drafter of `--draft`, its model loaded.
 
@@ -60,6 +83,16 @@ def make_drafter(config: GenerateConfig, target: ModelSource, vocab_size: int, p
         name = CATALOG[config.model].drafter if config.model in CATALOG else "ngram"
     if name == "ngram" or config.mode == Mode.PLAIN:
         return NgramDrafter()
+    model, _, lookup = name.partition("+")
+    if lookup not in ("", "ngram"):
+        raise ConfigError(f"drafter {name!r}: only +ngram can be added to a drafting model")
+    drafter = _make_model_drafter(model, config, target, vocab_size, progress)
+    return CombinedDrafter(drafter) if lookup else drafter
+
+
+def _make_model_drafter(
+    name: str, config: GenerateConfig, target: ModelSource, vocab_size: int, progress: Progress
+) -> Drafter:
     if name == "shadow":
         progress.step("load drafter shadow", 0, 0)
         return make_shadow(target, _all_layers(target).num_layers)

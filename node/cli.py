@@ -131,6 +131,12 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--in-flight", type=int, help="most windows under way")
     parser.add_argument("--prefill-chunk", type=int, help="prompt tokens a window (default 128)")
     parser.add_argument("--stall-timeout", help="give a silent chain up after this long (default 60s)")
+    parser.add_argument("--hidden", choices=["model", "bf16", "int8"], help="format of hidden states between stages")
+    parser.add_argument(
+        "--verify", choices=["exact", "relaxed"], help="exact (default): every token is the target's own"
+    )
+    parser.add_argument("--relaxation", metavar="FILE", help="thresholds of relaxed mode, made by dsd calibrate")
+    parser.add_argument("--tau", type=float, help="weight of the drafter in relaxed mode, instead of the file's")
     parser.add_argument("--json", action="store_const", const=True, help="print one JSON object instead of text")
 
 

@@ -17,7 +17,7 @@ from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.types import Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from node import units
-from node.choices import make_drafter
+from node.choices import make_drafter, make_relaxation
 from node.config import GenerateConfig
 from node.local_swarm import LocalNode, local_swarm, stage_configs
 from node.reach import coordinator_transport
@@ -56,6 +56,8 @@ class Client:
             stop_tokens=self.text.stop_tokens,
             prefill_chunk=config.prefill_chunk,
             stall_timeout_s=units.seconds(config.stall_timeout),
+            hidden_format=config.hidden,
+            relaxation=make_relaxation(config),
         )
         tokens: list[TokenId] = []
         streamer = self.text.streamer()

@@ -11,6 +11,7 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.catalog import DEFAULT_MODEL
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.types import Sampling
+from dsd_p2p.wire.hidden import HiddenFormat
 from node import units
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -89,6 +90,8 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
 
     draft: "ngram", "shadow", a model, or "auto": what measured best for the target.
     depth, width, window_nodes, in_flight: the static window; 0 is the mode's default.
+    hidden: format of hidden states between stages. verify: "exact" or "relaxed"; relaxation: a file of `dsd calibrate`, empty is
+        the bundled one; tau overrides the file's.
     """
 
     connect: tuple[str, ...] = ()
@@ -110,6 +113,10 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     prefill_chunk: Annotated[int, Meta(ge=1, le=1024)] = 128
     stall_timeout: str = "60s"
+    hidden: HiddenFormat = HiddenFormat.MODEL
+    verify: str = "exact"
+    relaxation: str = ""
+    tau: Annotated[float, Meta(ge=0, le=1)] | None = None
     json: bool = False
 
     def sampling(self) -> Sampling:

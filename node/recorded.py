@@ -19,7 +19,7 @@ from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.session.slots import CacheEdit, Forward
 from dsd_p2p.sim.recorded import RecordedDrafts, recorded_pick
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
-from dsd_p2p.types import PeerInfo, Span, TokenId
+from dsd_p2p.types import GREEDY, PeerInfo, Sampling, Span, TokenId
 from node import units
 from node.config import NodeConfig, ServiceTimes
 
@@ -148,7 +148,7 @@ class RecordedDrafter:
         self._drafts = RecordedDrafts(trace)
         self._draft_s = draft_s
 
-    def open(self, max_length: int) -> DraftSession:
+    def open(self, max_length: int, sampling: Sampling = GREEDY) -> DraftSession:
         """Start on a request; there is nothing to remember."""
         return self
 

@@ -16,8 +16,8 @@ def summarise(generation: Generation, drafter: str, num_prompt_tokens: int, num_
     num_later, later_s = num_tokens - first_size, last_at_s - first_at_s
     return {
         "mode": decision.mode,
-        "verification": "exact",
-        "num_relaxed_tokens": 0,
+        "verification": "relaxed" if generation.machine.is_relaxed else "exact",
+        "num_relaxed_tokens": stats.num_relaxed_tokens,
         "drafter": drafter,
         "decision": asdict(decision),
         "finish_reason": generation.finish.reason if generation.finish else None,

@@ -9,6 +9,7 @@ import torch
 from families import NUM_LAYERS, VOCAB
 from test_families import prompt_of
 
+from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.drafting.shadow import make_shadow
@@ -20,7 +21,7 @@ from dsd_p2p.session.effects import Draft, Stem
 from dsd_p2p.types import Span
 
 
-@pytest.fixture(params=["ngram", "model", "shadow"])
+@pytest.fixture(params=["ngram", "model", "combined", "shadow"])
 def drafter(request, tiny):
     source = find_model(str(tiny("llama")), NoProgress())
     match request.param:
@@ -28,6 +29,8 @@ def drafter(request, tiny):
             return NgramDrafter()
         case "model":
             return ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "model")
+        case "combined":
+            return CombinedDrafter(ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "model"))
         case _:
             return make_shadow(source, NUM_LAYERS)
 

@@ -91,7 +91,7 @@ class ToyDrafter:
         self._drafts = drafts
         self.is_instant = is_instant
 
-    def open(self, max_length: int) -> "ToyDrafter":
+    def open(self, max_length: int, sampling: object = None) -> "ToyDrafter":
         return self
 
     def expand(self, draft):

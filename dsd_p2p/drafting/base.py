@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from dsd_p2p.session.effects import Candidate, Draft
+from dsd_p2p.types import GREEDY, Sampling
 
 
 class DraftSession(Protocol):
@@ -33,8 +34,10 @@ class Drafter(Protocol):
         """True when a draft takes microseconds, so that a thread would cost more than it."""
         ...
 
-    def open(self, max_length: int) -> DraftSession:
+    def open(self, max_length: int, sampling: Sampling = GREEDY) -> DraftSession:
         """Start on a request whose text grows to at most `max_length` tokens.
+
+        sampling: how the target will pick. A drafter that samples with the same noise guesses better.
 
         Raises:
             CapacityError: there is no memory for it.

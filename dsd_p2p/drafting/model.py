@@ -7,17 +7,22 @@ what no longer descends from the root is dropped, and nothing is computed twice.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dsd_p2p.errors import CapacityError
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.session.slots import SlotTable
-from dsd_p2p.types import TokenId
+from dsd_p2p.types import GREEDY, Sampling, TokenId
+from dsd_p2p.verification.exact import gumbel_noise, kept_tokens
 
 _DRAFT_SLOTS = 2048
-_MAX_WIDTH = 8
-"""Children remembered of each node: agreement gains less than 1 % past four candidates (docs/benchmarks.md)."""
+_MAX_WIDTH = 16
+"""Children remembered of each node: past sixteen less than 2 % of chat text is to be found (docs/benchmarks.md)."""
+
+_MAX_SAMPLED = 256
+"""Likeliest tokens that get noise when the target samples: what lies below them is hardly ever drawn."""
 
 
 class ModelDrafter:
@@ -32,7 +37,7 @@ class ModelDrafter:
         self._model = model
         self.name = name
 
-    def open(self, max_length: int) -> "ModelDraftSession":
+    def open(self, max_length: int, sampling: Sampling = GREEDY) -> "ModelDraftSession":
         """Start on a request.
 
         Raises:
@@ -44,7 +49,7 @@ class ModelDrafter:
                 f"drafter {self.name} reads {max_positions} tokens, the text may grow to {max_length}: "
                 "ask for fewer tokens or choose another with --draft"
             )
-        return ModelDraftSession(self._model, max_length)
+        return ModelDraftSession(self._model, max_length, sampling, self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +65,10 @@ class _Feed:
 class ModelDraftSession:
     """The drafting model's cache for one request."""
 
-    def __init__(self, model: SpanModel, max_length: int) -> None:
+    def __init__(self, model: SpanModel, max_length: int, sampling: Sampling, name: str) -> None:
         self._model = model
+        self._sampling = sampling
+        self._name = name
         self._cache = model.new_cache(max_length + _DRAFT_SLOTS)
         self._slots = SlotTable()
         self._children: dict[int, list[Candidate]] = {}
@@ -121,9 +128,27 @@ class ModelDraftSession:
         )
         rows = range(num_without_children, len(feeds))
         views = self._model.views(self._cache, forward, [feed.token for feed in feeds], rows)
-        logprobs = torch.log_softmax(torch.stack([view.row for view in views]).float(), dim=-1)
-        best = logprobs.topk(min(_MAX_WIDTH, logprobs.shape[-1]))
-        for row, tokens, values in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True):
+        logits = torch.stack([view.row for view in views]).float()
+        if self._sampling.is_greedy:
+            best = torch.log_softmax(logits, dim=-1).topk(min(_MAX_WIDTH, logits.shape[-1]))
+            ranked = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        else:
+            positions = [feeds[row].position + 1 for row in rows]
+            ranked = [self._sampled(row, position) for row, position in zip(logits, positions, strict=True)]
+        for row, (tokens, values) in zip(rows, ranked, strict=True):
             self._children[feeds[row].key] = [
-                Candidate(token=token, logprob=logprob) for token, logprob in zip(tokens, values, strict=True)
+                Candidate(token=token, logprob=logprob, source=self._name)
+                for token, logprob in zip(tokens, values, strict=True)
             ]
+
+    def _sampled(self, logits: torch.Tensor, position: int) -> tuple[list[TokenId], list[float]]:
+        """Candidates by the very noise the target will pick with: where the two models agree, so do their samples."""
+        sampling = self._sampling
+        best = logits.topk(min(_MAX_SAMPLED, logits.shape[-1]))
+        tokens, scores = best.indices.cpu().numpy(), best.values.double().cpu().numpy() / sampling.temperature
+        kept = kept_tokens(scores, sampling.top_k, sampling.top_p)
+        tokens, scores = tokens[kept], scores[kept]
+        noisy = scores + gumbel_noise(sampling.seed, position, logits.shape[-1], tokens)
+        logprobs = noisy - np.logaddexp.reduce(noisy)
+        order = np.argsort(-logprobs, kind="stable")[:_MAX_WIDTH]
+        return tokens[order].tolist(), logprobs[order].tolist()

@@ -7,10 +7,12 @@ the text itself: how often the lookup of each match length was right for the tok
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dsd_p2p.session.effects import Candidate, Draft
-from dsd_p2p.types import TokenId
+from dsd_p2p.types import GREEDY, Sampling, TokenId
 
+_NAME = "ngram"
 _MAX_MATCH_TOKENS = 4
 _PRIOR_HITS, _PRIOR_TRIES = 1.0, 2.0
 
@@ -18,10 +20,10 @@ _PRIOR_HITS, _PRIOR_TRIES = 1.0, 2.0
 class NgramDrafter:
     """Needs no model and no measurable time."""
 
-    name = "ngram"
+    name = _NAME
     is_instant = True
 
-    def open(self, max_length: int) -> "NgramSession":
+    def open(self, max_length: int, sampling: Sampling = GREEDY) -> "NgramSession":
         """Start on a request."""
         return NgramSession()
 
@@ -40,6 +42,27 @@ class NgramSession:
         self._index(draft.tokens)
         recent = list(draft.tokens[-_MAX_MATCH_TOKENS:])
         return [self._lookup([*recent, *(token for _, token in stem.path)], draft.width) for stem in draft.stems]
+
+    def chains(self, draft: Draft, max_tokens: int, min_prob: float) -> list[Candidate | None]:
+        """Return for each stem the one likeliest continuation, up to `max_tokens` deep, while it is likelier than `min_prob`."""
+        self._index(draft.tokens)
+        recent = list(draft.tokens[-_MAX_MATCH_TOKENS:])
+        return [
+            self._chain([*recent, *(token for _, token in stem.path)], max_tokens, math.log(min_prob))
+            for stem in draft.stems
+        ]
+
+    def _chain(self, text: list[TokenId], max_tokens: int, min_logprob: float) -> Candidate | None:
+        found = self._lookup(text, 1)
+        if not found or found[0].logprob < min_logprob:
+            return None
+        likeliest = found[0]
+        if max_tokens > 1:
+            text = [*text[-_MAX_MATCH_TOKENS:], likeliest.token]
+            below = self._chain(text, max_tokens - 1, min_logprob - likeliest.logprob)
+            if below is not None:
+                likeliest = replace(likeliest, children=(below,))
+        return likeliest
 
     def close(self) -> None:
         """Forget the text."""
@@ -70,7 +93,7 @@ class NgramSession:
                 found.setdefault(token, confidence * count / total)
         ranked = sorted(found.items(), key=lambda item: -item[1])[:width]
         mass = max(1.0, sum(found.values()))
-        return [Candidate(token=token, logprob=math.log(prob / mass)) for token, prob in ranked]
+        return [Candidate(token=token, logprob=math.log(prob / mass), source=_NAME) for token, prob in ranked]
 
 
 def _likeliest(followers: Counter[TokenId], width: int) -> list[tuple[TokenId, int]]:

@@ -19,9 +19,10 @@ from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Finish
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.transport.base import Lost, Transport
-from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Sampling, SessionId, Span, TokenId
+from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
+from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import Failure, Hop, Verdict
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,15 @@ _NOWHERE = Span(0, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """What one request asks for; `stop_tokens` end it, `seed` and the rest are the sampler's."""
+    """What one request asks for; see `dsd_p2p.session.request.Request`."""
 
     max_tokens: int
     sampling: Sampling = GREEDY
     stop_tokens: frozenset[TokenId] = frozenset()
     prefill_chunk: int = 128
     stall_timeout_s: float = 60.0
+    hidden_format: HiddenFormat = HiddenFormat.MODEL
+    relaxation: Relaxation | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -193,9 +196,11 @@ class Engine:
             stop_tokens=options.stop_tokens,
             prefill_chunk=options.prefill_chunk,
             stall_timeout_s=options.stall_timeout_s,
+            hidden_formats=_formats(options.hidden_format, len(route.hops) - 1),
+            relaxation=options.relaxation,
         )
         machine = Coordinator(request, route, policy, self._tracker(route), random.Random(secrets.randbits(64)))  # noqa: S311
-        drafting = self.drafter.open(len(prompt) + options.max_tokens)
+        drafting = self.drafter.open(len(prompt) + options.max_tokens, options.sampling)
         driver = RequestDriver(
             machine,
             self.links,
@@ -245,6 +250,10 @@ class Engine:
             driver.inbox.send_nowait(event)
         except trio.WouldBlock:
             logger.exception("request overrun: event dropped, the stall deadline will end it")
+
+
+def _formats(hidden_format: HiddenFormat, num_links: int) -> tuple[HiddenFormat, ...]:
+    return () if hidden_format is HiddenFormat.MODEL else (hidden_format,) * num_links
 
 
 @asynccontextmanager

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 import trio
 
 from dsd_p2p.errors import (
     CapacityError,
+    ConfigError,
     DsdError,
     ModelError,
     PeerDisconnected,
@@ -28,12 +30,16 @@ from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, Span, TokenId
-from dsd_p2p.verification.base import TargetView
+from dsd_p2p.verification.adaptive import AdaptiveVerifier
+from dsd_p2p.verification.base import TargetView, Verifier
 from dsd_p2p.verification.exact import ExactVerifier
+from dsd_p2p.verification.importance import DraftOpinion
+from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
 from dsd_p2p.wire.messages import (
     MAX_STAGES,
     Cancel,
     CloseSession,
+    DraftTop,
     Failure,
     FailureKind,
     Hop,
@@ -122,7 +128,10 @@ class _Session:
     onward: Hop | None
     state: StageState
     walk: TailWalk | None
-    verifier: ExactVerifier
+    verifier: Verifier
+    read_format: HiddenFormat
+    write_format: HiddenFormat
+    row_bytes: int
     max_slots: int
     replaces: "_Session | None"
     put: trio.MemorySendChannel[tuple[Window, bytes]]
@@ -185,7 +194,7 @@ class StageServer:
                 index = self._check_sender(opened, event.sender)
                 try:
                     session = self._accept(opened, index)
-                except (CapacityError, ModelError, RemoteProtocolError) as exc:
+                except (CapacityError, ConfigError, ModelError, RemoteProtocolError) as exc:
                     nursery.start_soon(self._report, opened, exc)
                     return
                 if session is not None:
@@ -227,6 +236,7 @@ class StageServer:
             raise CapacityError(f"{self._limits.max_sessions} sessions are open here: try again later")
         max_slots = opened.max_length + self._limits.max_draft_slots
         is_tail = index == len(opened.route) - 1
+        read_format = opened.formats[index - 1] if opened.formats and index else HiddenFormat.MODEL
         put, take = trio.open_memory_channel[tuple[Window, bytes]](self._limits.max_queued_windows)
         session = _Session(
             opened=opened,
@@ -236,7 +246,10 @@ class StageServer:
                 epoch=opened.epoch, max_length=opened.max_length, max_speculative=self._limits.max_draft_slots
             ),
             walk=TailWalk(epoch=opened.epoch, num_given=opened.num_given) if is_tail else None,
-            verifier=ExactVerifier(opened.sampling),
+            verifier=_verifier(opened),
+            read_format=read_format,
+            write_format=opened.formats[index] if opened.formats and not is_tail else HiddenFormat.MODEL,
+            row_bytes=packed_row_bytes(self._model.row_bytes, opened.dtype, read_format),
             max_slots=max_slots,
             replaces=old,
             put=put,
@@ -274,7 +287,7 @@ class StageServer:
             raise RemoteProtocolError(
                 "stage_us, link_bytes", (window.stage_us, window.link_bytes), "none before the head"
             )
-        expected_bytes = 0 if self._model.is_head else len(window.tokens) * self._model.row_bytes
+        expected_bytes = 0 if self._model.is_head else len(window.tokens) * session.row_bytes
         if len(event.payload) != expected_bytes:
             raise RemoteProtocolError("payload length", len(event.payload), f"{expected_bytes} bytes")
         session.received_bytes += event.num_bytes
@@ -370,18 +383,27 @@ class StageServer:
         assert session.cache is not None
         if step.edit is not None:
             session.cache.edit(step.edit)
-        inputs = self._inputs(window, payload, live)
+        inputs = self._inputs(session, window, payload, live)
         if session.walk is None:
             assert step.forward is not None, "only the tail skips nodes"
             hidden = self._model.hidden(session.cache, step.forward, inputs)
-            return _measured(window, session, self._clock() - start_s), hidden
+            packed = pack(hidden, self._model.row_bytes, session.opened.dtype, session.write_format)
+            return _measured(window, session, self._clock() - start_s), packed
         if step.forward is None:
             return None
         wanted = [row for row, offset in enumerate(live) if session.walk.wants_pick(window.positions[offset])]
         views = dict(zip(wanted, self._model.views(session.cache, step.forward, inputs, wanted), strict=True))
 
+        opinions = {top.offset: _opinion(top) for top in window.drafts} if session.opened.relaxation else {}
+        num_relaxed = 0
+
         def pick(row: int) -> TokenId:
-            return session.verifier.pick(views[row], window.positions[live[row]] + 1)
+            nonlocal num_relaxed
+            token, is_relaxed = session.verifier.judge(
+                views[row], window.positions[live[row]] + 1, opinions.get(live[row])
+            )
+            num_relaxed += is_relaxed
+            return token
 
         committed = session.walk.walk(window, live, pick)
         if not committed.tokens:
@@ -398,16 +420,17 @@ class StageServer:
             num_stale=num_nodes - len(live),
             stage_us=measured.stage_us,
             link_bytes=measured.link_bytes,
+            num_relaxed=num_relaxed,
         )
         return verdict, b""
 
-    def _inputs(self, window: Window, payload: bytes, live: list[int]) -> list[TokenId] | bytes:
+    def _inputs(self, session: _Session, window: Window, payload: bytes, live: list[int]) -> list[TokenId] | bytes:
         if self._model.is_head:
             return [window.tokens[offset] for offset in live]
-        if len(live) == len(window.tokens):
-            return payload
-        row_bytes = self._model.row_bytes
-        return b"".join(payload[offset * row_bytes : (offset + 1) * row_bytes] for offset in live)
+        if len(live) < len(window.tokens):
+            row_bytes = session.row_bytes
+            payload = b"".join(payload[offset * row_bytes : (offset + 1) * row_bytes] for offset in live)
+        return unpack(payload, self._model.row_bytes, session.opened.dtype, session.read_format)
 
     def _remember_closed(self, coordinator: str, name: bytes, epoch: int) -> None:
         """A close can overtake the open that travels down the chain: an `OpenSession` up to this epoch is ignored."""
@@ -426,6 +449,16 @@ class StageServer:
 
 def _previous(opened: OpenSession, index: int) -> PeerId:
     return PeerId(opened.route[index - 1].peer if index else opened.coordinator.peer)
+
+
+def _verifier(opened: OpenSession) -> Verifier:
+    if opened.relaxation is None:
+        return ExactVerifier(opened.sampling)
+    return AdaptiveVerifier(opened.sampling, opened.relaxation)
+
+
+def _opinion(top: DraftTop) -> DraftOpinion:
+    return DraftOpinion(tokens=np.array(top.tokens, np.int64), logprobs=np.array(top.centinats, np.float64) / -100)
 
 
 def _measured(window: Window, session: _Session, seconds: float) -> Window:

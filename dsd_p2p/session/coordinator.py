@@ -4,7 +4,7 @@ Each method takes what happened and the time, and returns the effects to perform
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from dsd_p2p.errors import DsdError, LocalProtocolError, PeerError, PeerTimeout, RemoteProtocolError
@@ -16,7 +16,16 @@ from dsd_p2p.session.tree import DraftNode, DraftTree
 from dsd_p2p.types import PeerId, TokenId
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.wire.messages import BASE, Cancel, CloseSession, OpenSession, Verdict, Window
+from dsd_p2p.wire.messages import (
+    BASE,
+    MAX_DRAFT_TOP,
+    Cancel,
+    CloseSession,
+    DraftTop,
+    OpenSession,
+    Verdict,
+    Window,
+)
 
 _MAX_EARLY_VERDICTS = 64
 _TREE_NODES_PER_SENT = 3
@@ -137,9 +146,14 @@ class Coordinator:
         return any(hop.peer == peer for hop in self._route.hops)
 
     @property
+    def is_relaxed(self) -> bool:
+        """True when the target's own token may be passed over."""
+        return self._request.relaxation is not None
+
+    @property
     def deadline_s(self) -> float:
         """When `wake` must be called unless something happens before."""
-        is_next_send_due = self._may_send_soon() and has_unsent(self._tree, self.decision)
+        is_next_send_due = self._may_send_soon() and has_unsent(self._tree, self.decision, self._held)
         return min(self._stalled_at_s, self._next_send_at_s if is_next_send_due else math.inf)
 
     @property
@@ -166,15 +180,23 @@ class Coordinator:
 
     def _pump(self, now_s: float) -> list[Effect]:
         """Send what may be sent, draft what may be drafted."""
-        effects: list[Effect] = []
         decision, tree = self.decision, self._tree
+        # In relaxed mode the tail judges by the drafter's opinion, which travels with the node: draft first, hold the stems back.
+        effects = self._draft(now_s) if self._is_draft_first else []
         if tree.root.number is None and (decision.mode is not Mode.SYNC or self._is_drafted_full()):
             effects += self._send_window(now_s)
-        while self._may_send_soon() and now_s >= self._next_send_at_s and has_unsent(tree, decision):
+        while self._may_send_soon() and now_s >= self._next_send_at_s and has_unsent(tree, decision, self._held):
             effects += self._send_window(now_s)
-        if decision.mode is Mode.CONTINUOUS or (decision.mode is Mode.SYNC and tree.root.number is None):
-            effects += self._draft(now_s)
-        return effects
+        return effects + self._draft(now_s)
+
+    @property
+    def _is_draft_first(self) -> bool:
+        return self._request.relaxation is not None and self.decision.mode is Mode.CONTINUOUS
+
+    @property
+    def _held(self) -> Container[int]:
+        """Keys of nodes that wait for the drafter's answer before they are sent; never the root."""
+        return self._drafting if self._is_draft_first and self._drafting else ()
 
     def _may_send_soon(self) -> bool:
         """True when nothing but the pace holds the next window back."""
@@ -195,15 +217,18 @@ class Coordinator:
 
     def _send_window(self, now_s: float) -> list[Effect]:
         """Send the likeliest unsent nodes whose parents are sent, the root first."""
-        nodes = choose_unsent(self._tree, self.decision, self.decision.window_nodes)
+        nodes = choose_unsent(self._tree, self.decision, self.decision.window_nodes, self._held)
         assert self._tree.root.number is not None or nodes[0] is self._tree.root
         first_node = self._next_node
         for node in nodes:
             self._tree.send(node, self._next_node)
+            if node.parent is not None:
+                self.stats.sent_by_source[node.source] = self.stats.sent_by_source.get(node.source, 0) + 1
             self._next_node += 1
         root_parent = BASE if first_node == 0 else first_node - 1
         parents = [root_parent if node.parent is None else _number(node.parent) for node in nodes]
-        effect = self._window([n.token for n in nodes], parents, [n.position for n in nodes], first_node, now_s)
+        drafts = _draft_tops(nodes) if self._request.relaxation else ()
+        effect = self._window([n.token for n in nodes], parents, [n.position for n in nodes], first_node, now_s, drafts)
         if self._tree.root is nodes[0]:
             self._wire_root = (self._epoch, first_node)
         self._num_round_steps = 0
@@ -211,7 +236,9 @@ class Coordinator:
         return [effect]
 
     def _draft(self, now_s: float) -> list[Effect]:
-        if self._drafting is not None:
+        mode = self.decision.mode
+        is_wanted = mode is Mode.CONTINUOUS or (mode is Mode.SYNC and self._tree.root.number is None)
+        if self._drafting is not None or not is_wanted:
             return []
         stems = self._choose_stems()
         if not stems:
@@ -236,8 +263,8 @@ class Coordinator:
 
     def _grow(self, node: DraftNode, candidates: Sequence[Candidate]) -> None:
         """Hang a drafter's answer below `node`."""
-        node.candidate_logprobs = tuple(candidate.logprob for candidate in candidates)
-        calibrated = self._tracker.calibrated(node.candidate_logprobs)
+        node.candidates = tuple((candidate.token, candidate.logprob) for candidate in candidates)
+        calibrated = self._tracker.calibrated([candidate.logprob for candidate in candidates])
         for rank, (candidate, logprob) in enumerate(zip(candidates, calibrated, strict=True)):
             child = self._tree.add(node, candidate.token, logprob, rank, candidate.source)
             self.stats.num_drafted_nodes += 1
@@ -299,6 +326,7 @@ class Coordinator:
     def _measure(self, verdict: Verdict, now_s: float) -> None:
         stage_s = [us / 1e6 for us in verdict.stage_us]
         self.stats.link_bytes = max(self.stats.link_bytes, verdict.link_bytes)
+        self.stats.num_relaxed_tokens += verdict.num_relaxed
         for flight in self._in_flight:
             if flight.window == verdict.window:
                 self._tracker.verdict(num_nodes=flight.num_nodes, traversal_s=now_s - flight.sent_at_s, stage_s=stage_s)
@@ -313,8 +341,8 @@ class Coordinator:
         """Move the root to `token`; True when a window carries it already."""
         old_root = self._tree.root
         hit = self._tree.commit(token)
-        if old_root.candidate_logprobs:
-            self._tracker.outcome(hit.rank if hit else None, old_root.candidate_logprobs)
+        if old_root.candidates:
+            self._tracker.outcome(hit.rank if hit else None, [logprob for _, logprob in old_root.candidates])
             self.stats.outcome(
                 depth=old_root.depth + 1, rank=hit.rank if hit else None, source=hit.source if hit else ""
             )
@@ -369,6 +397,8 @@ class Coordinator:
             num_given=len(self.tokens),
             max_length=self._end,
             idle_timeout_s=2 * request.stall_timeout_s,
+            formats=request.hidden_formats if len(route.hops) > 1 else (),
+            relaxation=request.relaxation,
         )
 
     def _raise_epoch(self) -> None:
@@ -379,7 +409,13 @@ class Coordinator:
         self._tree.forget_sent()
 
     def _window(
-        self, tokens: Sequence[TokenId], parents: Sequence[int], positions: Sequence[int], first_node: int, now_s: float
+        self,
+        tokens: Sequence[TokenId],
+        parents: Sequence[int],
+        positions: Sequence[int],
+        first_node: int,
+        now_s: float,
+        drafts: tuple[DraftTop, ...] = (),
     ) -> Send:
         window = Window(
             session=self._request.session,
@@ -390,6 +426,7 @@ class Coordinator:
             tokens=tuple(tokens),
             parents=tuple(parents),
             positions=tuple(positions),
+            drafts=drafts,
         )
         if not self._in_flight:
             self._progress_at_s = now_s
@@ -411,6 +448,22 @@ class Coordinator:
     def _finish(self, reason: str, error: DsdError | None = None) -> list[Effect]:
         self.is_finished = True
         return [*self._close(), Finish(reason=reason, error=error)]
+
+
+def _draft_tops(nodes: Sequence[DraftNode]) -> tuple[DraftTop, ...]:
+    return tuple(
+        DraftTop(
+            offset=offset,
+            tokens=tuple(token for token, _ in node.candidates[:MAX_DRAFT_TOP]),
+            centinats=tuple(_centinats(logprob) for _, logprob in node.candidates[:MAX_DRAFT_TOP]),
+        )
+        for offset, node in enumerate(nodes)
+        if node.candidates
+    )
+
+
+def _centinats(logprob: float) -> int:
+    return min(max(0, round(-100 * logprob)), 100_000)
 
 
 def _number(node: DraftNode) -> int:

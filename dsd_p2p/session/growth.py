@@ -8,6 +8,7 @@ it, so what is unlikely now waits rather than being lost.
 
 import heapq
 import math
+from collections.abc import Container
 
 from dsd_p2p.session.tree import DraftNode, DraftTree
 from dsd_p2p.window.base import Decision
@@ -21,17 +22,16 @@ def choose_stems(tree: DraftTree, decision: Decision, last_position: int) -> lis
     return heapq.nsmallest(decision.expand_nodes, stems, key=_likeliest_first)
 
 
-def choose_unsent(tree: DraftTree, decision: Decision, limit: int) -> list[DraftNode]:
-    """Return the `limit` likeliest unsent nodes, each after its parent; the root alone comes before its children."""
+def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Container[int] = ()) -> list[DraftNode]:
+    """Return the `limit` likeliest unsent nodes, each after its parent; an unsent root comes first.
+
+    held: keys of nodes that are not to be sent yet.
+    """
     least = min_logprob(decision)
     if tree.root.number is None:
         frontier = [tree.root]
     else:
-        frontier = [
-            node
-            for node in tree.unsent.values()
-            if node.path_logprob >= least and node.parent is not None and node.parent.number is not None
-        ]
+        frontier = [node for node in tree.unsent.values() if _is_sendable(node, least, held)]
     heap = [(*_likeliest_first(node), node) for node in frontier]
     heapq.heapify(heap)
     chosen: list[DraftNode] = []
@@ -39,18 +39,20 @@ def choose_unsent(tree: DraftTree, decision: Decision, limit: int) -> list[Draft
         _, _, node = heapq.heappop(heap)
         chosen.append(node)
         for child in node.children.values():
-            if child.number is None and child.path_logprob >= least:
+            if child.number is None and child.path_logprob >= least and child.key not in held:
                 heapq.heappush(heap, (*_likeliest_first(child), child))
     return chosen
 
 
-def has_unsent(tree: DraftTree, decision: Decision) -> bool:
+def has_unsent(tree: DraftTree, decision: Decision, held: Container[int] = ()) -> bool:
     """True when `choose_unsent` would find something below the sent root."""
     least = min_logprob(decision)
-    return any(
-        node.path_logprob >= least and node.parent is not None and node.parent.number is not None
-        for node in tree.unsent.values()
-    )
+    return any(_is_sendable(node, least, held) for node in tree.unsent.values())
+
+
+def _is_sendable(node: DraftNode, least: float, held: Container[int]) -> bool:
+    is_parent_sent = node.parent is not None and node.parent.number is not None
+    return is_parent_sent and node.path_logprob >= least and node.key not in held
 
 
 def min_logprob(decision: Decision) -> float:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dsd_p2p.session.retry import RetryPolicy
-from dsd_p2p.types import GREEDY, PeerId, Sampling, SessionId, TokenId
+from dsd_p2p.types import GREEDY, PeerId, Relaxation, Sampling, SessionId, TokenId
+from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import Hop
 
 
@@ -30,6 +31,7 @@ class Request:
     prompt: at least one token. stop_tokens: generation ends with the first of these, which is emitted.
     prefill_chunk: prompt tokens a window; chunks follow each other through the stages like an assembly line.
     stall_timeout_s: without a verdict for this long the chain counts as lost.
+    hidden_formats: of each link between stages; empty is the model's own. relaxation: None is exact mode.
     """
 
     session: SessionId
@@ -40,6 +42,8 @@ class Request:
     stop_tokens: frozenset[TokenId] = frozenset()
     prefill_chunk: int = 128
     stall_timeout_s: float = 60.0
+    hidden_formats: tuple[HiddenFormat, ...] = ()
+    relaxation: Relaxation | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
@@ -52,7 +56,8 @@ class RequestStats:
     num_epochs: committed tokens over epochs is the mean accepted length (in sync mode: tokens a window, as in the papers).
     hits_by_depth, outcomes_by_depth: for d = 1, 2, ...: of the committed tokens whose parent was drafted d - 1 below the root and
         expanded, how many were among the candidates, and how many there were.
-    hits_by_rank: how often the committed token was the drafter's first, second, ... candidate. hits_by_source: whose it was.
+    hits_by_rank: how often the committed token was the drafter's first, second, ... candidate.
+    sent_by_source, hits_by_source: nodes sent and tokens committed of each drafter's candidates: its payoff.
     """
 
     num_windows: int = 0
@@ -65,6 +70,7 @@ class RequestStats:
     num_drafted_nodes: int = 0
     num_replays: int = 0
     num_verdicts: int = 0
+    num_relaxed_tokens: int = 0
     max_windows_in_flight: int = 0
     link_bytes: int = 0
     draft_s: float = 0.0
@@ -73,6 +79,7 @@ class RequestStats:
     hits_by_depth: list[int] = field(default_factory=list)
     outcomes_by_depth: list[int] = field(default_factory=list)
     hits_by_rank: list[int] = field(default_factory=list)
+    sent_by_source: dict[str, int] = field(default_factory=dict)
     hits_by_source: dict[str, int] = field(default_factory=dict)
 
     def outcome(self, *, depth: int, rank: int | None, source: str) -> None:

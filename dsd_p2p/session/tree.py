@@ -16,7 +16,8 @@ class DraftNode:
     path_logprob: log probability of the path from the root to here, by the drafter and what is known of its calibration.
     rank: place among its siblings by the drafter's probability, 0 the likeliest. source: which drafter proposed it.
     number: its number on the wire within the epoch, None before it is sent.
-    is_expanded: a drafter has already been asked for its children. candidate_logprobs: its answer, likeliest first.
+    is_expanded: a drafter has already been asked for its children.
+    candidates: its answer, likeliest first, as (token, log probability by the drafter alone).
     depth: distance from the root when it was drafted.
     """
 
@@ -30,7 +31,7 @@ class DraftNode:
     depth: int = 0
     number: int | None = None
     is_expanded: bool = False
-    candidate_logprobs: tuple[float, ...] = ()
+    candidates: tuple[tuple[TokenId, float], ...] = ()
     children: dict[TokenId, "DraftNode"] = field(default_factory=dict)
 
     def subtree(self) -> Iterator["DraftNode"]:
@@ -69,11 +70,15 @@ class DraftTree:
         return self._by_key.get(key)
 
     def add(self, parent: DraftNode, token: TokenId, logprob: float, rank: int = 0, source: str = "") -> DraftNode:
-        """Hang a candidate under `parent`; one that is there already is returned as it is."""
+        """Hang a candidate under `parent`; one that is there already takes the new probability, and all below it with it."""
+        path_logprob = parent.path_logprob + min(logprob, 0.0)
         known = parent.children.get(token)
         if known is not None:
+            known.rank = rank
+            change = path_logprob - known.path_logprob
+            for node in known.subtree():
+                node.path_logprob += change
             return known
-        path_logprob = parent.path_logprob + min(logprob, 0.0)
         node = self._new_node(token, parent.position + 1, parent, path_logprob, rank, source)
         node.depth = node.position - self.root.position
         parent.children[token] = node

@@ -1,11 +1,12 @@
 """The seam between the tail's walk and the rule by which the target picks."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsd_p2p.types import TokenId
+from dsd_p2p.verification.importance import DraftOpinion
 
 
 class TargetView(Protocol):
@@ -20,9 +21,20 @@ class TargetView(Protocol):
         ...
 
 
-class Verifier(Protocol):
-    """Picks the target's own token."""
+class Pick(NamedTuple):
+    """A token to commit; `is_relaxed` when the target itself would have written another."""
 
-    def pick(self, view: TargetView, position: int) -> TokenId:
-        """Return the token for `position`: a function of the logits, the settings and the position alone."""
+    token: TokenId
+    is_relaxed: bool
+
+
+class Verifier(Protocol):
+    """Decides the next token."""
+
+    def judge(self, view: TargetView, position: int, draft: DraftOpinion | None) -> Pick:
+        """Return the token for `position`, given what the drafter thinks of it, if that is known.
+
+        Raises:
+            ModelError: the logits are not finite.
+        """
         ...

@@ -11,16 +11,21 @@ from numpy.typing import NDArray
 
 from dsd_p2p.errors import ModelError
 from dsd_p2p.types import Sampling, TokenId
-from dsd_p2p.verification.base import TargetView
+from dsd_p2p.verification.base import Pick, TargetView
+from dsd_p2p.verification.importance import DraftOpinion
 
 
-def gumbel_noise(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
-    """Return standard Gumbel noise, float64 `[V]`; entry i belongs to token i.
+def gumbel_noise(
+    seed: int, position: int, vocab_size: int, tokens: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """Return standard Gumbel noise, float64 `[V]`; entry i belongs to token i. With `tokens` `[m]`, only theirs, `[m]`.
 
     Philox-4x64-10 (Salmon et al. 2011) keyed by (seed, position), counter from 1; each 64-bit word w becomes
     `u = (floor(w / 2^11) + 0.5) / 2^53` and `-ln(-ln(u))`.
     """
     words = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(vocab_size)
+    if tokens is not None:
+        words = words[tokens]
     uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     noise: NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise
@@ -48,6 +53,14 @@ class ExactVerifier:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
+
+    def judge(self, view: TargetView, position: int, draft: DraftOpinion | None) -> Pick:
+        """Return the target's token; what the drafter thinks does not matter.
+
+        Raises:
+            ModelError: the logits are not finite.
+        """
+        return Pick(self.pick(view, position), is_relaxed=False)
 
     def pick(self, view: TargetView, position: int) -> TokenId:
         """Return the target's token for `position`.

@@ -75,6 +75,13 @@ def _check(message: Message, payload_bytes: int) -> None:
             raise RemoteProtocolError("sampling", sampling, "finite numbers")
         if any(hop.span.first >= hop.span.last for hop in message.route):
             raise RemoteProtocolError("route span", [str(hop.span) for hop in message.route], "first < last")
+        if message.formats and len(message.formats) != len(message.route) - 1:
+            raise RemoteProtocolError("formats", len(message.formats), f"{len(message.route) - 1}, one a link, or none")
+        relaxation = message.relaxation
+        if relaxation is not None and not all(
+            math.isfinite(value) for value in msgspec.structs.astuple(relaxation)[1:]
+        ):
+            raise RemoteProtocolError("relaxation", relaxation, "finite numbers")
     if not isinstance(message, Window):
         if payload_bytes:
             raise RemoteProtocolError("payload length", payload_bytes, f"0 bytes for {type(message).__name__}")
@@ -85,6 +92,10 @@ def _check(message: Message, payload_bytes: int) -> None:
             "window lengths",
             (num_nodes, len(message.parents), len(message.positions)),
             "as many parents and positions as tokens",
+        )
+    if any(top.offset >= num_nodes or len(top.tokens) != len(top.centinats) for top in message.drafts):
+        raise RemoteProtocolError(
+            "drafts", len(message.drafts), "offsets of the window's nodes, a number for each token"
         )
     if message.first_node < 0:
         raise RemoteProtocolError("first_node", message.first_node, ">= 0")

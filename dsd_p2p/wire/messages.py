@@ -11,12 +11,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from dsd_p2p.types import MAX_POSITIONS, Address, Name, PeerInfo, Position, Sampling, Span
+from dsd_p2p.types import MAX_POSITIONS, Address, Name, PeerInfo, Position, Relaxation, Sampling, Span
+from dsd_p2p.wire.hidden import HiddenFormat
 
 MAX_WINDOW_NODES = 1024
 MAX_STAGES = 64
 MAX_KNOWN_PEERS = 64
 MAX_TOKEN = (1 << 31) - 1
+MAX_DRAFT_TOP = 32
 
 SessionBytes = Annotated[bytes, Meta(min_length=8, max_length=8)]
 Epoch = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -24,6 +26,7 @@ WindowNumber = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 NodeNumber = Annotated[int, Meta(ge=-1, le=MAX_POSITIONS)]
 Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 Microseconds = Annotated[int, Meta(ge=0, le=1 << 40)]
+Centinats = Annotated[int, Meta(ge=0, le=100_000)]
 
 BASE = -1
 """Node number of what an epoch hangs under: the root its first window names, or the empty text."""
@@ -60,6 +63,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
     `num_given` tokens are the prompt (and, in a replay, the tokens already committed): the tail does not verify them.
     Received again with a higher epoch it resets the session: nothing of the old epochs is kept.
+    formats: of the hidden states on each link between stages; empty is the model's own on all. relaxation: None is exact mode.
     """
 
     session: SessionBytes
@@ -72,6 +76,16 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     num_given: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     max_length: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
+    formats: Annotated[tuple[HiddenFormat, ...], Meta(max_length=MAX_STAGES - 1)] = ()
+    relaxation: Relaxation | None = None
+
+
+class DraftTop(msgspec.Struct, frozen=True, array_like=True):
+    """What the drafter expects after one node of a window: its likeliest tokens and -100 times the ln of their probabilities."""
+
+    offset: Annotated[int, Meta(ge=0, lt=MAX_WINDOW_NODES)]
+    tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_DRAFT_TOP)]
+    centinats: Annotated[tuple[Centinats, ...], Meta(min_length=1, max_length=MAX_DRAFT_TOP)]
 
 
 class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -82,6 +96,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
     parents: node number within this epoch of each node's parent, `BASE` for the node that opens the epoch.
     stage_us: compute microseconds of each stage passed so far.
     link_bytes: bytes of window frames that the stages passed so far have received in this session.
+    drafts: in relaxed mode, what the drafter expects after some of the nodes.
     """
 
     session: SessionBytes
@@ -94,6 +109,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
     positions: Annotated[tuple[Position, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
     stage_us: Annotated[tuple[Microseconds, ...], Meta(max_length=MAX_STAGES)] = ()
     link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
+    drafts: Annotated[tuple[DraftTop, ...], Meta(max_length=MAX_WINDOW_NODES)] = ()
 
 
 class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -101,6 +117,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
     settled: for each token the node that holds it in the tail's cache, or `BASE` where none did yet.
     num_live, num_stale: nodes of the window that descended from the tail's position, and those that did not.
+    num_relaxed: of `tokens`, those that the target itself would have written differently.
     """
 
     session: SessionBytes
@@ -113,6 +130,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
     num_stale: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
     stage_us: Annotated[tuple[Microseconds, ...], Meta(max_length=MAX_STAGES)] = ()
     link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
+    num_relaxed: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=5):

@@ -1,0 +1,61 @@
+"""Relaxed verification: a drafted token that is not key may stand although the target would have written another.
+
+`importance` (arXiv:2511.11733): the target's pick from the blend `softmax((1 - τ) ln P_t + τ ln P_d)` over the drafter's tokens,
+if that is not key. `margin` (cf. arXiv:2601.15498): the drafter's first choice, if it is the target's runner-up by less than a
+margin of logits. Both refuse overshoot: a token that the drafter finds much likelier than the target does.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.types import Relaxation, RelaxationRule, Sampling, TokenId
+from dsd_p2p.verification.base import Pick, TargetView
+from dsd_p2p.verification.exact import ExactVerifier, gumbel_noise
+from dsd_p2p.verification.importance import DraftOpinion, is_key, signals_of
+
+
+class AdaptiveVerifier:
+    """The target's own pick, or one of the drafter's that the relaxation lets stand."""
+
+    def __init__(self, sampling: Sampling, relaxation: Relaxation) -> None:
+        self._exact = ExactVerifier(sampling)
+        self._sampling = sampling
+        self._relaxation = relaxation
+
+    def judge(self, view: TargetView, position: int, draft: DraftOpinion | None) -> Pick:
+        """Return the token for `position`; without a drafter's opinion it is the exact one.
+
+        Raises:
+            ModelError: the logits are not finite.
+            RemoteProtocolError: the drafter's tokens are not the vocabulary's.
+        """
+        strict = self._exact.pick(view, position)
+        if draft is None or (len(draft.tokens) and draft.tokens[0] == strict):
+            return Pick(strict, is_relaxed=False)
+        temperature = self._sampling.temperature or 1.0
+        scores = view.logits().astype(np.float64) / temperature
+        if draft.tokens.max() >= len(scores) or len(set(draft.tokens.tolist())) != len(draft.tokens):
+            raise RemoteProtocolError("draft tokens", draft.tokens.tolist(), f"distinct, below {len(scores)}")
+        target_logprobs = scores - np.logaddexp.reduce(scores)
+        candidate = self._propose(target_logprobs, draft, position)
+        if candidate is None or candidate == strict or self._is_overshoot(target_logprobs, draft, candidate):
+            return Pick(strict, is_relaxed=False)
+        return Pick(candidate, is_relaxed=True)
+
+    def _propose(self, target_logprobs: NDArray[np.float64], draft: DraftOpinion, position: int) -> TokenId | None:
+        relaxation = self._relaxation
+        if relaxation.rule is RelaxationRule.MARGIN:
+            first = int(draft.tokens[0])
+            best, second = np.partition(target_logprobs, -2)[:-3:-1]
+            is_close_runner_up = target_logprobs[first] >= second and best - second <= relaxation.max_margin
+            return first if is_close_runner_up else None
+        blend = (1 - relaxation.tau) * target_logprobs[draft.tokens] + relaxation.tau * draft.logprobs
+        if not self._sampling.is_greedy:
+            blend = blend + gumbel_noise(self._sampling.seed, position, len(target_logprobs), draft.tokens)
+        candidate = int(draft.tokens[int(np.argmax(blend))])
+        return None if is_key(signals_of(target_logprobs, draft, candidate), relaxation) else candidate
+
+    def _is_overshoot(self, target_logprobs: NDArray[np.float64], draft: DraftOpinion, candidate: TokenId) -> bool:
+        draft_logprob = draft.logprobs[np.flatnonzero(draft.tokens == candidate)[0]]
+        return bool(draft_logprob - target_logprobs[candidate] > np.log(self._relaxation.max_overshoot))

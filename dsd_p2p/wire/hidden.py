@@ -1,0 +1,106 @@
+"""Smaller formats for hidden states on a link: half the bytes, or a quarter, and an error that exact mode takes only when asked.
+
+`model`: as computed. `bf16`: bfloat16, rounded to nearest, for float32 models. `int8`: groups of 32 values, each group a float16
+scale and 32 signed bytes (scales of a row after its values).
+"""
+
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd_p2p.errors import ConfigError, RemoteProtocolError
+
+GROUP = 32
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class HiddenFormat(StrEnum):
+    """What travels on one link."""
+
+    MODEL = "model"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+def packed_row_bytes(row_bytes: int, dtype: str, hidden_format: HiddenFormat) -> int:
+    """Return the bytes of one node's hidden state on the link.
+
+    row_bytes: its bytes in the model's `dtype`.
+
+    Raises:
+        ConfigError: the format does not fit the model.
+    """
+    hidden_size = row_bytes // _VALUE_BYTES[dtype]
+    match hidden_format:
+        case HiddenFormat.MODEL:
+            return row_bytes
+        case HiddenFormat.BF16:
+            if dtype != "float32":
+                raise ConfigError(f"hidden format bf16 is for float32 models, this one is {dtype}: use model or int8")
+            return 2 * hidden_size
+        case HiddenFormat.INT8:
+            if hidden_size % GROUP:
+                raise ConfigError(f"hidden format int8 needs a hidden size divisible by {GROUP}, not {hidden_size}")
+            return hidden_size + 2 * hidden_size // GROUP
+
+
+def pack(data: bytes, row_bytes: int, dtype: str, hidden_format: HiddenFormat) -> bytes:
+    """Return hidden states `[n, H]` of the model's dtype in the link's format."""
+    if hidden_format is HiddenFormat.MODEL:
+        return data
+    values = _to_float32(data, dtype).reshape(len(data) // row_bytes, -1)
+    if hidden_format is HiddenFormat.BF16:
+        return _round_to_bfloat16(values).tobytes()
+    groups = values.reshape(len(values), -1, GROUP)
+    scales = (np.abs(groups).max(axis=2) / 127).astype(np.float16)
+    # The scale as it will be read: rounding it must not move the values twice.
+    divisors = np.where(scales == 0, 1, scales).astype(np.float32)[:, :, None]
+    rounded = np.clip(np.rint(groups / divisors), -127, 127).astype(np.int8).reshape(values.shape)
+    return b"".join(row.tobytes() + scale.tobytes() for row, scale in zip(rounded, scales, strict=True))
+
+
+def unpack(data: bytes, row_bytes: int, dtype: str, hidden_format: HiddenFormat) -> bytes:
+    """Return hidden states in the model's dtype, as they were before `pack` up to rounding.
+
+    Raises:
+        RemoteProtocolError: a scale is not finite.
+    """
+    if hidden_format is HiddenFormat.MODEL:
+        return data
+    if hidden_format is HiddenFormat.BF16:
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).tobytes()
+    hidden_size = row_bytes // _VALUE_BYTES[dtype]
+    rows = np.frombuffer(data, np.uint8).reshape(-1, hidden_size + 2 * hidden_size // GROUP)
+    values = rows[:, :hidden_size].view(np.int8).reshape(len(rows), -1, GROUP)
+    scales = np.ascontiguousarray(rows[:, hidden_size:]).view("<f2").astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise RemoteProtocolError("hidden state scales", "NaN or infinity", "finite values")
+    return _from_float32((values * scales[:, :, None]).astype(np.float32), dtype)
+
+
+def _round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """To nearest, ties to even; infinities and NaN keep their upper half."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isfinite(values), rounded, bits >> 16).astype(np.uint16)
+
+
+def _to_float32(data: bytes, dtype: str) -> NDArray[np.float32]:
+    match dtype:
+        case "float32":
+            return np.frombuffer(data, "<f4")
+        case "bfloat16":
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        case _:
+            return np.frombuffer(data, "<f2").astype(np.float32)
+
+
+def _from_float32(values: NDArray[np.float32], dtype: str) -> bytes:
+    match dtype:
+        case "float32":
+            return values.tobytes()
+        case "bfloat16":
+            return _round_to_bfloat16(values).tobytes()
+        case _:
+            return values.astype(np.float16).tobytes()
