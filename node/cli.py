@@ -14,6 +14,7 @@ _COMMAND_MODULES = {
     "up": "node.commands.up",
     "generate": "node.commands.generate",
     "demo": "node.commands.demo",
+    "calibrate": "node.commands.calibrate",
     "bench": "node.commands.bench",
 }
 
@@ -69,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_flags(demo)
     _add_generate_flags(demo)
 
+    calibrate = commands.add_parser("calibrate", help="find relaxed mode's thresholds for a quality budget")
+    _add_pair_flags(calibrate)
+    calibrate.add_argument("--prompts", choices=["chat", "maths", "code"], help="what to calibrate on (default chat)")
+    calibrate.add_argument("--num-prompts", type=int, help="how many of them (default 24)")
+    calibrate.add_argument("--budget", type=float, help="mean log-likelihood a token may lose, nats (default 0.01)")
+    calibrate.add_argument("--output", metavar="FILE", help="where to write the thresholds (default relaxation.json)")
+
     _add_bench_commands(commands.add_parser("bench", help="measure; --receipt keeps the result in docs/benchmarks"))
     return parser
 
@@ -93,9 +101,28 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     ring.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
     ring.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
-    for benchmark in (overhead, ring):
+    relaxed = benchmarks.add_parser("relaxed", help="problems solved in exact and in relaxed mode")
+    _add_pair_flags(relaxed)
+    relaxed.add_argument("--problems", type=int, help="of maths and of code each (default 80)")
+    relaxed.add_argument(
+        "--relaxation", type=_comma_list, metavar="FILES", help="calibrations to compare with exact mode"
+    )
+    relaxed.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
+    for benchmark in (overhead, ring, relaxed):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
+
+
+def _add_pair_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
+    parser.add_argument("--model", help="the target (default qwen2.5-coder-1.5b)")
+    parser.add_argument("--draft", help="the drafting model (default qwen2.5-coder-0.5b)")
+    parser.add_argument("--dtype", help="of both models (default bfloat16)")
+    parser.add_argument("--device", help="torch device (default cpu)")
+    parser.add_argument("--threads", type=int, help="torch threads (default 2)")
+    parser.add_argument("--max-tokens", type=int, help="most tokens of each text (default 128; bench relaxed: 384)")
+    parser.add_argument("--batch", type=int, help="texts written side by side (default 8)")
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:

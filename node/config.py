@@ -124,6 +124,25 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
 
+class CalibrateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd calibrate` and `dsd bench relaxed`.
+
+    prompts: chat, maths or code. batch: texts written side by side. budget: nats of the target's log-likelihood a token may lose.
+    """
+
+    model: str = "qwen2.5-coder-1.5b"
+    draft: str = "qwen2.5-coder-0.5b"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    threads: Positive = 2
+    prompts: str = "chat"
+    num_prompts: Positive = 24
+    max_tokens: Positive = 128
+    batch: Positive = 8
+    budget: Annotated[float, Meta(gt=0)] = 0.01
+    output: str = "relaxation.json"
+
+
 class RingConfig(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd bench ring`. trace: of recorded agreement; empty is the bundled one."""
 

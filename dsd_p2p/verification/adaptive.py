@@ -38,6 +38,11 @@ class AdaptiveVerifier:
         if draft.tokens.max() >= len(scores) or len(set(draft.tokens.tolist())) != len(draft.tokens):
             raise RemoteProtocolError("draft tokens", draft.tokens.tolist(), f"distinct, below {len(scores)}")
         target_logprobs = scores - np.logaddexp.reduce(scores)
+        if strict not in draft.tokens:
+            # The drafter's opinion of it is unknown but below all it told: give the target's token the benefit of the doubt.
+            draft = DraftOpinion(
+                tokens=np.append(draft.tokens, strict), logprobs=np.append(draft.logprobs, draft.logprobs.min())
+            )
         candidate = self._propose(target_logprobs, draft, position)
         if candidate is None or candidate == strict or self._is_overshoot(target_logprobs, draft, candidate):
             return Pick(strict, is_relaxed=False)

@@ -1,11 +1,14 @@
 """`dsd bench`: measures, prints a table, writes a receipt."""
 
+from pathlib import Path
+
 import msgspec
 import trio
 
 from dsd_p2p.errors import ConfigError
 from node.bench import machine, write_receipt
-from node.config import GenerateConfig, RingConfig, read_config
+from node.calibration import bundled_calibration, read_calibration
+from node.config import CalibrateConfig, GenerateConfig, RingConfig, read_config
 from node.console import ConsoleProgress
 
 
@@ -22,6 +25,8 @@ def run(options: dict[str, object]) -> int:
     match what:
         case "ring":
             results = _ring(read_config(RingConfig, file, options), rounds)
+        case "relaxed":
+            results = _relaxed(file, options)
         case _:
             from node.benches.overhead import run_overhead
 
@@ -32,6 +37,17 @@ def run(options: dict[str, object]) -> int:
     if is_json:
         print(msgspec.json.encode(results).decode(), flush=True)
     return 0
+
+
+def _relaxed(file: str | None, options: dict[str, object]) -> dict[str, object]:
+    from node.benches.relaxed import run_relaxed
+
+    given = options.pop("relaxation", None)
+    paths = [Path(str(name)) for name in given] if isinstance(given, list) else [bundled_calibration()]
+    per_category = int(str(options.pop("problems", 80)))
+    config = read_config(CalibrateConfig, file, {"max_tokens": 384} | options)
+    with ConsoleProgress() as progress:
+        return run_relaxed(config, [read_calibration(path) for path in paths], per_category, progress)
 
 
 def _ring(config: RingConfig, rounds: int) -> dict[str, object]:

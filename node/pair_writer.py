@@ -1,0 +1,139 @@
+"""Writes many texts at once with a target and a drafter in one process, by the verifiers that stages use.
+
+For judging relaxed mode's quality, where how the tokens travel does not matter. Unlike in a swarm the drafter's opinion is known at
+every position, so as much is relaxed as ever can be.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.source import find_model
+from dsd_p2p.models.span import DTYPES, LogitsRow
+from dsd_p2p.types import TokenId
+from dsd_p2p.verification.base import Verifier
+from dsd_p2p.verification.importance import DraftOpinion
+
+NUM_DRAFT_TOKENS = 16
+"""As many of the drafter's tokens as a window carries."""
+
+
+@dataclass(slots=True)
+class Written:
+    """One text; logprob is the target's, of all its tokens, nats."""
+
+    tokens: list[TokenId] = field(default_factory=list)
+    num_relaxed: int = 0
+    logprob: float = 0.0
+    is_done: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disagreement:
+    """A position where the drafter's first token is not the target's pick; target_row is float32 `[V]` on the CPU."""
+
+    strict: TokenId
+    target_row: torch.Tensor
+    opinion: DraftOpinion
+
+
+class _Model:
+    """One model and its cache over a left-padded batch."""
+
+    def __init__(self, name: str, dtype: str, device: str, progress: Progress) -> None:
+        from transformers import AutoModelForCausalLM
+
+        progress.step(f"load {name}", 0, 0)
+        folder = find_model(name, progress).folder
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).to(device).eval()
+        self._cache: Any = None
+
+    def start(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self._cache = None
+        return self.step(tokens, mask)
+
+    def step(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Feed `[B, n]` new tokens; logits after the last of them, `[B, V]`."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = self._model(
+            tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+
+class PairWriter:
+    """A target and a drafter with one vocabulary, loaded on `device`.
+
+    Raises:
+        ModelError: one of them cannot be had.
+    """
+
+    def __init__(self, target: str, drafter: str, *, dtype: str, device: str, progress: Progress) -> None:
+        self._target = _Model(target, dtype, device, progress)
+        self._drafter = _Model(drafter, dtype, device, progress)
+        self._device = device
+
+    @torch.inference_mode()
+    def write(
+        self,
+        prompts: Sequence[Sequence[TokenId]],
+        max_tokens: int,
+        stop_tokens: frozenset[TokenId],
+        verifier: Verifier,
+        observe: Callable[[Disagreement], None] | None = None,
+    ) -> list[Written]:
+        """Continue every prompt by up to `max_tokens`; `observe` sees each position where the models disagree."""
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        given = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        tokens, mask = torch.tensor(padded, device=self._device), torch.tensor(given, device=self._device)
+        texts = [Written() for _ in prompts]
+        target, drafter = self._target.start(tokens, mask), self._drafter.start(tokens, mask)
+        for step in range(max_tokens):
+            picks = self._pick(target, drafter, texts, longest + step, verifier, observe)
+            chosen = torch.tensor([picks], device=self._device).T
+            gained = torch.log_softmax(target, dim=-1).gather(1, chosen)[:, 0].tolist()
+            for text, token, logprob in zip(texts, picks, gained, strict=True):
+                if not text.is_done:
+                    text.tokens.append(token)
+                    text.logprob += logprob
+                    text.is_done = token in stop_tokens
+            if all(text.is_done for text in texts) or step == max_tokens - 1:
+                break
+            mask = torch.cat([mask, torch.ones_like(chosen)], dim=1)
+            target, drafter = self._target.step(chosen, mask), self._drafter.step(chosen, mask)
+        return texts
+
+    def _pick(
+        self,
+        target: torch.Tensor,
+        drafter: torch.Tensor,
+        texts: list[Written],
+        position: int,
+        verifier: Verifier,
+        observe: Callable[[Disagreement], None] | None,
+    ) -> list[TokenId]:
+        picks = target.argmax(dim=-1).tolist()
+        best = torch.log_softmax(drafter, dim=-1).topk(NUM_DRAFT_TOKENS)
+        proposed, logprobs = best.indices.cpu().numpy(), best.values.double().cpu().numpy()
+        for row, text in enumerate(texts):
+            if text.is_done or proposed[row, 0] == picks[row]:
+                continue
+            opinion = DraftOpinion(tokens=proposed[row].astype(np.int64), logprobs=logprobs[row])
+            target_row = target[row].cpu()
+            if observe is not None:
+                observe(Disagreement(strict=picks[row], target_row=target_row, opinion=opinion))
+            picks[row], is_relaxed = verifier.judge(LogitsRow(target_row, picks[row]), position, opinion)
+            text.num_relaxed += is_relaxed
+        return picks
