@@ -20,6 +20,7 @@ def world(*, links_s, stage=STAGE, num_stages=3, draft_s=0.005, agreement=0.8):
         links_s=links_s,
         draft_step_s=draft_s,
         hit_rate_by_rank=(agreement, agreement * (1 - agreement) / 2, agreement * (1 - agreement) / 4),
+        num_outcomes=100,
     )
 
 
@@ -43,7 +44,7 @@ def test_the_tracker_measures_what_it_is_shown():
         queueing_s = rng.random() * 0.05
         tracker.verdict(num_nodes=size, traversal_s=0.2 + sum(stage_s) + queueing_s, stage_s=stage_s)
         tracker.draft_step(0.007)
-        tracker.outcome(rng.choices([0, 1, None], weights=[7, 2, 1])[0])
+        tracker.outcome(rng.choices([0, 1, None], weights=[7, 2, 1])[0], (-0.4, -1.6))
     observation = tracker.observe()
     assert [round(line.fixed_s, 4) for line in observation.stages] == [0.01, 0.02]
     assert [round(line.per_node_s, 5) for line in observation.stages] == [0.001, 0.002]

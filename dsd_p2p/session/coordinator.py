@@ -55,6 +55,8 @@ class Coordinator:
         self._tree = DraftTree(token=self.tokens[-1], position=len(self.tokens) - 1, key=self._keys[-1])
         self.stats = RequestStats()
         self.decision = policy.decide(tracker.observe())
+        self._committed_at_s = 0.0
+        self._num_before_mode = 1
         self._pace_s = 0.0
         self._next_send_at_s = 0.0
         self._num_round_steps = 0
@@ -90,12 +92,13 @@ class Coordinator:
         if verdict.start_pos > len(self.tokens):
             self._early[verdict.start_pos] = verdict
             return []
+        num_before = len(self.tokens)
         effects = self._apply(verdict, now_s)
         while not self.is_finished and (early := self._early.pop(len(self.tokens), None)) is not None:
             if early.epoch == self._epoch:
                 effects += self._apply(early, now_s)
         if not self.is_finished:
-            self._decide()
+            self._decide(now_s, len(self.tokens) - num_before)
             effects += self._pump(now_s)
         return effects
 
@@ -271,9 +274,20 @@ class Coordinator:
             if candidate.children and not child.is_expanded and child.position < self._end - 2:
                 self._grow(child, candidate.children)
 
-    def _decide(self) -> None:
+    def _decide(self, now_s: float, num_committed: int) -> None:
+        """Let the policy choose again, knowing what the present windows have written since the last verdict."""
+        if num_committed:
+            # What comes in right after a change, or after the prompt, is due to the windows before, or to none.
+            if self._num_before_mode <= 0:
+                self._tracker.progress(self.decision.kind, num_committed, now_s - self._committed_at_s)
+            self._num_before_mode -= num_committed
+            self._committed_at_s = now_s
         observation = self._tracker.observe()
-        self.decision = self._policy.decide(observation)
+        previous, self.decision = self.decision, self._policy.decide(observation)
+        if self.decision.kind != previous.kind:
+            self._num_before_mode = 1
+        if self.decision != previous:
+            self.stats.note_decision(len(self.tokens), self.decision)
         # Windows that come faster than the slowest stage takes them only queue there, in front of better ones.
         self._pace_s = observation.slowest_stage_s(self.decision.window_nodes)
 

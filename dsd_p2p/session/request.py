@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import GREEDY, PeerId, Relaxation, Sampling, SessionId, TokenId
+from dsd_p2p.window.base import Decision
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import Hop
 
@@ -47,6 +48,9 @@ class Request:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
+_MAX_DECISIONS = 64
+
+
 @dataclass(slots=True, kw_only=True)
 class RequestStats:
     """Counts of one request; they add up over its replays.
@@ -57,6 +61,7 @@ class RequestStats:
     hits_by_depth, outcomes_by_depth: for d = 1, 2, ...: of the committed tokens whose parent was drafted d - 1 below the root and
         expanded, how many were among the candidates, and how many there were.
     hits_by_rank: how often the committed token was the drafter's first, second, ... candidate.
+    decisions: the policy's changes of mind: at which text length, what, and why.
     sent_by_source, hits_by_source: nodes sent and tokens committed of each drafter's candidates: its payoff.
     """
 
@@ -81,6 +86,12 @@ class RequestStats:
     hits_by_rank: list[int] = field(default_factory=list)
     sent_by_source: dict[str, int] = field(default_factory=dict)
     hits_by_source: dict[str, int] = field(default_factory=dict)
+    decisions: list[str] = field(default_factory=list)
+
+    def note_decision(self, num_tokens: int, decision: Decision) -> None:
+        """Remember that the policy changed its mind, and why."""
+        if len(self.decisions) < _MAX_DECISIONS:
+            self.decisions.append(f"{num_tokens}: {decision.mode} {decision.reason}")
 
     def outcome(self, *, depth: int, rank: int | None, source: str) -> None:
         """Count one committed token that a drafter was asked for; `rank` None: it was no candidate."""

@@ -1,16 +1,35 @@
-"""Picks the window that promises the most tokens a second under the latency model of docs/structures.md."""
+"""Picks the window that promises the most tokens a second, corrected by what each mode was seen to achieve.
+
+The promise is the latency model of docs/structures.md. What it cannot know (processes that share cores, other sessions, clustered
+misses) shows in the measured rates, so a mode that disappoints is left, and plain decoding is tried where the lead is small: that
+is what keeps speculation from ever costing more than it gains.
+"""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
-from dsd_p2p.window.base import Decision, Mode, Observation
+from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
 from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
 
 SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-TREE_WIDTHS = (1, 2, 3, 4)
+TREES = ((1, 2), (1, 4), (2, 4), (4, 8), (12, 16))
+"""(width, nodes a window) of the continuous windows considered."""
 
 _KEEP_MARGIN = 1.05
 """A new decision must promise 5 % more than the present one: smaller differences are noise."""
+
+_SURE_MARGIN = 1.5
+"""Where speculation leads plain by less than this, plain is measured too."""
+
+_TRIAL_TOKENS = 6
+"""Tokens a mode writes before its measured rate counts, and that a trial lasts."""
+
+_FORGETTING = 0.99
+"""What is left of the trust in a measured rate after each token that other windows wrote: texts differ."""
+
+_FIRST_RETRY_TOKENS = 256
+_MAX_RETRY_TOKENS = 4096
 
 
 def predicted_tokens_per_s(decision: Decision, observation: Observation) -> float:
@@ -18,9 +37,10 @@ def predicted_tokens_per_s(decision: Decision, observation: Observation) -> floa
 
     With agreement α by the first candidate and coverage c by all of them (`Observation.hit_rate_by_rank`):
     plain `1 / T(1)`; synchronous chain of γ `E[k] / (γ d + T(γ + 1))`, `E[k] = (1 - α^(γ+1)) / (1 - α)` (Leviathan et al. 2023,
-    arXiv:2211.17192); continuous: runs of `1 / (1 - c)` tokens, one level time each, and one traversal per run.
+    arXiv:2211.17192); continuous: runs of `1 / (1 - c)` tokens, one level time each, and one traversal per run. A level
+    takes a draft step, or its share of a window at the slowest stage.
     """
-    agreement = min(sum(observation.hit_rate_by_rank[: decision.width]), 0.999)
+    agreement = min(sum(observation.hit_rate_by_rank[: decision.width]), 0.995)
     if decision.mode is Mode.PLAIN:
         return 1 / observation.traversal_s(1)
     if decision.mode is Mode.SYNC:
@@ -28,12 +48,14 @@ def predicted_tokens_per_s(decision: Decision, observation: Observation) -> floa
         round_s = decision.depth * observation.draft_step_s + observation.traversal_s(decision.depth + 1)
         return mean_committed / round_s
     run_tokens = 1 / (1 - agreement)
-    level_s = max(observation.draft_step_s, observation.slowest_stage_s(decision.window_nodes))
+    nodes_per_level = min(decision.width, decision.window_nodes)
+    window_s = observation.slowest_stage_s(decision.window_nodes)
+    level_s = max(observation.draft_step_s, window_s * nodes_per_level / decision.window_nodes)
     return run_tokens / (observation.traversal_s(decision.window_nodes) + level_s * (run_tokens - 1))
 
 
 class AnalyticPolicy:
-    """Argmax of the predicted tokens a second over every window this policy knows, "off" included.
+    """Argmax over every window this policy knows, "off" included.
 
     allow: the modes it may choose from besides plain.
     """
@@ -41,31 +63,108 @@ class AnalyticPolicy:
     def __init__(self, allow: frozenset[Mode] = frozenset({Mode.SYNC, Mode.CONTINUOUS})) -> None:
         self._allow = allow
         self._current: Decision | None = None
+        self._trial_ends_at: int | None = None
 
     def decide(self, observation: Observation) -> Decision:
-        """Return the best decision; before the first verdict a short one that measures something."""
+        """Return the best decision; plain until the first verdict has told what the chain costs."""
         if not observation.stages:
-            return next(self._candidates(observation))
-        # Plain comes first and so wins ties: speculation has to earn its place.
-        candidates = [PLAIN, *self._candidates(observation)]
-        rated = [(predicted_tokens_per_s(each, observation), each) for each in candidates]
-        best_rate, best = max(rated, key=lambda pair: pair[0])
-        if self._current is not None:
-            current_rate = predicted_tokens_per_s(self._current, observation)
-            if best_rate < _KEEP_MARGIN * current_rate:
+            return replace(PLAIN, reason="nothing is measured yet")
+        total = sum(rate.num_tokens for rate in observation.measured.values())
+        if self._current is not None and self._trial_ends_at is not None:
+            if total < self._trial_ends_at:
                 return self._current
+            self._trial_ends_at = None
+        best = self._best(observation)
+        trial = self._trial(best, observation, total)
+        if trial is not None:
+            self._trial_ends_at = total + _TRIAL_TOKENS + 1
+            best = trial
         self._current = best
         return best
 
+    def _best(self, observation: Observation) -> Decision:
+        # Plain comes first and so wins ties: speculation has to earn its place.
+        candidates = [PLAIN, *self._candidates(observation)]
+        rated = [(_expected(each, observation), each) for each in candidates]
+        best_rate, best = max(rated, key=lambda pair: pair[0])
+        current = self._current
+        if current is not None and best_rate < _KEEP_MARGIN * _expected(current, observation):
+            return current
+        plain_rate = rated[0][0]
+        return replace(best, reason=f"{best_rate:.1f} tokens/s expected, plain {plain_rate:.1f}")
+
+    def _trial(self, best: Decision, observation: Observation, total: int) -> Decision | None:
+        """The windows worth a few tokens of measuring now: plain beside a narrow lead, speculation after a long time without."""
+        plain = observation.measured.get(PLAIN.kind)
+        num_plain = plain.num_tokens if plain else 0
+        if best.mode is Mode.PLAIN:
+            return self._retry(observation, num_plain, total)
+        lead = _expected(best, observation) / _expected(PLAIN, observation)
+        is_due = num_plain < _TRIAL_TOKENS or total > 64 * num_plain
+        if lead < _SURE_MARGIN and is_due and total >= _TRIAL_TOKENS:
+            return replace(PLAIN, reason=f"trial: speculation leads by {lead:.2f} only")
+        return None
+
+    def _retry(self, observation: Observation, num_plain: int, total: int) -> Decision | None:
+        # Trials so far, each `_TRIAL_TOKENS` long: the wait doubles with every one that failed.
+        num_trials = (total - num_plain) // _TRIAL_TOKENS
+        wait = min(_FIRST_RETRY_TOKENS * 2 ** min(num_trials, 10), _MAX_RETRY_TOKENS)
+        if num_plain < wait:
+            return None
+        best = max(
+            self._candidates(observation), key=lambda each: predicted_tokens_per_s(each, observation), default=None
+        )
+        is_promising = best is not None and predicted_tokens_per_s(best, observation) > _expected(PLAIN, observation)
+        return replace(best, reason="trial: it may have become faster") if best is not None and is_promising else None
+
     def _candidates(self, observation: Observation) -> Iterator[Decision]:
+        """Every window considered, the smallest first; only small ones while next to nothing is known of the drafter."""
+        is_known = observation.num_outcomes >= _TRIAL_TOKENS
         if Mode.CONTINUOUS in self._allow:
-            for width in TREE_WIDTHS:
-                window_nodes = 1 if width == 1 else 2 * width
+            for width, window_nodes in TREES if is_known else TREES[:1]:
                 level_s = max(observation.draft_step_s, observation.slowest_stage_s(window_nodes), 1e-3)
                 levels = math.ceil(observation.traversal_s(window_nodes) / level_s) if observation.stages else 4
-                in_flight = min(max(levels + 1, 2), 64)
+                in_flight = min(max(levels + 1, 2), 128)
                 yield continuous_tree(
-                    depth=2 * in_flight, width=width, window_nodes=window_nodes, max_in_flight=in_flight
+                    depth=min(96, 2 * in_flight * (window_nodes if width == 1 else 1)),
+                    width=width,
+                    window_nodes=window_nodes,
+                    max_in_flight=in_flight,
+                    min_path_prob=0.001 if width > 4 else 0.02,
                 )
         if Mode.SYNC in self._allow:
-            yield from (sync_chain(depth) for depth in SYNC_DEPTHS)
+            yield from (sync_chain(depth) for depth in (SYNC_DEPTHS if is_known else SYNC_DEPTHS[:2]))
+
+
+def _expected(decision: Decision, observation: Observation) -> float:
+    """The promise, scaled by how its mode kept promises, and pulled towards what these very windows wrote lately."""
+    promise = predicted_tokens_per_s(decision, observation)
+    measured = observation.measured.get(decision.kind)
+    trust = _trust(measured) if measured else 0.0
+    promise *= _kept_share(decision.mode, observation)
+    if measured is None:
+        return promise
+    return math.exp((1 - trust) * math.log(promise) + trust * math.log(max(measured.tokens_per_s, 1e-9)))
+
+
+def _trust(measured: MeasuredRate) -> float:
+    if measured.num_tokens < _TRIAL_TOKENS:
+        return 0.0
+    return min(1.0, measured.num_tokens / (4 * _TRIAL_TOKENS)) * _FORGETTING**measured.num_tokens_since
+
+
+def _kept_share(mode: Mode, observation: Observation) -> float:
+    """Measured over promised speed of what the mode wrote lately; 1 where nothing is known."""
+    for kind, measured in sorted(observation.measured.items(), key=lambda item: item[1].num_tokens_since):
+        name, _, size = kind.partition(" ")
+        if name != mode or mode is Mode.PLAIN:
+            continue
+        first, _, width = size.partition("x")
+        used = (
+            sync_chain(int(first))
+            if mode is Mode.SYNC
+            else continuous_tree(depth=1, width=int(width), window_nodes=int(first), max_in_flight=1)
+        )
+        ratio = measured.tokens_per_s / predicted_tokens_per_s(used, observation)
+        return math.pow(max(0.3, min(1.5, ratio)), _trust(measured))
+    return 1.0

@@ -1,5 +1,6 @@
 """The seam between the coordinator and what decides how much it speculates."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -42,6 +43,17 @@ class Decision:
     min_path_prob: float = 0.0
     reason: str = ""
 
+    @property
+    def kind(self) -> str:
+        """What tells decisions apart whose speed is measured apart."""
+        match self.mode:
+            case Mode.PLAIN:
+                return "plain"
+            case Mode.SYNC:
+                return f"sync {self.depth}x{self.width}"
+            case Mode.CONTINUOUS:
+                return f"continuous {self.window_nodes}x{self.width}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostLine:
@@ -56,6 +68,15 @@ class CostLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRate:
+    """What one kind of window achieved: tokens a second lately, tokens in all, and tokens written by others since."""
+
+    tokens_per_s: float
+    num_tokens: int
+    num_tokens_since: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """What is known of a chain and its drafter when a decision is due.
 
@@ -63,12 +84,16 @@ class Observation:
     links_s: seconds a traversal spends outside the stages' computation, return link included.
     draft_step_s: seconds of one draft step.
     hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
+    num_outcomes: committed tokens that this is known from.
+    measured: what each kind of window (`Decision.kind`) was seen to write on this chain.
     """
 
     stages: tuple[CostLine, ...] = ()
     links_s: float = 0.0
     draft_step_s: float = 0.0
     hit_rate_by_rank: tuple[float, ...] = field(default=())
+    num_outcomes: int = 0
+    measured: Mapping[str, MeasuredRate] = field(default_factory=dict)
 
     def traversal_s(self, num_nodes: float) -> float:
         """T(n): seconds from sending a window of n nodes to its verdict, nothing else under way."""

@@ -1,18 +1,23 @@
 """Turns what happens to a request into what a window policy wants to know."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
-from dsd_p2p.window.base import CostLine, Observation
+from dsd_p2p.window.base import CostLine, MeasuredRate, Observation
 
 _DECAY = 0.95
 """Weight of the past at each new sample: about the last 20 windows count."""
 
-_PRIOR_HITS_BY_RANK = (0.70, 0.10, 0.04, 0.02)
-"""Before anything is measured: what a small sibling of the target might reach on novel text."""
+_PRIOR_HAZARDS = (0.70, 0.40, 0.30, 0.25, *(0.20,) * 12)
+"""Before anything is measured: how often each candidate is right where those before it were not."""
 
-_PRIOR_WEIGHT = 4.0
+_RATE_DECAY = 0.97
+"""Weight of a mode's past after one more token: about the last 32 count."""
+
+_OUTCOME_DECAY = 0.985
+"""Weight of the past at each committed token: about the last 70 count, so that a new text is soon known."""
+
+_PRIOR_WEIGHT = 2.0
 """Tokens after which measurement and prior count the same."""
 
 
@@ -67,6 +72,29 @@ def _rest(logprobs: Sequence[float]) -> float:
     return math.log(max(1e-4, 1 - sum(math.exp(value) for value in logprobs)))
 
 
+class _Rate:
+    """Tokens over seconds; the past fades with the tokens that follow it."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+        self._num_tokens = 0
+        self._last_total = 0
+
+    def add(self, num_tokens: int, seconds: float, total_tokens: int) -> None:
+        fading = _RATE_DECAY**num_tokens
+        self._tokens = self._tokens * fading + num_tokens
+        self._seconds = self._seconds * fading + seconds
+        self._num_tokens += num_tokens
+        self._last_total = total_tokens
+
+    def measured(self, total_tokens: int) -> MeasuredRate:
+        return MeasuredRate(
+            tokens_per_s=self._tokens / max(self._seconds, 1e-9),
+            num_tokens=self._num_tokens,
+            num_tokens_since=total_tokens - self._last_total,
+        )
+
+
 class Tracker:
     """Measurements of one chain and drafter, kept across the requests that use them."""
 
@@ -75,9 +103,12 @@ class Tracker:
         self._links_s = 0.0
         self._draft_step_s = 0.0
         self._num_draft_steps = 0
-        self._num_outcomes = 0
-        self._hits_by_rank: Counter[int] = Counter()
+        self._hits_by_rank = [0.0] * len(_PRIOR_HAZARDS)
+        self._tries_by_rank = [0.0] * len(_PRIOR_HAZARDS)
         self.calibration = Calibration()
+        self._rates: dict[str, _Rate] = {}
+        self._num_tokens = 0
+        self._num_outcomes = 0
 
     def verdict(self, *, num_nodes: int, traversal_s: float, stage_s: list[float]) -> None:
         """Take in the first verdict of a window of `num_nodes`, `traversal_s` after it was sent."""
@@ -107,22 +138,40 @@ class Tracker:
 
         logprobs: of all its candidates, likeliest first.
         """
-        self._num_outcomes += 1
         if logprobs:
             self.calibration.learn(rank, logprobs)
-        if rank is not None:
-            self._hits_by_rank[rank] += 1
+        num_tried = max(1, len(logprobs)) if rank is None else rank + 1
+        for tried in range(min(num_tried, len(self._tries_by_rank))):
+            self._tries_by_rank[tried] = self._tries_by_rank[tried] * _OUTCOME_DECAY + 1
+            self._hits_by_rank[tried] = self._hits_by_rank[tried] * _OUTCOME_DECAY + (tried == rank)
+        self._num_outcomes += 1
+
+    def progress(self, kind: str, num_tokens: int, seconds: float) -> None:
+        """Take in what was committed while windows of `kind` (`Decision.kind`) were at work."""
+        self._num_tokens += num_tokens
+        self._rates.setdefault(kind, _Rate()).add(num_tokens, seconds, self._num_tokens)
 
     def observe(self) -> Observation:
         """Return what is known now."""
-        total = self._num_outcomes + _PRIOR_WEIGHT
-        num_ranks = max(len(_PRIOR_HITS_BY_RANK), max(self._hits_by_rank, default=0) + 1)
-        prior = _PRIOR_HITS_BY_RANK + (0.0,) * (num_ranks - len(_PRIOR_HITS_BY_RANK))
         return Observation(
             stages=tuple(fit.line() for fit in self._stages),
             links_s=self._links_s,
             draft_step_s=self._draft_step_s,
-            hit_rate_by_rank=tuple(
-                (self._hits_by_rank[rank] + _PRIOR_WEIGHT * prior[rank]) / total for rank in range(num_ranks)
-            ),
+            hit_rate_by_rank=self._hit_rates(),
+            num_outcomes=self._num_outcomes,
+            measured={kind: rate.measured(self._num_tokens) for kind, rate in self._rates.items()},
         )
+
+    def _hit_rates(self) -> tuple[float, ...]:
+        """A rank's share is measured only where it was drafted: each is estimated given that those before it failed.
+
+        A drafter whose first candidate is worse than expected is not expected to do well with its others.
+        """
+        rates, left, quality = [], 1.0, 1.0
+        for hits, tries, prior in zip(self._hits_by_rank, self._tries_by_rank, _PRIOR_HAZARDS, strict=True):
+            hazard = (hits + _PRIOR_WEIGHT * prior * quality) / (tries + _PRIOR_WEIGHT)
+            if not rates:
+                quality = min(1.0, hazard / prior)
+            rates.append(left * hazard)
+            left *= 1 - hazard
+        return tuple(rates)
