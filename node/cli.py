@@ -109,7 +109,29 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     )
     relaxed.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
-    for benchmark in (overhead, ring, relaxed):
+    wan = benchmarks.add_parser("wan", help="real models on emulated wide-area links, every arm side by side")
+    wan.add_argument("--links", type=_comma_list, help="one-way latencies, like 10ms,50ms (default 50ms)")
+    wan.add_argument("--stages", type=_int_list, help="numbers of stages, like 2,4 (default 3)")
+    wan.add_argument("--models", type=_comma_list, help="targets (default smollm2-135m)")
+    wan.add_argument("--prompts", type=_comma_list, help="categories (default chat,maths,code)")
+    wan.add_argument("--dtype", help="of the target (default float32)")
+    wan.add_argument("--device", help="torch device (default cpu)")
+    wan.add_argument("--threads", type=int, help="torch threads of a process (default 1)")
+    wan.add_argument("--draft", help="drafter (default: what measured best for each target)")
+    wan.add_argument("--draft-dtype", help="dtype of a drafting model (default: the target's)")
+    wan.add_argument("--max-tokens", type=int, help="tokens of each answer (default 64)")
+    wan.add_argument("--plain-tokens", type=int, help="tokens of each plain answer (default 16)")
+    wan.add_argument("--temperature", type=float, help="0 is greedy (default)")
+    wan.add_argument("--seed", type=int, help="of the sampler (default 0)")
+    wan.add_argument("--hidden", choices=["model", "bf16", "int8"], help="format of hidden states between stages")
+    wan.add_argument("--width", type=int, help="children kept of each node of the tree (default 4)")
+    wan.add_argument("--window-nodes", type=int, help="nodes of a window of the tree (default 8)")
+    wan.add_argument("--relaxed", action="store_const", const=True, help="also run the tree in relaxed mode")
+    wan.add_argument("--relaxation", metavar="FILE", help="thresholds of relaxed mode")
+    wan.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
+    wan.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
+    for benchmark in (overhead, ring, relaxed, wan):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
 
@@ -169,6 +191,13 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
 
 def _comma_list(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
+
+
+def _int_list(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _comma_list(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers separated by commas") from None
 
 
 if __name__ == "__main__":

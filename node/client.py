@@ -14,7 +14,7 @@ from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.types import Span, TokenId
+from dsd_p2p.types import Relaxation, Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from node import units
 from node.choices import make_drafter, make_relaxation
@@ -41,8 +41,12 @@ class Client:
         policy: WindowPolicy,
         show: Callable[[str], None] | None = None,
         prompt: list[TokenId] | None = None,
+        max_tokens: int | None = None,
+        relaxation: Relaxation | None = None,
     ) -> tuple[list[TokenId], dict[str, object]]:
         """Write the answer to the client's prompt or to `prompt`, handing its text to `show` as it comes.
+
+        max_tokens, relaxation: instead of the configuration's.
 
         Returns the new tokens and the run's statistics.
 
@@ -51,13 +55,13 @@ class Client:
         """
         config, prompt = self.config, prompt or self.prompt
         options = GenerateOptions(
-            max_tokens=config.max_tokens,
+            max_tokens=max_tokens or config.max_tokens,
             sampling=config.sampling(),
             stop_tokens=self.text.stop_tokens,
             prefill_chunk=config.prefill_chunk,
             stall_timeout_s=units.seconds(config.stall_timeout),
             hidden_format=config.hidden,
-            relaxation=make_relaxation(config),
+            relaxation=relaxation or make_relaxation(config),
         )
         tokens: list[TokenId] = []
         streamer = self.text.streamer()

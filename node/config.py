@@ -155,6 +155,32 @@ class RingConfig(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     trace: str = ""
 
 
+class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd bench wan`: every model x number of stages x link, every category of prompts in each round.
+
+    relaxed: also run the tree in relaxed mode.
+    """
+
+    links: tuple[str, ...] = ("50ms",)
+    stages: tuple[Positive, ...] = (3,)
+    models: tuple[str, ...] = (DEFAULT_MODEL,)
+    prompts: tuple[str, ...] = ("chat", "maths", "code")
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: Positive = 1
+    draft: str = "auto"
+    draft_dtype: str = ""
+    max_tokens: Positive = 64
+    plain_tokens: Positive = 16
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    hidden: HiddenFormat = HiddenFormat.MODEL
+    width: Annotated[int, Meta(ge=1, le=16)] = 4
+    window_nodes: Annotated[int, Meta(ge=1, le=64)] = 8
+    relaxed: bool = False
+    relaxation: str = ""
+
+
 def read_config(kind: type[Config], file: str | None, flags: dict[str, object]) -> Config:
     """Return the configuration: defaults, then `file`, then `flags` that were given.
 

@@ -41,7 +41,7 @@ CATALOG = {
             num_bytes=98_362_432,
             licence="Apache-2.0",
             description="SmolLM2-135M-Instruct (Q4_1), the embedded default",
-            drafter="shadow",
+            drafter="shadow+ngram",
         ),
         CatalogModel(
             name="qwen2.5-coder-1.5b",
@@ -51,7 +51,7 @@ CATALOG = {
             num_bytes=1_117_320_768,
             licence="Apache-2.0",
             description="Qwen2.5-Coder-1.5B-Instruct (Q4_K_M), the benchmark target",
-            drafter="qwen2.5-coder-0.5b",
+            drafter="qwen2.5-coder-0.5b+ngram",
         ),
         CatalogModel(
             name="qwen2.5-coder-0.5b",

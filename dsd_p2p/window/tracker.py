@@ -167,7 +167,8 @@ class Tracker:
 
         A drafter whose first candidate is worse than expected is not expected to do well with its others.
         """
-        rates, left, quality = [], 1.0, 1.0
+        rates: list[float] = []
+        left, quality = 1.0, 1.0
         for hits, tries, prior in zip(self._hits_by_rank, self._tries_by_rank, _PRIOR_HAZARDS, strict=True):
             hazard = (hits + _PRIOR_WEIGHT * prior * quality) / (tries + _PRIOR_WEIGHT)
             if not rates:

@@ -8,7 +8,7 @@ import trio
 from dsd_p2p.errors import ConfigError
 from node.bench import machine, write_receipt
 from node.calibration import bundled_calibration, read_calibration
-from node.config import CalibrateConfig, GenerateConfig, RingConfig, read_config
+from node.config import CalibrateConfig, GenerateConfig, RingConfig, WanConfig, read_config
 from node.console import ConsoleProgress
 
 
@@ -27,6 +27,8 @@ def run(options: dict[str, object]) -> int:
             results = _ring(read_config(RingConfig, file, options), rounds)
         case "relaxed":
             results = _relaxed(file, options)
+        case "wan":
+            results = _wan(read_config(WanConfig, file, options), rounds)
         case _:
             from node.benches.overhead import run_overhead
 
@@ -48,6 +50,13 @@ def _relaxed(file: str | None, options: dict[str, object]) -> dict[str, object]:
     config = read_config(CalibrateConfig, file, {"max_tokens": 384} | options)
     with ConsoleProgress() as progress:
         return run_relaxed(config, [read_calibration(path) for path in paths], per_category, progress)
+
+
+def _wan(config: WanConfig, rounds: int) -> dict[str, object]:
+    from node.benches.wan import run_wan
+
+    with ConsoleProgress() as progress:
+        return trio.run(run_wan, config, rounds, progress)
 
 
 def _ring(config: RingConfig, rounds: int) -> dict[str, object]:

@@ -1,0 +1,170 @@
+"""`dsd bench wan`: real models over emulated wide-area links, every arm in turn on the same stages and prompts."""
+
+from dataclasses import asdict
+
+from dsd_p2p.errors import LocalProtocolError
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.types import TokenId
+from dsd_p2p.window.analytic import SYNC_DEPTHS, AnalyticPolicy, predicted_tokens_per_s
+from dsd_p2p.window.base import Observation, WindowPolicy
+from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
+from node.bench import print_table, sample
+from node.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, ratios_to_plain
+from node.choices import make_relaxation
+from node.client import open_client
+from node.config import GenerateConfig, WanConfig
+from node.prompts import load_problems, spread
+
+_PAPER_DEPTH = 8
+"""γ of arXiv:2511.11733."""
+
+RELAXED_ARM = "continuous_tree_relaxed"
+
+
+async def run_wan(config: WanConfig, rounds: int, progress: Progress) -> dict[str, object]:
+    """Run every cell of models x stages x links; `ratios` are those of the first cell.
+
+    Raises:
+        DsdError: a model cannot be had, a chain broke, or two exact arms wrote different float32 text.
+    """
+    cells = [
+        await _run_cell(config, model, stages, link, rounds, progress)
+        for model in config.models
+        for stages in config.stages
+        for link in config.links
+    ]
+    return {"ratios": cells[0]["ratios"], "cells": cells}
+
+
+async def _run_cell(
+    config: WanConfig, model: str, stages: int, link: str, rounds: int, progress: Progress
+) -> dict[str, object]:
+    generate = GenerateConfig(
+        model=model,
+        stages=stages,
+        link=link,
+        dtype=config.dtype,
+        device=config.device,
+        threads=config.threads,
+        draft=config.draft,
+        draft_dtype=config.draft_dtype or config.dtype,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        hidden=config.hidden,
+        prompt="-",
+        prompt_ids="0",
+        stall_timeout="120s",
+    )
+    relaxed = make_relaxation(
+        GenerateConfig(verify="relaxed" if config.relaxed else "exact", relaxation=config.relaxation)
+    )
+    problems = {category: load_problems(category, progress) for category in config.prompts}
+    runs: dict[str, ArmRuns] = {}
+    answers: dict[tuple[int, str], dict[str, list[TokenId]]] = {}
+    async with open_client(generate, progress) as client:
+        prompts = [
+            [(problem.name, client.text.encode(problem.prompt, is_raw=False)) for problem in spread(group, rounds)]
+            for group in problems.values()
+        ]
+        # Learn the costs first: they choose γ of the synchronous arm. Nothing of this run is counted.
+        for policy in (StaticPolicy(sync_chain(_PAPER_DEPTH)), _tree(config, client.engine.observe())):
+            await client.write(policy, prompt=prompts[0][0][1], max_tokens=24)
+        arms = _arms(config, client.engine.observe())
+        names = [*arms, RELAXED_ARM] if relaxed else list(arms)
+        for number in range(rounds):
+            for category, group in zip(problems, prompts, strict=True):
+                problem, prompt = group[number]
+                for name in names[number % len(names) :] + names[: number % len(names)]:
+                    tokens, stats = await client.write(
+                        arms["continuous_tree" if name == RELAXED_ARM else name],
+                        prompt=prompt,
+                        max_tokens=config.plain_tokens if name == PLAIN_ARM else None,
+                        relaxation=relaxed if name == RELAXED_ARM else None,
+                    )
+                    stats |= {"problem": problem, "category": category}
+                    runs.setdefault(name, ArmRuns()).add(number, stats)
+                    answers.setdefault((number, problem), {})[name] = tokens
+                    progress.step(f"{model} {stages} stages {link}: round {number + 1}/{rounds} {name}", 0, 0)
+        observation = client.engine.observe()
+    identical = _identical_share(answers)
+    if config.dtype == "float32" and identical < 1:
+        raise LocalProtocolError("two exact arms wrote different float32 tokens: please report it")
+    ratios = ratios_to_plain(runs)
+    predicted = {name: predicted_tokens_per_s(policy.decide(observation), observation) for name, policy in arms.items()}
+    _print(model, stages, link, runs, predicted)
+    return {
+        "model": model,
+        "stages": stages,
+        "link": link,
+        "dtype": config.dtype,
+        "device": config.device,
+        "drafter": client.drafter.name,
+        "temperature": config.temperature,
+        "rounds": rounds,
+        "ratios": {name: ratio.median for name, ratio in ratios.items()},
+        "ratio_samples": ratios,
+        "ratios_by_category": {category: _ratios_of(runs, category) for category in problems},
+        "tokens_per_s": {name: sample(arm.tokens_per_s()) for name, arm in runs.items()},
+        "predicted_tokens_per_s": predicted,
+        "mean_accepted_length": {name: mean_accepted_length(arm) for name, arm in runs.items()},
+        "identical_to_plain": identical,
+        "observation": asdict(observation),
+        "runs": {name: arm.runs for name, arm in runs.items()},
+    }
+
+
+def _tree(config: WanConfig, observation: Observation) -> StaticPolicy:
+    del observation
+    return StaticPolicy(
+        continuous_tree(
+            depth=96, width=config.width, window_nodes=config.window_nodes, max_in_flight=64, min_path_prob=0.01
+        )
+    )
+
+
+def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy]:
+    best_depth = max(SYNC_DEPTHS, key=lambda depth: predicted_tokens_per_s(sync_chain(depth), observation))
+    return {
+        PLAIN_ARM: StaticPolicy(PLAIN),
+        "sync_chain_8": StaticPolicy(sync_chain(_PAPER_DEPTH)),
+        "sync_chain": StaticPolicy(sync_chain(best_depth)),
+        "sync_tree": StaticPolicy(sync_tree(16, depth=6)),
+        "continuous_chain": StaticPolicy(continuous_tree(depth=48, width=1, window_nodes=4, max_in_flight=64)),
+        "continuous_tree": _tree(config, observation),
+        "analytic": AnalyticPolicy(),
+    }
+
+
+def _identical_share(answers: dict[tuple[int, str], dict[str, list[TokenId]]]) -> float:
+    """Share of the exact arms' answers that begin as plain's does, as far as both go."""
+    same = [
+        tokens[: len(by_arm[PLAIN_ARM])] == by_arm[PLAIN_ARM][: len(tokens)]
+        for by_arm in answers.values()
+        for name, tokens in by_arm.items()
+        if name not in (PLAIN_ARM, RELAXED_ARM)
+    ]
+    return sum(same) / len(same)
+
+
+def _ratios_of(runs: dict[str, ArmRuns], category: str) -> dict[str, float]:
+    of_category: dict[str, ArmRuns] = {}
+    for name, arm in runs.items():
+        of_category[name] = ArmRuns()
+        for stats in arm.runs:
+            if stats["category"] == category:
+                of_category[name].add(0, stats)
+    return {name: ratio.median for name, ratio in ratios_to_plain(of_category).items()}
+
+
+def _print(model: str, stages: int, link: str, runs: dict[str, ArmRuns], predicted: dict[str, float]) -> None:
+    ratios = ratios_to_plain(runs)
+    rows = []
+    for name, arm in runs.items():
+        speeds = sample(arm.tokens_per_s())
+        ratio = (
+            f"{ratios[name].median:.2f} ({ratios[name].low:.2f} .. {ratios[name].high:.2f})" if name in ratios else "1"
+        )
+        promise = f"{predicted[name]:.2f}" if name in predicted else ""
+        rows.append((name, f"{speeds.median:.2f}", ratio, promise))
+    print_table((f"{model}, {stages} stages, {link}", "tokens/s", "over plain", "model's tokens/s"), rows)
