@@ -43,8 +43,18 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpu": _gpu(),
     }
+
+
+def _gpu() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed command
+    except OSError:
+        return None
+    return result.stdout.strip() or None
 
 
 def write_receipt(name: str, benchmark: str, results: dict[str, object], machine_before: dict[str, object]) -> Path:

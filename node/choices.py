@@ -38,10 +38,11 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
         raise ConfigError(f"mode {config.mode!r}: choose one of {', '.join(Mode)}") from exc
     if mode is Mode.PLAIN:
         return StaticPolicy(PLAIN)
-    if config.window == "analytic":
-        return AnalyticPolicy(frozenset({mode}))
-    if config.window != "static":
+    if config.window not in ("static", "analytic"):
         raise ConfigError(f"window {config.window!r}: choose static or analytic")
+    is_given = any((config.depth, config.width, config.window_nodes, config.in_flight))
+    if config.window == "analytic" and not is_given:
+        return AnalyticPolicy(frozenset({mode}))
     if mode is Mode.SYNC:
         return StaticPolicy(sync_chain(config.depth or _SYNC_DEPTH))
     return StaticPolicy(

@@ -126,12 +126,25 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     wan.add_argument("--hidden", choices=["model", "bf16", "int8"], help="format of hidden states between stages")
     wan.add_argument("--width", type=int, help="children kept of each node of the tree (default 4)")
     wan.add_argument("--window-nodes", type=int, help="nodes of a window of the tree (default 8)")
+    wan.add_argument("--in-flight", type=int, help="most windows of the tree under way (default 64)")
     wan.add_argument("--relaxed", action="store_const", const=True, help="also run the tree in relaxed mode")
     wan.add_argument("--relaxation", metavar="FILE", help="thresholds of relaxed mode")
     wan.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
     wan.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
-    for benchmark in (overhead, ring, relaxed, wan):
+    formats = benchmarks.add_parser("formats", help="error and size of smaller hidden states on the links")
+    _add_model_flags(formats)
+    formats.add_argument("--stages", type=int, help="number of stages (default 3)")
+    formats.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
+    record = benchmarks.add_parser("record", help="make an agreement trace for the fake ring from two real models")
+    _add_pair_flags(record)
+    record.add_argument("--texts", type=int, help="texts of each category (default 12)")
+    record.add_argument("--output", metavar="FILE", help="where to write the trace (default agreement.json.gz)")
+
+    benchmarks.add_parser("plots", help="draw the receipts in docs/benchmarks")
+
+    for benchmark in (overhead, ring, relaxed, wan, formats):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
 
@@ -173,7 +186,11 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=["plain", "sync", "continuous"], help="default continuous")
     parser.add_argument("--draft", help="ngram, shadow, a model, or auto (default)")
     parser.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
-    parser.add_argument("--window", choices=["static", "analytic"], help="who decides how much to speculate")
+    parser.add_argument(
+        "--window",
+        choices=["static", "analytic"],
+        help="default analytic, which measures and chooses; the numbers below mean static",
+    )
     parser.add_argument("--depth", type=int, help="deepest draft; γ in sync mode")
     parser.add_argument("--width", type=int, help="children kept of each draft node; 1 is a chain")
     parser.add_argument("--window-nodes", type=int, help="most nodes a window carries")

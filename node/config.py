@@ -89,7 +89,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     """`dsd generate`.
 
     draft: "ngram", "shadow", a model, or "auto": what measured best for the target.
-    depth, width, window_nodes, in_flight: the static window; 0 is the mode's default.
+    window: "analytic" or "static". depth, width, window_nodes, in_flight: a static window; 0 is the mode's default.
     hidden: format of hidden states between stages. verify: "exact" or "relaxed"; relaxation: a file of `dsd calibrate`, empty is
         the bundled one; tau overrides the file's.
     """
@@ -98,7 +98,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     draft: str = "auto"
     draft_dtype: str = "float32"
     mode: str = "continuous"
-    window: str = "static"
+    window: str = "analytic"
     depth: Annotated[int, Meta(ge=0, le=256)] = 0
     width: Annotated[int, Meta(ge=0, le=8)] = 0
     window_nodes: Annotated[int, Meta(ge=0, le=256)] = 0
@@ -177,6 +177,7 @@ class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     hidden: HiddenFormat = HiddenFormat.MODEL
     width: Annotated[int, Meta(ge=1, le=16)] = 4
     window_nodes: Annotated[int, Meta(ge=1, le=64)] = 8
+    in_flight: Annotated[int, Meta(ge=1, le=256)] = 64
     relaxed: bool = False
     relaxation: str = ""
 

@@ -11,19 +11,17 @@ from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.sim.trace import AgreementTrace, RecordedText
 from dsd_p2p.types import TokenId
+from node.config import CalibrateConfig
 from node.prompts import CATEGORIES, Problem, load_problems, spread
 from node.text import TextCodec
 
-_BATCH = 8
 _MAX_CANDIDATES = 16
 _MAX_CENTINATS = 690
 """Candidates below one in a thousand are left out: they fill the file and never the tree."""
 
 
-def record_trace(
-    target: str, drafter: str, *, texts_per_category: int, num_tokens: int, dtype: str, device: str, progress: Progress
-) -> AgreementTrace:
-    """Let `target` answer prompts of every category greedily, then ask `drafter` for its candidates along each answer.
+def record_trace(config: CalibrateConfig, texts_per_category: int, progress: Progress) -> AgreementTrace:
+    """Let the target answer prompts of every category greedily, then ask the drafter for its candidates along each answer.
 
     Raises:
         ModelError: a model or the prompts cannot be had.
@@ -31,23 +29,25 @@ def record_trace(
     problems = [
         problem for category in CATEGORIES for problem in spread(load_problems(category, progress), texts_per_category)
     ]
-    codec = TextCodec(find_model(target, progress).folder)
+    codec = TextCodec(find_model(config.model, progress).folder)
     prompts = [codec.encode(problem.prompt, is_raw=False) for problem in problems]
-    model = _load(target, dtype, device, progress)
+    model = _load(config.model, config.dtype, config.device, progress)
     answers: list[list[TokenId]] = []
-    for start in range(0, len(prompts), _BATCH):
-        answers += _write_batch(model, prompts[start : start + _BATCH], num_tokens, codec.stop_tokens, device)
+    for start in range(0, len(prompts), config.batch):
+        answers += _write_batch(
+            model, prompts[start : start + config.batch], config.max_tokens, codec.stop_tokens, config.device
+        )
         progress.step("record the target", len(answers), len(prompts))
     del model
-    model = _load(drafter, dtype, device, progress)
+    model = _load(config.draft, config.dtype, config.device, progress)
     texts = []
     for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
-        texts.append(_ask_drafter(model, problem, prompt, answer, device))
+        texts.append(_ask_drafter(model, problem, prompt, answer, config.device))
         progress.step("record the drafter", len(texts), len(problems))
     return AgreementTrace(
-        target=target,
-        drafter=drafter,
-        dtype=dtype,
+        target=config.model,
+        drafter=config.draft,
+        dtype=config.dtype,
         command=" ".join(["dsd", *sys.argv[1:]]),
         date=time.strftime("%Y-%m-%d"),
         vocab_size=int(model.config.vocab_size),

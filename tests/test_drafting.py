@@ -16,9 +16,10 @@ from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import CapacityError
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import SpanModel
-from dsd_p2p.session.effects import Draft, Stem
-from dsd_p2p.types import Span
+from dsd_p2p.models.span import LogitsRow, SpanModel
+from dsd_p2p.session.effects import Candidate, Draft, Stem
+from dsd_p2p.types import Sampling, Span
+from dsd_p2p.verification.exact import ExactVerifier
 
 
 @pytest.fixture(params=["ngram", "model", "combined", "shadow"])
@@ -163,3 +164,69 @@ def test_a_drafter_without_memory_says_so(tiny):
     model = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS), cache_bytes=1000)
     with pytest.raises(CapacityError, match="raise --cache-memory"):
         ModelDrafter(model, "model").open(100)
+
+
+def test_with_the_targets_noise_a_drafter_guesses_its_samples(tiny):
+    """The drafter is the target: with the same seed its first candidate is the very token, with another it rarely is."""
+    source = find_model(str(tiny("llama")), NoProgress())
+    model = SpanModel(source, Span(0, NUM_LAYERS))
+    text = prompt_of(8)
+    hits = {}
+    for seed in (7, 8):
+        session = ModelDrafter(model, "itself").open(200, Sampling(temperature=1.0, seed=seed))
+        target = ExactVerifier(Sampling(temperature=1.0, seed=7))
+        hits[seed] = 0
+        for length in range(len(text), len(text) + 30):
+            row = LogitsRow(reference.logits(tiny("llama"), [*text])[-1], 0)
+            token = target.pick(row, length)
+            ((first, *_),) = session.expand(draft_of(text, []))
+            hits[seed] += first.token == token
+            text = [*text, token]
+        text = prompt_of(8)
+        session.close()
+    assert hits[7] >= 28
+    assert hits[8] < 20
+
+
+def test_lookup_looks_several_tokens_ahead_where_text_repeats_itself():
+    phrase = [5, 9, 3, 8, 7, 2, 6, 4, 1]
+    session = NgramDrafter().open(200)
+    (chain,) = session.chains(draft_of([*phrase * 4, *phrase[:3]], []), max_tokens=5, min_prob=0.2)
+    found = []
+    while chain is not None:
+        found.append(chain.token)
+        chain = chain.children[0] if chain.children else None
+    assert found == [8, 7, 2, 6, 4]
+    assert session.chains(draft_of([11, 12, 13], []), max_tokens=5, min_prob=0.2) == [None]
+
+
+class Stubborn:
+    """Always sure of token 1."""
+
+    name, is_instant = "stubborn", True
+
+    def open(self, max_length, sampling=None):
+        return self
+
+    def expand(self, draft):
+        return [[Candidate(token=1, logprob=math.log(0.9), source="stubborn")] for _ in draft.stems]
+
+    def close(self):
+        pass
+
+
+def test_merged_candidates_are_one_node_and_trust_goes_to_who_is_right():
+    phrase = [5, 9, 3, 8, 7, 2, 6, 4]
+    session = CombinedDrafter(Stubborn()).open(200)
+    text = phrase * 3
+    ranks = []
+    for token in phrase * 2:
+        (candidates,) = session.expand(draft_of(text, []))
+        assert len({candidate.token for candidate in candidates}) == len(candidates)
+        ranks.append([candidate.token for candidate in candidates].index(token))
+        text = [*text, token]
+    assert ranks[0] == 1, "at first the model is believed"
+    assert ranks[-1] == 0, "lookup was right every time"
+    (candidates,) = session.expand(draft_of(text, []))
+    assert candidates[0].source == "ngram"
+    assert candidates[0].children[0].token == phrase[1]

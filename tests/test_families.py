@@ -9,14 +9,17 @@ from families import FAMILIES, NUM_LAYERS, VOCAB
 from safetensors import safe_open
 from swarms import load_stages, model_swarm
 
+from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
+from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import Span
-from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
+from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
+from dsd_p2p.wire.hidden import HiddenFormat
 
 DECISIONS = {
     "plain": PLAIN,
@@ -40,7 +43,7 @@ async def test_all_modes_and_drafters_write_the_unsplit_models_text(tiny, family
     other = ModelDrafter(SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS)), "other")
     prompt = prompt_of(11)
     expected = reference.greedy(folder, prompt, 24)
-    for drafter in (NgramDrafter(), itself, other):
+    for drafter in (NgramDrafter(), itself, other, CombinedDrafter(other)):
         async with model_swarm(stages, drafter) as swarm:
             for name, decision in DECISIONS.items():
                 tokens, generation = await swarm.write(prompt, 24, decision)
@@ -48,6 +51,27 @@ async def test_all_modes_and_drafters_write_the_unsplit_models_text(tiny, family
                 if drafter is itself and name == "sync":
                     assert generation.stats.num_epochs == 5, "the target drafting for itself: 24 tokens, five a window"
             await swarm.all_closed()
+
+
+async def test_smaller_hidden_states_change_bytes_and_no_window_changes_their_text(tiny):
+    """What int8 or bfloat16 on the links writes is another model's text, the same in every mode."""
+    folder = tiny("llama")
+    source = find_model(str(folder), NoProgress())
+    drafter = ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself")
+    link_bytes = {}
+    async with model_swarm(load_stages(source, 2), drafter) as swarm:
+        for hidden_format in HiddenFormat:
+            options = GenerateOptions(max_tokens=24, hidden_format=hidden_format)
+            texts = set()
+            for decision in DECISIONS.values():
+                async with swarm.engine.generate(prompt_of(11), options, StaticPolicy(decision)) as generation:
+                    texts.add(tuple([token async for token in generation]))
+                link_bytes[hidden_format, decision.mode] = generation.stats.link_bytes
+            assert len(texts) == 1, hidden_format
+            if hidden_format is HiddenFormat.MODEL:
+                assert texts == {tuple(reference.greedy(folder, prompt_of(11), 24))}
+    for mode in ("plain", "sync"):
+        assert link_bytes["int8", mode] < link_bytes["bf16", mode] < link_bytes["model", mode]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

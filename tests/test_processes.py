@@ -18,6 +18,7 @@ import trio
 from families import NUM_LAYERS, VOCAB
 from test_families import DECISIONS, prompt_of
 
+from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.drafting.shadow import make_shadow
@@ -29,9 +30,9 @@ from dsd_p2p.pipeline.engine import GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.types import Sampling, Span
 from dsd_p2p.window.static import StaticPolicy
-from node.client import coordinator_transport
 from node.config import UpConfig
 from node.local_swarm import local_swarm, stage_configs
+from node.reach import coordinator_transport
 
 DSD = [sys.executable, "-m", "node.cli"]
 
@@ -66,7 +67,7 @@ async def test_every_family_in_real_processes_writes_the_unsplit_models_text(tin
     source = find_model(str(folder), NoProgress())
     drafters = [
         NgramDrafter(),
-        ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself"),
+        CombinedDrafter(ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself")),
         make_shadow(source, NUM_LAYERS),
     ]
     sampled = Sampling(temperature=1.0, top_k=50, top_p=0.95, seed=7)
@@ -140,6 +141,21 @@ def test_generate_prints_the_promised_json(smollm, mode):
     assert len(stats["mean_stage_s"]) == 2
     assert (stats["counts"]["num_misses"] == 19) == (mode == "plain")
     assert stats["verification"] == "exact"
+
+
+def test_the_fake_ring_compares_every_arm():
+    """Live processes and sockets on the bundled trace; a wrong token ends it with an error."""
+    command = [*DSD, "bench", "ring", "--links", "3ms", "--stages", "2", "--stage-time", "1ms", "--draft-time", "1ms"]
+    result = subprocess.run(
+        [*command, "--max-tokens", "16", "--json"], capture_output=True, text=True, timeout=120, check=True
+    )
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert set(report["ratios"]) == {"sync_chain", "sync_tree", "continuous_chain", "continuous_tree"}
+    assert all(len(runs) == 3 for runs in report["runs"].values())
+    for run in report["runs"]["continuous_tree"]:
+        assert run["num_tokens"] == 16
+        assert run["counts"]["hits_by_rank"]
+        assert run["verification"] == "exact"
 
 
 def test_models_path_prints_what_transformers_loads(smollm):

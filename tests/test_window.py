@@ -59,7 +59,7 @@ def test_predictions_are_those_of_the_latency_model():
     assert predicted_tokens_per_s(PLAIN, observation) == pytest.approx(1 / (0.2 + 3 * 0.011))
     tokens = sum(0.8**k for k in range(5))
     assert predicted_tokens_per_s(sync_chain(4), observation) == pytest.approx(tokens / (4 * 0.005 + 0.2 + 3 * 0.015))
-    chain = continuous_tree(depth=8, width=1, window_nodes=1, max_in_flight=4)
+    chain = continuous_tree(depth=8, width=1, window_nodes=1, max_in_flight=64)
     assert predicted_tokens_per_s(chain, observation) == pytest.approx(5 / (0.2 + 3 * 0.011 + 4 * 0.011))
 
 

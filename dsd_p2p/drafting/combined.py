@@ -82,7 +82,8 @@ class CombinedSession:
             probs[chain.token] = 1 - (1 - probs[chain.token]) * (1 - chain_prob)
         else:
             trust = self._hits / self._tries
-            probs[chain.token] = max(probs.get(chain.token, 0.0), trust * chain_prob)
+            probs = {token: (1 - trust) * prob for token, prob in probs.items()}
+            probs[chain.token] = probs.get(chain.token, 0.0) + trust
         mass = max(1.0, sum(probs.values()))
         sources = {candidate.token: candidate.source for candidate in candidates}
         ranked = sorted(probs, key=lambda token: -probs[token])[:width]

@@ -28,6 +28,9 @@ from dsd_p2p.wire.messages import (
 )
 
 _MAX_EARLY_VERDICTS = 64
+_NUM_CANDIDATES = 16
+"""Candidates asked for, however narrow the tree: the policy learns what a wider one would hit, a relaxed tail compares them."""
+
 _TREE_NODES_PER_SENT = 3
 """Nodes kept below the root for each that may be sent: what is unlikely now may be likely once the root has moved."""
 
@@ -194,7 +197,7 @@ class Coordinator:
 
     @property
     def _is_draft_first(self) -> bool:
-        return self._request.relaxation is not None and self.decision.mode is Mode.CONTINUOUS
+        return self.is_relaxed and self.decision.mode is Mode.CONTINUOUS
 
     @property
     def _held(self) -> Container[int]:
@@ -230,7 +233,7 @@ class Coordinator:
             self._next_node += 1
         root_parent = BASE if first_node == 0 else first_node - 1
         parents = [root_parent if node.parent is None else _number(node.parent) for node in nodes]
-        drafts = _draft_tops(nodes) if self._request.relaxation else ()
+        drafts = _draft_tops(nodes) if self.is_relaxed else ()
         effect = self._window([n.token for n in nodes], parents, [n.position for n in nodes], first_node, now_s, drafts)
         if self._tree.root is nodes[0]:
             self._wire_root = (self._epoch, first_node)
@@ -256,7 +259,7 @@ class Coordinator:
                 tokens=tuple(self.tokens),
                 keys=tuple(self._keys),
                 stems=tuple(Stem(key=node.key, path=_path(node)) for node in stems),
-                width=self.decision.width,
+                width=_NUM_CANDIDATES,
             )
         ]
 
@@ -268,7 +271,8 @@ class Coordinator:
         """Hang a drafter's answer below `node`."""
         node.candidates = tuple((candidate.token, candidate.logprob) for candidate in candidates)
         calibrated = self._tracker.calibrated([candidate.logprob for candidate in candidates])
-        for rank, (candidate, logprob) in enumerate(zip(candidates, calibrated, strict=True)):
+        kept = list(zip(candidates, calibrated, strict=True))[: self.decision.width]
+        for rank, (candidate, logprob) in enumerate(kept):
             child = self._tree.add(node, candidate.token, logprob, rank, candidate.source)
             self.stats.num_drafted_nodes += 1
             if candidate.children and not child.is_expanded and child.position < self._end - 2:
@@ -279,7 +283,7 @@ class Coordinator:
         if num_committed:
             # What comes in right after a change, or after the prompt, is due to the windows before, or to none.
             if self._num_before_mode <= 0:
-                self._tracker.progress(self.decision.kind, num_committed, now_s - self._committed_at_s)
+                self._tracker.progress(self.decision, num_committed, now_s - self._committed_at_s)
             self._num_before_mode -= num_committed
             self._committed_at_s = now_s
         observation = self._tracker.observe()
@@ -356,7 +360,8 @@ class Coordinator:
         old_root = self._tree.root
         hit = self._tree.commit(token)
         if old_root.candidates:
-            self._tracker.outcome(hit.rank if hit else None, [logprob for _, logprob in old_root.candidates])
+            ranks = (rank for rank, (candidate, _) in enumerate(old_root.candidates) if candidate == token)
+            self._tracker.outcome(next(ranks, None), [logprob for _, logprob in old_root.candidates])
             self.stats.outcome(
                 depth=old_root.depth + 1, rank=hit.rank if hit else None, source=hit.source if hit else ""
             )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.types import Relaxation, RelaxationRule, Sampling, TokenId
 from dsd_p2p.verification.base import Pick, TargetView
-from dsd_p2p.verification.exact import ExactVerifier, gumbel_noise
+from dsd_p2p.verification.exact import ExactVerifier, gumbel_noise, kept_tokens
 from dsd_p2p.verification.importance import DraftOpinion, is_key, signals_of
 
 
@@ -43,22 +43,31 @@ class AdaptiveVerifier:
             draft = DraftOpinion(
                 tokens=np.append(draft.tokens, strict), logprobs=np.append(draft.logprobs, draft.logprobs.min())
             )
-        candidate = self._propose(target_logprobs, draft, position)
-        if candidate is None or candidate == strict or self._is_overshoot(target_logprobs, draft, candidate):
+        candidate = self._propose(target_logprobs, draft, position, strict)
+        if candidate is None or self._is_overshoot(target_logprobs, draft, candidate):
             return Pick(strict, is_relaxed=False)
         return Pick(candidate, is_relaxed=True)
 
-    def _propose(self, target_logprobs: NDArray[np.float64], draft: DraftOpinion, position: int) -> TokenId | None:
-        relaxation = self._relaxation
+    def _propose(
+        self, target_logprobs: NDArray[np.float64], draft: DraftOpinion, position: int, strict: TokenId
+    ) -> TokenId | None:
+        """The token that might stand instead of `strict`."""
+        relaxation, sampling = self._relaxation, self._sampling
         if relaxation.rule is RelaxationRule.MARGIN:
             first = int(draft.tokens[0])
             best, second = np.partition(target_logprobs, -2)[:-3:-1]
             is_close_runner_up = target_logprobs[first] >= second and best - second <= relaxation.max_margin
-            return first if is_close_runner_up else None
+            return first if is_close_runner_up and first != strict else None
         blend = (1 - relaxation.tau) * target_logprobs[draft.tokens] + relaxation.tau * draft.logprobs
-        if not self._sampling.is_greedy:
-            blend = blend + gumbel_noise(self._sampling.seed, position, len(target_logprobs), draft.tokens)
-        candidate = int(draft.tokens[int(np.argmax(blend))])
+        if not sampling.is_greedy:
+            blend = blend + gumbel_noise(sampling.seed, position, len(target_logprobs), draft.tokens)
+        if sampling.top_k or sampling.top_p < 1.0:
+            # What the sampler cuts from the target's tokens, the drafter does not bring back.
+            blend[~kept_tokens(target_logprobs, sampling.top_k, sampling.top_p)[draft.tokens]] = -np.inf
+        row = int(np.argmax(blend))
+        candidate = int(draft.tokens[row])
+        if blend[draft.tokens == strict][0] >= blend[row]:
+            return None
         return None if is_key(signals_of(target_logprobs, draft, candidate), relaxation) else candidate
 
     def _is_overshoot(self, target_logprobs: NDArray[np.float64], draft: DraftOpinion, candidate: TokenId) -> bool:

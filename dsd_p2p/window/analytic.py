@@ -16,6 +16,9 @@ SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 TREES = ((1, 2), (1, 4), (2, 4), (4, 8), (12, 16))
 """(width, nodes a window) of the continuous windows considered."""
 
+_IN_FLIGHT = (128, 6, 3)
+"""Most windows in flight: as many as the chain holds, and few for stages that slow each other down because they share a machine."""
+
 _KEEP_MARGIN = 1.05
 """A new decision must promise 5 % more than the present one: smaller differences are noise."""
 
@@ -49,9 +52,10 @@ def predicted_tokens_per_s(decision: Decision, observation: Observation) -> floa
         return mean_committed / round_s
     run_tokens = 1 / (1 - agreement)
     nodes_per_level = min(decision.width, decision.window_nodes)
-    window_s = observation.slowest_stage_s(decision.window_nodes)
+    traversal_s = observation.traversal_s(decision.window_nodes)
+    window_s = max(observation.slowest_stage_s(decision.window_nodes), traversal_s / decision.max_in_flight)
     level_s = max(observation.draft_step_s, window_s * nodes_per_level / decision.window_nodes)
-    return run_tokens / (observation.traversal_s(decision.window_nodes) + level_s * (run_tokens - 1))
+    return run_tokens / (traversal_s + level_s * (run_tokens - 1))
 
 
 class AnalyticPolicy:
@@ -69,7 +73,7 @@ class AnalyticPolicy:
         """Return the best decision; plain until the first verdict has told what the chain costs."""
         if not observation.stages:
             return replace(PLAIN, reason="nothing is measured yet")
-        total = sum(rate.num_tokens for rate in observation.measured.values())
+        total = sum(rate.num_tokens for rate in observation.measured)
         if self._current is not None and self._trial_ends_at is not None:
             if total < self._trial_ends_at:
                 return self._current
@@ -95,7 +99,7 @@ class AnalyticPolicy:
 
     def _trial(self, best: Decision, observation: Observation, total: int) -> Decision | None:
         """The windows worth a few tokens of measuring now: plain beside a narrow lead, speculation after a long time without."""
-        plain = observation.measured.get(PLAIN.kind)
+        plain = _measured(PLAIN, observation)
         num_plain = plain.num_tokens if plain else 0
         if best.mode is Mode.PLAIN:
             return self._retry(observation, num_plain, total)
@@ -122,16 +126,14 @@ class AnalyticPolicy:
         is_known = observation.num_outcomes >= _TRIAL_TOKENS
         if Mode.CONTINUOUS in self._allow:
             for width, window_nodes in TREES if is_known else TREES[:1]:
-                level_s = max(observation.draft_step_s, observation.slowest_stage_s(window_nodes), 1e-3)
-                levels = math.ceil(observation.traversal_s(window_nodes) / level_s) if observation.stages else 4
-                in_flight = min(max(levels + 1, 2), 128)
-                yield continuous_tree(
-                    depth=min(96, 2 * in_flight * (window_nodes if width == 1 else 1)),
-                    width=width,
-                    window_nodes=window_nodes,
-                    max_in_flight=in_flight,
-                    min_path_prob=0.001 if width > 4 else 0.02,
-                )
+                for in_flight in _IN_FLIGHT if is_known else _IN_FLIGHT[-1:]:
+                    yield continuous_tree(
+                        depth=96,
+                        width=width,
+                        window_nodes=window_nodes,
+                        max_in_flight=in_flight,
+                        min_path_prob=0.001 if width > 4 else 0.02,
+                    )
         if Mode.SYNC in self._allow:
             yield from (sync_chain(depth) for depth in (SYNC_DEPTHS if is_known else SYNC_DEPTHS[:2]))
 
@@ -139,7 +141,7 @@ class AnalyticPolicy:
 def _expected(decision: Decision, observation: Observation) -> float:
     """The promise, scaled by how its mode kept promises, and pulled towards what these very windows wrote lately."""
     promise = predicted_tokens_per_s(decision, observation)
-    measured = observation.measured.get(decision.kind)
+    measured = _measured(decision, observation)
     trust = _trust(measured) if measured else 0.0
     promise *= _kept_share(decision.mode, observation)
     if measured is None:
@@ -155,16 +157,14 @@ def _trust(measured: MeasuredRate) -> float:
 
 def _kept_share(mode: Mode, observation: Observation) -> float:
     """Measured over promised speed of what the mode wrote lately; 1 where nothing is known."""
-    for kind, measured in sorted(observation.measured.items(), key=lambda item: item[1].num_tokens_since):
-        name, _, size = kind.partition(" ")
-        if name != mode or mode is Mode.PLAIN:
-            continue
-        first, _, width = size.partition("x")
-        used = (
-            sync_chain(int(first))
-            if mode is Mode.SYNC
-            else continuous_tree(depth=1, width=int(width), window_nodes=int(first), max_in_flight=1)
-        )
-        ratio = measured.tokens_per_s / predicted_tokens_per_s(used, observation)
-        return math.pow(max(0.3, min(1.5, ratio)), _trust(measured))
+    if mode is Mode.PLAIN:
+        return 1.0
+    for measured in sorted(observation.measured, key=lambda each: each.num_tokens_since):
+        if measured.decision.mode is mode:
+            ratio = measured.tokens_per_s / predicted_tokens_per_s(measured.decision, observation)
+            return math.pow(max(0.3, min(1.5, ratio)), _trust(measured))
     return 1.0
+
+
+def _measured(decision: Decision, observation: Observation) -> MeasuredRate | None:
+    return next((each for each in observation.measured if each.decision.kind == decision.kind), None)

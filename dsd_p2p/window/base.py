@@ -1,6 +1,5 @@
 """The seam between the coordinator and what decides how much it speculates."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -52,7 +51,7 @@ class Decision:
             case Mode.SYNC:
                 return f"sync {self.depth}x{self.width}"
             case Mode.CONTINUOUS:
-                return f"continuous {self.window_nodes}x{self.width}"
+                return f"continuous {self.window_nodes}x{self.width}, {self.max_in_flight} in flight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +68,9 @@ class CostLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRate:
-    """What one kind of window achieved: tokens a second lately, tokens in all, and tokens written by others since."""
+    """What one kind of window (`Decision.kind`) achieved: tokens a second lately, tokens in all, tokens written by others since."""
 
+    decision: Decision
     tokens_per_s: float
     num_tokens: int
     num_tokens_since: int = 0
@@ -85,7 +85,7 @@ class Observation:
     draft_step_s: seconds of one draft step.
     hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
     num_outcomes: committed tokens that this is known from.
-    measured: what each kind of window (`Decision.kind`) was seen to write on this chain.
+    measured: what each kind of window was seen to write on this chain.
     """
 
     stages: tuple[CostLine, ...] = ()
@@ -93,7 +93,7 @@ class Observation:
     draft_step_s: float = 0.0
     hit_rate_by_rank: tuple[float, ...] = field(default=())
     num_outcomes: int = 0
-    measured: Mapping[str, MeasuredRate] = field(default_factory=dict)
+    measured: tuple[MeasuredRate, ...] = ()
 
     def traversal_s(self, num_nodes: float) -> float:
         """T(n): seconds from sending a window of n nodes to its verdict, nothing else under way."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from dsd_p2p.window.base import CostLine, MeasuredRate, Observation
+from dsd_p2p.window.base import CostLine, Decision, MeasuredRate, Observation
 
 _DECAY = 0.95
 """Weight of the past at each new sample: about the last 20 windows count."""
@@ -75,7 +75,8 @@ def _rest(logprobs: Sequence[float]) -> float:
 class _Rate:
     """Tokens over seconds; the past fades with the tokens that follow it."""
 
-    def __init__(self) -> None:
+    def __init__(self, decision: Decision) -> None:
+        self._decision = decision
         self._tokens = self._seconds = 0.0
         self._num_tokens = 0
         self._last_total = 0
@@ -89,6 +90,7 @@ class _Rate:
 
     def measured(self, total_tokens: int) -> MeasuredRate:
         return MeasuredRate(
+            decision=self._decision,
             tokens_per_s=self._tokens / max(self._seconds, 1e-9),
             num_tokens=self._num_tokens,
             num_tokens_since=total_tokens - self._last_total,
@@ -146,10 +148,10 @@ class Tracker:
             self._hits_by_rank[tried] = self._hits_by_rank[tried] * _OUTCOME_DECAY + (tried == rank)
         self._num_outcomes += 1
 
-    def progress(self, kind: str, num_tokens: int, seconds: float) -> None:
-        """Take in what was committed while windows of `kind` (`Decision.kind`) were at work."""
+    def progress(self, decision: Decision, num_tokens: int, seconds: float) -> None:
+        """Take in what was committed while windows of this kind were at work."""
         self._num_tokens += num_tokens
-        self._rates.setdefault(kind, _Rate()).add(num_tokens, seconds, self._num_tokens)
+        self._rates.setdefault(decision.kind, _Rate(decision)).add(num_tokens, seconds, self._num_tokens)
 
     def observe(self) -> Observation:
         """Return what is known now."""
@@ -159,7 +161,7 @@ class Tracker:
             draft_step_s=self._draft_step_s,
             hit_rate_by_rank=self._hit_rates(),
             num_outcomes=self._num_outcomes,
-            measured={kind: rate.measured(self._num_tokens) for kind, rate in self._rates.items()},
+            measured=tuple(rate.measured(self._num_tokens) for rate in self._rates.values()),
         )
 
     def _hit_rates(self) -> tuple[float, ...]:

@@ -68,7 +68,7 @@ async def _run_cell(
             for group in problems.values()
         ]
         # Learn the costs first: they choose γ of the synchronous arm. Nothing of this run is counted.
-        for policy in (StaticPolicy(sync_chain(_PAPER_DEPTH)), _tree(config, client.engine.observe())):
+        for policy in (StaticPolicy(sync_chain(_PAPER_DEPTH)), _tree(config)):
             await client.write(policy, prompt=prompts[0][0][1], max_tokens=24)
         arms = _arms(config, client.engine.observe())
         names = [*arms, RELAXED_ARM] if relaxed else list(arms)
@@ -114,11 +114,14 @@ async def _run_cell(
     }
 
 
-def _tree(config: WanConfig, observation: Observation) -> StaticPolicy:
-    del observation
+def _tree(config: WanConfig) -> StaticPolicy:
     return StaticPolicy(
         continuous_tree(
-            depth=96, width=config.width, window_nodes=config.window_nodes, max_in_flight=64, min_path_prob=0.01
+            depth=96,
+            width=config.width,
+            window_nodes=config.window_nodes,
+            max_in_flight=config.in_flight,
+            min_path_prob=0.01,
         )
     )
 
@@ -131,7 +134,7 @@ def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy
         "sync_chain": StaticPolicy(sync_chain(best_depth)),
         "sync_tree": StaticPolicy(sync_tree(16, depth=6)),
         "continuous_chain": StaticPolicy(continuous_tree(depth=48, width=1, window_nodes=4, max_in_flight=64)),
-        "continuous_tree": _tree(config, observation),
+        "continuous_tree": _tree(config),
         "analytic": AnalyticPolicy(),
     }
 

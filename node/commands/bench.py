@@ -15,6 +15,16 @@ from node.console import ConsoleProgress
 def run(options: dict[str, object]) -> int:
     """Run one benchmark; with --json its last line on standard output is the result as one object."""
     what = str(options.pop("what"))
+    match what:
+        case "plots":
+            return _plots()
+        case "record":
+            return _record(options)
+        case _:
+            return _measure(what, options)
+
+
+def _measure(what: str, options: dict[str, object]) -> int:
     rounds = int(str(options.pop("rounds", 5 if what != "ring" else 1)))
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}: at least 1")
@@ -25,6 +35,11 @@ def run(options: dict[str, object]) -> int:
     match what:
         case "ring":
             results = _ring(read_config(RingConfig, file, options), rounds)
+        case "formats":
+            from node.benches.link_formats import run_formats
+
+            with ConsoleProgress() as progress:
+                results = run_formats(read_config(GenerateConfig, file, options), progress)
         case "relaxed":
             results = _relaxed(file, options)
         case "wan":
@@ -38,6 +53,29 @@ def run(options: dict[str, object]) -> int:
         write_receipt(str(receipt), what, results, before)
     if is_json:
         print(msgspec.json.encode(results).decode(), flush=True)
+    return 0
+
+
+def _plots() -> int:
+    from node.benches.plots import draw_plots
+
+    for path in draw_plots():
+        print(path)
+    return 0
+
+
+def _record(options: dict[str, object]) -> int:
+    from dsd_p2p.sim.trace import write_trace
+    from node.record import record_trace
+
+    file = options.pop("config", None)
+    num_texts = int(str(options.pop("texts", 12)))
+    defaults: dict[str, object] = {"output": "agreement.json.gz"}
+    config = read_config(CalibrateConfig, str(file) if file else None, defaults | options)
+    with ConsoleProgress() as progress:
+        trace = record_trace(config, num_texts, progress)
+    write_trace(trace, Path(config.output))
+    print(config.output)
     return 0
 
 

@@ -1,0 +1,100 @@
+"""`dsd bench plots`: draws the receipts of `dsd bench wan` and `ring`."""
+
+from pathlib import Path
+
+import msgspec
+
+from dsd_p2p.errors import ConfigError
+from node.bench import RECEIPTS
+
+_LABELS = {
+    "plain": "plain",
+    "sync_chain_8": "synchronous chain, γ = 8",
+    "sync_chain": "synchronous chain, best γ",
+    "sync_tree": "synchronous tree",
+    "continuous_chain": "continuous chain",
+    "continuous_tree": "continuous tree",
+    "continuous_tree_relaxed": "continuous tree, relaxed",
+    "analytic": "analytic policy",
+}
+
+
+class _Sample(msgspec.Struct):
+    median: float
+    low: float
+    high: float
+
+
+class _Cell(msgspec.Struct):
+    model: str
+    stages: int
+    link: str
+    device: str
+    tokens_per_s: dict[str, _Sample]
+    predicted_tokens_per_s: dict[str, float]
+
+
+class _Results(msgspec.Struct):
+    cells: list[_Cell]
+
+
+class _Receipt(msgspec.Struct):
+    benchmark: str
+    results: msgspec.Raw
+
+
+def draw_plots() -> list[Path]:
+    """Draw tokens a second against link latency, one picture per model, number of stages and device; return the files.
+
+    Raises:
+        ConfigError: matplotlib is missing, or there are no receipts.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise ConfigError("plots need matplotlib: pip install 'dsd-p2p[bench]'") from exc
+    groups: dict[tuple[str, int, str], list[_Cell]] = {}
+    for path in sorted(RECEIPTS.glob("*.json")):
+        receipt = msgspec.json.decode(path.read_bytes(), type=_Receipt)
+        if receipt.benchmark == "wan":
+            for cell in msgspec.json.decode(receipt.results, type=_Results).cells:
+                groups.setdefault((cell.model, cell.stages, cell.device), []).append(cell)
+    if not groups:
+        raise ConfigError(f"no receipts of dsd bench wan in {RECEIPTS}: run scripts/bench wan first")
+    written = []
+    for (model, stages, device), cells in groups.items():
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        cells.sort(key=_latency_ms)
+        latencies = [_latency_ms(cell) for cell in cells]
+        for arm, label in _LABELS.items():
+            points = [
+                (x, cell.tokens_per_s[arm])
+                for x, cell in zip(latencies, cells, strict=True)
+                if arm in cell.tokens_per_s
+            ]
+            if not points:
+                continue
+            xs, medians = [x for x, _ in points], [sample.median for _, sample in points]
+            spread = [[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]]
+            line = axes.errorbar(xs, medians, yerr=spread, marker="o", capsize=3, label=label)
+            promised = [cell.predicted_tokens_per_s.get(arm, float("nan")) for cell in cells]
+            if arm in ("plain", "continuous_tree"):
+                axes.plot(
+                    latencies, promised, linestyle=":", color=line[0].get_color(), label=f"{label}: latency model"
+                )
+        axes.set(
+            title=f"{model}, {stages} stages, {device}", xlabel="one-way link latency, ms", ylabel="tokens a second"
+        )
+        axes.set_yscale("log")
+        axes.legend(fontsize="small")
+        path = RECEIPTS / f"wan-{model}-{stages}-{device}.svg"
+        figure.savefig(path)
+        written.append(path)
+    return written
+
+
+def _latency_ms(cell: _Cell) -> float:
+    from node import units
+
+    return 1e3 * units.seconds(cell.link)
