@@ -394,13 +394,14 @@ class StageServer:
         wanted = [row for row, offset in enumerate(live) if session.walk.wants_pick(window.positions[offset])]
         views = dict(zip(wanted, self._model.views(session.cache, step.forward, inputs, wanted), strict=True))
 
-        opinions = {top.offset: _opinion(top) for top in window.drafts} if session.opened.relaxation else {}
+        tops = {top.offset: top for top in window.drafts} if session.opened.relaxation else {}
         num_relaxed = 0
 
         def pick(row: int) -> TokenId:
             nonlocal num_relaxed
+            top = tops.get(live[row])
             token, is_relaxed = session.verifier.judge(
-                views[row], window.positions[live[row]] + 1, opinions.get(live[row])
+                views[row], window.positions[live[row]] + 1, _opinion(top) if top else None
             )
             num_relaxed += is_relaxed
             return token

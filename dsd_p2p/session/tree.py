@@ -129,7 +129,11 @@ class DraftTree:
         surplus = len(self) - max_nodes
         if surplus <= 0:
             return
-        leaves = [node for node in self.unsent.values() if not node.is_expanded and node.parent is not None]
+        leaves = [
+            node
+            for node in self.unsent.values()
+            if not node.is_expanded and not node.children and node.parent is not None
+        ]
         for node in heapq.nsmallest(surplus, leaves, key=lambda node: (node.path_logprob, -node.key)):
             assert node.parent is not None
             del node.parent.children[node.token]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import simpy
 
 from dsd_p2p.session.coordinator import Coordinator
@@ -80,7 +81,7 @@ class _Stage:
             yield self.env.timeout(seconds)
             measured = (*window.stage_us, round(seconds * 1e6))
             if self.walk is None:
-                self.deliver(_with_times(window, measured))
+                self.deliver(msgspec.structs.replace(window, stage_us=measured))
                 continue
             committed = self.walk.walk(
                 window,
@@ -192,17 +193,3 @@ def simulate_request(
     perform(machine.start(0.0))
     env.run(until=env.any_of([finished, env.timeout(_DEADLINE_S)]))
     return SimulatedRequest(tokens=tokens, arrivals=arrivals, stats=machine.stats)
-
-
-def _with_times(window: Window, stage_us: tuple[int, ...]) -> Window:
-    return Window(
-        session=window.session,
-        epoch=window.epoch,
-        window=window.window,
-        root=window.root,
-        first_node=window.first_node,
-        tokens=window.tokens,
-        parents=window.parents,
-        positions=window.positions,
-        stage_us=stage_us,
-    )

@@ -7,7 +7,6 @@ from statistics import median
 from node.bench import Sample, sample
 
 PLAIN_ARM = "plain"
-ARMS = (PLAIN_ARM, "sync_chain", "sync_tree", "continuous_chain", "continuous_tree")
 
 
 @dataclass(slots=True)
