@@ -127,6 +127,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     wan.add_argument("--width", type=int, help="children kept of each node of the tree (default 4)")
     wan.add_argument("--window-nodes", type=int, help="nodes of a window of the tree (default 8)")
     wan.add_argument("--in-flight", type=int, help="most windows of the tree under way (default 64)")
+    wan.add_argument("--netlab", action="store_const", const=True, help="real TCP between network namespaces (root)")
     wan.add_argument("--relaxed", action="store_const", const=True, help="also run the tree in relaxed mode")
     wan.add_argument("--relaxation", metavar="FILE", help="thresholds of relaxed mode")
     wan.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
@@ -175,6 +176,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, help="start this many stage processes for this answer (default 3)")
     parser.add_argument("--connect", type=_comma_list, help="use a running swarm: address of one of its nodes")
+    parser.add_argument("--netlab", action="store_const", const=True, help="links between network namespaces (root)")
     parser.add_argument("--prompt", help="what to answer or continue; - reads standard input")
     parser.add_argument("--prompt-ids", help="the prompt as token ids, separated by commas")
     parser.add_argument("--raw", action="store_const", const=True, help="no chat template: continue the prompt")

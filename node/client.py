@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from dsd_p2p.drafting.base import Drafter
@@ -12,14 +13,16 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
+from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.types import Relaxation, Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from node import units
 from node.choices import make_drafter, make_relaxation
-from node.config import GenerateConfig
+from node.config import GenerateConfig, NodeConfig
 from node.local_swarm import LocalNode, local_swarm, stage_configs
+from node.netlab import address, namespace, netlab
 from node.reach import coordinator_transport
 from node.summary import summarise
 from node.text import TextCodec, parse_ids
@@ -81,7 +84,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
         ConfigError, ModelError, PeerError: what is missing and what to do.
     """
     torch.set_num_threads(config.threads)
-    link = config.link_model()
+    link, host = config.link_model(), "127.0.0.1"
     source = find_model(config.model, progress)
     model_config = read_model_config(source.folder)
     text = TextCodec(source.folder)
@@ -91,14 +94,30 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
         addresses, nodes = list(config.connect), []
         if not addresses:
             spans = [Span(*bounds) for bounds in even_spans(int(model_config.num_hidden_layers), config.stages)]
-            nodes = await stack.enter_async_context(local_swarm(stage_configs(config, spans), progress))
+            node_configs = stage_configs(config, spans)
+            if config.netlab:
+                stack.enter_context(netlab(len(spans) + 1, link))
+                node_configs = [_in_namespace(each, host) for host, each in enumerate(node_configs, start=1)]
+                link, host = LinkModel(), address(0)
+            nodes = await stack.enter_async_context(local_swarm(node_configs, progress))
             addresses = [node.address for node in nodes]
         drafter = make_drafter(config, source, vocab_size, progress)
-        transport = await stack.enter_async_context(coordinator_transport(link))
+        transport = await stack.enter_async_context(coordinator_transport(link, host))
         engine = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
         await engine.add_stages(addresses)
         _check_model(engine, source, config.dtype)
         yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt, nodes=nodes)
+
+
+def _in_namespace(config: NodeConfig, host: int) -> NodeConfig:
+    return msgspec.structs.replace(
+        config,
+        namespace=namespace(host),
+        listen=f"/ip4/{address(host)}/tcp/0",
+        link="0ms",
+        rate="0mbit",
+        jitter="0ms",
+    )
 
 
 def _prompt(config: GenerateConfig, text: TextCodec) -> list[TokenId]:

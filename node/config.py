@@ -64,7 +64,8 @@ class ServiceTimes(msgspec.Struct, frozen=True, kw_only=True):
 class NodeConfig(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd node`. An empty span is the whole model; an empty identity is a new one for this run only.
 
-    recorded: a stage of the fake ring of `num_recorded_stages` instead of a model's layers.
+    recorded: a stage of the fake ring of `num_recorded_stages` instead of a model's layers. namespace: of the network, see
+        `node.netlab`; empty is ours.
     """
 
     span: str = ""
@@ -73,6 +74,7 @@ class NodeConfig(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     identity: str = ""
     recorded: ServiceTimes | None = None
     num_recorded_stages: Positive = 1
+    namespace: str = ""
 
 
 class SwarmFlags(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,13 +90,15 @@ class UpConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True
 class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd generate`.
 
-    draft: "ngram", "shadow", a model, or "auto": what measured best for the target.
+    netlab: links between network namespaces instead of emulated ones (`node.netlab`).
+    draft: "ngram", "shadow", a model, each also "+ngram", or "auto": what measured best for the target.
     window: "analytic" or "static". depth, width, window_nodes, in_flight: a static window; 0 is the mode's default.
     hidden: format of hidden states between stages. verify: "exact" or "relaxed"; relaxation: a file of `dsd calibrate`, empty is
         the bundled one; tau overrides the file's.
     """
 
     connect: tuple[str, ...] = ()
+    netlab: bool = False
     draft: str = "auto"
     draft_dtype: str = "float32"
     mode: str = "continuous"
@@ -158,7 +162,7 @@ class RingConfig(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd bench wan`: every model x number of stages x link, every category of prompts in each round.
 
-    relaxed: also run the tree in relaxed mode.
+    netlab: real TCP between network namespaces instead of emulated links. relaxed: also run the tree in relaxed mode.
     """
 
     links: tuple[str, ...] = ("50ms",)
@@ -178,6 +182,7 @@ class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     width: Annotated[int, Meta(ge=1, le=16)] = 4
     window_nodes: Annotated[int, Meta(ge=1, le=64)] = 8
     in_flight: Annotated[int, Meta(ge=1, le=256)] = 64
+    netlab: bool = False
     relaxed: bool = False
     relaxation: str = ""
 

@@ -16,12 +16,12 @@ from dsd_p2p.wire.version import PROTOCOL_ID
 
 
 @asynccontextmanager
-async def coordinator_transport(link: LinkModel) -> AsyncIterator[Transport]:
-    """Open libp2p on loopback with an identity for this run only."""
+async def coordinator_transport(link: LinkModel, host: str = "127.0.0.1") -> AsyncIterator[Transport]:
+    """Open libp2p on `host` with an identity for this run only."""
     with tempfile.TemporaryDirectory(prefix="dsd-coordinator-") as scratch:
         async with open_libp2p(
             identity=Path(scratch) / "identity",
-            listen="/ip4/127.0.0.1/tcp/0",
+            listen=f"/ip4/{host}/tcp/0",
             protocol=PROTOCOL_ID,
             max_frame_bytes=MAX_FRAME_BYTES,
         ) as inner:

@@ -18,6 +18,7 @@ def main() -> None:
     configs = msgspec.json.decode(sys.stdin.readline(), type=list[NodeConfig])
     # No thread may run before the forks, so modules are imported and nothing is started.
     import node.commands.node
+    import node.netlab
 
     if any(config.recorded is None for config in configs):
         import node.stage_models
@@ -27,6 +28,8 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             watch_parent()
+            if config.namespace:
+                node.netlab.enter_namespace(config.namespace)
             os._exit(node.commands.node.serve(config, partial(report, index)))
         names[pid] = index
         report(index, Started(pid=pid))

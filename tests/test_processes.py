@@ -125,7 +125,7 @@ def ids(prompt):
 
 @pytest.mark.parametrize("mode", ["plain", "sync", "continuous"])
 def test_generate_prints_the_promised_json(smollm, mode):
-    flags = f"--model smollm2-135m --stages 2 --mode {mode} --dtype float32 --raw --max-tokens 20 --json".split()
+    flags = f"--model smollm2-135m --stages 2 --mode {mode} --window static --dtype float32 --raw --max-tokens 20 --json".split()
     result = dsd("generate", *flags, "--prompt", "The capital of France is")
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout.strip().splitlines()[-1])
@@ -141,6 +141,19 @@ def test_generate_prints_the_promised_json(smollm, mode):
     assert len(stats["mean_stage_s"]) == 2
     assert (stats["counts"]["num_misses"] == 19) == (mode == "plain")
     assert stats["verification"] == "exact"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="namespaces need root and TUN")
+def test_real_links_between_namespaces_carry_the_same_text_and_nothing_stays(tiny):
+    before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    prompt = prompt_of(9)
+    command = [*DSD, "generate", "--model", str(tiny("llama")), "--stages", "2", "--draft", "ngram", "--json"]
+    command += ["--prompt-ids", ids(prompt), "--max-tokens", "12", "--netlab", "--link", "10ms"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    report = json.loads(result.stdout)
+    assert report["token_ids"] == reference.greedy(tiny("llama"), prompt, 12)
+    assert report["stats"]["ttft_s"] > 0.03, "three links of 10 ms lie on the way of the first token"
+    assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout == before
 
 
 def test_the_fake_ring_compares_every_arm():

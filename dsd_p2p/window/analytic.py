@@ -16,8 +16,8 @@ SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 TREES = ((1, 2), (1, 4), (2, 4), (4, 8), (12, 16))
 """(width, nodes a window) of the continuous windows considered."""
 
-_IN_FLIGHT = (128, 6, 3)
-"""Most windows in flight: as many as the chain holds, and few for stages that slow each other down because they share a machine."""
+_IN_FLIGHT = (3, 6, 128)
+"""Most windows in flight: few for stages that slow each other down because they share a machine, or as many as the chain holds."""
 
 _KEEP_MARGIN = 1.05
 """A new decision must promise 5 % more than the present one: smaller differences are noise."""
@@ -90,7 +90,9 @@ class AnalyticPolicy:
         # Plain comes first and so wins ties: speculation has to earn its place.
         candidates = [PLAIN, *self._candidates(observation)]
         rated = [(_expected(each, observation), each) for each in candidates]
-        best_rate, best = max(rated, key=lambda pair: pair[0])
+        best_rate = max(rate for rate, _ in rated)
+        # Of what promises nearly the same, the smallest: it costs the others least, and promises err on the side of the large.
+        best = next(each for rate, each in rated if _KEEP_MARGIN * rate >= best_rate)
         current = self._current
         if current is not None and best_rate < _KEEP_MARGIN * _expected(current, observation):
             return current
@@ -126,7 +128,7 @@ class AnalyticPolicy:
         is_known = observation.num_outcomes >= _TRIAL_TOKENS
         if Mode.CONTINUOUS in self._allow:
             for width, window_nodes in TREES if is_known else TREES[:1]:
-                for in_flight in _IN_FLIGHT if is_known else _IN_FLIGHT[-1:]:
+                for in_flight in _IN_FLIGHT if is_known else _IN_FLIGHT[:1]:
                     yield continuous_tree(
                         depth=96,
                         width=width,
