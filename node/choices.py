@@ -22,8 +22,8 @@ from node.calibration import bundled_calibration, read_calibration
 from node.config import GenerateConfig
 
 _SYNC_DEPTH = 8
-_DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 24, 1, 4, 6
-# Where processes share cores a wide tree costs more drafting than its hits give back (docs/benchmarks.md).
+_DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 96, 2, 8, 6
+# Best of those measured where all processes share two cores (docs/benchmarks.md).
 
 
 def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolicy:

@@ -186,6 +186,8 @@ class Coordinator:
 
     def _pump(self, now_s: float) -> list[Effect]:
         """Send what may be sent, draft what may be drafted."""
+        if self._is_waiting_for_chain:
+            return []
         decision, tree = self.decision, self._tree
         # In relaxed mode the tail judges by the drafter's opinion, which travels with the node: draft first, hold the stems back.
         effects = self._draft(now_s) if self._is_draft_first else []

@@ -90,9 +90,7 @@ class AnalyticPolicy:
         # Plain comes first and so wins ties: speculation has to earn its place.
         candidates = [PLAIN, *self._candidates(observation)]
         rated = [(_expected(each, observation), each) for each in candidates]
-        best_rate = max(rate for rate, _ in rated)
-        # Of what promises nearly the same, the smallest: it costs the others least, and promises err on the side of the large.
-        best = next(each for rate, each in rated if _KEEP_MARGIN * rate >= best_rate)
+        best_rate, best = max(rated, key=lambda pair: pair[0])
         current = self._current
         if current is not None and best_rate < _KEEP_MARGIN * _expected(current, observation):
             return current
