@@ -30,6 +30,7 @@ class _Cell(msgspec.Struct):
     stages: int
     link: str
     device: str
+    temperature: float
     tokens_per_s: dict[str, _Sample]
     predicted_tokens_per_s: dict[str, float]
 
@@ -58,6 +59,8 @@ def draw_plots() -> list[Path]:
         receipt = msgspec.json.decode(path.read_bytes(), type=_Receipt)
         if receipt.benchmark == "wan":
             for cell in msgspec.json.decode(receipt.results, type=_Results).cells:
+                if cell.temperature:
+                    continue
                 groups.setdefault((cell.model, cell.stages, cell.device), []).append(cell)
     if not groups:
         raise ConfigError(f"no receipts of dsd bench wan in {RECEIPTS}: run scripts/bench wan first")
