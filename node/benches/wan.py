@@ -110,7 +110,7 @@ async def _run_cell(
         "tokens_per_s": {name: sample(arm.tokens_per_s()) for name, arm in runs.items()},
         "predicted_tokens_per_s": predicted,
         "mean_accepted_length": {name: mean_accepted_length(arm) for name, arm in runs.items()},
-        "identical_to_plain": identical,
+        "identical": identical,
         "observation": asdict(observation),
         "runs": {name: arm.runs for name, arm in runs.items()},
     }
@@ -142,13 +142,12 @@ def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy
 
 
 def _identical_share(answers: dict[tuple[int, str], dict[str, list[TokenId]]]) -> float:
-    """Share of the exact arms' answers that begin as plain's does, as far as both go."""
-    same = [
-        tokens[: len(by_arm[PLAIN_ARM])] == by_arm[PLAIN_ARM][: len(tokens)]
-        for by_arm in answers.values()
-        for name, tokens in by_arm.items()
-        if name not in (PLAIN_ARM, RELAXED_ARM)
-    ]
+    """Share of the exact arms' answers, plain's shorter ones included, that are the longest one as far as they go."""
+    same = []
+    for by_arm in answers.values():
+        exact = [tokens for name, tokens in by_arm.items() if name != RELAXED_ARM]
+        longest = max(exact, key=len)
+        same += [tokens == longest[: len(tokens)] for tokens in exact]
     return sum(same) / len(same)
 
 
