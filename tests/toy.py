@@ -8,6 +8,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 
 from dsd_p2p.session.coordinator import Coordinator
@@ -15,7 +16,7 @@ from dsd_p2p.session.effects import Candidate, Draft, Emit, Finish, Replay, Send
 from dsd_p2p.session.request import Request, Route
 from dsd_p2p.session.slots import CacheEdit, Forward
 from dsd_p2p.session.stage import StageState
-from dsd_p2p.session.tail import TailWalk
+from dsd_p2p.session.tail import TailWalk, verdict_of
 from dsd_p2p.types import PeerId, SessionId, Span
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import StaticPolicy
@@ -82,15 +83,8 @@ class ToyStage:
         committed = self.walk.walk(window, list(offsets), picks.__getitem__)
         if not committed.tokens:
             return None, None
-        return None, Verdict(
-            session=window.session,
-            epoch=window.epoch,
-            window=window.window,
-            start_pos=committed.start_pos,
-            tokens=tuple(committed.tokens),
-            settled=tuple(committed.settled),
-            num_stale=len(window.tokens) - len(offsets),
-            stage_us=(1000, 1000),
+        return None, verdict_of(
+            msgspec.structs.replace(window, stage_us=(1000, 1000)), committed, num_live=len(offsets)
         )
 
 

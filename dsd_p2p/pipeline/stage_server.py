@@ -27,7 +27,7 @@ from dsd_p2p.errors import (
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.session.slots import CacheEdit, Forward
 from dsd_p2p.session.stage import StageState
-from dsd_p2p.session.tail import TailWalk
+from dsd_p2p.session.tail import TailWalk, verdict_of
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, Span, TokenId
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
@@ -410,20 +410,7 @@ class StageServer:
         if not committed.tokens:
             return None
         measured = _measured(window, session, self._clock() - start_s)
-        verdict = Verdict(
-            session=window.session,
-            epoch=window.epoch,
-            window=window.window,
-            start_pos=committed.start_pos,
-            tokens=tuple(committed.tokens),
-            settled=tuple(committed.settled),
-            num_live=len(live),
-            num_stale=num_nodes - len(live),
-            stage_us=measured.stage_us,
-            link_bytes=measured.link_bytes,
-            num_relaxed=num_relaxed,
-        )
-        return verdict, b""
+        return verdict_of(measured, committed, num_live=len(live), num_relaxed=num_relaxed), b""
 
     def _inputs(self, session: _Session, window: Window, payload: bytes, live: list[int]) -> list[TokenId] | bytes:
         if self._model.is_head:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.types import TokenId
-from dsd_p2p.wire.messages import BASE, Window
+from dsd_p2p.wire.messages import BASE, Verdict, Window
 
 
 @dataclass(slots=True, kw_only=True)
@@ -20,6 +20,23 @@ class Committed:
     start_pos: int
     tokens: list[TokenId] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
+
+
+def verdict_of(window: Window, committed: Committed, *, num_live: int, num_relaxed: int = 0) -> Verdict:
+    """Return the verdict on `window`, with the measurements it carries. `committed` is not empty."""
+    return Verdict(
+        session=window.session,
+        epoch=window.epoch,
+        window=window.window,
+        start_pos=committed.start_pos,
+        tokens=tuple(committed.tokens),
+        settled=tuple(committed.settled),
+        num_live=num_live,
+        num_stale=len(window.tokens) - num_live,
+        stage_us=window.stage_us,
+        link_bytes=window.link_bytes,
+        num_relaxed=num_relaxed,
+    )
 
 
 class TailWalk:
