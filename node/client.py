@@ -92,6 +92,8 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     vocab_size = int(model_config.vocab_size)
     async with AsyncExitStack() as stack:
         addresses, nodes = list(config.connect), []
+        if addresses and config.netlab:
+            raise ConfigError("--netlab makes a swarm of its own: leave out --connect, or --netlab")
         if not addresses:
             spans = [Span(*bounds) for bounds in even_spans(int(model_config.num_hidden_layers), config.stages)]
             node_configs = stage_configs(config, spans)

@@ -12,6 +12,7 @@ from dsd_p2p.models.catalog import DEFAULT_MODEL
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.types import Sampling
 from dsd_p2p.wire.hidden import HiddenFormat
+from dsd_p2p.wire.messages import MAX_STAGES
 from node import units
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -129,9 +130,10 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class CalibrateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`dsd calibrate` and `dsd bench relaxed`.
+    """`dsd calibrate`, `dsd bench relaxed` and `record`.
 
-    prompts: chat, maths or code. batch: texts written side by side. budget: nats of the target's log-likelihood a token may lose.
+    prompts: chat, maths or code. problems, texts: of each category. batch: texts written side by side.
+    budget: nats of the target's log-likelihood a token may lose.
     """
 
     model: str = "qwen2.5-coder-1.5b"
@@ -141,6 +143,8 @@ class CalibrateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     threads: Positive = 2
     prompts: str = "chat"
     num_prompts: Positive = 24
+    problems: Positive = 80
+    texts: Positive = 12
     max_tokens: Positive = 128
     batch: Positive = 8
     budget: Annotated[float, Meta(gt=0)] = 0.01
@@ -151,7 +155,7 @@ class RingConfig(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """`dsd bench ring`. trace: of recorded agreement; empty is the bundled one."""
 
     link: str = "50ms"
-    stages: Positive = 4
+    stages: Annotated[int, Meta(ge=1, le=MAX_STAGES)] = 4
     stage_time: str = "5ms"
     node_time: str = "0ms"
     draft_time: str = "6ms"
@@ -165,10 +169,10 @@ class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     netlab: real TCP between network namespaces instead of emulated links. relaxed: also run the tree in relaxed mode.
     """
 
-    links: tuple[str, ...] = ("50ms",)
-    stages: tuple[Positive, ...] = (3,)
-    models: tuple[str, ...] = (DEFAULT_MODEL,)
-    prompts: tuple[str, ...] = ("chat", "maths", "code")
+    links: Annotated[tuple[str, ...], Meta(min_length=1)] = ("50ms",)
+    stages: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (3,)
+    models: Annotated[tuple[str, ...], Meta(min_length=1)] = (DEFAULT_MODEL,)
+    prompts: Annotated[tuple[str, ...], Meta(min_length=1)] = ("chat", "maths", "code")
     dtype: str = "float32"
     device: str = "cpu"
     threads: Positive = 1

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsd_p2p.errors import ConfigError
@@ -115,6 +115,8 @@ def _ip(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=10)  # noqa: S603, S607 - iproute2
     except FileNotFoundError as exc:
         raise ConfigError("network namespaces need iproute2: apt-get install iproute2") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise ConfigError(f"ip {' '.join(arguments)} did not end: use emulated links instead") from exc
     except subprocess.CalledProcessError as exc:
         raise ConfigError(f"ip {' '.join(arguments)}: {exc.stderr.decode(errors='replace').strip()}") from exc
 
@@ -168,7 +170,9 @@ def _forward(devices: list[int], link: LinkModel) -> None:
                 heapq.heappush(waiting, (due_s, number, target, packet))
         while waiting and waiting[0][0] <= time.monotonic():
             _, _, target, packet = heapq.heappop(waiting)
-            os.write(devices[target], packet)
+            # A device that is full or not up yet drops packets, as a real one does.
+            with suppress(OSError):
+                os.write(devices[target], packet)
 
 
 if __name__ == "__main__":

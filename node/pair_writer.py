@@ -14,12 +14,10 @@ import torch
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import DTYPES, LogitsRow
+from dsd_p2p.session.effects import NUM_CANDIDATES
 from dsd_p2p.types import TokenId
 from dsd_p2p.verification.base import Verifier
 from dsd_p2p.verification.importance import DraftOpinion
-
-NUM_DRAFT_TOKENS = 16
-"""As many of the drafter's tokens as a window carries."""
 
 
 @dataclass(slots=True)
@@ -125,7 +123,7 @@ class PairWriter:
         observe: Callable[[Disagreement], None] | None,
     ) -> list[TokenId]:
         picks = target.argmax(dim=-1).tolist()
-        best = torch.log_softmax(drafter, dim=-1).topk(NUM_DRAFT_TOKENS)
+        best = torch.log_softmax(drafter, dim=-1).topk(NUM_CANDIDATES)
         proposed, logprobs = best.indices.cpu().numpy(), best.values.double().cpu().numpy()
         for row, text in enumerate(texts):
             if text.is_done or proposed[row, 0] == picks[row]:

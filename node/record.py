@@ -20,14 +20,14 @@ _MAX_CENTINATS = 690
 """Candidates below one in a thousand are left out: they fill the file and never the tree."""
 
 
-def record_trace(config: CalibrateConfig, texts_per_category: int, progress: Progress) -> AgreementTrace:
+def record_trace(config: CalibrateConfig, progress: Progress) -> AgreementTrace:
     """Let the target answer prompts of every category greedily, then ask the drafter for its candidates along each answer.
 
     Raises:
         ModelError: a model or the prompts cannot be had.
     """
     problems = [
-        problem for category in CATEGORIES for problem in spread(load_problems(category, progress), texts_per_category)
+        problem for category in CATEGORIES for problem in spread(load_problems(category, progress), config.texts)
     ]
     codec = TextCodec(find_model(config.model, progress).folder)
     prompts = [codec.encode(problem.prompt, is_raw=False) for problem in problems]

@@ -1,10 +1,16 @@
-"""Runs a program that a model wrote: a process of its own, without network, in an empty folder, with hard limits."""
+"""Runs a program that a model wrote: a process of its own, without network, in an empty folder, with hard limits.
+
+It may still read and write what the user may: run untrusted models as a user, or in a container, of their own.
+"""
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
+from functools import cache
 
 _CPU_S = 8
 _WALL_S = 12.0
@@ -16,24 +22,28 @@ _MAX_PROCESSES = 64
 def passes(program: str) -> bool:
     """True when `program` ends by itself with exit code 0 within the limits."""
     with tempfile.TemporaryDirectory(prefix="dsd-sandbox-") as folder:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter; what it runs is confined below
+            [*_without_network(), sys.executable, "-I", "-S", "-c", program],
+            cwd=folder,
+            env={"HOME": folder, "PATH": os.defpath},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=_limit,
+            start_new_session=True,
+        )
         try:
-            result = subprocess.run(  # noqa: S603 - our own interpreter; what it runs is confined below
-                [*_without_network(), sys.executable, "-I", "-S", "-c", program],
-                cwd=folder,
-                env={"HOME": folder, "PATH": os.defpath},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=_WALL_S,
-                preexec_fn=_limit,
-                start_new_session=True,
-                check=False,
-            )
+            return process.wait(_WALL_S) == 0
         except subprocess.TimeoutExpired:
             return False
-        return result.returncode == 0
+        finally:
+            # What it forked, too: all are in the session that it was started in.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
+@cache
 def _without_network() -> list[str]:
     """A network namespace without interfaces, where this user may make one."""
     command = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]

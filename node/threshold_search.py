@@ -13,7 +13,7 @@ from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.types import GREEDY, Relaxation
 from dsd_p2p.verification.exact import ExactVerifier
-from dsd_p2p.verification.importance import DraftOpinion, Signals, is_key, signals_of
+from dsd_p2p.verification.importance import Signals, is_key, signals_of
 from node.calibration import Calibration
 from node.config import CalibrateConfig
 from node.pair_writer import Disagreement, PairWriter
@@ -50,7 +50,7 @@ def find_thresholds(config: CalibrateConfig, progress: Progress) -> Calibration:
     positions: list[_Position] = []
 
     def observe(disagreement: Disagreement) -> None:
-        positions.append(_position_of(disagreement))
+        positions.append(position_of(disagreement))
 
     num_tokens = 0
     for start in range(0, len(prompts), config.batch):
@@ -60,7 +60,7 @@ def find_thresholds(config: CalibrateConfig, progress: Progress) -> Calibration:
         progress.step("write with the exact pair", start + len(batch), len(prompts))
     best: tuple[float, float, Relaxation] | None = None
     for relaxation in _candidates():
-        share, loss = _outcome(positions, num_tokens, relaxation)
+        share, loss = outcome(positions, num_tokens, relaxation)
         if loss <= config.budget and (best is None or share > best[0]):
             best = (share, loss, relaxation)
     if best is None or best[0] == 0:
@@ -90,15 +90,11 @@ def _candidates() -> list[Relaxation]:
     ]
 
 
-def _position_of(disagreement: Disagreement) -> _Position:
+def position_of(disagreement: Disagreement) -> _Position:
+    """Return what `outcome` needs of a disagreement."""
     scores = disagreement.target_row.double().numpy()
     logprobs = scores - np.logaddexp.reduce(scores)
-    opinion = disagreement.opinion
-    if disagreement.strict not in opinion.tokens:
-        opinion = DraftOpinion(
-            tokens=np.append(opinion.tokens, disagreement.strict),
-            logprobs=np.append(opinion.logprobs, opinion.logprobs.min()),
-        )
+    opinion = disagreement.opinion.including(disagreement.strict)
     return _Position(
         target_logprobs=logprobs[opinion.tokens],
         draft_logprobs=opinion.logprobs,
@@ -107,14 +103,17 @@ def _position_of(disagreement: Disagreement) -> _Position:
     )
 
 
-def _outcome(positions: list[_Position], num_tokens: int, relaxation: Relaxation) -> tuple[float, float]:
-    """Share of relaxed tokens and mean loss in nats a token, by the rule of `dsd_p2p.verification.adaptive`."""
+def outcome(positions: list[_Position], num_tokens: int, relaxation: Relaxation) -> tuple[float, float]:
+    """Return the share of relaxed tokens and the mean loss in nats a token.
+
+    The rule of `dsd_p2p.verification.adaptive`, on the few tokens that matter: a search judges each position a thousand times.
+    """
     num_relaxed, loss = 0, 0.0
     max_log_overshoot = np.log(relaxation.max_overshoot)
     for position in positions:
         blend = (1 - relaxation.tau) * position.target_logprobs + relaxation.tau * position.draft_logprobs
         row = int(np.argmax(blend))
-        if row == position.strict_row or is_key(position.signals[row], relaxation):
+        if blend[position.strict_row] >= blend[row] or is_key(position.signals[row], relaxation):
             continue
         if position.draft_logprobs[row] - position.target_logprobs[row] > max_log_overshoot:
             continue

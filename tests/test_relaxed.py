@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from swarms import memory_swarm
@@ -19,6 +20,8 @@ from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import DraftOpinion, Signals, is_key, signals_of
 from dsd_p2p.window.static import StaticPolicy, continuous_tree, sync_chain
 from node.calibration import Calibration, bundled_calibration, read_calibration, write_calibration
+from node.pair_writer import Disagreement
+from node.threshold_search import outcome, position_of
 
 LOOSE = Relaxation(tau=0.5, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9)
 
@@ -154,3 +157,17 @@ def test_a_broken_calibration_says_so(tmp_path, text):
     (tmp_path / "broken.json").write_text(text)
     with pytest.raises(ConfigError, match="dsd calibrate"):
         read_calibration(tmp_path / "broken.json")
+
+
+@given(logits=LOGITS, probs=PROBS, tau=st.floats(0, 1), keep=st.integers(1, 6), overshoot=st.floats(1, 5))
+def test_the_search_for_thresholds_judges_as_the_verifier_does(logits, probs, tau, keep, overshoot):
+    relaxation = Relaxation(tau=tau, max_ce_ratio=3, max_prob_gap=0.4, min_norm_match=0.3, max_overshoot=overshoot)
+    full = opinion(probs)
+    draft = DraftOpinion(tokens=full.tokens[:keep], logprobs=full.logprobs[:keep])
+    strict = View(logits).argmax()
+    if draft.tokens[0] == strict:
+        return
+    position = position_of(Disagreement(strict=strict, target_row=torch.tensor(logits), opinion=draft))
+    share, loss = outcome([position], 1, relaxation)
+    assert share == AdaptiveVerifier(GREEDY, relaxation).judge(View(logits), 1, draft).is_relaxed
+    assert loss >= 0

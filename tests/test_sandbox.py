@@ -1,5 +1,11 @@
 """Programs that a model wrote are run without being trusted."""
 
+import os
+import select
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from node.benches.relaxed import solves
@@ -15,11 +21,34 @@ from node.sandbox import passes
         ("import sys; sys.exit(3)", False),
         ("x = bytearray(4 << 30)", False),
         ("open('big', 'wb').write(bytes(8 << 20))", False),
-        ("import socket; socket.create_connection(('127.0.0.1', 1), 1)", False),
     ],
 )
 def test_a_program_passes_only_within_its_limits(program, is_passed):
     assert passes(program) is is_passed
+
+
+def test_a_program_has_no_network():
+    """The very connection works outside."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        program = f"import socket; socket.create_connection({address!r}, 1)"
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=10)
+        if subprocess.run(["unshare", "--net", "true"], check=False, timeout=10).returncode:
+            pytest.skip("this user may not make network namespaces")
+        assert not passes(program)
+
+
+def test_what_a_program_leaves_running_is_ended(tmp_path):
+    pid_file = tmp_path / "pid"
+    program = f"import os, time\npid = os.fork()\nif pid == 0:\n    time.sleep(60)\nopen({str(pid_file)!r}, 'w').write(str(pid))"
+    assert passes(program)
+    try:
+        descriptor = os.pidfd_open(int(pid_file.read_text()))
+    except ProcessLookupError:
+        return
+    ended, _, _ = select.select([descriptor], [], [], 10)
+    os.close(descriptor)
+    assert ended, "it would have slept for 60 s"
 
 
 def test_a_program_that_never_ends_is_ended():

@@ -12,15 +12,12 @@ import torch
 
 from dsd_p2p.errors import CapacityError
 from dsd_p2p.models.span import SpanModel
-from dsd_p2p.session.effects import Candidate, Draft
+from dsd_p2p.session.effects import NUM_CANDIDATES, Candidate, Draft
 from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import GREEDY, Sampling, TokenId
 from dsd_p2p.verification.exact import gumbel_noise, kept_tokens
 
 _DRAFT_SLOTS = 2048
-_MAX_WIDTH = 16
-"""Children remembered of each node: past sixteen less than 2 % of chat text is to be found (docs/benchmarks.md)."""
-
 _MAX_SAMPLED = 256
 """Likeliest tokens that get noise when the target samples: what lies below them is hardly ever drawn."""
 
@@ -130,7 +127,7 @@ class ModelDraftSession:
         views = self._model.views(self._cache, forward, [feed.token for feed in feeds], rows)
         logits = torch.stack([view.row for view in views]).float()
         if self._sampling.is_greedy:
-            best = torch.log_softmax(logits, dim=-1).topk(min(_MAX_WIDTH, logits.shape[-1]))
+            best = torch.log_softmax(logits, dim=-1).topk(min(NUM_CANDIDATES, logits.shape[-1]))
             ranked = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         else:
             positions = [feeds[row].position + 1 for row in rows]
@@ -150,5 +147,5 @@ class ModelDraftSession:
         tokens, scores = tokens[kept], scores[kept]
         noisy = scores + gumbel_noise(sampling.seed, position, logits.shape[-1], tokens)
         logprobs = noisy - np.logaddexp.reduce(noisy)
-        order = np.argsort(-logprobs, kind="stable")[:_MAX_WIDTH]
+        order = np.argsort(-logprobs, kind="stable")[:NUM_CANDIDATES]
         return tokens[order].tolist(), logprobs[order].tolist()

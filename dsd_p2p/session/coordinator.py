@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dsd_p2p.errors import DsdError, LocalProtocolError, PeerError, PeerTimeout, RemoteProtocolError
 from dsd_p2p.netmodel import UniformRng
-from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send, Stem
+from dsd_p2p.session.effects import NUM_CANDIDATES, Candidate, Draft, Effect, Emit, Finish, Replay, Send, Stem
 from dsd_p2p.session.growth import choose_stems, choose_unsent, has_unsent
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.tree import DraftNode, DraftTree
@@ -28,9 +28,6 @@ from dsd_p2p.wire.messages import (
 )
 
 _MAX_EARLY_VERDICTS = 64
-_NUM_CANDIDATES = 16
-"""Candidates asked for, however narrow the tree: the policy learns what a wider one would hit, a relaxed tail compares them."""
-
 _TREE_NODES_PER_SENT = 3
 """Nodes kept below the root for each that may be sent: what is unlikely now may be likely once the root has moved."""
 
@@ -59,7 +56,7 @@ class Coordinator:
         self.stats = RequestStats()
         self.decision = policy.decide(tracker.observe())
         self._committed_at_s = 0.0
-        self._num_before_mode = 1
+        self._num_unattributed = 1
         self._pace_s = 0.0
         self._next_send_at_s = 0.0
         self._num_round_steps = 0
@@ -261,7 +258,7 @@ class Coordinator:
                 tokens=tuple(self.tokens),
                 keys=tuple(self._keys),
                 stems=tuple(Stem(key=node.key, path=_path(node)) for node in stems),
-                width=_NUM_CANDIDATES,
+                width=NUM_CANDIDATES,
             )
         ]
 
@@ -284,14 +281,14 @@ class Coordinator:
         """Let the policy choose again, knowing what the present windows have written since the last verdict."""
         if num_committed:
             # What comes in right after a change, or after the prompt, is due to the windows before, or to none.
-            if self._num_before_mode <= 0:
+            if self._num_unattributed <= 0:
                 self._tracker.progress(self.decision, num_committed, now_s - self._committed_at_s)
-            self._num_before_mode -= num_committed
+            self._num_unattributed -= num_committed
             self._committed_at_s = now_s
         observation = self._tracker.observe()
         previous, self.decision = self.decision, self._policy.decide(observation)
         if self.decision.kind != previous.kind:
-            self._num_before_mode = 1
+            self._num_unattributed = 1
         if self.decision != previous:
             self.stats.note_decision(len(self.tokens), self.decision)
         # Windows that come faster than the slowest stage takes them only queue there, in front of better ones.

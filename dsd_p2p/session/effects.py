@@ -7,6 +7,9 @@ from dsd_p2p.errors import DsdError
 from dsd_p2p.types import PeerId, TokenId
 from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Window
 
+NUM_CANDIDATES = 16
+"""Candidates asked for, however narrow the tree: the policy learns what a wider one would hit, a relaxed tail compares them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stem:

@@ -16,7 +16,7 @@ from dsd_p2p.window.base import Decision
 
 def choose_stems(tree: DraftTree, decision: Decision, last_position: int) -> list[DraftNode]:
     """Return the likeliest nodes before `last_position` that no drafter was asked to expand."""
-    least = min_logprob(decision)
+    least = _min_logprob(decision)
     last_position = min(tree.root.position + decision.depth, last_position)
     stems = [node for node in tree.unexpanded.values() if node.path_logprob >= least and node.position < last_position]
     return heapq.nsmallest(decision.expand_nodes, stems, key=_likeliest_first)
@@ -27,7 +27,7 @@ def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Contain
 
     held: keys of nodes that are not to be sent yet.
     """
-    least = min_logprob(decision)
+    least = _min_logprob(decision)
     if tree.root.number is None:
         frontier = [tree.root]
     else:
@@ -46,7 +46,7 @@ def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Contain
 
 def has_unsent(tree: DraftTree, decision: Decision, held: Container[int] = ()) -> bool:
     """True when `choose_unsent` would find something below the sent root."""
-    least = min_logprob(decision)
+    least = _min_logprob(decision)
     return any(_is_sendable(node, least, held) for node in tree.unsent.values())
 
 
@@ -55,8 +55,8 @@ def _is_sendable(node: DraftNode, least: float, held: Container[int]) -> bool:
     return is_parent_sent and node.path_logprob >= least and node.key not in held
 
 
-def min_logprob(decision: Decision) -> float:
-    """Return the log probability below which a node is not worth a place now."""
+def _min_logprob(decision: Decision) -> float:
+    """The log probability below which a node is not worth a place now."""
     return math.log(decision.min_path_prob) if decision.min_path_prob else -math.inf
 
 

@@ -4,6 +4,7 @@ Small enough to travel with the project; `dsd bench record` makes it again.
 """
 
 import gzip
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -53,9 +54,15 @@ def read_trace(path: Path) -> AgreementTrace:
     """
     try:
         trace = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=AgreementTrace)
-    except (OSError, EOFError, msgspec.DecodeError) as exc:
+    except (OSError, EOFError, zlib.error, msgspec.DecodeError) as exc:
         raise ConfigError(f"agreement trace {path}: {exc}; make one with `dsd bench record`") from exc
     for text in trace.texts:
         if not len(text.tokens) == len(text.draft_tokens) == len(text.draft_centinats):
             raise ConfigError(f"agreement trace {path}: text {text.source} has lists of different lengths")
+        if any(map(_differ_in_length, text.draft_tokens, text.draft_centinats)):
+            raise ConfigError(f"agreement trace {path}: text {text.source} has candidates without probabilities")
     return trace
+
+
+def _differ_in_length(tokens: tuple[TokenId, ...], centinats: tuple[int, ...]) -> bool:
+    return len(tokens) != len(centinats)

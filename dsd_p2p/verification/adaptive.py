@@ -31,18 +31,14 @@ class AdaptiveVerifier:
             RemoteProtocolError: the drafter's tokens are not the vocabulary's.
         """
         strict = self._exact.pick(view, position)
-        if draft is None or (len(draft.tokens) and draft.tokens[0] == strict):
+        if draft is None or draft.tokens[0] == strict:
             return Pick(strict, is_relaxed=False)
         temperature = self._sampling.temperature or 1.0
         scores = view.logits().astype(np.float64) / temperature
         if draft.tokens.max() >= len(scores) or len(set(draft.tokens.tolist())) != len(draft.tokens):
             raise RemoteProtocolError("draft tokens", draft.tokens.tolist(), f"distinct, below {len(scores)}")
         target_logprobs = scores - np.logaddexp.reduce(scores)
-        if strict not in draft.tokens:
-            # The drafter's opinion of it is unknown but below all it told: give the target's token the benefit of the doubt.
-            draft = DraftOpinion(
-                tokens=np.append(draft.tokens, strict), logprobs=np.append(draft.logprobs, draft.logprobs.min())
-            )
+        draft = draft.including(strict)
         candidate = self._propose(target_logprobs, draft, position, strict)
         if candidate is None or self._is_overshoot(target_logprobs, draft, candidate):
             return Pick(strict, is_relaxed=False)

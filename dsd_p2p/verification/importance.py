@@ -20,6 +20,14 @@ class DraftOpinion:
     tokens: NDArray[np.int64]
     logprobs: NDArray[np.float64]
 
+    def including(self, token: TokenId) -> "DraftOpinion":
+        """Return the opinion with `token` in it: one that was not told of is below all that were, and is lent the least of them."""
+        if token in self.tokens:
+            return self
+        return DraftOpinion(
+            tokens=np.append(self.tokens, token), logprobs=np.append(self.logprobs, self.logprobs.min())
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:

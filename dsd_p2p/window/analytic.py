@@ -73,7 +73,7 @@ class AnalyticPolicy:
         """Return the best decision; plain until the first verdict has told what the chain costs."""
         if not observation.stages:
             return replace(PLAIN, reason="nothing is measured yet")
-        total = sum(rate.num_tokens for rate in observation.measured)
+        total = sum(rate.num_tokens for rate in observation.measured.values())
         if self._current is not None and self._trial_ends_at is not None:
             if total < self._trial_ends_at:
                 return self._current
@@ -99,7 +99,7 @@ class AnalyticPolicy:
 
     def _trial(self, best: Decision, observation: Observation, total: int) -> Decision | None:
         """The windows worth a few tokens of measuring now: plain beside a narrow lead, speculation after a long time without."""
-        plain = _measured(PLAIN, observation)
+        plain = observation.measured.get(PLAIN.kind)
         num_plain = plain.num_tokens if plain else 0
         if best.mode is Mode.PLAIN:
             return self._retry(observation, num_plain, total)
@@ -141,7 +141,7 @@ class AnalyticPolicy:
 def _expected(decision: Decision, observation: Observation) -> float:
     """The promise, scaled by how its mode kept promises, and pulled towards what these very windows wrote lately."""
     promise = predicted_tokens_per_s(decision, observation)
-    measured = _measured(decision, observation)
+    measured = observation.measured.get(decision.kind)
     trust = _trust(measured) if measured else 0.0
     promise *= _kept_share(decision.mode, observation)
     if measured is None:
@@ -159,12 +159,8 @@ def _kept_share(mode: Mode, observation: Observation) -> float:
     """Measured over promised speed of what the mode wrote lately; 1 where nothing is known."""
     if mode is Mode.PLAIN:
         return 1.0
-    for measured in sorted(observation.measured, key=lambda each: each.num_tokens_since):
+    for measured in sorted(observation.measured.values(), key=lambda each: each.num_tokens_since):
         if measured.decision.mode is mode:
             ratio = measured.tokens_per_s / predicted_tokens_per_s(measured.decision, observation)
             return math.pow(max(0.3, min(1.5, ratio)), _trust(measured))
     return 1.0
-
-
-def _measured(decision: Decision, observation: Observation) -> MeasuredRate | None:
-    return next((each for each in observation.measured if each.decision.kind == decision.kind), None)

@@ -1,5 +1,6 @@
 """The seam between the coordinator and what decides how much it speculates."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -85,7 +86,7 @@ class Observation:
     draft_step_s: seconds of one draft step.
     hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
     num_outcomes: committed tokens that this is known from.
-    measured: what each kind of window was seen to write on this chain.
+    measured: what each kind of window (`Decision.kind`) was seen to write on this chain.
     """
 
     stages: tuple[CostLine, ...] = ()
@@ -93,7 +94,7 @@ class Observation:
     draft_step_s: float = 0.0
     hit_rate_by_rank: tuple[float, ...] = field(default=())
     num_outcomes: int = 0
-    measured: tuple[MeasuredRate, ...] = ()
+    measured: Mapping[str, MeasuredRate] = field(default_factory=dict)
 
     def traversal_s(self, num_nodes: float) -> float:
         """T(n): seconds from sending a window of n nodes to its verdict, nothing else under way."""

@@ -107,7 +107,7 @@ class Tracker:
         self._num_draft_steps = 0
         self._hits_by_rank = [0.0] * len(_PRIOR_HAZARDS)
         self._tries_by_rank = [0.0] * len(_PRIOR_HAZARDS)
-        self.calibration = Calibration()
+        self._calibration = Calibration()
         self._rates: dict[str, _Rate] = {}
         self._num_tokens = 0
         self._num_outcomes = 0
@@ -133,7 +133,7 @@ class Tracker:
 
     def calibrated(self, logprobs: Sequence[float]) -> list[float]:
         """Return one node's candidates' log probabilities as experience corrects them."""
-        return self.calibration.apply(logprobs)
+        return self._calibration.apply(logprobs)
 
     def outcome(self, rank: int | None, logprobs: Sequence[float] = ()) -> None:
         """Take in one committed token that the drafter was asked for: its rank, None where it was no candidate.
@@ -141,7 +141,7 @@ class Tracker:
         logprobs: of all its candidates, likeliest first.
         """
         if logprobs:
-            self.calibration.learn(rank, logprobs)
+            self._calibration.learn(rank, logprobs)
         num_tried = max(1, len(logprobs)) if rank is None else rank + 1
         for tried in range(min(num_tried, len(self._tries_by_rank))):
             self._tries_by_rank[tried] = self._tries_by_rank[tried] * _OUTCOME_DECAY + 1
@@ -161,7 +161,7 @@ class Tracker:
             draft_step_s=self._draft_step_s,
             hit_rate_by_rank=self._hit_rates(),
             num_outcomes=self._num_outcomes,
-            measured=tuple(rate.measured(self._num_tokens) for rate in self._rates.values()),
+            measured={kind: rate.measured(self._num_tokens) for kind, rate in self._rates.items()},
         )
 
     def _hit_rates(self) -> tuple[float, ...]:

@@ -33,17 +33,25 @@ class ModeResult(msgspec.Struct, kw_only=True):
     target_logprob_per_token: float
 
 
-def run_relaxed(
-    config: CalibrateConfig, calibrations: Sequence[Calibration], per_category: int, progress: Progress
-) -> dict[str, object]:
-    """Answer `per_category` problems of maths and of code in exact mode and under each calibration.
+class Drift(msgspec.Struct, kw_only=True):
+    """One calibration beside exact mode, by problem."""
+
+    relaxation: dict[str, object]
+    budget_nats: float
+    result: ModeResult
+    solved_only_exact: list[str]
+    solved_only_relaxed: list[str]
+
+
+def run_relaxed(config: CalibrateConfig, calibrations: Sequence[Calibration], progress: Progress) -> dict[str, object]:
+    """Answer `config.problems` problems of maths and of code in exact mode and under each calibration.
 
     Raises:
         ModelError: a model or the problems cannot be had.
     """
     codec = TextCodec(find_model(config.model, progress).folder)
     problems = [
-        problem for name in ("maths", "code") for problem in spread(load_problems(name, progress), per_category)
+        problem for name in ("maths", "code") for problem in spread(load_problems(name, progress), config.problems)
     ]
     writer = PairWriter(config.model, config.draft, dtype=config.dtype, device=config.device, progress=progress)
 
@@ -66,42 +74,43 @@ def run_relaxed(
         )
 
     exact = answer(ExactVerifier(GREEDY), "exact")
-    reports = []
+    drifts = []
     for calibration in calibrations:
         relaxed = answer(AdaptiveVerifier(GREEDY, calibration.relaxation), f"relaxed (τ={calibration.relaxation.tau})")
-        reports.append(
-            {
-                "relaxation": msgspec.structs.asdict(calibration.relaxation),
-                "result": relaxed,
-                "solved_only_exact": sorted(set(exact.solved) - set(relaxed.solved)),
-                "solved_only_relaxed": sorted(set(relaxed.solved) - set(exact.solved)),
-            }
-        )
-    rows = [("exact", "", f"{len(exact.solved)}", "", "", f"{exact.target_logprob_per_token:.4f}")]
-    for calibration, report in zip(calibrations, reports, strict=True):
-        result, lost, won = report["result"], report["solved_only_exact"], report["solved_only_relaxed"]
-        assert isinstance(result, ModeResult)
-        assert isinstance(lost, list)
-        assert isinstance(won, list)
-        rows.append(
-            (
-                f"relaxed τ={calibration.relaxation.tau}, budget {calibration.budget_nats:g}",
-                f"{result.relaxed_share:.2%}",
-                f"{len(result.solved)}",
-                f"{len(lost)}",
-                f"{len(won)}",
-                f"{result.target_logprob_per_token:.4f}",
+        drifts.append(
+            Drift(
+                relaxation=msgspec.structs.asdict(calibration.relaxation),
+                budget_nats=calibration.budget_nats,
+                result=relaxed,
+                solved_only_exact=sorted(set(exact.solved) - set(relaxed.solved)),
+                solved_only_relaxed=sorted(set(relaxed.solved) - set(exact.solved)),
             )
         )
-    print_table(
-        ("mode", "relaxed tokens", f"solved of {len(problems)}", "only exact", "only relaxed", "ln P a token"), rows
-    )
+    _print(exact, drifts, len(problems))
     return {
         "config": msgspec.to_builtins(config),
         "problems": [problem.name for problem in problems],
         "exact": exact,
-        "relaxed": reports,
+        "relaxed": drifts,
     }
+
+
+def _print(exact: ModeResult, drifts: Sequence[Drift], num_problems: int) -> None:
+    rows = [("exact", "", f"{len(exact.solved)}", "", "", f"{exact.target_logprob_per_token:.4f}")]
+    rows += [
+        (
+            f"relaxed τ={drift.relaxation['tau']}, budget {drift.budget_nats:g}",
+            f"{drift.result.relaxed_share:.2%}",
+            f"{len(drift.result.solved)}",
+            f"{len(drift.solved_only_exact)}",
+            f"{len(drift.solved_only_relaxed)}",
+            f"{drift.result.target_logprob_per_token:.4f}",
+        )
+        for drift in drifts
+    ]
+    print_table(
+        ("mode", "relaxed tokens", f"solved of {num_problems}", "only exact", "only relaxed", "ln P a token"), rows
+    )
 
 
 def solves(problem: Problem, answer: str) -> bool:

@@ -59,7 +59,7 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
         open_engine(transport, RecordedDrafter(trace, units.seconds(config.draft_time)), trace.vocab_size) as engine,
     ):
         await engine.add_stages([node.address for node in local_nodes])
-        # Every round starts with fresh measurements: what a policy learns must not depend on the order of the arms.
+        # The windows are fixed; what is measured of the chain (pace, the drafter's calibration) serves all arms alike.
         for number, round_texts in enumerate(texts):
             for text in round_texts:
                 for name, decision in arms.items():

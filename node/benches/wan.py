@@ -53,8 +53,6 @@ async def _run_cell(
         temperature=config.temperature,
         seed=config.seed,
         hidden=config.hidden,
-        prompt="-",
-        prompt_ids="0",
         stall_timeout="120s",
     )
     relaxed = make_relaxation(

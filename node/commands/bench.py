@@ -69,11 +69,10 @@ def _record(options: dict[str, object]) -> int:
     from node.record import record_trace
 
     file = options.pop("config", None)
-    num_texts = int(str(options.pop("texts", 12)))
     defaults: dict[str, object] = {"output": "agreement.json.gz"}
     config = read_config(CalibrateConfig, str(file) if file else None, defaults | options)
     with ConsoleProgress() as progress:
-        trace = record_trace(config, num_texts, progress)
+        trace = record_trace(config, progress)
     write_trace(trace, Path(config.output))
     print(config.output)
     return 0
@@ -84,10 +83,9 @@ def _relaxed(file: str | None, options: dict[str, object]) -> dict[str, object]:
 
     given = options.pop("relaxation", None)
     paths = [Path(str(name)) for name in given] if isinstance(given, list) else [bundled_calibration()]
-    per_category = int(str(options.pop("problems", 80)))
     config = read_config(CalibrateConfig, file, {"max_tokens": 384} | options)
     with ConsoleProgress() as progress:
-        return run_relaxed(config, [read_calibration(path) for path in paths], per_category, progress)
+        return run_relaxed(config, [read_calibration(path) for path in paths], progress)
 
 
 def _wan(config: WanConfig, rounds: int) -> dict[str, object]:
