@@ -8,7 +8,8 @@
     └── PeerError              a peer or the way to it failed; the only kind that is retried
         ├── RemoteProtocolError    the peer broke the protocol
         ├── PeerDisconnected       the connection is gone
-        └── PeerTimeout            the peer did not answer before the deadline
+        ├── PeerTimeout            the peer did not answer before the deadline
+        └── CoverageLost           nobody who is alive and reachable serves some of the layers
 
 The text of each says what to do next.
 """
@@ -54,6 +55,10 @@ class PeerDisconnected(PeerError):  # noqa: N818 - reads as the event it reports
 
 class PeerTimeout(PeerError):  # noqa: N818 - reads as the event it reports
     """A peer did not answer before the deadline."""
+
+
+class CoverageLost(PeerError):  # noqa: N818 - reads as the event it reports
+    """Nobody who is alive and reachable serves some of the layers."""
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -12,6 +12,13 @@ _COMMAND_MODULES = {
     "models": "node.commands.models",
     "node": "node.commands.node",
     "up": "node.commands.up",
+    "create": "node.commands.create",
+    "join": "node.commands.join",
+    "invite": "node.commands.invite",
+    "members": "node.commands.members",
+    "revoke": "node.commands.revoke",
+    "plan": "node.commands.plan",
+    "doctor": "node.commands.doctor",
     "generate": "node.commands.generate",
     "demo": "node.commands.demo",
     "calibrate": "node.commands.calibrate",
@@ -50,10 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("action", choices=["list", "pull", "path"])
     models.add_argument("name", nargs="?", help="a catalog name, a folder or a Hugging Face id")
 
-    node = commands.add_parser("node", help="run one stage")
+    _add_swarm_commands(commands)
+
+    node = commands.add_parser("node", help="run one stage, or this machine's node of a swarm")
+    node.add_argument("action", nargs="?", choices=["run", "stop", "status"], help="stop, status: of a swarm's node")
     _add_model_flags(node)
+    _add_serve_flags(node)
+    node.add_argument("--drain", help="stop: let what is under way go on for this long (default 30s)")
     node.add_argument("--span", help="layers FIRST:LAST of this stage (default: all)")
-    node.add_argument("--listen", help="multiaddr to listen on (default /ip4/127.0.0.1/tcp/0)")
     node.add_argument("--peers", type=_comma_list, help="addresses of other nodes, comma separated")
     node.add_argument("--identity", help="file of the node's secret, made on first use (default: a new one each run)")
     node.add_argument("--exit-with-parent", action="store_const", const=True, help="stop when standard input closes")
@@ -79,6 +90,49 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench_commands(commands.add_parser("bench", help="measure; --receipt keeps the result in docs/benchmarks"))
     return parser
+
+
+def _add_swarm_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    create = commands.add_parser("create", help="make a swarm and run its first node")
+    create.add_argument("--model", help="a catalog name, a folder or a Hugging Face id (default smollm2-135m)")
+    create.add_argument("--dtype", help="float32 (default, exact in every mode), bfloat16 or float16")
+
+    join = commands.add_parser("join", help="join a swarm and serve: the invite is all that is needed")
+    join.add_argument("invite", help="the string that `dsd invite` printed")
+    for parser in (create, join):
+        _add_compute_flags(parser)
+        _add_serve_flags(parser)
+
+    invite = commands.add_parser("invite", help="print a string that lets a machine in")
+    invite.add_argument("--role", choices=["stage", "client"], help="stage (default) serves layers, client only asks")
+    invite.add_argument("--expires", help="when it, and who joined by it, must leave: like 24h (default 30d)")
+    invite.add_argument("--uses", type=int, help="machines that may join by it (default 1)")
+    invite.add_argument("--address", type=_comma_list, help="addresses to join at (default: of the running node)")
+    invite.add_argument("--no-qr", dest="qr", action="store_const", const=False, help="no QR code")
+
+    members = commands.add_parser("members", help="who is in the swarm")
+    revoke = commands.add_parser("revoke", help="throw a member out")
+    revoke.add_argument("peer", help="its peer id, or the end of it")
+    plan = commands.add_parser("plan", help="which chain and which coordinator a request would use, and why")
+    doctor = commands.add_parser("doctor", help="what is reachable, slow or wrong, and what mends it")
+    for parser in (members, plan, doctor):
+        parser.add_argument("--json", action="store_const", const=True, help="print one JSON object")
+    for parser in (invite, members, revoke, plan, doctor):
+        parser.add_argument("--swarm", help="the swarm's name on this machine (default: default)")
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--swarm", help="the swarm's name on this machine, or a folder (default: default)")
+    parser.add_argument("--listen", help="multiaddr to listen on (in a swarm: /ip4/0.0.0.0/tcp/4001)")
+    parser.add_argument("--announce", help="address that others reach this machine at, like /ip4/203.0.113.5/tcp/4001")
+    parser.add_argument("--relay", action="store_const", const=True, help="pass connections on between others")
+    parser.add_argument("--through", help="be reached through the relay of this address")
+    parser.add_argument(
+        "--max-layers", type=int, help="hold at most so many layers (default: what memory has room for)"
+    )
+    parser.add_argument("--memory", help="memory for layers and cache, like 8GB (default: 60%% of what is free)")
+    parser.add_argument("--heartbeat", help="interval of heartbeats (default 1s), the same in all of a swarm")
+    parser.add_argument("--slowdown", type=float, help=argparse.SUPPRESS)
 
 
 def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
@@ -165,6 +219,10 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
     parser.add_argument("--model", help="a catalog name, a folder or a Hugging Face id (default smollm2-135m)")
     parser.add_argument("--dtype", help="float32 (default, exact in every mode), bfloat16 or float16")
+    _add_compute_flags(parser)
+
+
+def _add_compute_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="torch device (default cpu)")
     parser.add_argument("--threads", type=int, help="torch threads of a process (default 1)")
     parser.add_argument("--cache-memory", help="cache of one stage, like 1GB (default)")
@@ -176,6 +234,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, help="start this many stage processes for this answer (default 3)")
     parser.add_argument("--connect", type=_comma_list, help="use a running swarm: address of one of its nodes")
+    parser.add_argument("--swarm", help="use this machine's swarm of that name, and its model")
     parser.add_argument("--netlab", action="store_const", const=True, help="links between network namespaces (root)")
     parser.add_argument("--prompt", help="what to answer or continue; - reads standard input")
     parser.add_argument("--prompt-ids", help="the prompt as token ids, separated by commas")

@@ -16,7 +16,7 @@ from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.types import Relaxation, Span, TokenId
+from dsd_p2p.types import PeerInfo, Relaxation, Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from node import units
 from node.choices import make_drafter, make_relaxation
@@ -25,6 +25,8 @@ from node.local_swarm import LocalNode, local_swarm, stage_configs
 from node.netlab import address, namespace, netlab
 from node.reach import coordinator_transport
 from node.summary import summarise
+from node.swarm_client import open_swarm_client
+from node.swarm_state import SwarmState
 from node.text import TextCodec, parse_ids
 
 
@@ -84,31 +86,48 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
         ConfigError, ModelError, PeerError: what is missing and what to do.
     """
     torch.set_num_threads(config.threads)
-    link, host = config.link_model(), "127.0.0.1"
+    state = SwarmState(config.swarm) if config.swarm else None
+    if state is not None:
+        stored = state.membership()
+        config = msgspec.structs.replace(config, model=stored.model, dtype=stored.dtype)
     source = find_model(config.model, progress)
     model_config = read_model_config(source.folder)
     text = TextCodec(source.folder)
     prompt = _prompt(config, text)
     vocab_size = int(model_config.vocab_size)
+    drafter = make_drafter(config, source, vocab_size, progress)
     async with AsyncExitStack() as stack:
-        addresses, nodes = list(config.connect), []
-        if addresses and config.netlab:
-            raise ConfigError("--netlab makes a swarm of its own: leave out --connect, or --netlab")
-        if not addresses:
-            spans = [Span(*bounds) for bounds in even_spans(int(model_config.num_hidden_layers), config.stages)]
-            node_configs = stage_configs(config, spans)
-            if config.netlab:
-                stack.enter_context(netlab(len(spans) + 1, link))
-                node_configs = [_in_namespace(each, host) for host, each in enumerate(node_configs, start=1)]
-                link, host = LinkModel(), address(0)
-            nodes = await stack.enter_async_context(local_swarm(node_configs, progress))
-            addresses = [node.address for node in nodes]
-        drafter = make_drafter(config, source, vocab_size, progress)
-        transport = await stack.enter_async_context(coordinator_transport(link, host))
-        engine = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
-        await engine.add_stages(addresses)
-        _check_model(engine, source, config.dtype)
+        nodes: list[LocalNode] = []
+        if state is not None:
+            link = config.link_model()
+            client = await stack.enter_async_context(open_swarm_client(state, source, drafter, link=link))
+            engine = client.engine
+        else:
+            nodes, addresses, link, host = await _stages(config, int(model_config.num_hidden_layers), progress, stack)
+            transport = await stack.enter_async_context(coordinator_transport(link, host))
+            engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
+            await stages.add(addresses)
+            _check_model(stages.stages()[0], source, config.dtype)
         yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt, nodes=nodes)
+
+
+async def _stages(
+    config: GenerateConfig, num_layers: int, progress: Progress, stack: AsyncExitStack
+) -> tuple[list[LocalNode], list[str], LinkModel, str]:
+    """Return the stages to use, started here unless `config.connect` names some, and how we reach them."""
+    link, host = config.link_model(), "127.0.0.1"
+    if config.connect:
+        if config.netlab:
+            raise ConfigError("--netlab makes a swarm of its own: leave out --connect, or --netlab")
+        return [], list(config.connect), link, host
+    spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
+    node_configs = stage_configs(config, spans)
+    if config.netlab:
+        stack.enter_context(netlab(len(spans) + 1, link))
+        node_configs = [_in_namespace(each, host) for host, each in enumerate(node_configs, start=1)]
+        link, host = LinkModel(), address(0)
+    nodes = await stack.enter_async_context(local_swarm(node_configs, progress))
+    return nodes, [node.address for node in nodes], link, host
 
 
 def _in_namespace(config: NodeConfig, host: int) -> NodeConfig:
@@ -128,8 +147,7 @@ def _prompt(config: GenerateConfig, text: TextCodec) -> list[TokenId]:
     return text.encode(sys.stdin.read() if config.prompt == "-" else config.prompt, is_raw=config.raw)
 
 
-def _check_model(engine: Engine, source: ModelSource, dtype: str) -> None:
-    held = engine.chain()[0]
+def _check_model(held: PeerInfo, source: ModelSource, dtype: str) -> None:
     if (held.model_digest, held.dtype) != (source.digest(), dtype):
         raise ConfigError(
             f"the swarm runs {held.model_name} {held.model_digest[:12]} {held.dtype}, asked for "

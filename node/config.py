@@ -12,8 +12,11 @@ from dsd_p2p.models.catalog import DEFAULT_MODEL
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.types import Sampling
 from dsd_p2p.wire.hidden import HiddenFormat
+from dsd_p2p.wire.membership import Role
 from dsd_p2p.wire.messages import MAX_STAGES
 from node import units
+
+DEFAULT_SWARM = "default"
 
 Positive = Annotated[int, Meta(ge=1)]
 Config = TypeVar("Config", bound=msgspec.Struct)
@@ -35,18 +38,70 @@ class LinkFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
 
-class ModelFlags(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ComputeFlags(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What every process that computes needs.
 
     threads: of torch in one process; more than one slows several processes on the same cores down.
     cache_memory: for the keys and values of all sessions of a stage.
     """
 
-    model: str = DEFAULT_MODEL
-    dtype: str = "float32"
     device: str = "cpu"
     threads: Positive = 1
     cache_memory: str = "1GB"
+
+
+class ModelFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model and how it is computed."""
+
+    model: str = DEFAULT_MODEL
+    dtype: str = "float32"
+
+
+class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A node of a swarm: `dsd create`, `dsd join`, `dsd node --swarm`.
+
+    swarm: its name on this machine, or the folder that keeps what this machine knows of it.
+    announce: address that others reach us at, where it is not one of our own. relay: pass connections on between others.
+    through: address of a relay to be reached through. max_layers, memory: of the layers; by default what is free.
+    draft: coordinate requests of thin clients with this drafter; "none" does not. heartbeat: interval.
+    slowdown: for tests: passes take this many times as long. namespace: of the network, see `node.netlab`.
+    """
+
+    swarm: str = DEFAULT_SWARM
+    listen: str = "/ip4/0.0.0.0/tcp/4001"
+    announce: str = ""
+    relay: bool = False
+    through: str = ""
+    max_layers: Annotated[int, Meta(ge=0, le=4096)] = 0
+    memory: str = ""
+    draft: str = "ngram"
+    heartbeat: str = "1s"
+    slowdown: Annotated[float, Meta(ge=1, le=1000)] = 1.0
+    namespace: str = ""
+
+
+class JoinConfig(ServeFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd join`."""
+
+    invite: str
+
+
+class CreateConfig(ServeFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd create`."""
+
+    model: str = DEFAULT_MODEL
+    dtype: str = "float32"
+
+
+class InviteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd invite`."""
+
+    swarm: str = DEFAULT_SWARM
+    role: Role = Role.STAGE
+    expires: str = "30d"
+    uses: Annotated[int, Meta(ge=1, le=1 << 20)] = 1
+    address: tuple[str, ...] = ()
+    qr: bool = True
 
 
 class ServiceTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +147,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     """`dsd generate`.
 
     netlab: links between network namespaces instead of emulated ones (`node.netlab`).
+    swarm: the swarm to use, by its name on this machine; its model is taken.
     draft: "ngram", "shadow", a model, each also "+ngram", or "auto": what measured best for the target.
     window: "analytic" or "static". depth, width, window_nodes, in_flight: a static window; 0 is the mode's default.
     hidden: format of hidden states between stages. verify: "exact" or "relaxed"; relaxation: a file of `dsd calibrate`, empty is
@@ -99,6 +155,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     """
 
     connect: tuple[str, ...] = ()
+    swarm: str = ""
     netlab: bool = False
     draft: str = "auto"
     draft_dtype: str = "float32"

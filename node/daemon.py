@@ -14,7 +14,8 @@ import trio
 
 from dsd_p2p.errors import PeerError
 from dsd_p2p.pipeline.links import PeerLinks
-from dsd_p2p.pipeline.stage_server import SpanModel as StageModel
+from dsd_p2p.pipeline.services import run_services
+from dsd_p2p.pipeline.span_model import SpanModel as StageModel
 from dsd_p2p.pipeline.stage_server import StageLimits, StageServer
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.libp2p import open_libp2p
@@ -58,7 +59,7 @@ async def run_node(config: NodeConfig, load: LoadStage, report: Callable[[NodeEv
             async with emulate(inner, config.link_model(), rng) as transport, trio.open_nursery() as nursery:
                 links = PeerLinks(transport, me)
                 server = StageServer(links, model, StageLimits(), time.perf_counter)
-                nursery.start_soon(server.run)
+                nursery.start_soon(run_services, links, [server])
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 for address in config.peers:
                     nursery.start_soon(_meet, links, address)

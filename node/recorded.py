@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsd_p2p.drafting.base import DraftSession
-from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.session.slots import CacheEdit, Forward
 from dsd_p2p.sim.recorded import RecordedDrafts, recorded_pick
@@ -94,12 +94,23 @@ class RecordedSpan:
     """A stage server's model that sleeps; a node's hidden state is its token and padding."""
 
     def __init__(self, span: Span, num_stages: int, times: ServiceTimes, trace: AgreementTrace) -> None:
+        self._span = span
         self.is_head = span.first == 0
         self.is_tail = span.last == num_stages
         self.row_bytes = times.row_bytes
         self.weight_bytes = 0
         self._times = times
         self._trace = trace
+
+    def narrow(self, span: Span) -> "RecordedSpan":
+        """Return ourselves: a fake stage holds one "layer".
+
+        Raises:
+            ConfigError: another one is asked for.
+        """
+        if span != self._span:
+            raise ConfigError(f"layers {span} are not this fake stage's {self._span}")
+        return self
 
     def new_cache(self, max_slots: int) -> RecordedCache:
         """Return an empty cache."""

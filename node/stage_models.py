@@ -8,7 +8,7 @@ from dsd_p2p.models.span import SpanModel
 from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import PeerInfo, Span
 from node import units
-from node.config import NodeConfig
+from node.config import ComputeFlags, NodeConfig
 
 _WARM_UP_NODES = (1, 8)
 
@@ -21,13 +21,9 @@ def load_span_of(
     Raises:
         ConfigError, ModelError: they do not exist, or cannot be loaded.
     """
-    torch.set_num_threads(config.threads)
     num_layers = int(read_config(source.folder).num_hidden_layers)
     span = units.span(config.span) if config.span else Span(0, num_layers)
-    model = SpanModel(
-        source, span, dtype=config.dtype, device=config.device, cache_bytes=units.num_bytes(config.cache_memory)
-    )
-    _warm_up(model)
+    model = load_span(source, span, config, config.dtype)
     info = PeerInfo(
         peer=peer,
         addresses=addresses,
@@ -39,6 +35,27 @@ def load_span_of(
         max_positions=model.shape.max_positions,
     )
     return model, info
+
+
+def load_span(
+    source: ModelSource, span: Span, config: ComputeFlags, dtype: str, donor: SpanModel | None = None
+) -> SpanModel:
+    """Load layers of a model and warm them up; those that `donor` holds are taken over from it.
+
+    Raises:
+        ConfigError, ModelError: they do not exist, or cannot be loaded.
+    """
+    torch.set_num_threads(config.threads)
+    model = SpanModel(
+        source,
+        span,
+        dtype=dtype,
+        device=config.device,
+        cache_bytes=units.num_bytes(config.cache_memory),
+        donor=donor,
+    )
+    _warm_up(model)
+    return model
 
 
 def _warm_up(model: SpanModel) -> None:

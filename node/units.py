@@ -6,13 +6,13 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.types import Span
 
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BITS_PER_SECOND = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _BYTES = {"b": 1.0, "kb": 2.0**10, "mb": 2.0**20, "gb": 2.0**30}
 
 
 def seconds(text: str) -> float:
-    """Return `50ms`, `0.5s` in seconds."""
+    """Return `50ms`, `0.5s`, `24h`, `30d` in seconds."""
     return _quantity(text, _SECONDS, "50ms")
 
 

@@ -14,6 +14,7 @@ from dsd_p2p.models.span import SpanModel
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, Generation, open_engine
 from dsd_p2p.pipeline.links import PeerLinks
+from dsd_p2p.pipeline.services import run_services
 from dsd_p2p.pipeline.stage_server import StageLimits, StageServer
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.transport.emulated import emulate
@@ -88,7 +89,7 @@ async def memory_swarm(
             server = StageServer(PeerLinks(linked, me), stages[index], limits or StageLimits(), time.perf_counter)
             servers.append(server)
             task_status.started()
-            await server.run()
+            await run_services(server._links, [server])
 
     async with trio.open_nursery() as nursery:
         async with network.open("coordinator") as mine, emulate(mine, link, rng) as linked_mine:
@@ -97,8 +98,8 @@ async def memory_swarm(
                 manager = network.open(f"stage{index}")
                 transports.append(manager)
                 await nursery.start(serve, index, await manager.__aenter__())
-            async with open_engine(linked_mine, drafter, vocab_size) as engine:
-                await engine.add_stages([f"memory:stage{index}" for index in range(len(stages))])
+            async with open_engine(linked_mine, drafter, vocab_size) as (engine, listed):
+                await listed.add([f"memory:stage{index}" for index in range(len(stages))])
                 yield MemorySwarm(network, servers, engine)
             for manager in transports:
                 await manager.__aexit__(None, None, None)

@@ -1,7 +1,9 @@
 """Every family, split and speculated upon, writes what transformers writes with the whole model in one piece."""
 
+import itertools
 import random
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -12,6 +14,7 @@ from swarms import load_stages, model_swarm
 from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
@@ -122,3 +125,36 @@ def test_a_stage_loads_only_its_own_tensors(tiny, family):
     names = {name for stage in stages for name, _ in stage.model.named_parameters()}
     assert not any("meta" in str(p.device) for stage in stages for p in stage.model.parameters())
     assert names
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_part_of_a_span_computes_what_a_stage_of_that_part_does(tiny, family):
+    """And layers taken over from a donor are the donor's own tensors."""
+    source = find_model(str(tiny(family)), NoProgress())
+    whole = SpanModel(source, Span(0, NUM_LAYERS))
+    middle = SpanModel(source, Span(1, 3))
+    prompt = prompt_of(9)
+    for bounds in ((0, 1, 4), (0, 2, 3, 4), (0, 3, 4)):
+        outputs = []
+        for spans_of in (lambda s: whole.narrow(s), lambda s: SpanModel(source, s, donor=middle)):
+            values: object = prompt
+            for first, last in itertools.pairwise(bounds):
+                part = spans_of(Span(first, last))
+                assert (part.is_head, part.is_tail) == (first == 0, last == NUM_LAYERS)
+                forward = SlotTable().append(range(9), [None, *range(8)], range(9))
+                cache = part.new_cache(16)
+                if part.is_tail:
+                    values = [view.logits() for view in part.views(cache, forward, values, range(9))]
+                else:
+                    values = part.hidden(cache, forward, values)
+                cache.free()
+            outputs.append(np.stack(values))
+        expected = reference.logits(tiny(family), prompt).numpy()
+        assert np.array_equal(outputs[0], expected)
+        assert np.array_equal(outputs[1], expected)
+    assert whole.budget.used_bytes == 0
+    extended = SpanModel(source, Span(0, 3), donor=middle)
+    pointers = [{p.data_ptr() for p in m.model.parameters()} for m in (middle, extended)]
+    assert pointers[0] <= pointers[1]
+    with pytest.raises(ConfigError, match="not inside"):
+        middle.narrow(Span(0, 2))

@@ -45,9 +45,9 @@ async def write_all(config, num_layers, vocab_size, requests):
         async with (
             local_swarm(stage_configs(config, spans), NoProgress()) as nodes,
             coordinator_transport(LinkModel()) as transport,
-            open_engine(transport, NgramDrafter(), vocab_size) as engine,
+            open_engine(transport, NgramDrafter(), vocab_size) as (engine, stages),
         ):
-            await engine.add_stages([node.address for node in nodes])
+            await stages.add([node.address for node in nodes])
             for drafter, decision, prompt, num_tokens, sampling in requests:
                 engine.drafter = drafter
                 options = GenerateOptions(max_tokens=num_tokens, sampling=sampling)

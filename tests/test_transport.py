@@ -15,7 +15,8 @@ from dsd_p2p.netmodel import LinkModel, LinkState
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.identity import load_or_create_seed
-from dsd_p2p.transport.libp2p import _raw_socket, open_libp2p
+from dsd_p2p.transport.libp2p import open_libp2p
+from dsd_p2p.transport.libp2p.host import _raw_socket
 from dsd_p2p.transport.memory import MemoryNetwork
 
 PROTOCOL = "/dsd-test/1"
@@ -41,6 +42,8 @@ def open_pair(request, tmp_path):
                 manager = network.open(name) if base == "memory" else open_host(tmp_path, name)
                 inner = await stack.enter_async_context(manager)
                 ends.append(await stack.enter_async_context(emulate(inner, link, random.Random(1))))
+            for end, other in (ends, reversed(ends)):
+                end.admit(other.peer)
             with trio.fail_after(60):
                 yield ends
 
@@ -223,6 +226,7 @@ async def test_a_peer_that_answers_negotiation_with_junk_fails_one_connection(tm
 
 async def test_a_frame_above_the_limit_drops_the_sender(tmp_path):
     async with open_host(tmp_path, "a") as a, open_host(tmp_path, "b", max_frame_bytes=1000) as b:
+        b.admit(a.peer)
         await a.connect(b.addresses[0], 10)
         await a.send(b.peer, bytes(1001))
         with trio.fail_after(10):
@@ -233,6 +237,7 @@ async def test_a_frame_above_the_limit_drops_the_sender(tmp_path):
 async def test_a_consumer_that_takes_nothing_does_not_stall_the_wire(tmp_path):
     """The reader drains: 24 MB wait in our queue, where libp2p's own window would have reset the stream after 5 s."""
     async with open_host(tmp_path, "a") as a, open_host(tmp_path, "b") as b:
+        b.admit(a.peer)
         await a.connect(b.addresses[0], 10)
         frame = bytes(1 << 20)
         with trio.fail_after(60):

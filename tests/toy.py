@@ -21,7 +21,7 @@ from dsd_p2p.types import PeerId, SessionId, Span
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import StaticPolicy
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.wire.messages import Cancel, CloseSession, Hop, OpenSession, Verdict, Window
+from dsd_p2p.wire.messages import BASE, FILL_NODES, Cancel, CloseSession, Hop, OpenSession, Verdict, Window
 
 VOCAB = 7
 SESSION = SessionId(b"toy-sess")
@@ -63,10 +63,44 @@ class ToyCache:
 
 
 class ToyStage:
-    def __init__(self, opened: OpenSession, *, is_tail: bool) -> None:
-        self.state = StageState(epoch=opened.epoch, max_length=opened.max_length, max_speculative=1024)
-        self.walk = TailWalk(epoch=opened.epoch, num_given=opened.num_given) if is_tail else None
-        self.cache = ToyCache()
+    """`old` is what this peer holds of the session, which a kept stage goes on with."""
+
+    def __init__(self, opened: OpenSession, index: int, old: "ToyStage | None" = None) -> None:
+        self.opened = opened
+        self.onward = opened.route[index + 1].peer if index + 1 < len(opened.route) else None
+        self.is_kept = bool(opened.kept) and opened.kept[index]
+        self.next_is_kept = bool(opened.kept) and self.onward is not None and opened.kept[index + 1]
+        num_kept = opened.num_given - 1
+        at = num_kept - 1 if self.is_kept else BASE
+        is_tail = self.onward is None
+        self.walk = TailWalk(epoch=opened.epoch, num_given=opened.num_given, at=at) if is_tail else None
+        if not self.is_kept:
+            self.state = StageState(epoch=opened.epoch, max_length=opened.max_length, max_speculative=1024)
+            self.cache = ToyCache()
+            return
+        assert old is not None, "the coordinator thinks that we hold something"
+        self.state, self.cache = old.state, old.cache
+        for edit in self.state.resume(epoch=opened.epoch, at=opened.resume, num_kept=num_kept):
+            self.cache.edit(edit)
+        assert len(self.cache.slots) == num_kept
+
+    def refill(self) -> list[Window]:
+        """What the next stage lost; a toy's hidden states are the tokens themselves."""
+        opened, slots = self.opened, self.cache.slots
+        starts = range(0, len(slots), FILL_NODES)
+        return [
+            Window(
+                session=SESSION,
+                epoch=opened.epoch,
+                window=number,
+                root=(opened.epoch, start - 1),
+                first_node=start,
+                tokens=tuple(slots[start : start + FILL_NODES]),
+                parents=tuple(range(start - 1, len(slots) - 1))[:FILL_NODES],
+                positions=tuple(range(start, len(slots)))[:FILL_NODES],
+            )
+            for number, start in enumerate(starts)
+        ]
 
     def window(self, window: Window) -> tuple[Window | None, Verdict | None]:
         """What a stage does with a window: what it forwards, what the tail answers."""
@@ -79,7 +113,8 @@ class ToyStage:
         offsets = range(len(window.tokens)) if live is None else live
         picks = self.cache.run([window.tokens[i] for i in offsets], step.forward) if step.forward else []
         if self.walk is None:
-            return window, None
+            is_given = window.epoch == self.opened.epoch and window.positions[-1] < self.opened.num_given - 1
+            return (None if is_given and self.next_is_kept else window), None
         committed = self.walk.walk(window, list(offsets), picks.__getitem__)
         if not committed.tokens:
             return None, None
@@ -88,8 +123,9 @@ class ToyStage:
         )
 
 
-def toy_route(num_stages: int) -> Route:
-    hops = tuple(Hop(peer=f"stage{i}", address="", span=Span(i, i + 1)) for i in range(num_stages))
+def toy_route(num_stages: int, names: Sequence[str] | None = None) -> Route:
+    names = names or [f"stage{i}" for i in range(num_stages)]
+    hops = tuple(Hop(peer=name, address="", span=Span(i, i + 1)) for i, name in enumerate(names))
     me = Hop(peer="coordinator", address="", span=Span(0, 1))
     return Route(hops=hops, coordinator=me, model_digest="toy", dtype="float32")
 
@@ -125,7 +161,7 @@ class ToyNetwork:
         )
         self.drafts = drafts
         self.choose = choose
-        self.stages: list[ToyStage | None] = [None] * num_stages
+        self.stages: dict[str, ToyStage] = {}
         self.links: dict[tuple[str, str], deque[object]] = {}
         self.draft: Draft | None = None
         self.emitted: list[int] = []
@@ -175,24 +211,25 @@ class ToyNetwork:
             assert isinstance(message, Verdict)
             self.perform(self.machine.receive(message, self.now_s))
             return
-        index = int(to.removeprefix("stage"))
-        is_tail = index == len(self.stages) - 1
-        onward = ("windows", f"stage{index + 1}")
-        stage = self.stages[index]
+        stage = self.stages.get(to)
         match message:
             case OpenSession():
+                index = next(i for i, hop in enumerate(message.route) if hop.peer == to)
                 if stage is None or message.epoch > stage.state.epoch:
-                    self.stages[index] = ToyStage(message, is_tail=is_tail)
-                if not is_tail:
-                    self.links.setdefault(onward, deque()).append(message)
+                    stage = self.stages[to] = ToyStage(message, index, stage)
+                if stage.onward is not None:
+                    link = self.links.setdefault(("windows", stage.onward), deque())
+                    link.append(message)
+                    link.extend(stage.refill() if stage.is_kept and not stage.next_is_kept else ())
             case Cancel(epoch=epoch) if stage is not None:
                 stage.state.cancel(epoch)
             case CloseSession():
-                self.stages[index] = None
+                self.stages.pop(to, None)
             case Window() if stage is not None:
                 forwarded, verdict = stage.window(message)
                 if forwarded is not None:
-                    self.links.setdefault(onward, deque()).append(forwarded)
+                    assert stage.onward is not None
+                    self.links.setdefault(("windows", stage.onward), deque()).append(forwarded)
                 if verdict is not None:
                     self.links.setdefault(("verdicts", "coordinator"), deque()).append(verdict)
             case _:

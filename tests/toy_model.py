@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from toy import VOCAB, ToyCache, next_token
 
-from dsd_p2p.errors import CapacityError, RemoteProtocolError
+from dsd_p2p.errors import CapacityError, ConfigError, RemoteProtocolError
 from dsd_p2p.session.slots import Forward
 from dsd_p2p.types import Span
 
@@ -22,7 +22,7 @@ class ToySpanCache(ToyCache):
     def free(self) -> None:
         if not self._is_free:
             self._is_free = True
-            self._model.num_caches -= 1
+            self._model.whole.num_caches -= 1
 
 
 class ToyView:
@@ -40,6 +40,9 @@ class ToySpanModel:
     """Counts what it is asked to do."""
 
     def __init__(self, span: Span, num_layers: int, max_caches: int = 1000) -> None:
+        self.span = span
+        self.num_layers = num_layers
+        self.whole = self
         self.is_head = span.first == 0
         self.is_tail = span.last == num_layers
         self.row_bytes = ROW.size
@@ -48,10 +51,19 @@ class ToySpanModel:
         self.before_pass = lambda: None
         self._max_caches = max_caches
 
+    def narrow(self, span: Span) -> "ToySpanModel":
+        if span == self.span:
+            return self
+        if not self.span.first <= span.first < span.last <= self.span.last:
+            raise ConfigError(f"layers {span} are not inside {self.span}")
+        part = ToySpanModel(span, self.num_layers)
+        part.whole = self.whole
+        return part
+
     def new_cache(self, max_slots: int) -> ToySpanCache:
-        if self.num_caches >= self._max_caches:
+        if self.whole.num_caches >= self.whole._max_caches:
             raise CapacityError("the toy's memory is full: raise --cache-memory")
-        self.num_caches += 1
+        self.whole.num_caches += 1
         return ToySpanCache(self)
 
     def _tokens(self, inputs: Sequence[int] | bytes, num_nodes: int) -> list[int]:
@@ -67,8 +79,8 @@ class ToySpanModel:
 
     def _run(self, cache: ToySpanCache, forward: Forward, inputs: Sequence[int] | bytes) -> tuple[list[int], list[int]]:
         tokens = self._tokens(inputs, len(forward.positions))
-        self.before_pass()
-        self.num_passes += 1
+        self.whole.before_pass()
+        self.whole.num_passes += 1
         return tokens, cache.run(tokens, forward)
 
     def hidden(self, cache: ToySpanCache, forward: Forward, inputs: Sequence[int] | bytes) -> bytes:

@@ -5,6 +5,7 @@ replaced by a module that does nothing before anything is allocated. Checkpoint 
 conversion rules (5.23; they are internal, hence the pin), so fused experts, renamed heads and missing prefixes are its business.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -63,8 +64,42 @@ class _Parts:
     head: str
 
 
-def load_span(source: ModelSource, span: Span, dtype: torch.dtype, device: str) -> Any:
-    """Return transformers' causal language model, in evaluation mode, holding only `span`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedSpan:
+    """transformers' causal language model, in evaluation mode, holding only `span`."""
+
+    model: Any
+    span: Span
+    num_layers: int
+    kinds: list[str]
+    parts: _Parts
+
+    def narrow(self, span: Span) -> "LoadedSpan":
+        """Return a model of part of the layers that shares every tensor with this one.
+
+        Raises:
+            ConfigError: the part is not inside.
+        """
+        if not self.span.first <= span.first < span.last <= self.span.last:
+            raise ConfigError(f"layers {span} are not inside {self.span}")
+        model, base = copy.copy(self.model), copy.copy(self.model.base_model)
+        for module in (model, base):
+            module._modules = dict(module._modules)
+        setattr(model, self.parts.prefix, base)
+        model.config = base.config = copy.deepcopy(self.model.config)
+        kept = list(getattr(base, self.parts.layers))[span.first - self.span.first : span.last - self.span.first]
+        setattr(base, self.parts.layers, nn.ModuleList(kept))
+        _drop_ends(model, self.parts, is_head=span.first == 0, is_tail=span.last == self.num_layers)
+        if span.first > 0:
+            setattr(base, self.parts.embedding, _PassThrough())
+        _name_layers(model.config, span, self.kinds)
+        return LoadedSpan(model=model, span=span, num_layers=self.num_layers, kinds=self.kinds, parts=self.parts)
+
+
+def load_span(
+    source: ModelSource, span: Span, dtype: torch.dtype, device: str, donor: LoadedSpan | None = None
+) -> LoadedSpan:
+    """Load the tensors of `span`; layers that `donor` holds are taken from it, not read again.
 
     Raises:
         ConfigError: the span is outside the model.
@@ -80,8 +115,14 @@ def load_span(source: ModelSource, span: Span, dtype: torch.dtype, device: str) 
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     parts = _find_parts(model, num_layers)
     mapping = get_model_conversion_mapping(model, key_mapping=_TEXT_TOWER_NAMES)
-    wanted = _wanted_tensors(source, model, parts, span, mapping)
+    given = range(max(span.first, donor.span.first), min(span.last, donor.span.last)) if donor else range(0)
+    wanted = _wanted_tensors(source, model, parts, span, mapping, given)
     _drop_what_others_own(model, parts, span, num_layers)
+    for index in given:
+        assert donor is not None
+        getattr(model.base_model, parts.layers)[index] = getattr(donor.model.base_model, donor.parts.layers)[
+            index - donor.span.first
+        ]
     missing = _load(model, source, wanted, mapping, dtype, device)
     is_tail, tied = span.last == num_layers, bool(model.all_tied_weights_keys)
     if is_tail and tied:
@@ -91,7 +132,7 @@ def load_span(source: ModelSource, span: Span, dtype: torch.dtype, device: str) 
     _fill_buffers(model, device)
     _keep_layers(model, parts, span, kinds)
     model.requires_grad_(False)
-    return model
+    return LoadedSpan(model=model, span=span, num_layers=num_layers, kinds=kinds, parts=parts)
 
 
 def _find_parts(model: Any, num_layers: int) -> _Parts:
@@ -117,8 +158,10 @@ def _find_parts(model: Any, num_layers: int) -> _Parts:
     )
 
 
-def _wanted_tensors(source: ModelSource, model: Any, parts: _Parts, span: Span, mapping: Any) -> list[str]:
-    """Checkpoint names of the tensors that this span needs."""
+def _wanted_tensors(
+    source: ModelSource, model: Any, parts: _Parts, span: Span, mapping: Any, given: range
+) -> list[str]:
+    """Checkpoint names of the tensors that this span needs, without those of the `given` layers."""
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     state = model.state_dict()
@@ -132,7 +175,8 @@ def _wanted_tensors(source: ModelSource, model: Any, parts: _Parts, span: Span, 
         if target not in state:
             continue
         if target.startswith(layers_prefix):
-            is_wanted = span.first <= int(target.removeprefix(layers_prefix).partition(".")[0]) < span.last
+            layer = int(target.removeprefix(layers_prefix).partition(".")[0])
+            is_wanted = span.first <= layer < span.last and layer not in given
         elif target.startswith(embedding_prefixes):
             is_wanted = is_head or (is_tail and target in tied_to)
         else:
@@ -151,6 +195,12 @@ def _drop_what_others_own(model: Any, parts: _Parts, span: Span, num_layers: int
             layers[index] = _PassThrough()
     if not is_head and not (is_tail and model.all_tied_weights_keys):
         setattr(base, parts.embedding, _PassThrough())
+    _drop_ends(model, parts, is_head=is_head, is_tail=is_tail)
+
+
+def _drop_ends(model: Any, parts: _Parts, *, is_head: bool, is_tail: bool) -> None:
+    """Drop what comes before the first layer and after the last one, but not the embedding: a tail may be tied to it."""
+    base = model.base_model
     if not is_head and parts.position_embedding:
         setattr(base, parts.position_embedding, _NoPositions())
     if not is_head and hasattr(base, "embedding_multiplier"):
@@ -205,7 +255,10 @@ def _fill_buffers(model: Any, device: str) -> None:
 def _keep_layers(model: Any, parts: _Parts, span: Span, kinds: list[str]) -> None:
     layers = list(getattr(model.base_model, parts.layers))
     setattr(model.base_model, parts.layers, nn.ModuleList(layers[span.first : span.last]))
-    config = model.config
+    _name_layers(model.config, span, kinds)
+
+
+def _name_layers(config: Any, span: Span, kinds: list[str]) -> None:
     config.num_hidden_layers = span.num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = kinds[span.first : span.last]

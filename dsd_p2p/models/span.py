@@ -1,5 +1,6 @@
 """The layers of one span, run over draft nodes: masks, positions and cache are ours, the arithmetic is transformers'."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from dsd_p2p.errors import ConfigError, ModelError, RemoteProtocolError
 from dsd_p2p.models.architecture import SLIDING, attention_kinds, read_config, shape_of
 from dsd_p2p.models.cache import CacheBudget, KvCache
-from dsd_p2p.models.loader import load_span
+from dsd_p2p.models.loader import LoadedSpan, load_span
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.session.slots import Forward
 from dsd_p2p.types import Span, TokenId
@@ -38,7 +39,7 @@ class LogitsRow:
 class SpanModel:
     """A span of a model in memory, with the budget its sessions' caches share.
 
-    source: whose weights. dtype: a key of `DTYPES`. device: a torch device.
+    source: whose weights. dtype: a key of `DTYPES`. device: a torch device. donor: layers it holds are not loaded again.
 
     Raises:
         ConfigError: the span or dtype does not exist.
@@ -53,6 +54,7 @@ class SpanModel:
         dtype: str = "float32",
         device: str = "cpu",
         cache_bytes: int = 1 << 30,
+        donor: "SpanModel | None" = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -64,10 +66,26 @@ class SpanModel:
         self.budget = CacheBudget(cache_bytes)
         self.torch_dtype = DTYPES[dtype]
         self._device = device
-        self._model: Any = load_span(source, span, self.torch_dtype, device)
+        self._loaded: LoadedSpan = load_span(source, span, self.torch_dtype, device, donor._loaded if donor else None)
+        self._model: Any = self._loaded.model
         self._kinds = sorted(set(attention_kinds(config)[span.first : span.last]))
         self._sliding_window = int(getattr(config, "sliding_window", None) or 0)
         self._is_additive_mask = self._model.config._attn_implementation == "eager"
+
+    def narrow(self, span: Span) -> "SpanModel":
+        """Return part of the layers as a model that shares tensors and cache budget with this one.
+
+        Raises:
+            ConfigError: the part is not inside this span.
+        """
+        if span == self.span:
+            return self
+        part = copy.copy(self)
+        part._loaded = self._loaded.narrow(span)
+        part._model = part._loaded.model
+        part.span, part.is_head, part.is_tail = span, span.first == 0, span.last == self.shape.num_layers
+        part._kinds = sorted(set(self._loaded.kinds[span.first : span.last]))
+        return part
 
     @property
     def model(self) -> Any:

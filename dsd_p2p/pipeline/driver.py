@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -29,6 +29,7 @@ from dsd_p2p.wire.messages import CloseSession, Failure, FailureKind, Verdict
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 2.0
+_BLAME_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +47,21 @@ class Rerouted:
     error: DsdError | None = None
 
 
-Event = Verdict | Failure | Lost | Drafted | Rerouted
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a stage says of this request."""
+
+    sender: PeerId
+    message: Verdict | Failure
+
+
+Event = Told | Lost | Drafted | Rerouted
 
 
 class RequestDriver:
     """One request's loop: wait for an event or the deadline, tell the machine, do what it says.
 
-    find_route: connects to a chain of stages; called again after a chain is lost.
+    find_route: finds a chain of stages without the given peers; called again after a chain is lost.
     """
 
     def __init__(
@@ -62,7 +71,7 @@ class RequestDriver:
         drafter: DraftSession,
         *,
         is_instant_drafter: bool,
-        find_route: Callable[[], Awaitable[Route]],
+        find_route: Callable[[Collection[str]], Awaitable[Route]],
         inbox_size: int = 1024,
     ) -> None:
         self._machine = machine
@@ -70,6 +79,7 @@ class RequestDriver:
         self._drafter = drafter
         self._is_instant_drafter = is_instant_drafter
         self._find_route = find_route
+        self._blamed_until_s: dict[PeerId, float] = {}
         self.inbox, self._events = trio.open_memory_channel[Event](inbox_size)
         self._pending: deque[Effect] = deque()
         self.finish: Finish | None = None
@@ -113,15 +123,10 @@ class RequestDriver:
         match event:
             case None:
                 return self._machine.wake(now_s)
-            case Verdict():
-                try:
-                    return self._machine.receive(event, now_s)
-                except RemoteProtocolError as exc:
-                    return self._machine.lost(exc, now_s)
+            case Told(sender=sender, message=message):
+                return self._hear(sender, message, now_s)
             case Drafted(children=children):
                 return self._machine.drafted(children, now_s)
-            case Failure():
-                return self._machine.failed(event.epoch, _error_of(event), now_s)
             case Lost(peer=peer) if not self.involves(peer):
                 return []
             case Lost(peer=peer, reason=reason):
@@ -130,6 +135,18 @@ class RequestDriver:
                 if route is not None:
                     return self._machine.reopen(route, now_s)
                 return self._machine.chain_not_found(error or PeerDisconnected("no chain"), now_s)
+
+    def _hear(self, sender: PeerId, message: Verdict | Failure, now_s: float) -> Sequence[Effect]:
+        if isinstance(message, Failure):
+            error = _error_of(message)
+            if not isinstance(error, PeerDisconnected | PeerTimeout):
+                self._blame(sender, error)
+            return self._machine.failed(message.epoch, error, now_s)
+        try:
+            return self._machine.receive(message, now_s)
+        except RemoteProtocolError as exc:
+            self._blame(sender, exc)
+            return self._machine.lost(exc, now_s)
 
     async def _perform(self, output: trio.MemorySendChannel[tuple[TokenId, ...]], nursery: trio.Nursery) -> bool:
         """Do everything pending; False once the request is finished."""
@@ -170,10 +187,16 @@ class RequestDriver:
                 self._is_drafter_broken = True
         return [[] for _ in draft.stems]
 
+    def _blame(self, peer: PeerId, error: DsdError) -> None:
+        """Leave the peer out of this request's chains for a while."""
+        logger.warning("stage avoided peer=%s error=%s", peer, error)
+        self._blamed_until_s[peer] = trio.current_time() + _BLAME_S
+
     async def _reroute(self, delay_s: float) -> None:
         await trio.sleep(delay_s)
+        avoid = {peer for peer, until_s in self._blamed_until_s.items() if until_s > trio.current_time()}
         try:
-            result = Rerouted(route=await self._find_route())
+            result = Rerouted(route=await self._find_route(avoid))
         except DsdError as exc:
             result = Rerouted(route=None, error=exc)
         await self.inbox.send(result)

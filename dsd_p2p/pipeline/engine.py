@@ -4,22 +4,23 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
 
 from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.errors import ConfigError, LocalProtocolError, PeerDisconnected, PeerError, RemoteProtocolError
-from dsd_p2p.pipeline.driver import RequestDriver
-from dsd_p2p.pipeline.links import PeerLinks
-from dsd_p2p.placement.chain import choose_chain
+from dsd_p2p.errors import ConfigError, LocalProtocolError, PeerDisconnected
+from dsd_p2p.pipeline.directory import Chain, Directory, StageList
+from dsd_p2p.pipeline.driver import RequestDriver, Told
+from dsd_p2p.pipeline.links import Arrived, PeerLinks
+from dsd_p2p.pipeline.services import run_services
 from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Finish
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.transport.base import Lost, Transport
-from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId
+from dsd_p2p.types import GREEDY, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.hidden import HiddenFormat
@@ -27,7 +28,6 @@ from dsd_p2p.wire.messages import Failure, Hop, Verdict
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_TIMEOUT_S = 20.0
 _OUTPUT_BATCHES = 1024
 _NOWHERE = Span(0, 1)
 
@@ -91,77 +91,44 @@ class Generation:
 
 
 class Engine:
-    """A coordinator: knows stages, drafts, streams. Made by `open_engine`."""
+    """A coordinator: chooses a chain, drafts, streams. Made by `open_engine`; a service of `dsd_p2p.pipeline.services`."""
 
-    def __init__(self, links: PeerLinks, drafter: Drafter, vocab_size: int, nursery: trio.Nursery) -> None:
+    takes = (Verdict, Failure)
+
+    def __init__(
+        self, links: PeerLinks, drafter: Drafter, vocab_size: int, nursery: trio.Nursery, directory: Directory
+    ) -> None:
         self.links = links
-        self._nursery = nursery
         self.drafter = drafter
         self._vocab_size = vocab_size
+        self._nursery = nursery
+        self._directory = directory
         self._drivers: dict[bytes, RequestDriver] = {}
-        self._dialed: dict[str, str] = {}
         self._trackers: dict[tuple[str, ...], Tracker] = {}
-
-    async def add_stages(self, addresses: Sequence[str]) -> None:
-        """Connect to these nodes and to every node they know of.
-
-        Raises:
-            PeerError: one of `addresses` cannot be reached.
-            ConfigError: one of them cannot be read.
-        """
-        for address in addresses:
-            info = await self.links.connect(address, _CONNECT_TIMEOUT_S)
-            self._dialed[info.peer] = address
-        for info in list(self.links.known.values()):
-            if info.span is not None and info.addresses and PeerId(info.peer) not in self.links.connected:
-                try:
-                    await self.links.connect(self._address_of(info), _CONNECT_TIMEOUT_S)
-                except (PeerError, ConfigError) as exc:
-                    logger.warning("known peer not reachable peer=%s error=%s", info.peer, exc)
-
-    def chain(self) -> list[PeerInfo]:
-        """Return the stages that the next request would use.
-
-        Raises:
-            ConfigError: the connected stages do not cover one model.
-        """
-        return choose_chain(info for peer, info in self.links.known.items() if peer in self.links.connected)
+        self._last_tracker = Tracker()
 
     def observe(self) -> Observation:
-        """Return what is measured of the present chain and drafter."""
-        return self._tracker(self._route()).observe()
+        """Return what is measured of the chain that was used last, and of the drafter."""
+        return self._last_tracker.observe()
 
     def _tracker(self, route: Route) -> Tracker:
-        return self._trackers.setdefault((self.drafter.name, *(hop.peer for hop in route.hops)), Tracker())
+        stages = (f"{hop.peer} {hop.span}" for hop in route.hops)
+        self._last_tracker = self._trackers.setdefault((self.drafter.name, *stages), Tracker())
+        return self._last_tracker
 
-    def _address_of(self, info: PeerInfo) -> str:
-        """The address that worked for us; what a node says of itself may be its loopback."""
-        advertised = info.addresses[0] if info.addresses else ""
-        return self._dialed.get(info.peer, advertised)
-
-    async def _find_route(self) -> Route:
-        """Reconnect to what is gone and choose a chain."""
-        for info in list(self.links.known.values()):
-            if info.span is not None and info.addresses and PeerId(info.peer) not in self.links.connected:
-                try:
-                    await self.links.connect(self._address_of(info), _CONNECT_TIMEOUT_S / 4)
-                except (PeerError, ConfigError) as exc:
-                    logger.warning("peer not reachable peer=%s error=%s", info.peer, exc)
+    async def _find_route(self, avoid: Collection[str]) -> Route:
         try:
-            return self._route()
+            return self._route(await self._directory.find(avoid))
         except ConfigError as exc:
             raise PeerDisconnected(f"a stage is gone: {exc}") from exc
 
-    def _route(self) -> Route:
-        chain = self.chain()
+    def _route(self, chain: Chain) -> Route:
         me = self.links.transport
         return Route(
-            hops=tuple(
-                Hop(peer=info.peer, address=self._address_of(info), span=info.span or _NOWHERE) for info in chain
-            ),
+            hops=chain.hops,
             coordinator=Hop(peer=me.peer, address=me.addresses[0] if me.addresses else "", span=_NOWHERE),
-            model_digest=chain[0].model_digest,
-            dtype=chain[0].dtype,
+            model_digest=chain.model_digest,
+            dtype=chain.dtype,
         )
 
     @asynccontextmanager
@@ -173,8 +140,8 @@ class Engine:
         Raises:
             ConfigError: no chain, an empty prompt, or a prompt and answer longer than the model's context.
         """
-        route = self._route()
-        limit = self.chain()[0].max_positions
+        chain = await self._directory.find()
+        route, limit = self._route(chain), chain.max_positions
         if not prompt:
             raise ConfigError("the prompt is empty: give at least one token")
         if max(prompt) >= self._vocab_size or min(prompt) < 0:
@@ -227,25 +194,24 @@ class Engine:
             del self._drivers[session]
             drafting.close()
 
-    async def receive(self) -> None:
-        """Hand what arrives to the request it belongs to; runs until cancelled."""
-        while True:
-            event = await self.links.receive()
-            if isinstance(event, Lost):
-                for driver in self._drivers.values():
-                    self._hand(driver, event)
-                continue
-            match event.message:
-                case Verdict() | Failure() as message:
-                    driver_of = self._drivers.get(message.session)
-                    if driver_of is not None and driver_of.involves(event.sender):
-                        self._hand(driver_of, message)
-                case other:
-                    error = RemoteProtocolError("message", type(other).__name__, "one that a coordinator takes")
-                    await self.links.refuse(event.sender, error)
+    def start(self, nursery: trio.Nursery) -> None:
+        """Requests run in the nursery that the engine was made with."""
+
+    async def handle(self, event: Arrived) -> None:
+        """Hand a verdict or failure to the request it belongs to."""
+        message = event.message
+        assert isinstance(message, Verdict | Failure)
+        driver = self._drivers.get(message.session)
+        if driver is not None and driver.involves(event.sender):
+            self._hand(driver, Told(sender=event.sender, message=message))
+
+    def lost(self, event: Lost) -> None:
+        """Tell every request."""
+        for driver in self._drivers.values():
+            self._hand(driver, event)
 
     @staticmethod
-    def _hand(driver: RequestDriver, event: Verdict | Failure | Lost) -> None:
+    def _hand(driver: RequestDriver, event: Told | Lost) -> None:
         try:
             driver.inbox.send_nowait(event)
         except trio.WouldBlock:
@@ -257,11 +223,14 @@ def _formats(hidden_format: HiddenFormat, num_links: int) -> tuple[HiddenFormat,
 
 
 @asynccontextmanager
-async def open_engine(transport: Transport, drafter: Drafter, vocab_size: int) -> AsyncIterator[Engine]:
-    """Run a coordinator on `transport`."""
-    me = PeerInfo(peer=transport.peer, addresses=transport.addresses)
+async def open_engine(
+    transport: Transport, drafter: Drafter, vocab_size: int
+) -> AsyncIterator[tuple[Engine, StageList]]:
+    """Run a coordinator on `transport`, and the list of the stages it may use."""
+    links = PeerLinks(transport, PeerInfo(peer=transport.peer, addresses=transport.addresses))
+    stages = StageList(links)
     async with trio.open_nursery() as nursery:
-        engine = Engine(PeerLinks(transport, me), drafter, vocab_size, nursery)
-        nursery.start_soon(engine.receive)
-        yield engine
+        engine = Engine(links, drafter, vocab_size, nursery, stages)
+        nursery.start_soon(run_services, links, [engine])
+        yield engine, stages
         nursery.cancel_scope.cancel()

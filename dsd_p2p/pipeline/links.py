@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
@@ -12,6 +13,7 @@ from dsd_p2p.errors import PeerDisconnected, PeerError, PeerTimeout, RemoteProto
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import PeerId, PeerInfo
 from dsd_p2p.wire.codec import decode, encode
+from dsd_p2p.wire.membership import Grant
 from dsd_p2p.wire.messages import MAX_KNOWN_PEERS, Failure, FailureKind, Hello, Message, Ping, Pong
 from dsd_p2p.wire.version import PROTOCOL_VERSION
 
@@ -33,20 +35,52 @@ class Arrived:
     num_bytes: int
 
 
-class PeerLinks:
-    """What a stage and a coordinator have in common. One task must keep calling `receive`."""
+class Door(Protocol):
+    """Decides who is let in; asked once a connection, before anything is allocated for the peer."""
 
-    def __init__(self, transport: Transport, me: PeerInfo) -> None:
+    @property
+    def grants(self) -> tuple[Grant, ...]:
+        """What lets us in at others' doors."""
+        ...
+
+    def admit(self, peer: PeerId, hello: Hello) -> None:
+        """Let the peer in.
+
+        Raises:
+            RemoteProtocolError: it does not belong here, and why.
+        """
+        ...
+
+
+class OpenDoor:
+    """Lets everybody in: for stages on one machine, started by hand or by a test."""
+
+    grants: tuple[Grant, ...] = ()
+
+    def admit(self, peer: PeerId, hello: Hello) -> None:
+        """Let the peer in."""
+
+
+class PeerLinks:
+    """What a stage and a coordinator have in common. One task must keep calling `receive`.
+
+    door: of a swarm; without one everybody is let in.
+    """
+
+    def __init__(self, transport: Transport, me: PeerInfo, door: Door | None = None) -> None:
         self.transport = transport
         self.me = me
+        self.door: Door = door or OpenDoor()
         self.known: dict[PeerId, PeerInfo] = {}
         self.connected: set[PeerId] = set()
         self.bytes_sent: Counter[str] = Counter()
         self.bytes_received: Counter[str] = Counter()
         self._greeted: set[PeerId] = set()
         self._hello_from: dict[PeerId, trio.Event] = {}
+        self._refusals: dict[PeerId, str] = {}
         self._pongs: dict[int, trio.Event] = {}
         self._next_nonce = 0
+        self.num_refused = 0
 
     async def connect(self, address: str, timeout_s: float) -> PeerInfo:
         """Return what the peer at `address` says of itself.
@@ -58,13 +92,20 @@ class PeerLinks:
         """
         with trio.move_on_after(timeout_s) as scope:
             peer = await self.transport.connect(address, timeout_s)
+            self._refusals.pop(peer, None)
             await self.greet(peer)
             await self._hello_from.setdefault(peer, trio.Event()).wait()
         if scope.cancelled_caught:
             raise PeerTimeout(f"{address} does not answer: is it a dsd node of protocol version {PROTOCOL_VERSION}?")
+        if (refusal := self._refusals.pop(peer, None)) is not None:
+            raise PeerDisconnected(f"{address} refused us: {refusal}")
         if peer not in self.connected:
             raise PeerDisconnected(f"{address} closed the connection")
         return self.known[peer]
+
+    def is_connected(self, peer: str) -> bool:
+        """True when messages can be sent to `peer`; we are always connected to ourselves."""
+        return peer in self.connected or peer == self.transport.peer
 
     async def greet(self, peer: PeerId) -> None:
         """Say hello once per connection."""
@@ -75,7 +116,7 @@ class PeerLinks:
             :MAX_KNOWN_PEERS
         ]
         try:
-            await self.send(peer, Hello(version=PROTOCOL_VERSION, sender=self.me, known=known))
+            await self.send(peer, Hello(version=PROTOCOL_VERSION, sender=self.me, known=known, grants=self.door.grants))
         except BaseException:
             self._greeted.discard(peer)
             raise
@@ -96,8 +137,10 @@ class PeerLinks:
         self.bytes_sent[type(message).__name__] += len(frame)
         await self.transport.send(to, frame)
 
-    async def round_trip_s(self, peer: PeerId, timeout_s: float) -> float:
-        """Seconds a small message takes to `peer` and back, on the stream that windows use.
+    async def round_trip_s(self, peer: PeerId, timeout_s: float, num_bytes: int = 0) -> float:
+        """Seconds a message takes to `peer` and a small one back, on the stream that windows use.
+
+        num_bytes: how many more than the least the message has, at most `MAX_PING_BYTES`.
 
         Raises:
             PeerTimeout, PeerDisconnected: there was no answer.
@@ -108,7 +151,7 @@ class PeerLinks:
         start_s = trio.current_time()
         try:
             with trio.fail_after(timeout_s):
-                await self.send(peer, Ping(nonce=nonce))
+                await self.send(peer, Ping(nonce=nonce, padding=bytes(num_bytes)))
                 await answered.wait()
         except trio.TooSlowError:
             raise PeerTimeout(f"{peer} did not answer a ping within {timeout_s:g} s") from None
@@ -137,6 +180,7 @@ class PeerLinks:
     async def refuse(self, peer: PeerId, error: RemoteProtocolError) -> None:
         """Tell the peer what it did wrong and drop it."""
         logger.warning("peer dropped peer=%s error=%s", peer, error)
+        self.num_refused += 1
         with suppress(PeerError), trio.move_on_after(1):
             await self.send(
                 peer, Failure(session=NO_SESSION, epoch=0, kind=FailureKind.PROTOCOL, text=str(error)[:512])
@@ -148,11 +192,16 @@ class PeerLinks:
             case Hello():
                 self._meet(sender, message)
                 await self._reply(sender, self.greet(sender))
-            case Ping(nonce=nonce):
+            case Ping(nonce=nonce) if sender in self.connected:
                 await self._reply(sender, self.send(sender, Pong(nonce=nonce)))
             case Pong(nonce=nonce):
                 if nonce in self._pongs:
                     self._pongs[nonce].set()
+            case Failure(session=session, text=text) if session == NO_SESSION:
+                logger.warning("peer refuses us peer=%s text=%s", sender, text)
+                if len(self._refusals) < MAX_KNOWN_PEERS:
+                    self._refusals[sender] = text
+                self._hello_from.setdefault(sender, trio.Event()).set()
             case _:
                 return False
         return True
@@ -169,6 +218,8 @@ class PeerLinks:
             raise RemoteProtocolError("protocol version", hello.version, str(PROTOCOL_VERSION))
         if hello.sender.peer != sender:
             raise RemoteProtocolError("sender", hello.sender.peer, f"{sender}, the connection's own peer")
+        self.door.admit(sender, hello)
+        self.transport.admit(sender)
         for info in hello.known:
             # Others' word of a peer counts until it introduces itself, and only stages are worth remembering.
             is_news = info.peer != self.transport.peer and info.peer not in self.known and info.span is not None
@@ -179,7 +230,7 @@ class PeerLinks:
         self._hello_from.setdefault(sender, trio.Event()).set()
 
     def _check_greeted(self, sender: PeerId, message: Message) -> None:
-        if sender not in self.connected:
+        if not self.is_connected(sender):
             raise RemoteProtocolError("first message", type(message).__name__, "Hello")
 
     def _forget(self, peer: PeerId) -> None:

@@ -5,10 +5,9 @@ Each session is one task with its own bounded queue; the model is used by one of
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -25,17 +24,22 @@ from dsd_p2p.errors import (
     RemoteProtocolError,
 )
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
-from dsd_p2p.session.slots import CacheEdit, Forward
+from dsd_p2p.pipeline.span_model import SpanModel
+from dsd_p2p.pipeline.stage_session import BoundaryLog, StageSession
+from dsd_p2p.session.slots import CacheEdit
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk, verdict_of
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, Span, TokenId
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
-from dsd_p2p.verification.base import TargetView, Verifier
+from dsd_p2p.verification.base import Verifier
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import DraftOpinion
+from dsd_p2p.window.tracker import LineFit
 from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
 from dsd_p2p.wire.messages import (
+    BASE,
+    FILL_NODES,
     MAX_STAGES,
     Cancel,
     CloseSession,
@@ -52,59 +56,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_CLOSED_REMEMBERED = 1024
 _CONNECT_TIMEOUT_S = 10.0
-
-
-class SpanCache(Protocol):
-    """The keys and values of one session at one stage."""
-
-    def edit(self, edit: CacheEdit) -> None:
-        """Keep and move slots."""
-        ...
-
-    def free(self) -> None:
-        """Give the memory back to the budget; twice is harmless."""
-        ...
-
-
-class SpanModel(Protocol):
-    """The layers of one span, as a stage uses them (`dsd_p2p.models.span`, and fakes that compute nothing)."""
-
-    @property
-    def is_head(self) -> bool:
-        """True when the span starts with the embedding."""
-        ...
-
-    @property
-    def is_tail(self) -> bool:
-        """True when the span ends with the norm and the LM head."""
-        ...
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one node's hidden state."""
-        ...
-
-    def new_cache(self, max_slots: int) -> SpanCache:
-        """Return an empty cache for up to `max_slots`.
-
-        Raises:
-            CapacityError: the memory budget is full.
-        """
-        ...
-
-    def hidden(self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
-        """Hidden states `[n, H]` after the span; `inputs` are token ids at the head, else hidden states.
-
-        Raises:
-            RemoteProtocolError: wrong number of bytes, a token outside the vocabulary, values that are not finite.
-        """
-        ...
-
-    def views(
-        self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
-    ) -> Sequence[TargetView]:
-        """At the tail: the target's view after each of `rows`. Raises as `hidden` does."""
-        ...
+_MIN_PASSES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,93 +64,99 @@ class StageLimits:
     """What one stage grants.
 
     max_sessions: open at the same time. max_queued_windows, max_queued_bytes: of one session, waiting for the model.
-    max_draft_slots: cache slots of one session beyond its longest text, and its most speculative nodes.
+    max_sessions_per_peer: of one coordinator. max_draft_slots: cache slots of one session beyond its longest text, and its most
+        speculative nodes.
+    max_boundary_bytes: of the hidden states that all sessions together keep to refill a neighbour.
+    dials_routes: connect to the next stage by the address in the route; in a swarm, only members that are connected are sent to.
+    orphan_s: what a session holds waits this long for another route after a neighbour was lost.
     """
 
     max_sessions: int = 64
+    max_sessions_per_peer: int = 16
     max_queued_windows: int = 512
     max_queued_bytes: int = 256 << 20
     max_draft_slots: int = 1024
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Session:
-    opened: OpenSession
-    previous: PeerId
-    onward: Hop | None
-    state: StageState
-    walk: TailWalk | None
-    verifier: Verifier
-    read_format: HiddenFormat
-    write_format: HiddenFormat
-    row_bytes: int
-    max_slots: int
-    replaces: "_Session | None"
-    put: trio.MemorySendChannel[tuple[Window, bytes]]
-    take: trio.MemoryReceiveChannel[tuple[Window, bytes]]
-    cache: SpanCache | None = None
-    received_bytes: int = 0
-    queued_bytes: int = 0
-    is_over: trio.Event = field(default_factory=trio.Event)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    error: DsdError | None = None
-
-    @property
-    def coordinator(self) -> PeerId:
-        return PeerId(self.opened.coordinator.peer)
-
-    def end(self, error: DsdError | None = None) -> None:
-        self.error = self.error or error
-        self.scope.cancel()
+    max_boundary_bytes: int = 256 << 20
+    dials_routes: bool = True
+    orphan_s: float = 15.0
 
 
 class StageServer:
-    """Serves one span to whoever opens sessions on it. `run` until cancelled."""
+    """Serves a span, or for now nothing, to whoever opens sessions on it; a service of `dsd_p2p.pipeline.services`."""
 
-    def __init__(self, links: PeerLinks, model: SpanModel, limits: StageLimits, clock: Callable[[], float]) -> None:
-        if links.me.span is None:
-            raise ModelError("a stage server needs a span")
+    takes = (OpenSession, Window, Cancel, CloseSession)
+
+    def __init__(
+        self, links: PeerLinks, model: SpanModel | None, limits: StageLimits, clock: Callable[[], float]
+    ) -> None:
         self._links = links
-        self._me = links.me
-        self._span: Span = links.me.span
         self._model = model
+        self._parts: dict[Span, SpanModel] = {}
         self._limits = limits
         self._clock = clock
         self._model_in_use = trio.Lock()
-        self._sessions: dict[bytes, _Session] = {}
+        self._sessions: dict[bytes, StageSession] = {}
         self._closed: OrderedDict[tuple[str, bytes], int] = OrderedDict()
+        self._nursery: trio.Nursery | None = None
+        self._is_draining = False
+        self._layer_cost = LineFit()
+        self._num_passes = 0
 
     @property
     def num_sessions(self) -> int:
         """Sessions that hold cache right now."""
         return len(self._sessions)
 
-    async def run(self) -> None:
-        """Serve until cancelled; every cache is free afterwards."""
-        async with trio.open_nursery() as nursery:
-            while True:
-                event = await self._links.receive()
-                if isinstance(event, Lost):
-                    self._lost(event)
-                    continue
-                try:
-                    await self._dispatch(event, nursery)
-                except RemoteProtocolError as exc:
-                    await self._links.refuse(event.sender, exc)
+    def start(self, nursery: trio.Nursery) -> None:
+        """Serve as long as the nursery is open; every cache is free afterwards."""
+        self._nursery = nursery
+
+    async def serve_span(self, model: SpanModel | None) -> None:
+        """From now on serve `model`, which `links.me` describes already; sessions of what was served before end, and have ended."""
+        sessions = list(self._sessions.values())
+        for session in sessions:
+            session.end(PeerDisconnected("this stage takes other layers"))
+        for session in sessions:
+            await session.is_over.wait()
+        self._model = model
+        self._parts = {}
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new sessions; returns when those under way have ended, or have been ended after `timeout_s`."""
+        self._is_draining = True
+        with trio.move_on_after(timeout_s):
+            for session in list(self._sessions.values()):
+                await session.is_over.wait()
+        for session in list(self._sessions.values()):
+            session.end(PeerDisconnected("this stage is shutting down"))
+
+    def measured_layer_s(self) -> tuple[float, float] | None:
+        """Return the seconds of one layer's pass over 1 and over 16 positions, as lately measured; None before enough passes."""
+        if self._num_passes < _MIN_PASSES:
+            return None
+        line = self._layer_cost.line()
+        return line.at(1), line.at(16)
+
+    def progress(self, name: bytes) -> int:
+        """Return the number of the newest window of a session that went through here, -1 for none."""
+        session = self._sessions.get(name)
+        return -1 if session is None else session.last_window
 
     # What arrives
 
-    async def _dispatch(self, event: Arrived, nursery: trio.Nursery) -> None:
+    async def handle(self, event: Arrived) -> None:
+        """Take in what a coordinator or a neighbouring stage sends."""
+        assert self._nursery is not None, "start first"
         match event.message:
             case OpenSession() as opened:
                 index = self._check_sender(opened, event.sender)
                 try:
                     session = self._accept(opened, index)
-                except (CapacityError, ConfigError, ModelError, RemoteProtocolError) as exc:
-                    nursery.start_soon(self._report, opened, exc)
+                except (CapacityError, ConfigError, ModelError, PeerError) as exc:
+                    self._nursery.start_soon(self._report, opened, exc)
                     return
                 if session is not None:
-                    nursery.start_soon(self._serve, session)
+                    self._nursery.start_soon(self._serve, session)
             case Window() as window:
                 self._enqueue(window, event)
             case Cancel(session=name, epoch=epoch):
@@ -208,86 +166,108 @@ class StageServer:
                 if (owned := self._owned(name, event.sender)) is not None and epoch >= owned.opened.epoch:
                     owned.end()
                 self._remember_closed(event.sender, name, epoch)
-            case Failure() as failure:
-                logger.warning("peer reports peer=%s kind=%s text=%s", event.sender, failure.kind, failure.text)
-            case other:
-                raise RemoteProtocolError("message", type(other).__name__, "one that a stage takes")
+            case _:
+                raise AssertionError(event.message)
 
-    def _accept(self, opened: OpenSession, index: int) -> _Session | None:
+    def _accept(self, opened: OpenSession, index: int) -> StageSession | None:
         """Check an `OpenSession` and reserve what it needs; None when the coordinator closed it already."""
         if opened.epoch <= self._closed.get((opened.coordinator.peer, opened.session), -1):
             return None
+        if self._model is None or self._links.me.span is None:
+            raise PeerDisconnected("this peer holds no layers now: choose another")
         self._check_route(opened, index)
-        if opened.model_digest != self._me.model_digest or opened.dtype != self._me.dtype:
+        me = self._links.me
+        if opened.model_digest != me.model_digest or opened.dtype != me.dtype:
             raise ModelError(
-                f"this stage holds {self._me.model_name} {self._me.model_digest[:12]} {self._me.dtype}, asked for "
+                f"this stage holds {me.model_name} {me.model_digest[:12]} {me.dtype}, asked for "
                 f"{opened.model_digest[:12]} {opened.dtype}: start all stages with the same model"
             )
-        if opened.max_length > self._me.max_positions:
-            raise CapacityError(
-                f"{opened.max_length} tokens exceed the model's {self._me.max_positions}: ask for fewer"
-            )
-        old = self._sessions.get(opened.session)
-        if old is not None:
-            if old.coordinator != opened.coordinator.peer or opened.epoch <= old.opened.epoch:
-                raise RemoteProtocolError("epoch", opened.epoch, f"above {old.opened.epoch}, from the same coordinator")
-            old.end()
-        elif len(self._sessions) >= self._limits.max_sessions:
-            raise CapacityError(f"{self._limits.max_sessions} sessions are open here: try again later")
-        max_slots = opened.max_length + self._limits.max_draft_slots
+        if opened.max_length > me.max_positions:
+            raise CapacityError(f"{opened.max_length} tokens exceed the model's {me.max_positions}: ask for fewer")
+        is_kept = bool(opened.kept) and opened.kept[index]
+        old = self._replaced(opened, is_kept=is_kept)
+        span = opened.route[index].span
+        model = self._parts.setdefault(span, self._model.narrow(span))
         is_tail = index == len(opened.route) - 1
         read_format = opened.formats[index - 1] if opened.formats and index else HiddenFormat.MODEL
         put, take = trio.open_memory_channel[tuple[Window, bytes]](self._limits.max_queued_windows)
-        session = _Session(
+        session = StageSession(
             opened=opened,
+            index=index,
+            model=model,
             previous=_previous(opened, index),
             onward=None if is_tail else opened.route[index + 1],
             state=StageState(
                 epoch=opened.epoch, max_length=opened.max_length, max_speculative=self._limits.max_draft_slots
             ),
-            walk=TailWalk(epoch=opened.epoch, num_given=opened.num_given) if is_tail else None,
+            walk=_walk(opened, is_kept=is_kept) if is_tail else None,
             verifier=_verifier(opened),
             read_format=read_format,
             write_format=opened.formats[index] if opened.formats and not is_tail else HiddenFormat.MODEL,
-            row_bytes=packed_row_bytes(self._model.row_bytes, opened.dtype, read_format),
-            max_slots=max_slots,
+            row_bytes=packed_row_bytes(model.row_bytes, opened.dtype, read_format),
+            max_slots=opened.max_length + self._limits.max_draft_slots,
             replaces=old,
+            is_kept=is_kept,
             put=put,
             take=take,
         )
+        if old is not None:
+            old.heir_waits = is_kept
+            old.end()
         self._sessions[opened.session] = session
         return session
 
+    def _replaced(self, opened: OpenSession, *, is_kept: bool) -> StageSession | None:
+        """Return the session of this name that the new one takes the place of, having checked that there is room."""
+        old = self._sessions.get(opened.session)
+        if old is not None:
+            if old.coordinator != opened.coordinator.peer or opened.epoch <= old.opened.epoch:
+                raise RemoteProtocolError("epoch", opened.epoch, f"above {old.opened.epoch}, from the same coordinator")
+        elif self._is_draining:
+            raise PeerDisconnected("this stage is shutting down: choose another")
+        elif len(self._sessions) >= self._limits.max_sessions:
+            raise CapacityError(f"{self._limits.max_sessions} sessions are open here: try again later")
+        else:
+            num_theirs = sum(s.coordinator == opened.coordinator.peer for s in self._sessions.values())
+            if num_theirs >= self._limits.max_sessions_per_peer:
+                raise CapacityError(f"{num_theirs} of your sessions are open here already: end one, or try later")
+        if is_kept and (old is None or old.cache is None or not _is_same_part(old, opened)):
+            raise PeerDisconnected("nothing of this session is kept here: send all of it again")
+        return old
+
     def _check_sender(self, opened: OpenSession, sender: PeerId) -> int:
         """Return this stage's index in the route; whoever sends it must stand before us there."""
-        mine = [index for index, hop in enumerate(opened.route) if hop.peer == self._me.peer]
+        me = self._links.me.peer
+        mine = [index for index, hop in enumerate(opened.route) if hop.peer == me]
         if len(mine) != 1:
-            raise RemoteProtocolError("route", [hop.peer for hop in opened.route], f"{self._me.peer} exactly once")
+            raise RemoteProtocolError("route", [hop.peer for hop in opened.route], f"{me} exactly once")
         if sender != _previous(opened, mine[0]):
             raise RemoteProtocolError("sender", sender, f"{_previous(opened, mine[0])}, the stage before in the route")
         return mine[0]
 
     def _check_route(self, opened: OpenSession, index: int) -> None:
-        route, me = opened.route, self._me
-        if len({opened.coordinator.peer, *(hop.peer for hop in route)}) != len(route) + 1:
-            raise RemoteProtocolError("route", [hop.peer for hop in route], "each peer once, without the coordinator")
-        if route[index].span != self._span:
-            raise RemoteProtocolError("span", str(route[index].span), f"this stage's {self._span}")
+        route, me, span = opened.route, self._links.me, opened.route[index].span
+        if len({hop.peer for hop in route}) != len(route):
+            raise RemoteProtocolError("route", [hop.peer for hop in route], "each peer once")
+        if me.span is None or not me.span.first <= span.first < span.last <= me.span.last:
+            raise RemoteProtocolError("span", str(span), f"inside this stage's {me.span}")
         bounds = [0, *(hop.span.last for hop in route)]
         if [hop.span.first for hop in route] != bounds[:-1] or bounds[-1] != me.num_layers:
             raise RemoteProtocolError("route spans", [str(hop.span) for hop in route], f"layers 0..{me.num_layers}")
 
     def _enqueue(self, window: Window, event: Arrived) -> None:
         session = self._sessions.get(window.session)
-        if session is None or session.state.is_stale(window):
+        if session is None or session.is_orphan or session.state.is_stale(window):
             return
         if event.sender != session.previous:
+            if window.epoch < session.opened.epoch:
+                return
             raise RemoteProtocolError("sender", event.sender, f"{session.previous}, the stage before in the route")
-        if self._model.is_head and (window.stage_us or window.link_bytes):
+        if session.model.is_head and (window.stage_us or window.link_bytes):
             raise RemoteProtocolError(
                 "stage_us, link_bytes", (window.stage_us, window.link_bytes), "none before the head"
             )
-        expected_bytes = 0 if self._model.is_head else len(window.tokens) * session.row_bytes
+        expected_bytes = 0 if session.model.is_head else len(window.tokens) * session.row_bytes
         if len(event.payload) != expected_bytes:
             raise RemoteProtocolError("payload length", len(event.payload), f"{expected_bytes} bytes")
         session.received_bytes += event.num_bytes
@@ -302,14 +282,26 @@ class StageServer:
         except trio.BrokenResourceError:
             pass
 
-    def _lost(self, event: Lost) -> None:
+    def lost(self, event: Lost) -> None:
+        """End what a lost coordinator opened; what goes through a lost neighbour waits for another route."""
         for session in list(self._sessions.values()):
             if event.peer == session.coordinator:
                 session.end()
             elif event.peer == session.previous or (session.onward and event.peer == session.onward.peer):
-                session.end(PeerDisconnected(f"stage {self._span} lost its neighbour {event.peer}: {event.reason}"))
+                self._orphan(
+                    session,
+                    PeerDisconnected(f"{_short(self._links.me.peer)} lost {_short(event.peer)}: {event.reason}"),
+                )
 
-    def _owned(self, name: bytes, sender: PeerId) -> _Session | None:
+    def _orphan(self, session: StageSession, error: PeerError) -> None:
+        assert self._nursery is not None
+        if session.is_orphan:
+            return
+        session.is_orphan = True
+        session.scope.deadline = trio.current_time() + self._limits.orphan_s
+        self._nursery.start_soon(self._report, session.opened, error)
+
+    def _owned(self, name: bytes, sender: PeerId) -> StageSession | None:
         session = self._sessions.get(name)
         if session is None:
             return None
@@ -319,16 +311,18 @@ class StageServer:
 
     # One session
 
-    async def _serve(self, session: _Session) -> None:
+    async def _serve(self, session: StageSession) -> None:
         """Handle the session's windows in order until it ends; tells the coordinator when that is our doing."""
-        logger.info("session opened session=%s span=%s", session.opened.session.hex(), self._span)
+        name = session.opened.session
+        logger.info(
+            "session opened session=%s span=%s kept=%s",
+            name.hex(),
+            session.opened.route[session.index].span,
+            session.is_kept,
+        )
         try:
             with session.scope, session.take:
-                if session.replaces is not None:
-                    # Its last pass may still run in its thread; only then is its cache free.
-                    await session.replaces.is_over.wait()
-                    session.replaces = None
-                session.cache = self._model.new_cache(session.max_slots)
+                await self._take_over(session)
                 await self._open_onward(session)
                 while True:
                     with trio.fail_after(session.opened.idle_timeout_s):
@@ -336,43 +330,120 @@ class StageServer:
                     session.queued_bytes -= len(payload)
                     await self._handle(session, window, payload)
         except trio.TooSlowError:
-            session.error = PeerTimeout(f"stage {self._span} heard nothing for {session.opened.idle_timeout_s:g} s")
+            session.error = PeerTimeout(f"stage heard nothing for {session.opened.idle_timeout_s:g} s")
         except DsdError as exc:
             session.error = exc
         except Exception as exc:  # task boundary: one session's failed pass must not end the others
-            logger.exception("pass failed session=%s", session.opened.session.hex())
-            session.error = ModelError(f"stage {self._span} failed: {type(exc).__name__}; see its log")
+            logger.exception("pass failed session=%s", name.hex())
+            session.error = ModelError(f"a stage failed: {type(exc).__name__}; see its log")
         finally:
-            if session.cache is not None:
+            if session.cache is not None and not session.heir_waits:
                 session.cache.free()
             session.is_over.set()
-            if self._sessions.get(session.opened.session) is session:
-                del self._sessions[session.opened.session]
-            logger.info("session closed session=%s error=%s", session.opened.session.hex(), session.error)
+            if self._sessions.get(name) is session:
+                del self._sessions[name]
+            logger.info("session closed session=%s error=%s", name.hex(), session.error)
         if session.error is not None:
-            self._remember_closed(session.coordinator, session.opened.session, session.opened.epoch)
-            await self._report(session.opened, session.error)
+            self._remember_closed(session.coordinator, name, session.opened.epoch)
+            if not session.is_orphan:
+                await self._report(session.opened, session.error)
 
-    async def _open_onward(self, session: _Session) -> None:
-        onward = session.onward
-        if onward is not None:
-            if onward.peer not in self._links.connected:
-                await self._links.connect(onward.address, _CONNECT_TIMEOUT_S)
-            await self._links.send(PeerId(onward.peer), session.opened)
-        elif session.coordinator not in self._links.connected:
-            await self._links.connect(session.opened.coordinator.address, _CONNECT_TIMEOUT_S)
+    async def _take_over(self, session: StageSession) -> None:
+        """Start with an empty cache, or with what the session before holds."""
+        old, session.replaces = session.replaces, None
+        if old is not None:
+            # Its last pass may still run in its thread; only then is its cache free.
+            await old.is_over.wait()
+        if old is None or not session.is_kept:
+            session.cache = session.model.new_cache(session.max_slots)
+            session.log = None if session.walk else BoundaryLog(self._written_row_bytes(session))
+            return
+        session.cache, session.log, old.cache = old.cache, old.log, None
+        assert session.cache is not None
+        opened = session.opened
+        old_state, session.state = session.state, old.state
+        edits = session.state.resume(epoch=old_state.epoch, at=opened.resume, num_kept=opened.num_given - 1)
+        for edit in edits:
+            self._edit(session, edit)
 
-    async def _handle(self, session: _Session, window: Window, payload: bytes) -> None:
+    def _written_row_bytes(self, session: StageSession) -> int:
+        return packed_row_bytes(session.model.row_bytes, session.opened.dtype, session.write_format)
+
+    def _edit(self, session: StageSession, edit: CacheEdit) -> None:
+        assert session.cache is not None
+        session.cache.edit(edit)
+        if session.log is not None:
+            session.log.edit(edit)
+
+    async def _open_onward(self, session: StageSession) -> None:
+        """Open the session at the next stage, and refill that one if it lost what we still have."""
+        onward, opened = session.onward, session.opened
+        try:
+            await self._reach(onward or opened.coordinator)
+            if onward is None:
+                return
+            await self._links.send(PeerId(onward.peer), opened)
+            if session.is_kept and not opened.kept[session.index + 1]:
+                await self._refill(session, PeerId(onward.peer))
+        except PeerError as exc:
+            self._orphan(session, exc)
+
+    async def _reach(self, hop: Hop) -> None:
+        if self._links.is_connected(hop.peer):
+            return
+        if not self._limits.dials_routes:
+            raise PeerDisconnected(f"{_short(self._links.me.peer)} is not connected to {_short(hop.peer)}")
+        await self._links.connect(hop.address, _CONNECT_TIMEOUT_S)
+
+    async def _refill(self, session: StageSession, to: PeerId) -> None:
+        """Send the hidden states of everything given, as windows of the new epoch."""
+        opened, log = session.opened, session.log
+        num_nodes = opened.num_given - 1
+        if log is None or log.num_rows < num_nodes:
+            raise PeerDisconnected("the hidden states for a refill are not kept here: send all of it again")
+        for number, start in enumerate(range(0, num_nodes, FILL_NODES)):
+            positions = tuple(range(start, min(start + FILL_NODES, num_nodes)))
+            window = Window(
+                session=opened.session,
+                epoch=opened.epoch,
+                window=number,
+                root=(opened.epoch, start - 1),
+                first_node=start,
+                tokens=(0,) * len(positions),
+                parents=tuple(position - 1 for position in positions),
+                positions=positions,
+            )
+            await self._links.send(to, window, log.rows(start, positions[-1] + 1))
+
+    async def _handle(self, session: StageSession, window: Window, payload: bytes) -> None:
         async with self._model_in_use:
-            if session.state.is_stale(window):
+            if session.is_orphan or session.state.is_stale(window):
                 return
             # Not abandoned on cancellation: the cache must not be freed under a running pass.
             answer = await trio.to_thread.run_sync(self._run, session, window, payload)
-        if answer is not None:
-            to = session.coordinator if session.onward is None else PeerId(session.onward.peer)
+        session.last_window = window.window
+        self._bound_log(session)
+        if answer is None or self._is_refill_for_us_alone(session, window):
+            return
+        to = session.coordinator if session.onward is None else PeerId(session.onward.peer)
+        try:
             await self._links.send(to, *answer)
+        except PeerError as exc:
+            self._orphan(session, exc)
 
-    def _run(self, session: _Session, window: Window, payload: bytes) -> tuple[Window | Verdict, bytes] | None:
+    def _is_refill_for_us_alone(self, session: StageSession, window: Window) -> bool:
+        """True when the next stage has kept what this window holds."""
+        opened = session.opened
+        is_given = window.epoch == opened.epoch and window.positions[-1] < opened.num_given - 1
+        return bool(opened.kept) and is_given and session.onward is not None and opened.kept[session.index + 1]
+
+    def _bound_log(self, session: StageSession) -> None:
+        """Over the budget, refilling is given up: a replay takes longer but holds nothing."""
+        held_bytes = sum(each.log.num_bytes for each in self._sessions.values() if each.log is not None)
+        if held_bytes > self._limits.max_boundary_bytes:
+            session.log = None
+
+    def _run(self, session: StageSession, window: Window, payload: bytes) -> tuple[Window | Verdict, bytes] | None:
         """In a worker thread: edit the cache, run the span, walk at the tail; returns what to send on."""
         start_s = self._clock()
         num_nodes = len(window.tokens)
@@ -382,17 +453,21 @@ class StageServer:
             return None
         assert session.cache is not None
         if step.edit is not None:
-            session.cache.edit(step.edit)
+            self._edit(session, step.edit)
         inputs = self._inputs(session, window, payload, live)
         if session.walk is None:
             assert step.forward is not None, "only the tail skips nodes"
-            hidden = self._model.hidden(session.cache, step.forward, inputs)
-            packed = pack(hidden, self._model.row_bytes, session.opened.dtype, session.write_format)
-            return _measured(window, session, self._clock() - start_s), packed
+            hidden = session.model.hidden(session.cache, step.forward, inputs)
+            packed = pack(hidden, session.model.row_bytes, session.opened.dtype, session.write_format)
+            if session.log is not None:
+                session.log.append(packed)
+            seconds = self._clock() - start_s
+            self._note_pass(session, num_nodes, seconds)
+            return _measured(window, session, seconds), packed
         if step.forward is None:
             return None
         wanted = [row for row, offset in enumerate(live) if session.walk.wants_pick(window.positions[offset])]
-        views = dict(zip(wanted, self._model.views(session.cache, step.forward, inputs, wanted), strict=True))
+        views = dict(zip(wanted, session.model.views(session.cache, step.forward, inputs, wanted), strict=True))
 
         tops = {top.offset: top for top in window.drafts} if session.opened.relaxation else {}
         num_relaxed = 0
@@ -406,19 +481,25 @@ class StageServer:
             num_relaxed += is_relaxed
             return token
 
+        self._note_pass(session, len(live), self._clock() - start_s)
         committed = session.walk.walk(window, live, pick)
         if not committed.tokens:
             return None
         measured = _measured(window, session, self._clock() - start_s)
         return verdict_of(measured, committed, num_live=len(live), num_relaxed=num_relaxed), b""
 
-    def _inputs(self, session: _Session, window: Window, payload: bytes, live: list[int]) -> list[TokenId] | bytes:
-        if self._model.is_head:
+    def _note_pass(self, session: StageSession, num_nodes: int, seconds: float) -> None:
+        span = session.opened.route[session.index].span
+        self._layer_cost.add(num_nodes, seconds / span.num_layers)
+        self._num_passes += 1
+
+    def _inputs(self, session: StageSession, window: Window, payload: bytes, live: list[int]) -> list[TokenId] | bytes:
+        if session.model.is_head:
             return [window.tokens[offset] for offset in live]
         if len(live) < len(window.tokens):
             row_bytes = session.row_bytes
             payload = b"".join(payload[offset * row_bytes : (offset + 1) * row_bytes] for offset in live)
-        return unpack(payload, self._model.row_bytes, session.opened.dtype, session.read_format)
+        return unpack(payload, session.model.row_bytes, session.opened.dtype, session.read_format)
 
     def _remember_closed(self, coordinator: str, name: bytes, epoch: int) -> None:
         """A close can overtake the open that travels down the chain: an `OpenSession` up to this epoch is ignored."""
@@ -439,6 +520,20 @@ def _previous(opened: OpenSession, index: int) -> PeerId:
     return PeerId(opened.route[index - 1].peer if index else opened.coordinator.peer)
 
 
+def _is_same_part(old: StageSession, opened: OpenSession) -> bool:
+    index = next(index for index, hop in enumerate(opened.route) if hop.peer == old.opened.route[old.index].peer)
+    return old.opened.route[old.index].span == opened.route[index].span
+
+
+def _walk(opened: OpenSession, *, is_kept: bool) -> TailWalk:
+    at = opened.num_given - 2 if is_kept else BASE
+    return TailWalk(epoch=opened.epoch, num_given=opened.num_given, at=at)
+
+
+def _short(peer: str) -> str:
+    return f"…{peer[-6:]}"
+
+
 def _verifier(opened: OpenSession) -> Verifier:
     if opened.relaxation is None:
         return ExactVerifier(opened.sampling)
@@ -449,7 +544,7 @@ def _opinion(top: DraftTop) -> DraftOpinion:
     return DraftOpinion(tokens=np.array(top.tokens, np.int64), logprobs=np.array(top.centinats, np.float64) / -100)
 
 
-def _measured(window: Window, session: _Session, seconds: float) -> Window:
+def _measured(window: Window, session: StageSession, seconds: float) -> Window:
     """The window with what this stage adds to its measurements."""
     return msgspec.structs.replace(
         window,

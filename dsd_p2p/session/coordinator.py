@@ -7,7 +7,7 @@ import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from dsd_p2p.errors import DsdError, LocalProtocolError, PeerError, PeerTimeout, RemoteProtocolError
+from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerError, PeerTimeout, RemoteProtocolError
 from dsd_p2p.netmodel import UniformRng
 from dsd_p2p.session.effects import NUM_CANDIDATES, Candidate, Draft, Effect, Emit, Finish, Replay, Send, Stem
 from dsd_p2p.session.growth import choose_stems, choose_unsent, has_unsent
@@ -18,6 +18,7 @@ from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.messages import (
     BASE,
+    FILL_NODES,
     MAX_DRAFT_TOP,
     Cancel,
     CloseSession,
@@ -72,13 +73,15 @@ class Coordinator:
         self._num_failed_attempts = 0
         self._progress_at_s = 0.0
         self._is_waiting_for_chain = False
+        self._loss: DsdError | None = None
+        self._passed: tuple[int, int, int] | None = None
         self.is_finished = False
 
     # What the driver reports
 
     def start(self, now_s: float) -> list[Effect]:
         """Open the session on the route and send the prompt."""
-        return [*self._open(now_s), *self._pump(now_s)]
+        return [*self._open(now_s, ()), *self._pump(now_s)]
 
     def receive(self, verdict: Verdict, now_s: float) -> list[Effect]:
         """Take in a verdict; duplicates and those of an older epoch change nothing.
@@ -117,31 +120,56 @@ class Coordinator:
         return self._pump(now_s)
 
     def lost(self, error: DsdError, now_s: float) -> list[Effect]:
-        """A stage or the way to it failed: replay on another chain, or finish with `error` when that is no use."""
+        """A stage or the way to it failed: go on over another chain, or finish with `error` when that is no use."""
         if self.is_finished or self._is_waiting_for_chain:
             return []
-        is_hopeless = not isinstance(error, PeerError) or isinstance(error, RemoteProtocolError)
+        is_hopeless = isinstance(error, ConfigError | LocalProtocolError)
         if is_hopeless or self._num_failed_attempts >= self._request.retry.max_attempts:
             return self._finish("error", error)
         delay_s = self._request.retry.delay_s(self._num_failed_attempts, self._rng)
         self._num_failed_attempts += 1
-        self.stats.num_replays += 1
+        self._loss = error
         self._is_waiting_for_chain = True
-        return [*self._close(), Replay(delay_s=delay_s, reason=str(error))]
+        self._in_flight.clear()
+        return [Replay(delay_s=delay_s, reason=str(error))]
 
     def reopen(self, route: Route, now_s: float) -> list[Effect]:
-        """Go on over `route` after a `Replay`: everything committed is given again, no token is emitted twice."""
+        """Go on over `route` after a `Replay`: no token is emitted twice.
+
+        Stages of both chains go on with what they hold where they can (docs/protocol.md, rule 9); everything else is given again.
+        """
+        kept = self._kept(route)
+        gone = [hop for hop in self._route.hops if hop.peer not in {hop.peer for hop in route.hops}]
+        effects: list[Effect] = [Send(to=PeerId(hop.peer), message=self._close_message()) for hop in gone]
         self._route = route
         self._is_waiting_for_chain = False
-        return [*self._open(now_s), *self._pump(now_s)]
+        self.stats.num_replays += 1
+        self.stats.num_resumes += any(kept)
+        return [*effects, *self._open(now_s, kept), *self._pump(now_s)]
+
+    def _kept(self, route: Route) -> tuple[bool, ...]:
+        """Which stages of the new route can go on with what they hold; empty when all is given again."""
+        is_sound = isinstance(self._loss, PeerError) and not isinstance(self._loss, RemoteProtocolError)
+        is_first_try = self._num_failed_attempts <= 1
+        if not is_sound or not is_first_try or self._passed is None or self._passed[2] != len(self.tokens) - 2:
+            return ()
+        held = {(hop.peer, hop.span) for hop in self._route.hops}
+        kept = tuple((hop.peer, hop.span) in held for hop in route.hops)
+        return kept if any(kept) else ()
 
     def failed(self, epoch: int, error: DsdError, now_s: float) -> list[Effect]:
         """A stage gave up the session it had opened at `epoch`; what it says of an earlier opening is old news."""
         return self.lost(error, now_s) if epoch >= self._opened_epoch else []
 
     def chain_not_found(self, error: DsdError, now_s: float) -> list[Effect]:
-        """There was no chain to go on with: try again later, or finish."""
+        """There was no chain to go on with: try again later, or finish.
+
+        What another try of the same stages would not mend (no room, a broken model) ends the request with its own error.
+        """
         self._is_waiting_for_chain = False
+        loss = self._loss
+        if loss is not None and (not isinstance(loss, PeerError) or isinstance(loss, RemoteProtocolError)):
+            return self._finish("error", loss)
         return self.lost(error, now_s)
 
     def involves(self, peer: PeerId) -> bool:
@@ -357,6 +385,8 @@ class Coordinator:
     def _commit(self, token: TokenId) -> bool:
         """Move the root to `token`; True when a window carries it already."""
         old_root = self._tree.root
+        if old_root.number is not None:
+            self._passed = (self._epoch, old_root.number, old_root.position)
         hit = self._tree.commit(token)
         if old_root.candidates:
             ranks = (rank for rank, (candidate, _) in enumerate(old_root.candidates) if candidate == token)
@@ -383,15 +413,21 @@ class Coordinator:
         """Length of the finished text, prompt included."""
         return len(self._request.prompt) + self._request.max_tokens
 
-    def _open(self, now_s: float) -> list[Effect]:
-        """Open the session at a new epoch and send everything committed except the root, in chunks."""
+    def _open(self, now_s: float, kept: tuple[bool, ...]) -> list[Effect]:
+        """Open the session at a new epoch; unless the head has kept it, send everything committed except the root, in chunks."""
         self._raise_epoch()
         self._opened_epoch = self._epoch
         self._in_flight.clear()
         self._wire_root = (self._epoch, BASE)
         self._progress_at_s = now_s
-        effects: list[Effect] = [Send(to=self._route.head, message=self._open_message())]
         given = self.tokens[:-1]
+        effects: list[Effect] = [Send(to=self._route.head, message=self._open_message(kept))]
+        if kept and kept[0]:
+            self._next_node = len(given)
+            self._wire_root = (self._epoch, len(given) - 1)
+            # A stage that is refilled by its neighbour sees these numbers taken.
+            self._next_window = max(self._next_window, -(-len(given) // FILL_NODES))
+            return effects
         chunk = self._request.prefill_chunk
         for start in range(0, len(given), chunk):
             tokens = given[start : start + chunk]
@@ -402,8 +438,9 @@ class Coordinator:
         self.stats.num_prefill_tokens += len(given)
         return effects
 
-    def _open_message(self) -> OpenSession:
+    def _open_message(self, kept: tuple[bool, ...]) -> OpenSession:
         request, route = self._request, self._route
+        passed = self._passed or (0, BASE, 0)
         return OpenSession(
             session=request.session,
             epoch=self._epoch,
@@ -417,6 +454,8 @@ class Coordinator:
             idle_timeout_s=2 * request.stall_timeout_s,
             formats=request.hidden_formats if len(route.hops) > 1 else (),
             relaxation=request.relaxation,
+            kept=kept,
+            resume=passed[:2] if kept else (0, BASE),
         )
 
     def _raise_epoch(self) -> None:
@@ -458,10 +497,12 @@ class Coordinator:
     def _cancel(self) -> Cancel:
         return Cancel(session=self._request.session, epoch=self._epoch)
 
+    def _close_message(self) -> CloseSession:
+        return CloseSession(session=self._request.session, epoch=max(self._epoch, 0))
+
     def _close(self) -> list[Effect]:
         self._in_flight.clear()
-        message = CloseSession(session=self._request.session, epoch=max(self._epoch, 0))
-        return [Send(to=PeerId(hop.peer), message=message) for hop in self._route.hops]
+        return [Send(to=PeerId(hop.peer), message=self._close_message()) for hop in self._route.hops]
 
     def _finish(self, reason: str, error: DsdError | None = None) -> list[Effect]:
         self.is_finished = True

@@ -58,6 +58,7 @@ class RequestStats:
     num_misses: verdicts that named a token no window carried: each costs a traversal. Plain decoding counts every token.
     link_bytes: bytes of window frames that all stages together have received, as the newest verdict told.
     num_epochs: committed tokens over epochs is the mean accepted length (in sync mode: tokens a window, as in the papers).
+    num_replays, num_resumes: chains opened after the first; of those, with stages that went on with what they held.
     hits_by_depth, outcomes_by_depth: for d = 1, 2, ...: of the committed tokens whose parent was drafted d - 1 below the root and
         expanded, how many were among the candidates, and how many there were.
     hits_by_rank: how often the committed token was the drafter's first, second, ... candidate.
@@ -74,6 +75,7 @@ class RequestStats:
     num_draft_steps: int = 0
     num_drafted_nodes: int = 0
     num_replays: int = 0
+    num_resumes: int = 0
     num_verdicts: int = 0
     num_relaxed_tokens: int = 0
     max_windows_in_flight: int = 0

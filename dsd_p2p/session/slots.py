@@ -89,6 +89,12 @@ class SlotTable:
             return None
         return CacheEdit(num_kept=first_slot + in_place, gathered=first_slot + keep[in_place:])
 
+    def rewind(self, length: int) -> CacheEdit:
+        """Shorten the committed prefix to `length`; nothing speculative may be left."""
+        assert length <= self.prefix_length == self.num_slots
+        self.prefix_length = length
+        return CacheEdit(num_kept=length, gathered=np.empty(0, np.int64))
+
     def append(self, nodes: Sequence[int], parents: Sequence[int | None], positions: Sequence[int]) -> Forward:
         """Give each node the next slot and return the pass that fills them.
 

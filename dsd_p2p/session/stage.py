@@ -82,6 +82,28 @@ class StageState:
         self._last_window = window.window
         return StageStep(edit=edit, forward=forward)
 
+    def resume(self, *, epoch: int, at: tuple[int, int], num_kept: int) -> list[CacheEdit]:
+        """Go on in a new epoch as if nodes 0 to `num_kept` - 1 had been sent in it; returns the edits that leave just those.
+
+        at: epoch and number of the node that holds the last of them.
+
+        Raises:
+            RemoteProtocolError: less than that is settled here.
+        """
+        at_epoch, node = at
+        is_speculative = at_epoch == self.epoch and node in self._slots
+        edit = self._settle(node if is_speculative else self._root, keep_descendants=False)
+        if self._slots.prefix_length < num_kept:
+            raise RemoteProtocolError(
+                "kept", f"{num_kept} tokens", f"at most the {self._slots.prefix_length} held here"
+            )
+        edits = [] if edit is None else [edit]
+        if self._slots.prefix_length > num_kept:
+            edits.append(self._slots.rewind(num_kept))
+        self.epoch = self._cancelled_below = epoch
+        self._root, self._next_node = num_kept - 1, num_kept
+        return edits
+
     def _append(self, window: Window, offsets: Sequence[int]) -> Forward | None:
         if not offsets:
             return None

@@ -43,12 +43,13 @@ class TailWalk:
     """The position of one session's tail.
 
     num_given: tokens at positions below this one are the prompt: taken as they come, not verified.
+    at: the node it stands at; a tail that goes on with what it holds starts at the last but one of the given.
     """
 
-    def __init__(self, *, epoch: int, num_given: int) -> None:
+    def __init__(self, *, epoch: int, num_given: int, at: int = BASE) -> None:
         self._epoch = epoch
         self._num_given = num_given
-        self._at = BASE
+        self._at = at
         self._awaited: TokenId | None = None
         self._next_commit_pos = num_given
 

@@ -46,7 +46,7 @@ class Transport(Protocol):
         ...
 
     async def send(self, to: PeerId, frame: bytes) -> None:
-        """Queue `frame` for a connected peer; waits while the peer's bounded queue is full.
+        """Queue `frame` for a connected peer or for ourselves; waits while the peer's bounded queue is full.
 
         A cancelled send queues the whole frame or nothing.
 
@@ -54,6 +54,10 @@ class Transport(Protocol):
             PeerDisconnected: there is no connection to this peer.
             PeerTimeout: the queue stayed full: the peer takes nothing in.
         """
+        ...
+
+    def admit(self, peer: PeerId) -> None:
+        """The peer has shown that it belongs here: until then it may send small frames of our own protocol only."""
         ...
 
     async def receive(self) -> Received | Lost:

@@ -42,7 +42,10 @@ class EmulatedTransport:
         return await self._inner.connect(address, timeout_s)
 
     async def send(self, to: PeerId, frame: bytes) -> None:
-        """Put the frame on the emulated link."""
+        """Put the frame on the emulated link; there is none to ourselves."""
+        if to == self.peer:
+            await self._inner.send(to, frame)
+            return
         if to not in self._links:
             queue, waiting = trio.open_memory_channel[tuple[float, bytes]](_QUEUE_FRAMES)
             self._links[to] = (LinkState(self._link), queue)
@@ -56,6 +59,10 @@ class EmulatedTransport:
             raise PeerTimeout(f"{_QUEUE_FRAMES} frames wait on the emulated link to {to}") from None
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise PeerDisconnected(f"the link to {to} is gone") from None
+
+    def admit(self, peer: PeerId) -> None:
+        """Pass it on."""
+        self._inner.admit(peer)
 
     async def receive(self) -> Received | Lost:
         """Return the next event; what still waited on the link to a lost peer is dropped."""

@@ -77,6 +77,8 @@ def _check(message: Message, payload_bytes: int) -> None:
             raise RemoteProtocolError("route span", [str(hop.span) for hop in message.route], "first < last")
         if message.formats and len(message.formats) != len(message.route) - 1:
             raise RemoteProtocolError("formats", len(message.formats), f"{len(message.route) - 1}, one a link, or none")
+        if message.kept and len(message.kept) != len(message.route):
+            raise RemoteProtocolError("kept", len(message.kept), f"{len(message.route)}, one a stage, or none")
         relaxation = message.relaxation
         if relaxation is not None and not all(
             math.isfinite(value) for value in msgspec.structs.astuple(relaxation)[1:]

@@ -13,12 +13,16 @@ from msgspec import Meta
 
 from dsd_p2p.types import MAX_POSITIONS, Address, Name, PeerInfo, Position, Relaxation, Sampling, Span
 from dsd_p2p.wire.hidden import HiddenFormat
+from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members
 
 MAX_WINDOW_NODES = 1024
 MAX_STAGES = 64
 MAX_KNOWN_PEERS = 64
 MAX_TOKEN = (1 << 31) - 1
 MAX_DRAFT_TOP = 32
+MAX_PING_BYTES = 256 << 10
+FILL_NODES = 128
+"""Nodes of each window, numbered from 0, with which a stage refills the one after it."""
 
 SessionBytes = Annotated[bytes, Meta(min_length=8, max_length=8)]
 Epoch = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -43,11 +47,12 @@ class FailureKind(StrEnum):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """First message on every stream: the sender and the peers it knows."""
+    """First message on every stream: the sender and the peers it knows; in a swarm, what lets it in."""
 
     version: int
     sender: PeerInfo
     known: Annotated[tuple[PeerInfo, ...], Meta(max_length=MAX_KNOWN_PEERS)] = ()
+    grants: Annotated[tuple[Grant, ...], Meta(max_length=MAX_GRANTS)] = ()
 
 
 class Hop(msgspec.Struct, frozen=True, array_like=True):
@@ -64,6 +69,8 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     `num_given` tokens are the prompt (and, in a replay, the tokens already committed): the tail does not verify them.
     Received again with a higher epoch it resets the session: nothing of the old epochs is kept.
     formats: of the hidden states on each link between stages; empty is the model's own on all. relaxation: None is exact mode.
+    kept: for each stage of the route, whether it goes on with what it holds of the session: everything given but the last token,
+        which ends at node `resume` (epoch, node). The others are refilled by the stage before them. Empty: nobody keeps anything.
     """
 
     session: SessionBytes
@@ -78,6 +85,8 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
     formats: Annotated[tuple[HiddenFormat, ...], Meta(max_length=MAX_STAGES - 1)] = ()
     relaxation: Relaxation | None = None
+    kept: Annotated[tuple[bool, ...], Meta(max_length=MAX_STAGES)] = ()
+    resume: tuple[Epoch, NodeNumber] = (0, BASE)
 
 
 class DraftTop(msgspec.Struct, frozen=True, array_like=True):
@@ -157,9 +166,13 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=8):
-    """Asks for a `Pong` with the same nonce: the round trip of the very stream that windows travel on."""
+    """Asks for a `Pong` with the same nonce: the round trip of the very stream that windows travel on.
+
+    padding: what makes the way there take as long as so many bytes do.
+    """
 
     nonce: Annotated[int, Meta(ge=0, le=(1 << 62))]
+    padding: Annotated[bytes, Meta(max_length=MAX_PING_BYTES)] = b""
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True, tag=9):
@@ -168,4 +181,4 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=9):
     nonce: Annotated[int, Meta(ge=0, le=(1 << 62))]
 
 
-Message = Hello | OpenSession | Window | Verdict | Cancel | CloseSession | Failure | Ping | Pong
+Message = Hello | OpenSession | Window | Verdict | Cancel | CloseSession | Failure | Ping | Pong | Heartbeat | Members

@@ -53,12 +53,13 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
         for index in range(config.stages)
     ]
     runs = {name: ArmRuns() for name in arms}
+    drafter = RecordedDrafter(trace, units.seconds(config.draft_time))
     async with (
         local_swarm(nodes, progress) as local_nodes,
         coordinator_transport(config.link_model()) as transport,
-        open_engine(transport, RecordedDrafter(trace, units.seconds(config.draft_time)), trace.vocab_size) as engine,
+        open_engine(transport, drafter, trace.vocab_size) as (engine, stages),
     ):
-        await engine.add_stages([node.address for node in local_nodes])
+        await stages.add([node.address for node in local_nodes])
         # The windows are fixed; what is measured of the chain (pace, the drafter's calibration) serves all arms alike.
         for number, round_texts in enumerate(texts):
             for text in round_texts:

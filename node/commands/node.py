@@ -1,18 +1,23 @@
-"""`dsd node`: one stage."""
+"""`dsd node`: one stage started by hand, or this machine's node of a swarm."""
 
 import logging
 import sys
 from collections.abc import Callable
 from functools import partial
 
+import msgspec
 import trio
 
 from dsd_p2p.errors import DsdError, first_cause
-from node.config import NodeConfig, read_config
-from node.console import ConsoleProgress, console
+from node import units
+from node.config import DEFAULT_SWARM, NodeConfig, ServeFlags, read_config
+from node.console import ConsoleProgress
+from node.control import Ask, Status, Stop, ask_node
 from node.daemon import LoadStage, run_node
-from node.events import Failed, Loading, NodeEvent, Ready
+from node.events import Failed, NodeEvent
 from node.stage_processes import watch_parent
+from node.swarm_process import serve_swarm, tell_user
+from node.swarm_state import SwarmState
 
 
 def run(options: dict[str, object]) -> int:
@@ -20,7 +25,16 @@ def run(options: dict[str, object]) -> int:
     if options.pop("exit_with_parent", False):
         watch_parent()
     file = options.pop("config", None)
-    return serve(read_config(NodeConfig, str(file) if file else None, options), _tell_user)
+    action, drain = options.pop("action", "run"), str(options.pop("drain", "30s"))
+    if action != "run":
+        state = SwarmState(str(options.get("swarm", DEFAULT_SWARM)))
+        drain_s = units.seconds(drain)
+        ask: Ask = Stop(drain_s=drain_s) if action == "stop" else Status()
+        print(msgspec.json.encode(trio.run(ask_node, state.control_socket, ask, drain_s + 10)).decode())
+        return 0
+    if "swarm" in options:
+        return serve_swarm(read_config(ServeFlags, str(file) if file else None, options), tell_user)
+    return serve(read_config(NodeConfig, str(file) if file else None, options), tell_user)
 
 
 def serve(config: NodeConfig, report: Callable[[NodeEvent], None]) -> int:
@@ -51,16 +65,3 @@ def loader_of(config: NodeConfig) -> LoadStage:
 
     with ConsoleProgress() as progress:
         return partial(load_span_of, find_model(config.model, progress))
-
-
-def _tell_user(event: NodeEvent) -> None:
-    match event:
-        case Loading(what=what):
-            console.print(f"[dim]{what} …[/]")
-        case Ready(address=address, span=span):
-            console.print(f"serving layers {span} at")
-            print(address, flush=True)
-        case Failed(text=text):
-            print(f"dsd node: {text}", file=sys.stderr)
-        case _:
-            pass

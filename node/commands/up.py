@@ -44,10 +44,10 @@ async def _introduce(addresses: list[str]) -> None:
     """Tell every node of all the others, so that the address of one is enough."""
     async with (
         coordinator_transport(LinkModel()) as transport,
-        open_engine(transport, NgramDrafter(), vocab_size=1) as engine,
+        open_engine(transport, NgramDrafter(), vocab_size=1) as (engine, stages),
     ):
-        await engine.add_stages(addresses)
+        await stages.add(addresses)
         await engine.links.introduce()
-        for info in engine.chain():
+        for info in stages.stages():
             # Answered after the introduction before it on the same stream.
             await engine.links.round_trip_s(PeerId(info.peer), timeout_s=10)

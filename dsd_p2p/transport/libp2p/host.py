@@ -1,4 +1,4 @@
-"""Peers over libp2p: TCP, Noise, Yamux; one long-lived stream per neighbour and direction. The only importer of libp2p.
+"""Peers over libp2p: TCP, Noise, Yamux; one long-lived stream per neighbour and direction.
 
 What py-libp2p 0.8.1 needs from its caller is in docs/adr/0002-libp2p.md; each workaround below has a regression test.
 """
@@ -27,6 +27,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
 from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.tools.anyio_service import background_trio_service
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
@@ -34,6 +35,14 @@ from multiaddr.exceptions import Error as MultiaddrError
 from dsd_p2p.errors import ConfigError, PeerDisconnected, PeerTimeout
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.identity import load_or_create_seed
+from dsd_p2p.transport.libp2p import relay
+from dsd_p2p.transport.libp2p.guard import (
+    WRONG_NETWORK_KEY,
+    Doorman,
+    install_gate,
+    install_private_network,
+    limit_upgrade,
+)
 from dsd_p2p.types import PeerId
 
 logger = logging.getLogger(__name__)
@@ -45,8 +54,14 @@ _INBOX_EVENTS = 4096
 _MAX_PENDING_BYTES = 256 << 20
 """Frames of one peer that were read from its stream and not yet taken by `receive`; past this the peer is dropped."""
 
+_MAX_STRANGER_FRAME_BYTES = 64 << 10
+"""Room for a greeting; more only from those who were let in."""
+
 _SEND_TIMEOUT_S = 30.0
 _DIAL_TIMEOUT_S = 5.0
+_UPGRADE_TIMEOUT_S = 4.0
+"""Below the dial's: a dial that is cancelled from outside leaks a slot of libp2p's."""
+
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0
 
@@ -59,10 +74,11 @@ _NETWORK_ERRORS = (IOException, SwarmException, HostException, OSError)
 
 
 class _Link:
-    """The outgoing side of one neighbour."""
+    """The outgoing side of one neighbour. is_attempt: `connect` waits for its stream, nobody has sent anything yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_attempt: bool) -> None:
         self.stream: Any = None
+        self.is_attempt = is_attempt
         self.is_settled = trio.Event()
         self.queue, self.waiting = trio.open_memory_channel[bytes](_QUEUE_FRAMES)
 
@@ -95,6 +111,7 @@ class Libp2pTransport:
         self._pending_bytes: dict[PeerId, int] = {}
         self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_EVENTS)
         self._is_closing = False
+        self._admitted: set[PeerId] = set()
         self.peer = PeerId(str(host.get_id()))
         self.addresses: tuple[str, ...] = ()
 
@@ -113,14 +130,16 @@ class Libp2pTransport:
                     with trio.fail_after(_DIAL_TIMEOUT_S):
                         # A failed dial is remembered for a minute; the retry loop is ours, so forget it.
                         self._host.get_network().unblock_peer(info.peer_id)
-                        await self._host.connect(info)
-                        link = self._link_to(peer)
+                        await self._dial(info, address)
+                        link = self._link_to(peer, is_attempt=True)
                         await link.is_settled.wait()
                         _check_open(link)
                 except Exception as exc:  # whatever a hostile answer makes libp2p raise is one failed attempt
                     last_error = exc
                     if "handshake" in str(exc.__cause__ or exc):
                         raise PeerDisconnected(f"{address} is not the peer it should be: check its /p2p/ id") from exc
+                    if WRONG_NETWORK_KEY in str(_root(exc)):
+                        raise PeerDisconnected(f"{address} is {WRONG_NETWORK_KEY}: check the invite") from exc
                     await trio.sleep(backoff_s)
                     backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
                 else:
@@ -129,8 +148,28 @@ class Libp2pTransport:
             f"no connection to {address} within {timeout_s:g} s: is that peer running and reachable?"
         ) from last_error
 
+    async def _dial(self, info: Any, address: str) -> None:
+        if relay.CIRCUIT in address:
+            await relay.dial_relayed(self._host, address)
+        else:
+            await self._host.connect(info)
+
+    def is_relayed(self, peer: PeerId) -> bool:
+        """True when all connections to the peer go through a relay."""
+        connections = self._host.get_network().get_connections(ID.from_string(peer))
+        return bool(connections) and all(relay.is_relayed(connection) for connection in connections)
+
+    def be_reachable_through(self, address: str) -> None:
+        """Hold a reservation at the relay of that address, and tell others the way through it."""
+        self.addresses = (*self.addresses, f"{address}{relay.CIRCUIT}/p2p/{self.peer}")
+        self._nursery.start_soon(relay.keep_reserved, self._host, address)
+
     async def send(self, to: PeerId, frame: bytes) -> None:
         """Queue the frame for the peer's writer."""
+        if to == self.peer:
+            self._pending_bytes[to] = self._pending_bytes.get(to, 0) + len(frame)
+            await self._deliver.send(Received(sender=to, frame=frame))
+            return
         link = self._links.get(to)
         if link is None and to not in self._inbound:
             raise PeerDisconnected(f"not connected to {to}")
@@ -141,6 +180,14 @@ class Libp2pTransport:
             raise PeerTimeout(f"{to} takes no frames in: it is stuck or the link is down") from None
         except (*_NETWORK_ERRORS, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             raise PeerDisconnected(f"the connection to {to} is gone") from exc
+
+    def admit(self, peer: PeerId) -> None:
+        """Open everything to the peer."""
+        self._admitted.add(peer)
+
+    def is_admitted(self, peer: PeerId) -> bool:
+        """True once `admit` was called for this connection of the peer."""
+        return peer in self._admitted
 
     async def receive(self) -> Received | Lost:
         """Return the next event."""
@@ -155,11 +202,11 @@ class Libp2pTransport:
         with trio.move_on_after(1), suppress(Exception):
             await self._host.disconnect(ID.from_string(peer))
 
-    def _link_to(self, peer: PeerId) -> _Link:
+    def _link_to(self, peer: PeerId, *, is_attempt: bool = False) -> _Link:
         """Return the outgoing side to a connected peer; its stream is opened in the background on first use."""
         link = self._links.get(peer)
         if link is None:
-            link = self._links[peer] = _Link()
+            link = self._links[peer] = _Link(is_attempt=is_attempt)
             self._nursery.start_soon(self._run_link, peer, link)
         return link
 
@@ -181,7 +228,7 @@ class Libp2pTransport:
 
     async def _write(self, link: _Link) -> None:
         """One writer a stream, one write a frame."""
-        raw = _raw_socket(link.stream)
+        raw = None if relay.is_relayed(link.stream.muxed_conn) else _raw_socket(link.stream)
         _set_congestion_control(raw, b"cubic")
         tuned_at_s = trio.current_time()
         async with link.waiting:
@@ -211,8 +258,9 @@ class Libp2pTransport:
         try:
             while True:
                 (frame_bytes,) = _LENGTH.unpack(await buffer.take(_LENGTH.size))
-                if frame_bytes > self._max_frame_bytes:
-                    reason = f"announced a frame of {frame_bytes} bytes, {self._max_frame_bytes} are allowed"
+                max_bytes = self._max_frame_bytes if peer in self._admitted else _MAX_STRANGER_FRAME_BYTES
+                if frame_bytes > max_bytes:
+                    reason = f"announced a frame of {frame_bytes} bytes, {max_bytes} are allowed"
                     return
                 frame = await buffer.take(frame_bytes)
                 pending_bytes = self._pending_bytes.get(peer, 0) + len(frame)
@@ -238,9 +286,13 @@ class Libp2pTransport:
             del self._links[peer]
             current.queue.close()
         self._inbound.pop(peer, None)
+        self._admitted.discard(peer)
         for stream in (inbound, current and current.stream):
             if stream is not None:
                 self._nursery.start_soon(_reset, stream)
+        if inbound is None and current is not None and current.is_attempt and current.stream is None:
+            # One attempt of `connect`, which goes on: nothing was there to be lost.
+            return
         try:
             self._deliver.send_nowait(Lost(peer=peer, reason=reason))
         except trio.WouldBlock:
@@ -249,9 +301,17 @@ class Libp2pTransport:
 
 @asynccontextmanager
 async def open_libp2p(
-    *, identity: Path, listen: str, protocol: str, max_frame_bytes: int
+    *,
+    identity: Path,
+    listen: str,
+    protocol: str,
+    max_frame_bytes: int,
+    network_key: bytes | None = None,
+    is_relay: bool = False,
 ) -> AsyncIterator[Libp2pTransport]:
     """Run a host with the identity in that file, listening on a multiaddr like `/ip4/127.0.0.1/tcp/0`.
+
+    network_key: 32 bytes that all peers of a private network share. is_relay: pass connections on between others.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -266,9 +326,12 @@ async def open_libp2p(
         sec_opt={NOISE_ID: NoiseTransport(key_pair, noise_privkey=new_x25519_key_pair().private_key)},
         muxer_opt={YAMUX_ID: Yamux},
         disable_identify_address_discovery=True,
-        connection_config=ConnectionConfig(max_connections_per_peer=2),
+        connection_config=ConnectionConfig(max_connections_per_peer=2, inbound_upgrade_timeout=_UPGRADE_TIMEOUT_S + 1),
+        psk=network_key.hex() if network_key else None,
     )
+    install_private_network()
     network = host.get_network()
+    limit_upgrade(network, _UPGRADE_TIMEOUT_S)
     network.retry_config = RetryConfig(max_retries=0)
     network.auto_connector.maybe_connect = _never_connect
     network.set_stream_handler(_guarded(network.common_stream_handler))
@@ -276,8 +339,11 @@ async def open_libp2p(
         try:
             if not host.get_transport_addrs():
                 raise ConfigError(f"cannot listen on {listen}: choose another address with --listen")
-            async with trio.open_nursery() as nursery:
+            circuits = relay.Relay(host) if is_relay else relay.accepting(host)
+            async with background_trio_service(circuits), trio.open_nursery() as nursery:
                 transport = Libp2pTransport(host, protocol, max_frame_bytes, nursery)
+                Doorman(network, transport.is_admitted)
+                install_gate(host, protocol, transport.is_admitted)
                 transport.addresses = tuple(str(address) for address in host.get_addrs())
                 host.set_stream_handler(protocol, transport.read)
                 yield transport
@@ -345,6 +411,13 @@ def _check_open(link: _Link) -> None:
 def _raw_socket(stream: Any) -> Any:
     """The TCP socket under Yamux, Noise and trio."""
     return stream.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream.stream.socket
+
+
+def _root(error: BaseException) -> BaseException:
+    """What libp2p's errors about a dial go back to."""
+    while (cause := error.__cause__ or next(iter(getattr(error, "errors", ())), None)) is not None:
+        error = cause
+    return error
 
 
 def _set_congestion_control(raw: Any, name: bytes) -> None:

@@ -1,0 +1,69 @@
+"""What a stage server asks of the layers it serves."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from dsd_p2p.session.slots import CacheEdit, Forward
+from dsd_p2p.types import Span, TokenId
+from dsd_p2p.verification.base import TargetView
+
+
+class SpanCache(Protocol):
+    """The keys and values of one session at one stage."""
+
+    def edit(self, edit: CacheEdit) -> None:
+        """Keep and move slots."""
+        ...
+
+    def free(self) -> None:
+        """Give the memory back to the budget; twice is harmless."""
+        ...
+
+
+class SpanModel(Protocol):
+    """The layers of one span, as a stage uses them (`dsd_p2p.models.span`, and fakes that compute nothing)."""
+
+    def narrow(self, span: Span) -> "SpanModel":
+        """Return part of the span as a model that shares everything with this one.
+
+        Raises:
+            ConfigError: the part is not inside.
+        """
+        ...
+
+    @property
+    def is_head(self) -> bool:
+        """True when the span starts with the embedding."""
+        ...
+
+    @property
+    def is_tail(self) -> bool:
+        """True when the span ends with the norm and the LM head."""
+        ...
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one node's hidden state."""
+        ...
+
+    def new_cache(self, max_slots: int) -> SpanCache:
+        """Return an empty cache for up to `max_slots`.
+
+        Raises:
+            CapacityError: the memory budget is full.
+        """
+        ...
+
+    def hidden(self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
+        """Hidden states `[n, H]` after the span; `inputs` are token ids at the head, else hidden states.
+
+        Raises:
+            RemoteProtocolError: wrong number of bytes, a token outside the vocabulary, values that are not finite.
+        """
+        ...
+
+    def views(
+        self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
+    ) -> Sequence[TargetView]:
+        """At the tail: the target's view after each of `rows`. Raises as `hidden` does."""
+        ...

@@ -1,0 +1,102 @@
+"""What one stage holds of one session."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from dsd_p2p.errors import DsdError
+from dsd_p2p.pipeline.span_model import SpanCache, SpanModel
+from dsd_p2p.session.slots import CacheEdit
+from dsd_p2p.session.stage import StageState
+from dsd_p2p.session.tail import TailWalk
+from dsd_p2p.types import PeerId
+from dsd_p2p.verification.base import Verifier
+from dsd_p2p.wire.hidden import HiddenFormat
+from dsd_p2p.wire.messages import Hop, OpenSession, Window
+
+
+class BoundaryLog:
+    """The hidden states a stage has sent on, by cache slot: what refills the stage after it when that one is lost.
+
+    row_bytes: of one node, as sent on the link.
+    """
+
+    def __init__(self, row_bytes: int) -> None:
+        self._rows: NDArray[np.uint8] = np.empty((0, row_bytes), np.uint8)
+        self.num_rows = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return self._rows.nbytes
+
+    def edit(self, edit: CacheEdit) -> None:
+        """Do what the cache does."""
+        self._rows[edit.num_kept : edit.num_slots] = self._rows[edit.gathered]
+        self.num_rows = edit.num_slots
+
+    def append(self, data: bytes) -> None:
+        """Take in the rows of one pass."""
+        rows = np.frombuffer(data, np.uint8).reshape(-1, self._rows.shape[1])
+        end = self.num_rows + len(rows)
+        if end > len(self._rows):
+            grown = np.empty((max(64, 2 * end), self._rows.shape[1]), np.uint8)
+            grown[: self.num_rows] = self._rows[: self.num_rows]
+            self._rows = grown
+        self._rows[self.num_rows : end] = rows
+        self.num_rows = end
+
+    def rows(self, start: int, end: int) -> bytes:
+        """Return the rows of these slots."""
+        return self._rows[start:end].tobytes()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StageSession:
+    """One session at one stage.
+
+    index: of this stage in the route. model: the part of the span that the route asks for.
+    replaces: the session of this name before it, whose cache must be free, or handed over, before this one starts.
+    is_kept: goes on with what `replaces` holds. heir_waits: our own cache is handed over, not freed.
+    is_orphan: a neighbour is gone and the coordinator knows; what is held waits a while for another route.
+    last_window: the newest window that went through, for whoever asks where a session is stuck.
+    """
+
+    opened: OpenSession
+    index: int
+    model: SpanModel
+    previous: PeerId
+    onward: Hop | None
+    state: StageState
+    walk: TailWalk | None
+    verifier: Verifier
+    read_format: HiddenFormat
+    write_format: HiddenFormat
+    row_bytes: int
+    max_slots: int
+    replaces: "StageSession | None"
+    is_kept: bool
+    put: trio.MemorySendChannel[tuple[Window, bytes]]
+    take: trio.MemoryReceiveChannel[tuple[Window, bytes]]
+    cache: SpanCache | None = None
+    log: BoundaryLog | None = None
+    received_bytes: int = 0
+    queued_bytes: int = 0
+    last_window: int = -1
+    heir_waits: bool = False
+    is_orphan: bool = False
+    is_over: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    error: DsdError | None = None
+
+    @property
+    def coordinator(self) -> PeerId:
+        """Who opened it."""
+        return PeerId(self.opened.coordinator.peer)
+
+    def end(self, error: DsdError | None = None) -> None:
+        """End it; `error` is told to the coordinator."""
+        self.error = self.error or error
+        self.scope.cancel()

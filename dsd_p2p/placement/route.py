@@ -1,0 +1,127 @@
+"""The chain of one request: the one whose predicted seconds a token are the fewest, over everything the peers hold."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from dsd_p2p.placement.view import NodeView, Plan, PlannedStage, Speculation, SwarmView, seconds_per_token
+from dsd_p2p.types import PeerId, Span
+
+_MAX_HOPS = 64
+_MAX_BOUNDARIES = 40
+_MAX_LABELS = 8
+"""Partial chains kept of those that end at the same peer and layer and none of which is better in everything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Partial:
+    """A chain up to some layer; `previous` is the chain before its last stage."""
+
+    traversal_s: float
+    slowest_s: float
+    last: PlannedStage
+    previous: "_Partial | None"
+    num_hops: int
+
+    def visits(self, peer: PeerId) -> bool:
+        partial: _Partial | None = self
+        while partial is not None:
+            if partial.last.peer == peer:
+                return True
+            partial = partial.previous
+        return False
+
+    def stages(self) -> tuple[PlannedStage, ...]:
+        return (*(self.previous.stages() if self.previous else ()), self.last)
+
+
+def choose_route(
+    view: SwarmView,
+    coordinator: PeerId,
+    speculation: Speculation | None = None,
+    avoid: Collection[str] = (),
+) -> Plan | None:
+    """Return the fastest chain from `coordinator` and back to it; None when the model is not covered or not reachable.
+
+    A stage may run fewer layers than its peer holds, so that overlapping spans join and a slow peer's share shrinks.
+    """
+    speculation = speculation or Speculation()
+    nodes = [node for node in view.nodes if node.span is not None and node.peer not in avoid]
+    boundaries = _boundaries(view, nodes)
+    ending: dict[int, dict[PeerId, list[_Partial]]] = {}
+    for start in boundaries[:-1]:
+        for node in nodes:
+            span = node.span
+            if span is None or not span.first <= start < span.last:
+                continue
+            for before, link_s in _ways_to(node.peer, start, view, coordinator, ending):
+                for end in boundaries:
+                    if start < end <= span.last:
+                        partial = _extend(before, link_s, node, Span(start, end), speculation.window_nodes)
+                        _keep(ending.setdefault(end, {}).setdefault(node.peer, []), partial)
+    return _best(ending.get(view.num_layers, {}), view, coordinator, speculation)
+
+
+def _boundaries(view: SwarmView, nodes: list[NodeView]) -> list[int]:
+    """Layers at which one stage may hand over to the next: every span's ends, and a grid between."""
+    step = -(-view.num_layers // _MAX_BOUNDARIES)
+    ends = {end for node in nodes if node.span for end in (node.span.first, node.span.last)}
+    return sorted({*range(0, view.num_layers, step), view.num_layers, *ends})
+
+
+def _ways_to(
+    peer: PeerId, start: int, view: SwarmView, coordinator: PeerId, ending: dict[int, dict[PeerId, list[_Partial]]]
+) -> Iterator[tuple[_Partial | None, float]]:
+    if start == 0:
+        link_s = view.link_s(coordinator, peer)
+        if link_s is not None:
+            yield None, link_s
+        return
+    for previous, partials in list(ending.get(start, {}).items()):
+        link_s = view.link_s(previous, peer)
+        if link_s is None:
+            continue
+        for partial in partials:
+            if partial.num_hops < _MAX_HOPS and not partial.visits(peer):
+                yield partial, link_s
+
+
+def _extend(before: _Partial | None, link_s: float, node: NodeView, span: Span, num_nodes: int) -> _Partial:
+    pass_s = node.layer_pass_s(num_nodes) * span.num_layers
+    return _Partial(
+        traversal_s=(before.traversal_s if before else 0.0) + link_s + pass_s,
+        slowest_s=max(before.slowest_s if before else 0.0, pass_s),
+        last=PlannedStage(peer=node.peer, span=span),
+        previous=before,
+        num_hops=(before.num_hops if before else 0) + 1,
+    )
+
+
+def _keep(labels: list[_Partial], new: _Partial) -> None:
+    """Add `new` unless another is at least as good in everything; drop what it beats."""
+    if any(old.traversal_s <= new.traversal_s and old.slowest_s <= new.slowest_s for old in labels):
+        return
+    labels[:] = [old for old in labels if old.traversal_s < new.traversal_s or old.slowest_s < new.slowest_s]
+    labels.append(new)
+    labels.sort(key=lambda label: label.traversal_s)
+    del labels[_MAX_LABELS:]
+
+
+def _best(
+    complete: dict[PeerId, list[_Partial]], view: SwarmView, coordinator: PeerId, speculation: Speculation
+) -> Plan | None:
+    best: Plan | None = None
+    for peer, partials in sorted(complete.items()):
+        back_s = view.link_s(peer, coordinator)
+        if back_s is None:
+            continue
+        for partial in partials:
+            traversal_s = partial.traversal_s + back_s
+            cost_s = seconds_per_token(traversal_s, partial.slowest_s, speculation)
+            if best is None or cost_s < best.s_per_token:
+                best = Plan(
+                    stages=partial.stages(),
+                    traversal_s=traversal_s,
+                    slowest_s=partial.slowest_s,
+                    s_per_token=cost_s,
+                )
+    return best

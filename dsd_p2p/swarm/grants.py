@@ -1,0 +1,78 @@
+"""Who may be in a swarm: chains of grants that start at the owner's key.
+
+    owner → peer                     the owner's own machines
+    owner → invite key → peer        what `dsd join` makes: the invite carries its key's secret, which never crosses a link
+    … → peer → client                a member's command line tools, each with a key of its own
+
+A stolen record is of no use: the last grant names the peer's own key, which the connection authenticates.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.swarm.keys import SigningKey, is_signed_by, public_of
+from dsd_p2p.types import PeerId
+from dsd_p2p.wire.membership import Grant, Revocation, Role
+
+_GRANT_DOMAIN = b"dsd-p2p grant 1\0"
+_REVOCATION_DOMAIN = b"dsd-p2p revocation 1\0"
+_encoder = msgspec.msgpack.Encoder()
+
+
+def issue(issuer: SigningKey, subject: bytes, *, role: Role, expires_at_s: int, max_uses: int = 0) -> Grant:
+    """Return a signed grant."""
+    grant = Grant(
+        issuer=issuer.public, subject=subject, role=role, expires_at_s=expires_at_s, max_uses=max_uses, signature=b""
+    )
+    return msgspec.structs.replace(grant, signature=issuer.sign(_signed_part(grant)))
+
+
+def revoke(owner: SigningKey, swarm: bytes, subject: bytes) -> Revocation:
+    """Return a signed revocation in the swarm of that id."""
+    return Revocation(subject=subject, signature=owner.sign(_REVOCATION_DOMAIN + swarm + subject))
+
+
+def check_grants(grants: Sequence[Grant], *, swarm: bytes, peer: PeerId, now_s: float) -> Role:
+    """Return what `peer` may do in the swarm whose owner's public key is `swarm`.
+
+    Raises:
+        RemoteProtocolError: says what is wrong with its invite.
+    """
+    if not grants:
+        raise RemoteProtocolError("grants", 0, "an invite of this swarm: ask its owner for `dsd invite`")
+    if grants[0].issuer != swarm:
+        raise RemoteProtocolError("invite", grants[0].issuer.hex()[:12], f"one of this swarm, {swarm.hex()[:12]}")
+    if grants[-1].subject != public_of(peer):
+        raise RemoteProtocolError("grant", grants[-1].subject.hex()[:12], "made out to the peer that shows it")
+    for index, grant in enumerate(grants):
+        if not is_signed_by(grant.issuer, grant.signature, _signed_part(grant)):
+            raise RemoteProtocolError("grant signature", grant.signature.hex()[:12], "its issuer's")
+        if now_s >= grant.expires_at_s:
+            raise RemoteProtocolError(
+                "invite",
+                f"expired {now_s - grant.expires_at_s:.0f} s ago",
+                "one that has not expired: ask for a new one",
+            )
+        if index:
+            _check_link(grants[index - 1], grant, is_from_member=index >= 2)
+    return grants[-1].role
+
+
+def is_revocation_valid(revocation: Revocation, swarm: bytes) -> bool:
+    """True when the swarm's owner signed it."""
+    return is_signed_by(swarm, revocation.signature, _REVOCATION_DOMAIN + swarm + revocation.subject)
+
+
+def _check_link(before: Grant, grant: Grant, *, is_from_member: bool) -> None:
+    if grant.issuer != before.subject:
+        raise RemoteProtocolError("grant issuer", grant.issuer.hex()[:12], "who the grant before it names")
+    if before.max_uses < 1:
+        raise RemoteProtocolError("grant", "by a key that may let nobody in", "one of an invite")
+    if grant.role is Role.STAGE and (before.role is Role.CLIENT or is_from_member):
+        raise RemoteProtocolError("role", grant.role.value, f"client, which is all a {before.role} may grant")
+
+
+def _signed_part(grant: Grant) -> bytes:
+    return _GRANT_DOMAIN + _encoder.encode(msgspec.structs.replace(grant, signature=b""))

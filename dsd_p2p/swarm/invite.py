@@ -1,0 +1,99 @@
+"""The one string that lets a machine in: `dsd1…`, made by `dsd invite`, taken by `dsd join`."""
+
+import hashlib
+from typing import Annotated
+
+import base58
+import msgspec
+from msgspec import Meta
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.swarm.grants import issue
+from dsd_p2p.swarm.keys import SigningKey
+from dsd_p2p.types import Address, Name
+from dsd_p2p.wire.membership import MAX_GRANTS, Grant, KeyBytes, Role
+
+_PREFIX = "dsd1"
+_CHECKSUM_BYTES = 4
+_MAX_CHARACTERS = 4096
+_MEMBER_USES = 16
+"""Clients that a member's own machine may let in: its command line tools."""
+
+
+class Invite(msgspec.Struct, frozen=True, array_like=True):
+    """What a newcomer needs. Whoever reads it can join, so it is a secret.
+
+    network_key: pre-shared key of the private network; without it no connection gets past its first bytes.
+    seed: of the invite's own key, which `grants` ends at.
+    """
+
+    swarm: KeyBytes
+    network_key: KeyBytes
+    seed: KeyBytes
+    grants: Annotated[tuple[Grant, ...], Meta(min_length=1, max_length=MAX_GRANTS)]
+    bootstrap: Annotated[tuple[Address, ...], Meta(min_length=1, max_length=8)]
+    model: Name
+    dtype: Name
+
+    def __str__(self) -> str:
+        body = msgspec.msgpack.encode(self)
+        return _PREFIX + base58.b58encode(body + _checksum(body)).decode()
+
+    def admit(self, member: bytes) -> tuple[Grant, ...]:
+        """Return the grants that let the holder of `member`'s key in."""
+        last = self.grants[-1]
+        made = issue(
+            SigningKey(self.seed), member, role=last.role, expires_at_s=last.expires_at_s, max_uses=_MEMBER_USES
+        )
+        return (*self.grants, made)
+
+
+def parse_invite(text: str) -> Invite:
+    """Return the invite of a string.
+
+    Raises:
+        ConfigError: it is none, or damaged.
+    """
+    text = text.strip()
+    if not text.startswith(_PREFIX) or len(text) > _MAX_CHARACTERS:
+        raise ConfigError(f"{text[:16]!r}… is no invite: it starts with {_PREFIX}, made by `dsd invite`")
+    try:
+        decoded = base58.b58decode(text.removeprefix(_PREFIX))
+        body, checksum = decoded[:-_CHECKSUM_BYTES], decoded[-_CHECKSUM_BYTES:]
+        if checksum != _checksum(body):
+            raise ConfigError("the invite is damaged: copy it again, all of it")
+        return msgspec.msgpack.decode(body, type=Invite)
+    except (ValueError, msgspec.DecodeError) as exc:
+        raise ConfigError(f"the invite cannot be read: {exc}; ask for a new one, from the same version") from exc
+
+
+def new_invite(
+    owner: SigningKey,
+    *,
+    seed: bytes,
+    network_key: bytes,
+    bootstrap: tuple[str, ...],
+    role: Role,
+    expires_at_s: int,
+    max_uses: int,
+    model: str,
+    dtype: str,
+) -> Invite:
+    """Return an invite signed by the swarm's owner.
+
+    seed: 32 fresh random bytes.
+    """
+    granted = issue(owner, SigningKey(seed).public, role=role, expires_at_s=expires_at_s, max_uses=max_uses)
+    return Invite(
+        swarm=owner.public,
+        network_key=network_key,
+        seed=seed,
+        grants=(granted,),
+        bootstrap=bootstrap,
+        model=model,
+        dtype=dtype,
+    )
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()[:_CHECKSUM_BYTES]

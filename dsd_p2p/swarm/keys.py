@@ -1,0 +1,58 @@
+"""Ed25519 keys and the peer ids that libp2p makes of them: an id contains its public key, so a signature needs nothing else."""
+
+import base58
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.types import PeerId
+
+_IDENTITY_MULTIHASH = bytes((0x00, 0x24, 0x08, 0x01, 0x12, 0x20))
+"""Identity hash, 36 bytes; protobuf: key type 1 (ed25519), 32 bytes of key (libp2p's peer id specification)."""
+
+
+class SigningKey:
+    """A secret key; `seed` is its 32 bytes."""
+
+    def __init__(self, seed: bytes) -> None:
+        self.seed = seed
+        self._private = Ed25519PrivateKey.from_private_bytes(seed)
+        self.public: bytes = self._private.public_key().public_bytes_raw()
+
+    @property
+    def peer(self) -> PeerId:
+        """The peer id of this key."""
+        return peer_of(self.public)
+
+    def sign(self, message: bytes) -> bytes:
+        """Return the 64 byte signature."""
+        return self._private.sign(message)
+
+
+def is_signed_by(public: bytes, signature: bytes, message: bytes) -> bool:
+    """True when the holder of `public`'s secret signed `message`."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def peer_of(public: bytes) -> PeerId:
+    """Return the peer id of a public key."""
+    return PeerId(base58.b58encode(_IDENTITY_MULTIHASH + public).decode())
+
+
+def public_of(peer: str) -> bytes:
+    """Return the public key inside a peer id.
+
+    Raises:
+        RemoteProtocolError: it is no id of an ed25519 key.
+    """
+    try:
+        decoded = base58.b58decode(peer)
+    except ValueError:
+        decoded = b""
+    if len(decoded) != len(_IDENTITY_MULTIHASH) + 32 or not decoded.startswith(_IDENTITY_MULTIHASH):
+        raise RemoteProtocolError("peer id", peer, "the id of an ed25519 key")
+    return decoded[len(_IDENTITY_MULTIHASH) :]

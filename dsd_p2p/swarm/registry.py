@@ -1,0 +1,284 @@
+"""The whole view one peer has of its swarm: records, who is alive, who is revoked. Pure: it is given the time.
+
+Two clocks: `now_s` is monotonic and for liveness, `unix_s` for the end of grants.
+A member is alive as long as its own heartbeats come in on its own connection; what others say of it only helps to find it.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dsd_p2p.errors import CapacityError, RemoteProtocolError
+from dsd_p2p.swarm.grants import check_grants, is_revocation_valid
+from dsd_p2p.swarm.keys import peer_of
+from dsd_p2p.swarm.records import check_record
+from dsd_p2p.types import PeerId
+from dsd_p2p.wire.membership import (
+    MAX_MEMBERS,
+    MAX_REVOCATIONS,
+    Grant,
+    Heard,
+    Heartbeat,
+    MemberRecord,
+    MemberState,
+    Revocation,
+    Role,
+)
+
+MISSED_BEATS = 2
+"""A member that has not been heard for this many intervals is dead."""
+
+DEAF_BEATS = 4
+"""A member that has not listed us among those it hears for this many intervals is behind a one-way link: as good as dead."""
+
+REFRESH_S = 600.0
+"""A member makes a new record at least this often."""
+
+_FORGET_AFTER_S = 3600.0
+_MAX_CLOCK_SKEW_S = 3600.0
+_MAX_BEATS_REMEMBERED = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class _Liveness:
+    heartbeat: Heartbeat
+    heard_at_s: float
+    round_trip_s: float | None = None
+    deaf_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One member as this peer sees it.
+
+    round_trip_s: to us, None before it is measured. neighbours_s: round trips it measured to members whose heartbeats it receives.
+    """
+
+    record: MemberRecord
+    is_alive: bool
+    round_trip_s: float | None = None
+    num_sessions: int = 0
+    cache_bytes: int = 0
+    neighbours_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def peer(self) -> PeerId:
+        """Whose record it is."""
+        return PeerId(self.record.info.peer)
+
+
+class Registry:
+    """The members of one swarm as one of them sees it.
+
+    swarm: the owner's public key. interval_s: between two heartbeats of a member.
+    """
+
+    def __init__(self, *, me: PeerId, swarm: bytes, interval_s: float) -> None:
+        self.me = me
+        self.swarm = swarm
+        self.interval_s = interval_s
+        self._records: dict[PeerId, MemberRecord] = {}
+        self._alive: dict[PeerId, _Liveness] = {}
+        self._revocations: dict[bytes, Revocation] = {}
+        self._used: dict[bytes, set[bytes]] = {}
+        self._sent_at_s: dict[int, float] = {}
+        self._digest: bytes | None = None
+
+    # Admission
+
+    def admit(self, peer: PeerId, grants: Sequence[Grant], unix_s: float) -> Role:
+        """Return what `peer` may do here; remembers whose invite it used.
+
+        Raises:
+            RemoteProtocolError: no invite, not one of this swarm, forged, expired, revoked or used up: says which.
+        """
+        role = check_grants(grants, swarm=self.swarm, peer=peer, now_s=unix_s)
+        for grant in grants:
+            if grant.subject in self._revocations:
+                raise RemoteProtocolError("invite", f"{peer_of(grant.subject)} was revoked", "one that still holds")
+        for before, grant in itertools.pairwise(grants):
+            used = self._used.setdefault(before.subject, set())
+            if grant.subject not in used and len(used) >= before.max_uses:
+                raise RemoteProtocolError(
+                    "invite", f"used by {len(used)} others", f"{before.max_uses} uses: ask for a new one"
+                )
+        for before, grant in itertools.pairwise(grants):
+            self._used[before.subject].add(grant.subject)
+        return role
+
+    def revoke(self, revocation: Revocation) -> bool:
+        """Take in a revocation; True when it is news.
+
+        Raises:
+            RemoteProtocolError: the owner did not sign it.
+            CapacityError: there are too many.
+        """
+        if revocation.subject in self._revocations:
+            return False
+        if not is_revocation_valid(revocation, self.swarm):
+            raise RemoteProtocolError("revocation signature", revocation.signature.hex()[:12], "the swarm owner's")
+        if len(self._revocations) >= MAX_REVOCATIONS:
+            raise CapacityError(f"{MAX_REVOCATIONS} revocations are known: make a new swarm")
+        self._revocations[revocation.subject] = revocation
+        self._digest = None
+        return True
+
+    @property
+    def revocations(self) -> tuple[Revocation, ...]:
+        """All that were taken in."""
+        return tuple(self._revocations.values())
+
+    # Records
+
+    def merge(self, record: MemberRecord, unix_s: float) -> bool:
+        """Take in a record from anybody; True when it is newer than what is known of its peer.
+
+        Raises:
+            RemoteProtocolError: its peer did not sign it, or does not belong to the swarm.
+            CapacityError: the swarm is full.
+        """
+        peer = PeerId(record.info.peer)
+        known = self._records.get(peer)
+        made_at_s = record.sequence / 1e3
+        if (known is not None and record.age <= known.age) or made_at_s < unix_s - _FORGET_AFTER_S:
+            return False
+        if made_at_s > unix_s + _MAX_CLOCK_SKEW_S:
+            raise RemoteProtocolError(
+                "record time", f"{made_at_s - unix_s:.0f} s ahead of our clock", "set the clocks by NTP"
+            )
+        check_record(record)
+        role = self.admit(peer, record.grants, unix_s)
+        if role is Role.CLIENT and record.info.span is not None:
+            raise RemoteProtocolError("span", str(record.info.span), "none: its invite is for clients")
+        if known is None and len(self._records) >= MAX_MEMBERS and not self._evict():
+            raise CapacityError(f"{MAX_MEMBERS} members are known: the swarm is full")
+        self._records[peer] = record
+        self._digest = None
+        if record.state is MemberState.LEFT:
+            self._alive.pop(peer, None)
+        return True
+
+    def record_of(self, peer: PeerId) -> MemberRecord | None:
+        """Return the newest record of a peer."""
+        return self._records.get(peer)
+
+    @property
+    def records(self) -> tuple[MemberRecord, ...]:
+        """The newest record of every known member."""
+        return tuple(self._records.values())
+
+    @property
+    def view(self) -> bytes:
+        """Eight bytes that two peers share when they know the same."""
+        if self._digest is None:
+            lines = sorted(repr((peer, *record.age)) for peer, record in self._records.items())
+            lines += sorted(subject.hex() for subject in self._revocations)
+            self._digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
+        return self._digest
+
+    def _evict(self) -> bool:
+        """Forget the member that has been gone for longest."""
+        gone = [peer for peer in self._records if peer not in self._alive and peer != self.me]
+        if not gone:
+            return False
+        del self._records[min(gone, key=lambda peer: self._records[peer].sequence)]
+        return True
+
+    # Liveness
+
+    def sent(self, beat: int, now_s: float) -> None:
+        """Note when our own heartbeat left, so that an echo of it tells the round trip."""
+        self._sent_at_s[beat] = now_s
+        while len(self._sent_at_s) > _MAX_BEATS_REMEMBERED:
+            del self._sent_at_s[next(iter(self._sent_at_s))]
+
+    def heard(self, peer: PeerId, heartbeat: Heartbeat, now_s: float) -> None:
+        """Take in a heartbeat that came on the peer's own connection."""
+        known = self._alive.get(peer)
+        if known is not None and heartbeat.beat <= known.heartbeat.beat:
+            return
+        round_trip_s = known.round_trip_s if known else None
+        for echo in heartbeat.heard:
+            sent_at_s = self._sent_at_s.get(echo.beat) if echo.peer == self.me else None
+            if sent_at_s is not None:
+                measured_s = max(0.0, now_s - sent_at_s - echo.held_us / 1e6)
+                # The smaller of old and new at once, growth slowly: a loop that was busy is no longer link.
+                round_trip_s = (
+                    measured_s if round_trip_s is None else min(measured_s, round_trip_s * 0.8 + measured_s * 0.2)
+                )
+        is_deaf = all(echo.peer != self.me for echo in heartbeat.heard)
+        deaf_since_s = (known.deaf_since_s if known and known.deaf_since_s is not None else now_s) if is_deaf else None
+        self._alive[peer] = _Liveness(
+            heartbeat=heartbeat, heard_at_s=now_s, round_trip_s=round_trip_s, deaf_since_s=deaf_since_s
+        )
+
+    def lost(self, peer: PeerId) -> None:
+        """The connection is gone: the peer is dead to us until it is heard again."""
+        self._alive.pop(peer, None)
+
+    def sweep(self, now_s: float, unix_s: float) -> list[tuple[PeerId, str]]:
+        """Forget who has been silent or has no right to be here any more; returns whom, and why."""
+        gone: list[tuple[PeerId, str]] = []
+        for peer, liveness in list(self._alive.items()):
+            silent_s = now_s - liveness.heard_at_s
+            if silent_s > MISSED_BEATS * self.interval_s:
+                gone.append((peer, f"not heard for {silent_s:.1f} s"))
+            elif liveness.deaf_since_s is not None and now_s - liveness.deaf_since_s > DEAF_BEATS * self.interval_s:
+                gone.append((peer, "does not hear us"))
+        for peer, record in list(self._records.items()):
+            if peer == self.me:
+                continue
+            if any(grant.subject in self._revocations for grant in record.grants):
+                gone.append((peer, "revoked"))
+            elif any(unix_s >= grant.expires_at_s for grant in record.grants):
+                gone.append((peer, "its invite expired"))
+            elif peer in self._alive or unix_s - record.sequence / 1e3 < _FORGET_AFTER_S:
+                continue
+            del self._records[peer]
+            self._digest = None
+        for peer, _ in gone:
+            self._alive.pop(peer, None)
+        return gone
+
+    def heartbeat(self, beat: int, now_s: float, *, num_sessions: int, cache_bytes: int) -> Heartbeat:
+        """Return our next heartbeat."""
+        return Heartbeat(
+            beat=beat,
+            view=self.view,
+            num_sessions=num_sessions,
+            cache_bytes=cache_bytes,
+            heard=tuple(
+                Heard(
+                    peer=peer,
+                    beat=liveness.heartbeat.beat,
+                    held_us=max(0, int((now_s - liveness.heard_at_s) * 1e6)),
+                    round_trip_us=int((liveness.round_trip_s or 0) * 1e6),
+                )
+                for peer, liveness in self._alive.items()
+            ),
+        )
+
+    def is_alive(self, peer: PeerId) -> bool:
+        """True when its heartbeats come in."""
+        return peer in self._alive or peer == self.me
+
+    def members(self) -> list[Member]:
+        """Return everybody known, us included."""
+        return [self._member(record) for record in self._records.values()]
+
+    def _member(self, record: MemberRecord) -> Member:
+        peer = PeerId(record.info.peer)
+        liveness = self._alive.get(peer)
+        if liveness is None:
+            is_me = peer == self.me
+            neighbours = {str(name): known.round_trip_s or 0.0 for name, known in self._alive.items()} if is_me else {}
+            return Member(record=record, is_alive=is_me, round_trip_s=0.0 if is_me else None, neighbours_s=neighbours)
+        return Member(
+            record=record,
+            is_alive=True,
+            round_trip_s=liveness.round_trip_s,
+            num_sessions=liveness.heartbeat.num_sessions,
+            cache_bytes=liveness.heartbeat.cache_bytes,
+            neighbours_s={heard.peer: heard.round_trip_us / 1e6 for heard in liveness.heartbeat.heard},
+        )

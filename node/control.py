@@ -1,0 +1,174 @@
+"""How commands talk to the node that runs on this machine: one JSON object each way over a socket in the swarm's folder."""
+
+import hashlib
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import trio
+
+from dsd_p2p.errors import ConfigError, DsdError, PeerTimeout
+from dsd_p2p.wire.membership import Revocation
+
+logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 4 << 20
+_TIMEOUT_S = 10.0
+_MAX_NAME = 100
+
+
+class Status(msgspec.Struct, tag="status"):
+    """Asks for a `NodeStatus`."""
+
+
+class Stop(msgspec.Struct, tag="stop"):
+    """Asks the node to finish what is under way, for at most so many seconds, and end."""
+
+    drain_s: float = 30.0
+
+
+class Revoke(msgspec.Struct, tag="revoke"):
+    """Asks the node to spread the owner's revocation."""
+
+    revocation: Revocation
+
+
+Ask = Status | Stop | Revoke
+
+
+class MemberStatus(msgspec.Struct):
+    """One member as the node sees it; times in seconds."""
+
+    peer: str
+    state: str
+    is_alive: bool
+    role: str
+    span: str
+    addresses: list[str]
+    round_trip_s: float | None
+    is_relayed: bool
+    num_sessions: int
+    cache_bytes: int
+    max_layers: int
+    layer_s: float
+    version: str
+    age_s: float
+
+
+class NodeStatus(msgspec.Struct, tag="node"):
+    """What a node says of itself and of its swarm."""
+
+    peer: str
+    pid: int
+    addresses: list[str]
+    model: str
+    dtype: str
+    span: str
+    state: str
+    num_layers: int
+    num_sessions: int
+    cache_bytes: int
+    num_refused: int
+    members: list[MemberStatus]
+    uncovered: list[int]
+
+
+class Done(msgspec.Struct, tag="done"):
+    """It is done."""
+
+
+class Refused(msgspec.Struct, tag="refused"):
+    """It cannot be done, and why."""
+
+    text: str
+
+
+Answer = NodeStatus | Done | Refused
+
+_ask_decoder = msgspec.json.Decoder(Ask)
+_answer_decoder = msgspec.json.Decoder(Answer)
+
+
+async def serve_control(path: Path, answer: Callable[[Ask], Awaitable[Answer]]) -> None:
+    """Answer commands until cancelled.
+
+    Raises:
+        ConfigError: another node of this swarm runs on this machine.
+    """
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(_listen(path)))
+    try:
+        await trio.serve_listeners(lambda stream: _serve(stream, answer), [listener])
+    finally:
+        Path(_name(path)).unlink(missing_ok=True)  # noqa: ASYNC240 - one local name
+
+
+def _listen(path: Path) -> socket.socket:
+    name = _name(path)
+    with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+        probe.connect(name)
+        raise ConfigError("a node of this swarm runs here already: end it with `dsd node stop`, or use another --swarm")
+    Path(name).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    # Only we may talk to our node: nobody else gets to the name, or through it.
+    old_mask = os.umask(0o177)
+    try:
+        listener.bind(name)
+    finally:
+        os.umask(old_mask)
+    listener.listen(8)
+    return listener
+
+
+def _name(path: Path) -> str:
+    """The socket's name in the file system, which has room for about a hundred bytes."""
+    if len(str(path)) < _MAX_NAME:
+        return str(path)
+    return str(Path(tempfile.gettempdir()) / f"dsd-{hashlib.sha256(str(path).encode()).hexdigest()[:24]}.sock")
+
+
+async def _serve(stream: trio.SocketStream, answer: Callable[[Ask], Awaitable[Answer]]) -> None:
+    with trio.move_on_after(120), suppress(trio.BrokenResourceError):
+        async with stream:
+            try:
+                reply: Answer = await answer(_ask_decoder.decode(await _line(stream)))
+            except (msgspec.DecodeError, DsdError) as exc:
+                reply = Refused(text=str(exc))
+            await stream.send_all(msgspec.json.encode(reply) + b"\n")
+
+
+async def ask_node(path: Path, ask: Ask, timeout_s: float = _TIMEOUT_S) -> Answer:
+    """Return the running node's answer.
+
+    Raises:
+        ConfigError: no node of this swarm runs here, or it cannot do what is asked.
+        PeerTimeout: it does not answer.
+    """
+    try:
+        with trio.fail_after(timeout_s):
+            async with await trio.open_unix_socket(_name(path)) as stream:
+                await stream.send_all(msgspec.json.encode(ask) + b"\n")
+                reply: Answer = _answer_decoder.decode(await _line(stream))
+    except OSError as exc:
+        raise ConfigError(
+            f"no node of this swarm runs on this machine: start it with `dsd node --swarm NAME` ({exc.strerror})"
+        ) from exc
+    except trio.TooSlowError:
+        raise PeerTimeout(f"the node does not answer within {timeout_s:g} s: look at its log") from None
+    if isinstance(reply, Refused):
+        raise ConfigError(reply.text)
+    return reply
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    data = b""
+    while not data.endswith(b"\n") and len(data) < _MAX_BYTES:
+        chunk = await stream.receive_some(65536)
+        if not chunk:
+            break
+        data += chunk
+    return data

@@ -1,0 +1,337 @@
+"""One node of a swarm: joins, takes the layers that help most, serves, fills gaps, leaves politely."""
+
+import logging
+import os
+import random
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import msgspec
+import trio
+
+from dsd_p2p.errors import DsdError, PeerDisconnected
+from dsd_p2p.models.architecture import read_config, shape_of
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.pipeline.links import PeerLinks
+from dsd_p2p.pipeline.membership import Load, Membership
+from dsd_p2p.pipeline.services import Service, run_services
+from dsd_p2p.pipeline.stage_server import StageLimits, StageServer
+from dsd_p2p.pipeline.swarm_directory import SwarmDirectory
+from dsd_p2p.placement.span import choose_move, choose_span
+from dsd_p2p.placement.view import NodeView
+from dsd_p2p.swarm.grants import check_grants
+from dsd_p2p.swarm.registry import Registry
+from dsd_p2p.transport.base import Transport
+from dsd_p2p.transport.emulated import emulate
+from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
+from dsd_p2p.types import PeerInfo, Span
+from dsd_p2p.wire.codec import MAX_FRAME_BYTES
+from dsd_p2p.wire.membership import MemberState, NodeProfile
+from dsd_p2p.wire.version import PROTOCOL_ID
+from node import units
+from node.config import ServeFlags
+from node.control import Answer, Ask, Done, MemberStatus, NodeStatus, Revoke, Status, Stop, serve_control
+from node.events import Loading, NodeEvent, Ready
+from node.reachable import reachable_addresses
+from node.slow import slowed
+from node.stage_models import load_span
+from node.swarm_state import Known, StoredMembership, SwarmState
+
+logger = logging.getLogger(__name__)
+
+_JOIN_TIMEOUT_S = 20.0
+_SETTLE_BEATS = 2.5
+"""Heartbeats to listen to before choosing layers: by then everybody was heard."""
+
+_GAP_BEATS = 2.0
+"""A gap that is younger may only be a restart."""
+
+_REMEMBER_S = 10.0
+_REPORT_CHANGE = 1.25
+_DRAIN_S = 10.0
+
+
+class SwarmNode:
+    """The node's parts and what it does with them. `run` until stopped."""
+
+    def __init__(
+        self,
+        config: ServeFlags,
+        state: SwarmState,
+        source: ModelSource,
+        profile: NodeProfile,
+        report: Callable[[NodeEvent], None],
+    ) -> None:
+        self._config = config
+        self._state = state
+        self._stored: StoredMembership = state.membership()
+        self._source = source
+        self._profile = profile
+        self._report = report
+        self._model: SpanModel | None = None
+        self._shape = shape_of(read_config(source.folder))
+        self._scope = trio.CancelScope()
+        self._digest = source.digest()
+        self._member_state = MemberState.JOINING
+
+    async def run(self) -> None:
+        """Join and serve until told to stop.
+
+        Raises:
+            ConfigError, ModelError: it cannot start as configured.
+            PeerDisconnected: the swarm does not let us in.
+        """
+        stored, config = self._stored, self._config
+        check_grants(stored.grants, swarm=stored.swarm, peer=self._state.node_key().peer, now_s=time.time())
+        async with open_libp2p(
+            identity=self._state.identity,
+            listen=config.listen,
+            protocol=PROTOCOL_ID,
+            max_frame_bytes=MAX_FRAME_BYTES,
+            network_key=stored.network_key,
+            is_relay=config.relay,
+        ) as inner:
+            inner.addresses = reachable_addresses(inner.addresses, config.announce)
+            rng = random.Random(secrets.randbits(64))  # noqa: S311 - jitter of links and retries
+            async with emulate(inner, config.link_model(), rng) as transport:
+                self._assemble(inner, transport, rng)
+                await self._serve()
+
+    def _assemble(self, inner: Libp2pTransport, transport: Transport, rng: random.Random) -> None:
+        stored, key = self._stored, self._state.node_key()
+        registry = Registry(me=key.peer, swarm=stored.swarm, interval_s=units.seconds(self._config.heartbeat))
+        _recall(registry, self._state.known())
+        self._inner = inner
+        self._membership = Membership(
+            key,
+            stored.grants,
+            registry,
+            bootstrap=stored.bootstrap,
+            unix=time.time,
+            rng=rng,
+            version=version("dsd-p2p"),
+        )
+        self._links = PeerLinks(transport, self._info(None), door=self._membership)
+        self._membership.links = self._links
+        self._server = StageServer(self._links, None, StageLimits(dials_routes=False), time.perf_counter)
+        self._membership.load = self._load
+        self._directory = SwarmDirectory(
+            self._membership,
+            model_digest=self._digest,
+            dtype=stored.dtype,
+            num_layers=self._shape.num_layers,
+        )
+
+    async def _serve(self) -> None:
+        services: list[Service] = [self._membership, self._server]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_control, self._state.control_socket, self._answer)
+            nursery.start_soon(self._stop_on_signal)
+            with self._scope:
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(run_services, self._links, services)
+                    if self._config.through:
+                        self._inner.be_reachable_through(self._config.through)
+                    await self._join()
+                    await self._take_span(self._first_span())
+                    inner.start_soon(self._remember_forever)
+                    inner.start_soon(self._report_forever)
+                    await self._keep_placed()
+            nursery.cancel_scope.cancel()
+
+    # Joining
+
+    async def _join(self) -> None:
+        """Meet the swarm, unless we are its first node or the others are down.
+
+        Raises:
+            PeerDisconnected: we are not let in.
+        """
+        self._report(Loading(what="meet the swarm"))
+        await self._membership.announce(self._info(None), MemberState.JOINING, self._profile)
+        others = [record for record in self._membership.registry.records if record.info.peer != self._links.me.peer]
+        if not self._stored.bootstrap and not others:
+            return
+        with trio.move_on_after(_JOIN_TIMEOUT_S) as scope:
+            while not self._links.connected:
+                await self._membership.changed()
+        if scope.cancelled_caught and not others:
+            refusal = self._membership.last_refusal or "nobody answered"
+            raise PeerDisconnected(f"cannot join the swarm: {refusal}")
+        await trio.sleep(_SETTLE_BEATS * self._membership.registry.interval_s)
+
+    def _first_span(self) -> Span:
+        view = self._directory.view(with_joining=True)
+        return choose_span(view, self._node_view())
+
+    def _node_view(self) -> NodeView:
+        return NodeView(
+            peer=self._membership.registry.me,
+            max_layers=self._profile.max_layers,
+            layer_s=self._profile.layer_us / 1e6,
+            layer16_s=self._profile.layer16_us / 1e6,
+        )
+
+    # Layers
+
+    async def _take_span(self, span: Span) -> None:
+        """Load a span, keeping the layers that are here already, and serve it."""
+        if self._model is None:
+            # Others count on it while it loads, so that nobody takes the same gap.
+            await self._membership.announce(self._info(span), MemberState.JOINING)
+        self._report(Loading(what=f"load {self._stored.model} {span}"))
+        model = await trio.to_thread.run_sync(self._load_model, span)
+        self._links.me = self._info(span)
+        await self._server.serve_span(slowed(model, self._config.slowdown))
+        self._model = model
+        self._member_state = MemberState.SERVING
+        await self._membership.announce(self._info(span), MemberState.SERVING)
+        logger.info("serving span=%s", span)
+        self._report(Ready(address=self._inner.addresses[0], span=str(span), weight_bytes=model.weight_bytes))
+
+    def _load_model(self, span: Span) -> SpanModel:
+        return load_span(self._source, span, self._config, self._stored.dtype, donor=self._model)
+
+    async def _keep_placed(self) -> None:
+        """Close gaps that nobody else closes."""
+        interval_s = self._membership.registry.interval_s
+        while True:
+            with trio.move_on_after(2 * interval_s):
+                await self._membership.changed()
+            if not self._directory.view(with_joining=True).uncovered():
+                continue
+            await trio.sleep(_GAP_BEATS * interval_s)
+            move = await trio.to_thread.run_sync(choose_move, self._directory.view(with_joining=True))
+            if move is not None and move.peer == self._links.me.peer and self._model is not None:
+                logger.warning("gap found, moving from=%s to=%s", self._model.span, move.span)
+                await self._take_span(move.span)
+
+    async def _report_forever(self) -> None:
+        """Tell others when passes take another time than they did."""
+        while True:
+            await trio.sleep(_REMEMBER_S)
+            measured = self._server.measured_layer_s()
+            if measured is None:
+                continue
+            layer_us, layer16_us = (max(1, round(seconds * 1e6)) for seconds in measured)
+            ratio = layer16_us / max(1, self._profile.layer16_us)
+            if not 1 / _REPORT_CHANGE < ratio < _REPORT_CHANGE:
+                self._profile = msgspec.structs.replace(self._profile, layer_us=layer_us, layer16_us=layer16_us)
+                await self._membership.announce(self._links.me, self._member_state, self._profile)
+
+    # Leaving
+
+    async def _stop(self, drain_s: float) -> None:
+        """Take no new sessions, let those under way end, say goodbye."""
+        if self._member_state is not MemberState.DRAINING:
+            self._member_state = MemberState.DRAINING
+            await self._membership.announce(self._links.me, MemberState.DRAINING)
+            await self._server.drain(drain_s)
+            await self._membership.leave()
+        self._scope.cancel()
+
+    async def _stop_on_signal(self) -> None:
+        """The first signal drains, the second does not wait for what is under way."""
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with trio.open_nursery() as nursery:
+                async for _ in signals:
+                    if self._member_state is MemberState.DRAINING:
+                        self._scope.cancel()
+                        return
+                    nursery.start_soon(self._stop, _DRAIN_S)
+
+    # What we tell commands
+
+    async def _answer(self, ask: Ask) -> Answer:
+        match ask:
+            case Status():
+                return self._status()
+            case Stop(drain_s=drain_s):
+                await self._stop(drain_s)
+                return Done()
+            case Revoke(revocation=revocation):
+                await self._membership.revoke(revocation)
+                self._remember()
+                return Done()
+
+    def _status(self) -> NodeStatus:
+        me, load = self._links.me, self._load()
+        return NodeStatus(
+            peer=me.peer,
+            pid=os.getpid(),
+            addresses=list(self._inner.addresses),
+            model=self._stored.model,
+            dtype=self._stored.dtype,
+            span=str(me.span or ""),
+            state=self._member_state,
+            num_layers=self._shape.num_layers,
+            num_sessions=load.num_sessions,
+            cache_bytes=load.cache_bytes,
+            num_refused=self._links.num_refused,
+            members=member_statuses(self._membership, self._inner),
+            uncovered=self._directory.view().uncovered(),
+        )
+
+    def _load(self) -> Load:
+        cache_bytes = self._model.budget.used_bytes if self._model else 0
+        return Load(num_sessions=self._server.num_sessions, cache_bytes=cache_bytes)
+
+    def _info(self, span: Span | None) -> PeerInfo:
+        return PeerInfo(
+            peer=self._state.node_key().peer,
+            addresses=self._inner.addresses,
+            span=span,
+            num_layers=self._shape.num_layers if span else 0,
+            model_name=self._stored.model[-128:],
+            model_digest=self._digest,
+            dtype=self._stored.dtype,
+            max_positions=self._shape.max_positions,
+        )
+
+    async def _remember_forever(self) -> None:
+        while True:
+            self._remember()
+            await trio.sleep(_REMEMBER_S)
+
+    def _remember(self) -> None:
+        registry = self._membership.registry
+        self._state.remember(Known(records=registry.records, revocations=registry.revocations))
+
+
+def member_statuses(membership: Membership, transport: Libp2pTransport) -> list[MemberStatus]:
+    """Return what a node says of its swarm's members."""
+    connected = membership.links.connected
+    return [
+        MemberStatus(
+            peer=member.peer,
+            state=member.record.state,
+            is_alive=member.is_alive,
+            role=member.record.grants[-1].role,
+            span=str(member.record.info.span or ""),
+            addresses=list(member.record.info.addresses),
+            round_trip_s=member.round_trip_s,
+            is_relayed=member.peer in connected and transport.is_relayed(member.peer),
+            num_sessions=member.num_sessions,
+            cache_bytes=member.cache_bytes,
+            max_layers=member.record.profile.max_layers,
+            layer_s=member.record.profile.layer_us / 1e6,
+            version=member.record.version,
+            age_s=max(0.0, time.time() - member.record.incarnation / 1e3),
+        )
+        for member in membership.registry.members()
+    ]
+
+
+def _recall(registry: Registry, known: Known) -> None:
+    """Take in what was known before the restart; what has expired since is left out."""
+    for revocation in known.revocations:
+        registry.revoke(revocation)
+    for record in known.records:
+        try:
+            registry.merge(record, time.time())
+        except DsdError as exc:
+            logger.info("remembered record refused peer=%s error=%s", record.info.peer, exc)

@@ -1,0 +1,52 @@
+"""Runs a node of a swarm in this process."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+import trio
+
+from dsd_p2p.errors import DsdError, first_cause
+from node.config import ServeFlags
+from node.console import ConsoleProgress, console
+from node.events import Failed, Loading, NodeEvent, Ready
+from node.swarm_state import SwarmState
+
+
+def serve_swarm(config: ServeFlags, report: Callable[[NodeEvent], None]) -> int:
+    """Serve until stopped; what keeps the node from it is reported. Returns the exit code."""
+    from dsd_p2p.models.source import find_model
+    from node.measure import measure_node
+    from node.swarm_daemon import SwarmNode
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        state = SwarmState(config.swarm)
+        stored = state.membership()
+        with ConsoleProgress() as progress:
+            source = find_model(stored.model, progress)
+        report(Loading(what="measure this machine"))
+        profile = measure_node(source, config, stored.dtype)
+        trio.run(SwarmNode(config, state, source, profile, report).run)
+    except (DsdError, BaseExceptionGroup) as exc:
+        if not isinstance(cause := first_cause(exc), DsdError):
+            raise
+        report(Failed(text=str(cause)))
+        return 1
+    return 0
+
+
+def tell_user(event: NodeEvent) -> None:
+    """Show what the node does."""
+    match event:
+        case Loading(what=what):
+            console.print(f"[dim]{what} …[/]")
+        case Ready(address=address, span=span):
+            console.print(f"serving layers {span} at")
+            print(address, flush=True)
+        case Failed(text=text):
+            print(f"dsd: {text}", file=sys.stderr)
+        case _:
+            pass

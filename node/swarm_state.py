@@ -1,0 +1,221 @@
+"""What this machine remembers of each swarm it belongs to: a folder only its owner can read.
+
+identity      the node's secret          owner.key   the swarm owner's, on the machine that made it
+client        the command line's secret  membership  network key, grants, bootstrap addresses, model
+known         records and revocations heard so far    control.sock  the running node's door for commands
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.swarm.grants import check_grants, issue
+from dsd_p2p.swarm.invite import Invite
+from dsd_p2p.swarm.keys import SigningKey
+from dsd_p2p.transport.identity import load_or_create_seed
+from dsd_p2p.types import Address, Name
+from dsd_p2p.wire.membership import Grant, KeyBytes, MemberRecord, Revocation, Role
+
+Stored = TypeVar("Stored")
+
+_OWN_GRANT_S = 10 * 365 * 86400
+_OWN_USES = 16
+_MAX_CLIENTS = 16
+
+
+class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
+    """What lets this machine into a swarm."""
+
+    swarm: KeyBytes
+    network_key: KeyBytes
+    grants: tuple[Grant, ...]
+    bootstrap: tuple[Address, ...]
+    model: Name
+    dtype: Name
+
+
+class Known(msgspec.Struct, frozen=True, array_like=True):
+    """What was heard of others, so that a restart finds them without the bootstrap list and forgets no revocation."""
+
+    records: tuple[MemberRecord, ...] = ()
+    revocations: tuple[Revocation, ...] = ()
+
+
+class SwarmState:
+    """One swarm's folder. `name` is the user's word for it, or a path."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = Path(name) if "/" in name else default_state_dir() / name
+        self.name = name
+
+    @property
+    def is_member(self) -> bool:
+        """True when this machine belongs to the swarm."""
+        return (self.folder / "membership").exists()
+
+    @property
+    def control_socket(self) -> Path:
+        """Where the running node listens for commands."""
+        return self.folder / "control.sock"
+
+    @property
+    def identity(self) -> Path:
+        """The node's secret."""
+        return self.folder / "identity"
+
+    def node_key(self) -> SigningKey:
+        """Return the node's key, made on first use."""
+        return self.key_of(self.identity)
+
+    def owner_key(self) -> SigningKey:
+        """Return the swarm owner's key.
+
+        Raises:
+            ConfigError: this machine did not make the swarm.
+        """
+        path = self.folder / "owner.key"
+        if not path.exists():
+            raise ConfigError(f"only the machine that made the swarm can do this: {path} is missing")
+        return self.key_of(path)
+
+    def create(self, *, model: str, dtype: str) -> StoredMembership:
+        """Make a new swarm owned by this machine.
+
+        Raises:
+            ConfigError: there is one of this name already.
+        """
+        if self.is_member:
+            raise ConfigError(
+                f"this machine belongs to a swarm {self.name!r} already: choose another name with --swarm"
+            )
+        self._make_folder()
+        owner = self.key_of(self.folder / "owner.key")
+        grant = issue(
+            owner,
+            self.node_key().public,
+            role=Role.STAGE,
+            expires_at_s=int(time.time()) + _OWN_GRANT_S,
+            max_uses=_OWN_USES,
+        )
+        return self._store(
+            StoredMembership(
+                swarm=owner.public,
+                network_key=secrets.token_bytes(32),
+                grants=(grant,),
+                bootstrap=(),
+                model=model,
+                dtype=dtype,
+            )
+        )
+
+    def join(self, invite: Invite) -> StoredMembership:
+        """Take an invite.
+
+        Raises:
+            ConfigError: it has expired, or this machine belongs to another swarm of this name.
+        """
+        if self.is_member and (mine := self.membership()).swarm != invite.swarm:
+            raise ConfigError(
+                f"this machine belongs to another swarm as {self.name!r} ({mine.swarm.hex()[:12]}): choose a name with --swarm"
+            )
+        grants = invite.admit(self._made().node_key().public)
+        check_grants(grants, swarm=invite.swarm, peer=self.node_key().peer, now_s=time.time())
+        return self._store(
+            StoredMembership(
+                swarm=invite.swarm,
+                network_key=invite.network_key,
+                grants=grants,
+                bootstrap=invite.bootstrap,
+                model=invite.model,
+                dtype=invite.dtype,
+            )
+        )
+
+    def membership(self) -> StoredMembership:
+        """Return what lets this machine in.
+
+        Raises:
+            ConfigError: it belongs to no swarm of this name.
+        """
+        if not self.is_member:
+            raise ConfigError(
+                f"this machine belongs to no swarm {self.name!r}: make one with `dsd create`, or `dsd join INVITE`"
+            )
+        return self._read("membership", StoredMembership)
+
+    @contextmanager
+    def client(self) -> Iterator[tuple[Path, tuple[Grant, ...]]]:
+        """Yield an identity that no other command of this machine uses now, and its grants: the node vouches for it.
+
+        Raises:
+            ConfigError: too many commands use the swarm at once.
+        """
+        grants = self.membership().grants
+        for slot in range(_MAX_CLIENTS):
+            identity = self.folder / f"client-{slot}"
+            lock = FileLock(f"{identity}.lock", blocking=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            with lock:
+                public = self.key_of(identity).public
+                grant = issue(self.node_key(), public, role=Role.CLIENT, expires_at_s=grants[-1].expires_at_s)
+                yield identity, (*grants, grant)
+                return
+        raise ConfigError(f"{_MAX_CLIENTS} commands of this machine use the swarm already: end one")
+
+    def known(self) -> Known:
+        """Return what was remembered of others; nothing when it cannot be read."""
+        try:
+            return self._read("known", Known)
+        except ConfigError:
+            return Known()
+
+    def remember(self, known: Known) -> None:
+        """Keep what was heard of others."""
+        self._write("known", known)
+
+    def _made(self) -> "SwarmState":
+        self._make_folder()
+        return self
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise ConfigError(f"{self.folder}: {exc.strerror}; choose another place with --swarm /path") from exc
+
+    def key_of(self, path: Path) -> SigningKey:
+        """Return the key in a file, made on first use."""
+        return SigningKey(load_or_create_seed(path))
+
+    def _store(self, membership: StoredMembership) -> StoredMembership:
+        self._write("membership", membership)
+        return membership
+
+    def _write(self, name: str, value: msgspec.Struct) -> None:
+        scratch = self.folder / f".{name}.{os.getpid()}"
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(msgspec.msgpack.encode(value))
+        scratch.replace(self.folder / name)
+
+    def _read(self, name: str, kind: type[Stored]) -> Stored:
+        try:
+            return msgspec.msgpack.decode((self.folder / name).read_bytes(), type=kind)
+        except (OSError, msgspec.DecodeError) as exc:
+            raise ConfigError(f"{self.folder / name}: {exc}; join again with `dsd join INVITE`") from exc
+
+
+def default_state_dir() -> Path:
+    """Return `$XDG_STATE_HOME/dsd-p2p`, by default `~/.local/state/dsd-p2p`."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dsd-p2p"
