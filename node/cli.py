@@ -235,6 +235,10 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, help="start this many stage processes for this answer (default 3)")
     parser.add_argument("--connect", type=_comma_list, help="use a running swarm: address of one of its nodes")
     parser.add_argument("--swarm", help="use this machine's swarm of that name, and its model")
+    parser.add_argument(
+        "--coordinator", choices=["auto", "self"], help="of a swarm's request: the best placed peer (default), or here"
+    )
+    parser.add_argument("--timeout", help="of an answer that another peer coordinates (default 1h)")
     parser.add_argument("--netlab", action="store_const", const=True, help="links between network namespaces (root)")
     parser.add_argument("--prompt", help="what to answer or continue; - reads standard input")
     parser.add_argument("--prompt-ids", help="the prompt as token ids, separated by commas")

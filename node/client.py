@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 import msgspec
 import torch
+import trio
 
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import ConfigError
@@ -16,7 +17,8 @@ from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.types import PeerInfo, Relaxation, Span, TokenId
+from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.types import PeerId, PeerInfo, Relaxation, Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from node import units
 from node.choices import make_drafter, make_relaxation
@@ -25,7 +27,7 @@ from node.local_swarm import LocalNode, local_swarm, stage_configs
 from node.netlab import address, namespace, netlab
 from node.reach import coordinator_transport
 from node.summary import summarise
-from node.swarm_client import open_swarm_client
+from node.swarm_client import SWARM_RETRY, SwarmClient, choose_place, open_swarm_client
 from node.swarm_state import SwarmState
 from node.text import TextCodec, parse_ids
 
@@ -40,6 +42,7 @@ class Client:
     drafter: Drafter
     prompt: list[TokenId]
     nodes: list[LocalNode]
+    swarm: SwarmClient | None = None
 
     async def write(
         self,
@@ -67,15 +70,42 @@ class Client:
             stall_timeout_s=units.seconds(config.stall_timeout),
             hidden_format=config.hidden,
             relaxation=relaxation or make_relaxation(config),
+            retry=SWARM_RETRY if self.swarm else RetryPolicy(),
         )
         tokens: list[TokenId] = []
         streamer = self.text.streamer()
+        if self.swarm is not None and config.coordinator == "auto" and options.relaxation is None:
+            coordinator = choose_place(self.swarm, self.drafter.name)
+            if coordinator is not None:
+                return await self._ask(coordinator, prompt, options, show)
         async with self.engine.generate(prompt, options, policy) as generation:
             async for token in generation:
                 tokens.append(token)
                 if show is not None:
                     show(streamer.step(token))
         return tokens, summarise(generation, self.drafter.name, len(prompt), len(tokens))
+
+    async def _ask(
+        self, coordinator: PeerId, prompt: list[TokenId], options: GenerateOptions, show: Callable[[str], None] | None
+    ) -> tuple[list[TokenId], dict[str, object]]:
+        """Let another peer coordinate."""
+        assert self.swarm is not None
+        tokens: list[TokenId] = []
+        streamer, start_s, first_s = self.text.streamer(), trio.current_time(), 0.0
+        deadline_s = units.seconds(self.config.timeout)
+        async with aclosing(self.swarm.thin.generate(prompt, options, deadline_s)) as answer:
+            async for token in answer:
+                first_s = first_s or trio.current_time()
+                tokens.append(token)
+                if show is not None:
+                    show(streamer.step(token))
+        later_s = trio.current_time() - first_s
+        return tokens, {
+            "coordinator": coordinator,
+            "num_tokens": len(tokens),
+            "ttft_s": first_s - start_s,
+            "tokens_per_s": (len(tokens) - 1) / later_s if later_s > 0 else 0.0,
+        }
 
 
 @asynccontextmanager
@@ -98,6 +128,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     drafter = make_drafter(config, source, vocab_size, progress)
     async with AsyncExitStack() as stack:
         nodes: list[LocalNode] = []
+        client = None
         if state is not None:
             link = config.link_model()
             client = await stack.enter_async_context(open_swarm_client(state, source, drafter, link=link))
@@ -108,7 +139,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
             engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
             await stages.add(addresses)
             _check_model(stages.stages()[0], source, config.dtype)
-        yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt, nodes=nodes)
+        yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt, nodes=nodes, swarm=client)
 
 
 async def _stages(

@@ -2,7 +2,8 @@
 
 Every host is a namespace with one TUN device; one process reads the packets of all hosts and writes each into its destination's
 device when the link between the two would have delivered it. No kernel module for emulated delay is needed.
-Run as `python -m node.netlab LATENCY_S JITTER_S BANDWIDTH_BPS NAMESPACE...`, it is that process.
+Run as `python -m node.netlab LATENCY_S JITTER_S BANDWIDTH_BPS NAMESPACE...`, it is that process; on its standard input it is told
+of links that are to change.
 """
 
 import ctypes
@@ -19,9 +20,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import msgspec
+
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.netmodel import LinkModel, LinkState
-from node.stage_processes import watch_parent
 
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF = 0x400454CA
@@ -41,8 +43,32 @@ def address(host: int) -> str:
     return f"10.78.0.{host + 1}"
 
 
+class LinkChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What the link from host `a` to host `b`, one way, is like from now on. loss: share of packets. is_up: False drops all."""
+
+    a: int
+    b: int
+    latency_s: float
+    bandwidth_bps: float = 0.0
+    loss: float = 0.0
+    is_up: bool = True
+
+
+class Netlab:
+    """The links between the hosts, while they exist."""
+
+    def __init__(self, forwarder: "subprocess.Popen[bytes]") -> None:
+        self._forwarder = forwarder
+
+    def change(self, change: LinkChange) -> None:
+        """Change one direction of a link."""
+        assert self._forwarder.stdin is not None
+        self._forwarder.stdin.write(msgspec.json.encode(change) + b"\n")
+        self._forwarder.stdin.flush()
+
+
 @contextmanager
-def netlab(num_hosts: int, link: LinkModel) -> Iterator[None]:
+def netlab(num_hosts: int, link: LinkModel) -> Iterator[Netlab]:
     """Have `num_hosts` namespaces, all linked to each other by `link`; this process is in host 0's until the end.
 
     Raises:
@@ -73,7 +99,7 @@ def netlab(num_hosts: int, link: LinkModel) -> Iterator[None]:
             _ip(*inside, "addr", "add", f"{address(host)}/24", "dev", "lab")
             _ip(*inside, "link", "set", "lab", "up", "mtu", str(_MTU), "txqueuelen", "2000")
         enter_namespace(namespace(0))
-        yield
+        yield Netlab(forwarder)
     finally:
         _set_namespace(home)
         os.close(home)
@@ -138,7 +164,7 @@ def main() -> None:
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
     devices = [_open_device(name) for name in sys.argv[4:]]
     _set_namespace(home)
-    watch_parent()
+    os.set_blocking(0, False)
     os.write(1, b"ready\n")
     _forward(devices, link)
 
@@ -150,24 +176,58 @@ def _open_device(name: str) -> int:
     return device
 
 
+class _Links:
+    """Every direction of every link, as it is now."""
+
+    def __init__(self, link: LinkModel) -> None:
+        self._link = link
+        self._states: dict[tuple[int, int], LinkState] = {}
+        self._changes: dict[tuple[int, int], LinkChange] = {}
+        self._rng = random.Random(0)  # noqa: S311 - jitter and loss
+        self._text = b""
+
+    def arrival_s(self, a: int, b: int, num_bytes: int, now_s: float) -> float | None:
+        """When a packet from host `a` arrives at host `b`; None for never."""
+        change = self._changes.get((a, b))
+        if change is not None and (not change.is_up or self._rng.random() < change.loss):
+            return None
+        state = self._states.setdefault((a, b), LinkState(self._link))
+        return state.send(now_s=now_s, num_bytes=num_bytes, rng=self._rng)
+
+    def listen(self) -> None:
+        """Take in the changes on standard input; its end ends this process."""
+        text = os.read(0, 65536)
+        if not text:
+            os._exit(0)
+        *lines, self._text = (self._text + text).split(b"\n")
+        for line in lines:
+            change = msgspec.json.decode(line, type=LinkChange)
+            self._changes[change.a, change.b] = change
+            model = LinkModel(latency_s=change.latency_s, bandwidth_bps=change.bandwidth_bps)
+            self._states[change.a, change.b] = LinkState(model)
+
+
 def _forward(devices: list[int], link: LinkModel) -> None:
     """Deliver every IPv4 packet to its destination's device when its link would."""
-    rng = random.Random(0)  # noqa: S311 - jitter
-    links: dict[tuple[int, int], LinkState] = {}
+    links = _Links(link)
+    host_of = {device: host for host, device in enumerate(devices)}
     waiting: list[tuple[float, int, int, bytes]] = []
     number = 0
     while True:
         left_s = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-        readable, _, _ = select.select(devices, [], [], left_s)
+        readable, _, _ = select.select([0, *devices], [], [], left_s)
         now_s = time.monotonic()
         for device in readable:
+            if device == 0:
+                links.listen()
+                continue
             packet = os.read(device, 65536)
             target = packet[19] - 1 if len(packet) >= 20 and packet[0] >> 4 == 4 else -1
             if 0 <= target < len(devices):
-                state = links.setdefault((device, target), LinkState(link))
-                due_s = state.send(now_s=now_s, num_bytes=len(packet), rng=rng)
-                number += 1
-                heapq.heappush(waiting, (due_s, number, target, packet))
+                due_s = links.arrival_s(host_of[device], target, len(packet), now_s)
+                if due_s is not None:
+                    number += 1
+                    heapq.heappush(waiting, (due_s, number, target, packet))
         while waiting and waiting[0][0] <= time.monotonic():
             _, _, target, packet = heapq.heappop(waiting)
             # A device that is full or not up yet drops packets, as a real one does.

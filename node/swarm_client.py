@@ -3,9 +3,10 @@
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 import trio
@@ -15,15 +16,18 @@ from dsd_p2p.errors import DsdError, PeerDisconnected
 from dsd_p2p.models.architecture import read_config, shape_of
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.pipeline.coordination import ThinClient
 from dsd_p2p.pipeline.engine import Engine
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.pipeline.membership import Membership
 from dsd_p2p.pipeline.services import run_services
 from dsd_p2p.pipeline.swarm_directory import SwarmDirectory
+from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
+from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
-from dsd_p2p.types import PeerInfo
+from dsd_p2p.types import PeerId, PeerInfo
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState
 from dsd_p2p.wire.version import PROTOCOL_ID
@@ -31,12 +35,16 @@ from node.control import NodeStatus, Status, ask_node
 from node.reachable import reachable_addresses
 from node.swarm_state import SwarmState
 
+SWARM_RETRY = RetryPolicy(max_attempts=8, first_delay_s=0.1, max_delay_s=2.0)
+"""Several peers may go at once, and news of it takes a heartbeat or two: about five seconds of tries in all."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmClient:
-    """A member that holds no layers."""
+    """A member that holds no layers. thin: asks others to coordinate."""
 
     engine: Engine
+    thin: ThinClient
     membership: Membership
     directory: SwarmDirectory
     transport: Libp2pTransport
@@ -95,12 +103,26 @@ async def open_swarm_client(
                 coverage_timeout_s=coverage_timeout_s,
             )
             engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
-            nursery.start_soon(run_services, links, [membership, engine])
+            thin = ThinClient(links, partial(_next_coordinator, directory, inner.peer))
+            nursery.start_soon(run_services, links, [membership, engine, thin])
             await membership.announce(me, MemberState.SERVING)
             await _meet(membership, meet_timeout_s)
-            yield SwarmClient(engine=engine, membership=membership, directory=directory, transport=inner)
+            yield SwarmClient(engine=engine, thin=thin, membership=membership, directory=directory, transport=inner)
             await membership.leave()
             nursery.cancel_scope.cancel()
+
+
+def choose_place(client: SwarmClient, drafter: str) -> PeerId | None:
+    """Return the peer that should coordinate; None for this machine, which has this drafter."""
+    me = client.transport.peer
+    capable = client.directory.coordinators() | {me: speculation_of(drafter)}
+    chosen = choose_coordinator(client.directory.view(), me, capable)
+    return None if chosen is None or chosen[0] == me else chosen[0]
+
+
+def _next_coordinator(directory: SwarmDirectory, me: PeerId, avoid: Collection[str]) -> PeerId | None:
+    chosen = choose_coordinator(directory.view(), me, directory.coordinators(), avoid)
+    return chosen[0] if chosen else None
 
 
 async def _meet(membership: Membership, timeout_s: float) -> None:

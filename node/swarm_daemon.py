@@ -12,10 +12,14 @@ from importlib.metadata import version
 import msgspec
 import trio
 
-from dsd_p2p.errors import DsdError, PeerDisconnected
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
 from dsd_p2p.models.architecture import read_config, shape_of
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
+from dsd_p2p.pipeline.coordination import CoordinatorService
+from dsd_p2p.pipeline.engine import Engine
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.pipeline.membership import Load, Membership
 from dsd_p2p.pipeline.services import Service, run_services
@@ -29,6 +33,8 @@ from dsd_p2p.transport.base import Transport
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
 from dsd_p2p.types import PeerInfo, Span
+from dsd_p2p.window.analytic import AnalyticPolicy
+from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState, NodeProfile
 from dsd_p2p.wire.version import PROTOCOL_ID
@@ -70,7 +76,8 @@ class SwarmNode:
         self._state = state
         self._stored: StoredMembership = state.membership()
         self._source = source
-        self._profile = profile
+        self._drafter = _drafter(config.draft)
+        self._profile = msgspec.structs.replace(profile, drafter=self._drafter.name if self._drafter else "")
         self._report = report
         self._model: SpanModel | None = None
         self._shape = shape_of(read_config(source.folder))
@@ -127,13 +134,12 @@ class SwarmNode:
         )
 
     async def _serve(self) -> None:
-        services: list[Service] = [self._membership, self._server]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve_control, self._state.control_socket, self._answer)
             nursery.start_soon(self._stop_on_signal)
             with self._scope:
                 async with trio.open_nursery() as inner:
-                    inner.start_soon(run_services, self._links, services)
+                    inner.start_soon(run_services, self._links, self._services(inner))
                     if self._config.through:
                         self._inner.be_reachable_through(self._config.through)
                     await self._join()
@@ -142,6 +148,13 @@ class SwarmNode:
                     inner.start_soon(self._report_forever)
                     await self._keep_placed()
             nursery.cancel_scope.cancel()
+
+    def _services(self, nursery: trio.Nursery) -> list[Service]:
+        services: list[Service] = [self._membership, self._server]
+        if self._drafter is not None:
+            engine = Engine(self._links, self._drafter, self._shape.vocab_size, nursery, self._directory)
+            services += [engine, CoordinatorService(engine, _coordinating_policy)]
+        return services
 
     # Joining
 
@@ -335,3 +348,18 @@ def _recall(registry: Registry, known: Known) -> None:
             registry.merge(record, time.time())
         except DsdError as exc:
             logger.info("remembered record refused peer=%s error=%s", record.info.peer, exc)
+
+
+def _drafter(name: str) -> Drafter | None:
+    """What a node coordinates with."""
+    match name:
+        case "none":
+            return None
+        case "ngram":
+            return NgramDrafter()
+        case other:
+            raise ConfigError(f"draft {other!r}: a node coordinates with ngram, or with none")
+
+
+def _coordinating_policy() -> WindowPolicy:
+    return AnalyticPolicy(frozenset({Mode.CONTINUOUS}))

@@ -47,6 +47,7 @@ class ToySpanModel:
         self.is_tail = span.last == num_layers
         self.row_bytes = ROW.size
         self.num_caches = 0
+        self.num_opened = 0
         self.num_passes = 0
         self.before_pass = lambda: None
         self._max_caches = max_caches
@@ -64,6 +65,7 @@ class ToySpanModel:
         if self.whole.num_caches >= self.whole._max_caches:
             raise CapacityError("the toy's memory is full: raise --cache-memory")
         self.whole.num_caches += 1
+        self.whole.num_opened += 1
         return ToySpanCache(self)
 
     def _tokens(self, inputs: Sequence[int] | bytes, num_nodes: int) -> list[int]:

@@ -1,17 +1,20 @@
 """Where a request's chain of stages comes from."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dsd_p2p.errors import ConfigError, PeerError
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.placement.chain import choose_chain
+from dsd_p2p.placement.route import Detour
 from dsd_p2p.types import PeerId, PeerInfo, Span
 from dsd_p2p.wire.messages import Hop
 
 logger = logging.getLogger(__name__)
+
+NO_DETOUR = Detour()
 
 _CONNECT_TIMEOUT_S = 20.0
 _NOWHERE = Span(0, 1)
@@ -30,8 +33,8 @@ class Chain:
 class Directory(Protocol):
     """Finds chains."""
 
-    async def find(self, avoid: Collection[str] = ()) -> Chain:
-        """Return the chain that the next request should use, without the peers to `avoid`; may wait for one, with a deadline.
+    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
+        """Return the chain that the next request should use, by this detour; may wait for one, with a deadline.
 
         Raises:
             ConfigError: the stages that are known do not make a chain.
@@ -59,19 +62,21 @@ class StageList:
             self._dialed[info.peer] = address
         await self._reconnect(_CONNECT_TIMEOUT_S)
 
-    def stages(self, avoid: Collection[str] = ()) -> list[PeerInfo]:
+    def stages(self, detour: Detour = NO_DETOUR) -> list[PeerInfo]:
         """Return the stages that the next request would use.
 
         Raises:
             ConfigError: the connected stages do not cover one model.
         """
         links = self._links
-        return choose_chain(info for peer, info in links.known.items() if peer in links.connected and peer not in avoid)
+        return choose_chain(
+            info for peer, info in links.known.items() if peer in links.connected and peer not in detour.peers
+        )
 
-    async def find(self, avoid: Collection[str] = ()) -> Chain:
+    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
         """Reconnect to what is gone and return the chain of fewest stages."""
         await self._reconnect(_CONNECT_TIMEOUT_S / 4)
-        stages = self.stages(avoid)
+        stages = self.stages(detour)
         return Chain(
             hops=tuple(
                 Hop(peer=info.peer, address=self._address_of(info), span=info.span or _NOWHERE) for info in stages

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -10,26 +10,29 @@ import trio
 
 from dsd_p2p.drafting.base import DraftSession
 from dsd_p2p.errors import (
-    CapacityError,
     DsdError,
-    ModelError,
     PeerDisconnected,
     PeerError,
     PeerTimeout,
     RemoteProtocolError,
 )
+from dsd_p2p.pipeline.failures import error_of
 from dsd_p2p.pipeline.links import PeerLinks
+from dsd_p2p.placement.route import Detour
+from dsd_p2p.placement.view import PlannedStage
 from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
 from dsd_p2p.session.request import Route
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, TokenId
-from dsd_p2p.wire.messages import CloseSession, Failure, FailureKind, Verdict
+from dsd_p2p.wire.messages import CloseSession, Failure, Verdict
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 2.0
 _BLAME_S = 30.0
+_BLAME_LINK_S = 5.0
+"""Heartbeats tell of a broken link by then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +64,7 @@ Event = Told | Lost | Drafted | Rerouted
 class RequestDriver:
     """One request's loop: wait for an event or the deadline, tell the machine, do what it says.
 
-    find_route: finds a chain of stages without the given peers; called again after a chain is lost.
+    find_route: finds a chain of stages; called again after a chain is lost.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class RequestDriver:
         drafter: DraftSession,
         *,
         is_instant_drafter: bool,
-        find_route: Callable[[Collection[str]], Awaitable[Route]],
+        find_route: Callable[[Detour], Awaitable[Route]],
         inbox_size: int = 1024,
     ) -> None:
         self._machine = machine
@@ -79,7 +82,8 @@ class RequestDriver:
         self._drafter = drafter
         self._is_instant_drafter = is_instant_drafter
         self._find_route = find_route
-        self._blamed_until_s: dict[PeerId, float] = {}
+        self._avoided_peers: dict[str, float] = {}
+        self._avoided_links: dict[tuple[str, str], float] = {}
         self.inbox, self._events = trio.open_memory_channel[Event](inbox_size)
         self._pending: deque[Effect] = deque()
         self.finish: Finish | None = None
@@ -130,6 +134,7 @@ class RequestDriver:
             case Lost(peer=peer) if not self.involves(peer):
                 return []
             case Lost(peer=peer, reason=reason):
+                self._machine.gone(peer)
                 return self._machine.lost(PeerDisconnected(f"lost stage {peer}: {reason}"), now_s)
             case Rerouted(route=route, error=error):
                 if route is not None:
@@ -138,7 +143,9 @@ class RequestDriver:
 
     def _hear(self, sender: PeerId, message: Verdict | Failure, now_s: float) -> Sequence[Effect]:
         if isinstance(message, Failure):
-            error = _error_of(message)
+            error = error_of(message.kind, message.text)
+            if message.peer:
+                self._avoided_links[sender, message.peer] = now_s + _BLAME_LINK_S
             if not isinstance(error, PeerDisconnected | PeerTimeout):
                 self._blame(sender, error)
             return self._machine.failed(message.epoch, error, now_s)
@@ -156,7 +163,9 @@ class RequestDriver:
                     try:
                         await self._links.send(to, message)
                     except PeerError as exc:
-                        self._pending.extend(self._machine.lost(exc, trio.current_time()))
+                        # One that is to close the session may be gone: that is as good.
+                        if not isinstance(message, CloseSession):
+                            self._pending.extend(self._machine.lost(exc, trio.current_time()))
                 case Emit(tokens=tokens):
                     # A reader that has gone stops us by `stop`; until then nobody misses these.
                     with suppress(trio.BrokenResourceError):
@@ -190,13 +199,18 @@ class RequestDriver:
     def _blame(self, peer: PeerId, error: DsdError) -> None:
         """Leave the peer out of this request's chains for a while."""
         logger.warning("stage avoided peer=%s error=%s", peer, error)
-        self._blamed_until_s[peer] = trio.current_time() + _BLAME_S
+        self._avoided_peers[peer] = trio.current_time() + _BLAME_S
 
     async def _reroute(self, delay_s: float) -> None:
         await trio.sleep(delay_s)
-        avoid = {peer for peer, until_s in self._blamed_until_s.items() if until_s > trio.current_time()}
+        now_s = trio.current_time()
+        detour = Detour(
+            peers=frozenset(peer for peer, until_s in self._avoided_peers.items() if until_s > now_s),
+            links=frozenset(link for link, until_s in self._avoided_links.items() if until_s > now_s),
+            kept=frozenset(PlannedStage(peer=PeerId(hop.peer), span=hop.span) for hop in self._machine.hops),
+        )
         try:
-            result = Rerouted(route=await self._find_route(avoid))
+            result = Rerouted(route=await self._find_route(detour))
         except DsdError as exc:
             result = Rerouted(route=None, error=exc)
         await self.inbox.send(result)
@@ -208,17 +222,3 @@ class RequestDriver:
                 if isinstance(effect, Send) and isinstance(effect.message, CloseSession):
                     with suppress(PeerError):
                         await self._links.send(effect.to, effect.message)
-
-
-def _error_of(failure: Failure) -> DsdError:
-    match failure.kind:
-        case FailureKind.CAPACITY:
-            return CapacityError(failure.text)
-        case FailureKind.MODEL:
-            return ModelError(failure.text)
-        case FailureKind.ROUTE:
-            return PeerDisconnected(failure.text)
-        case FailureKind.TIMEOUT:
-            return PeerTimeout(failure.text)
-        case FailureKind.PROTOCOL:
-            return RemoteProtocolError("our message", failure.text, "what the stage says")

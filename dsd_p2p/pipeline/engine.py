@@ -4,7 +4,7 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -16,9 +16,11 @@ from dsd_p2p.pipeline.directory import Chain, Directory, StageList
 from dsd_p2p.pipeline.driver import RequestDriver, Told
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.pipeline.services import run_services
+from dsd_p2p.placement.route import Detour
 from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Finish
 from dsd_p2p.session.request import Request, RequestStats, Route
+from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import GREEDY, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
@@ -43,6 +45,7 @@ class GenerateOptions:
     stall_timeout_s: float = 60.0
     hidden_format: HiddenFormat = HiddenFormat.MODEL
     relaxation: Relaxation | None = None
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,9 +119,9 @@ class Engine:
         self._last_tracker = self._trackers.setdefault((self.drafter.name, *stages), Tracker())
         return self._last_tracker
 
-    async def _find_route(self, avoid: Collection[str]) -> Route:
+    async def _find_route(self, detour: Detour) -> Route:
         try:
-            return self._route(await self._directory.find(avoid))
+            return self._route(await self._directory.find(detour))
         except ConfigError as exc:
             raise PeerDisconnected(f"a stage is gone: {exc}") from exc
 
@@ -165,6 +168,7 @@ class Engine:
             stall_timeout_s=options.stall_timeout_s,
             hidden_formats=_formats(options.hidden_format, len(route.hops) - 1),
             relaxation=options.relaxation,
+            retry=options.retry,
         )
         machine = Coordinator(request, route, policy, self._tracker(route), random.Random(secrets.randbits(64)))  # noqa: S311
         drafting = self.drafter.open(len(prompt) + options.max_tokens, options.sampling)

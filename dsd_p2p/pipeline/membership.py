@@ -176,6 +176,8 @@ class Membership:
                 was_alive = self.registry.is_alive(event.sender)
                 self.registry.heard(event.sender, heartbeat, trio.current_time())
                 if not was_alive:
+                    # An answer at once tells it the round trip.
+                    self._met.set()
                     self._note()
                 if heartbeat.view != self.registry.view:
                     self._sync(event.sender)
@@ -257,15 +259,25 @@ class Membership:
                 await trio.sleep(0.01)
 
     async def _sweep_forever(self) -> None:
+        pause_s = self.registry.interval_s / 4
+        last_s = trio.current_time()
         while True:
-            await trio.sleep(self.registry.interval_s / 4)
+            await trio.sleep(pause_s)
+            now_s = trio.current_time()
+            if now_s - last_s > 2 * pause_s:
+                # We were the silent one (stopped, or starved): what waits to be read may be their heartbeats.
+                late_s = now_s - last_s
+                self.registry.forgive(late_s)
+                self._connected_at_s = {peer: at_s + late_s for peer, at_s in self._connected_at_s.items()}
+            last_s = now_s
             self._sweep()
 
     def _sweep(self) -> None:
         """Drop who is silent, deaf, revoked or expired."""
         now_s = trio.current_time()
         gone = self.registry.sweep(now_s, self._unix())
-        for peer in self.links.connected:
+        swept = {peer for peer, _ in gone}
+        for peer in self.links.connected - swept:
             connected_at_s = self._connected_at_s.setdefault(peer, now_s)
             if not self.registry.is_alive(peer) and now_s - connected_at_s > DEAF_BEATS * self.registry.interval_s:
                 gone.append((peer, "sends no heartbeats"))

@@ -23,6 +23,7 @@ from dsd_p2p.errors import (
     PeerTimeout,
     RemoteProtocolError,
 )
+from dsd_p2p.pipeline.failures import kind_of
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.pipeline.span_model import SpanModel
 from dsd_p2p.pipeline.stage_session import BoundaryLog, StageSession
@@ -45,7 +46,6 @@ from dsd_p2p.wire.messages import (
     CloseSession,
     DraftTop,
     Failure,
-    FailureKind,
     Hop,
     OpenSession,
     Verdict,
@@ -291,15 +291,17 @@ class StageServer:
                 self._orphan(
                     session,
                     PeerDisconnected(f"{_short(self._links.me.peer)} lost {_short(event.peer)}: {event.reason}"),
+                    about=event.peer,
                 )
 
-    def _orphan(self, session: StageSession, error: PeerError) -> None:
+    def _orphan(self, session: StageSession, error: PeerError, about: str = "") -> None:
+        """Let a session wait for another route; `about` is the neighbour it cannot do with."""
         assert self._nursery is not None
         if session.is_orphan:
             return
         session.is_orphan = True
         session.scope.deadline = trio.current_time() + self._limits.orphan_s
-        self._nursery.start_soon(self._report, session.opened, error)
+        self._nursery.start_soon(self._report, session.opened, error, about)
 
     def _owned(self, name: bytes, sender: PeerId) -> StageSession | None:
         session = self._sessions.get(name)
@@ -378,15 +380,16 @@ class StageServer:
     async def _open_onward(self, session: StageSession) -> None:
         """Open the session at the next stage, and refill that one if it lost what we still have."""
         onward, opened = session.onward, session.opened
+        next_hop = onward or opened.coordinator
         try:
-            await self._reach(onward or opened.coordinator)
+            await self._reach(next_hop)
             if onward is None:
                 return
             await self._links.send(PeerId(onward.peer), opened)
             if session.is_kept and not opened.kept[session.index + 1]:
                 await self._refill(session, PeerId(onward.peer))
         except PeerError as exc:
-            self._orphan(session, exc)
+            self._orphan(session, exc, about="" if self._links.is_connected(next_hop.peer) else next_hop.peer)
 
     async def _reach(self, hop: Hop) -> None:
         if self._links.is_connected(hop.peer):
@@ -429,7 +432,7 @@ class StageServer:
         try:
             await self._links.send(to, *answer)
         except PeerError as exc:
-            self._orphan(session, exc)
+            self._orphan(session, exc, about=to)
 
     def _is_refill_for_us_alone(self, session: StageSession, window: Window) -> bool:
         """True when the next stage has kept what this window holds."""
@@ -509,9 +512,11 @@ class StageServer:
         while len(self._closed) > _MAX_CLOSED_REMEMBERED:
             self._closed.popitem(last=False)
 
-    async def _report(self, opened: OpenSession, error: DsdError) -> None:
+    async def _report(self, opened: OpenSession, error: DsdError, about: str = "") -> None:
         logger.warning("session failed session=%s error=%s", opened.session.hex(), error)
-        failure = Failure(session=opened.session, epoch=opened.epoch, kind=_kind(error), text=str(error)[:512])
+        failure = Failure(
+            session=opened.session, epoch=opened.epoch, kind=kind_of(error), peer=about, text=str(error)[:512]
+        )
         with suppress(PeerError), trio.move_on_after(_CONNECT_TIMEOUT_S):
             await self._links.send(PeerId(opened.coordinator.peer), failure)
 
@@ -551,17 +556,3 @@ def _measured(window: Window, session: StageSession, seconds: float) -> Window:
         stage_us=(*window.stage_us, max(0, round(seconds * 1e6)))[-MAX_STAGES:],
         link_bytes=min(window.link_bytes + session.received_bytes, 1 << 62),
     )
-
-
-def _kind(error: DsdError) -> FailureKind:
-    match error:
-        case CapacityError():
-            return FailureKind.CAPACITY
-        case RemoteProtocolError():
-            return FailureKind.PROTOCOL
-        case PeerTimeout():
-            return FailureKind.TIMEOUT
-        case PeerError():
-            return FailureKind.ROUTE
-        case _:
-            return FailureKind.MODEL

@@ -1,18 +1,23 @@
 """Chains out of a swarm's members."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import trio
 
 from dsd_p2p.errors import CoverageLost
-from dsd_p2p.pipeline.directory import Chain
+from dsd_p2p.pipeline.directory import NO_DETOUR, Chain
 from dsd_p2p.pipeline.membership import Membership
-from dsd_p2p.placement.route import choose_route
+from dsd_p2p.placement.coordinator import speculation_of
+from dsd_p2p.placement.route import Detour, choose_route
 from dsd_p2p.placement.view import NodeView, Plan, Speculation, SwarmView
 from dsd_p2p.swarm.registry import Member
 from dsd_p2p.types import PeerId
 from dsd_p2p.wire.membership import MemberState
 from dsd_p2p.wire.messages import Hop
+
+_BELIEVED_BEATS = 2
+"""What a stage says of a link to its neighbour is believed for so many heartbeats: later ones tell whether it still is so."""
 
 
 class SwarmDirectory:
@@ -38,23 +43,27 @@ class SwarmDirectory:
         self._speculation = speculation or Speculation()
         self._coverage_timeout_s = coverage_timeout_s
 
-    async def find(self, avoid: Collection[str] = ()) -> Chain:
+    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
         """Return the fastest chain; waits for one while layers are uncovered.
 
         Raises:
             CoverageLost: there was none in time: names the layers.
         """
+        interval_s = self._membership.registry.interval_s
+        believed_until_s = trio.current_time() + _BELIEVED_BEATS * interval_s
         with trio.move_on_after(self._coverage_timeout_s):
-            while (plan := self.plan(avoid)) is None:
+            while (plan := self.plan(detour)) is None:
                 # Links are measured without anybody coming or going.
-                with trio.move_on_after(self._membership.registry.interval_s):
+                with trio.move_on_after(interval_s):
                     await self._membership.changed()
+                if trio.current_time() > believed_until_s:
+                    detour = replace(detour, links=frozenset())
             return self._chain(plan)
-        raise CoverageLost(self._explain(avoid))
+        raise CoverageLost(self._explain(detour))
 
-    def plan(self, avoid: Collection[str] = ()) -> Plan | None:
+    def plan(self, detour: Detour = NO_DETOUR) -> Plan | None:
         """Return the chain that would be used now."""
-        return choose_route(self.view(), PeerId(self._membership.links.me.peer), self._speculation, avoid)
+        return choose_route(self.view(), PeerId(self._membership.links.me.peer), self._speculation, detour)
 
     def view(self, *, with_joining: bool = False) -> SwarmView:
         """Return what placement knows of the members of our model; those that are still loading only when asked for."""
@@ -79,6 +88,14 @@ class SwarmDirectory:
         }
         return SwarmView(num_layers=self._num_layers, nodes=nodes, one_way_s=links)
 
+    def coordinators(self) -> dict[PeerId, Speculation]:
+        """Return the members that write for thin clients, and how well they draft."""
+        return {
+            member.peer: speculation_of(member.record.profile.drafter)
+            for member in self._membership.registry.members()
+            if member.is_alive and member.record.profile.drafter and member.record.state is MemberState.SERVING
+        }
+
     def _serves_our_model(self, member: Member) -> bool:
         info = member.record.info
         return (info.model_digest, info.dtype, info.num_layers) == (self._model_digest, self._dtype, self._num_layers)
@@ -96,7 +113,7 @@ class SwarmDirectory:
             max_positions=min(info.max_positions for info in infos),
         )
 
-    def _explain(self, avoid: Collection[str]) -> str:
+    def _explain(self, detour: Detour) -> str:
         view = self.view()
         uncovered = view.uncovered()
         waited = f"within {self._coverage_timeout_s:g} s"
@@ -104,8 +121,8 @@ class SwarmDirectory:
             return f"no peer that serves this model was reached {waited}: see `dsd members` and `dsd doctor`"
         if uncovered:
             return f"nobody serves layers {_ranges(uncovered)}, no gap closed {waited}: see `dsd members`, add a node by `dsd join`"
-        if avoid:
-            return f"every chain leads through a peer that failed this request ({_names(avoid)}): add replicas"
+        if detour.peers:
+            return f"every chain leads through a peer that failed this request ({_names(detour.peers)}): add replicas"
         return f"all layers are held, but the peers that hold them do not reach each other {waited}: see `dsd doctor`"
 
 

@@ -1,15 +1,37 @@
 """The chain of one request: the one whose predicted seconds a token are the fewest, over everything the peers hold."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from dsd_p2p.placement.view import NodeView, Plan, PlannedStage, Speculation, SwarmView, seconds_per_token
 from dsd_p2p.types import PeerId, Span
 
 _MAX_HOPS = 64
 _MAX_BOUNDARIES = 40
+_REFILL_LAYER_S = 0.02
+"""What a layer counts as slower when its keys and values must be made again: a stage that still has them is worth a detour."""
+
 _MAX_LABELS = 8
 """Partial chains kept of those that end at the same peer and layer and none of which is better in everything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detour:
+    """What a chain that replaces a lost one does without: peers, and links in either direction; and the stages it should keep."""
+
+    peers: frozenset[str] = frozenset()
+    links: frozenset[tuple[str, str]] = frozenset()
+    kept: frozenset[PlannedStage] = frozenset()
+
+    def without(self, view: SwarmView) -> SwarmView:
+        """Return the view without them."""
+        links = {
+            (a, b): seconds
+            for (a, b), seconds in view.one_way_s.items()
+            if (a, b) not in self.links and (b, a) not in self.links
+        }
+        nodes = tuple(node for node in view.nodes if node.peer not in self.peers)
+        return replace(view, nodes=nodes, one_way_s=links)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +60,17 @@ def choose_route(
     view: SwarmView,
     coordinator: PeerId,
     speculation: Speculation | None = None,
-    avoid: Collection[str] = (),
+    detour: Detour | None = None,
 ) -> Plan | None:
     """Return the fastest chain from `coordinator` and back to it; None when the model is not covered or not reachable.
 
     A stage may run fewer layers than its peer holds, so that overlapping spans join and a slow peer's share shrinks.
     """
     speculation = speculation or Speculation()
-    nodes = [node for node in view.nodes if node.span is not None and node.peer not in avoid]
-    boundaries = _boundaries(view, nodes)
+    view = detour.without(view) if detour else view
+    nodes = [node for node in view.nodes if node.span is not None]
+    kept = detour.kept if detour else frozenset()
+    boundaries = _boundaries(view, nodes, kept)
     ending: dict[int, dict[PeerId, list[_Partial]]] = {}
     for start in boundaries[:-1]:
         for node in nodes:
@@ -56,15 +80,18 @@ def choose_route(
             for before, link_s in _ways_to(node.peer, start, view, coordinator, ending):
                 for end in boundaries:
                     if start < end <= span.last:
-                        partial = _extend(before, link_s, node, Span(start, end), speculation.window_nodes)
+                        stage = PlannedStage(peer=node.peer, span=Span(start, end))
+                        refill_s = _REFILL_LAYER_S * (end - start) if kept and stage not in kept else 0.0
+                        partial = _extend(before, link_s + refill_s, node, stage, speculation.window_nodes)
                         _keep(ending.setdefault(end, {}).setdefault(node.peer, []), partial)
     return _best(ending.get(view.num_layers, {}), view, coordinator, speculation)
 
 
-def _boundaries(view: SwarmView, nodes: list[NodeView]) -> list[int]:
+def _boundaries(view: SwarmView, nodes: list[NodeView], kept: Iterable[PlannedStage]) -> list[int]:
     """Layers at which one stage may hand over to the next: every span's ends, and a grid between."""
     step = -(-view.num_layers // _MAX_BOUNDARIES)
-    ends = {end for node in nodes if node.span for end in (node.span.first, node.span.last)}
+    spans = [*(node.span for node in nodes if node.span), *(stage.span for stage in kept)]
+    ends = {end for span in spans for end in (span.first, span.last)}
     return sorted({*range(0, view.num_layers, step), view.num_layers, *ends})
 
 
@@ -85,12 +112,12 @@ def _ways_to(
                 yield partial, link_s
 
 
-def _extend(before: _Partial | None, link_s: float, node: NodeView, span: Span, num_nodes: int) -> _Partial:
-    pass_s = node.layer_pass_s(num_nodes) * span.num_layers
+def _extend(before: _Partial | None, link_s: float, node: NodeView, stage: PlannedStage, num_nodes: int) -> _Partial:
+    pass_s = node.layer_pass_s(num_nodes) * stage.span.num_layers
     return _Partial(
         traversal_s=(before.traversal_s if before else 0.0) + link_s + pass_s,
         slowest_s=max(before.slowest_s if before else 0.0, pass_s),
-        last=PlannedStage(peer=node.peer, span=span),
+        last=stage,
         previous=before,
         num_hops=(before.num_hops if before else 0) + 1,
     )

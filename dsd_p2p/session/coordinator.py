@@ -23,6 +23,7 @@ from dsd_p2p.wire.messages import (
     Cancel,
     CloseSession,
     DraftTop,
+    Hop,
     OpenSession,
     Verdict,
     Window,
@@ -74,6 +75,7 @@ class Coordinator:
         self._progress_at_s = 0.0
         self._is_waiting_for_chain = False
         self._loss: DsdError | None = None
+        self._gone: set[str] = set()
         self._passed: tuple[int, int, int] | None = None
         self.is_finished = False
 
@@ -133,6 +135,10 @@ class Coordinator:
         self._in_flight.clear()
         return [Replay(delay_s=delay_s, reason=str(error))]
 
+    def gone(self, peer: PeerId) -> None:
+        """A stage's connection is lost, and with it whatever it held of the session, should it come back."""
+        self._gone.add(peer)
+
     def reopen(self, route: Route, now_s: float) -> list[Effect]:
         """Go on over `route` after a `Replay`: no token is emitted twice.
 
@@ -142,6 +148,7 @@ class Coordinator:
         gone = [hop for hop in self._route.hops if hop.peer not in {hop.peer for hop in route.hops}]
         effects: list[Effect] = [Send(to=PeerId(hop.peer), message=self._close_message()) for hop in gone]
         self._route = route
+        self._gone.clear()
         self._is_waiting_for_chain = False
         self.stats.num_replays += 1
         self.stats.num_resumes += any(kept)
@@ -153,7 +160,7 @@ class Coordinator:
         is_first_try = self._num_failed_attempts <= 1
         if not is_sound or not is_first_try or self._passed is None or self._passed[2] != len(self.tokens) - 2:
             return ()
-        held = {(hop.peer, hop.span) for hop in self._route.hops}
+        held = {(hop.peer, hop.span) for hop in self._route.hops if hop.peer not in self._gone}
         kept = tuple((hop.peer, hop.span) in held for hop in route.hops)
         return kept if any(kept) else ()
 
@@ -171,6 +178,11 @@ class Coordinator:
         if loss is not None and (not isinstance(loss, PeerError) or isinstance(loss, RemoteProtocolError)):
             return self._finish("error", loss)
         return self.lost(error, now_s)
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """The stages of the present route."""
+        return self._route.hops
 
     def involves(self, peer: PeerId) -> bool:
         """True when `peer` is a stage of the present route."""

@@ -217,6 +217,13 @@ class Registry:
         """The connection is gone: the peer is dead to us until it is heard again."""
         self._alive.pop(peer, None)
 
+    def forgive(self, seconds: float) -> None:
+        """Time in which we could not have heard anybody does not count as silence."""
+        for liveness in self._alive.values():
+            liveness.heard_at_s += seconds
+            if liveness.deaf_since_s is not None:
+                liveness.deaf_since_s += seconds
+
     def sweep(self, now_s: float, unix_s: float) -> list[tuple[PeerId, str]]:
         """Forget who has been silent or has no right to be here any more; returns whom, and why."""
         gone: list[tuple[PeerId, str]] = []
@@ -253,7 +260,7 @@ class Registry:
                     peer=peer,
                     beat=liveness.heartbeat.beat,
                     held_us=max(0, int((now_s - liveness.heard_at_s) * 1e6)),
-                    round_trip_us=int((liveness.round_trip_s or 0) * 1e6),
+                    round_trip_us=0 if liveness.round_trip_s is None else max(1, round(liveness.round_trip_s * 1e6)),
                 )
                 for peer, liveness in self._alive.items()
             ),
@@ -272,7 +279,7 @@ class Registry:
         liveness = self._alive.get(peer)
         if liveness is None:
             is_me = peer == self.me
-            neighbours = {str(name): known.round_trip_s or 0.0 for name, known in self._alive.items()} if is_me else {}
+            neighbours = self._own_round_trips() if is_me else {}
             return Member(record=record, is_alive=is_me, round_trip_s=0.0 if is_me else None, neighbours_s=neighbours)
         return Member(
             record=record,
@@ -280,5 +287,14 @@ class Registry:
             round_trip_s=liveness.round_trip_s,
             num_sessions=liveness.heartbeat.num_sessions,
             cache_bytes=liveness.heartbeat.cache_bytes,
-            neighbours_s={heard.peer: heard.round_trip_us / 1e6 for heard in liveness.heartbeat.heard},
+            neighbours_s={
+                heard.peer: heard.round_trip_us / 1e6 for heard in liveness.heartbeat.heard if heard.round_trip_us
+            },
         )
+
+    def _own_round_trips(self) -> dict[str, float]:
+        return {
+            str(peer): liveness.round_trip_s
+            for peer, liveness in self._alive.items()
+            if liveness.round_trip_s is not None
+        }

@@ -58,6 +58,9 @@ class EmulatedTransport:
         except trio.TooSlowError:
             raise PeerTimeout(f"{_QUEUE_FRAMES} frames wait on the emulated link to {to}") from None
         except (trio.BrokenResourceError, trio.ClosedResourceError):
+            # Should the peer come back, it gets a new link.
+            if to in self._links and self._links[to][1] is queue:
+                del self._links[to]
             raise PeerDisconnected(f"the link to {to} is gone") from None
 
     def admit(self, peer: PeerId) -> None:

@@ -63,14 +63,14 @@ class NodeProfile(msgspec.Struct, frozen=True, array_like=True):
 
     layer_us, layer16_us: microseconds of one layer's pass over 1 and over 16 positions.
     launch_us: of one trivial kernel launch on one thread, what small models are bound by.
-    max_layers: what its memory has room for. drafts: it has a drafter and may coordinate requests for thin clients.
+    max_layers: what its memory has room for. drafter: with what it coordinates requests of thin clients; empty does not.
     """
 
     layer_us: Microseconds = 0
     layer16_us: Microseconds = 0
     launch_us: Microseconds = 0
     max_layers: Annotated[int, Meta(ge=0, le=4096)] = 0
-    drafts: bool = False
+    drafter: Name = ""
 
 
 class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -95,7 +95,7 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Heard(msgspec.Struct, frozen=True, array_like=True):
-    """One neighbour as the sender of a heartbeat knows it: its last beat, how long ago that came in, the round trip to it."""
+    """A neighbour as the sender knows it: its last beat, for how long that has lain here, the round trip (0: unknown)."""
 
     peer: Name
     beat: Annotated[int, Meta(ge=0, le=1 << 50)]

@@ -44,6 +44,8 @@ class FailureKind(StrEnum):
     MODEL = "model"
     ROUTE = "route"
     TIMEOUT = "timeout"
+    COVERAGE = "coverage"
+    REQUEST = "request"
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -157,12 +159,13 @@ class CloseSession(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """Stage → coordinator: the session opened at `epoch` cannot go on here, and why."""
+    """Stage → coordinator: the session opened at `epoch` cannot go on here, and why. peer: the neighbour that it does not reach."""
 
     session: SessionBytes
     epoch: Epoch
     kind: FailureKind
     text: Annotated[str, Meta(max_length=512)]
+    peer: Name = ""
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=8):
@@ -181,4 +184,58 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=9):
     nonce: Annotated[int, Meta(ge=0, le=(1 << 62))]
 
 
-Message = Hello | OpenSession | Window | Verdict | Cancel | CloseSession | Failure | Ping | Pong | Heartbeat | Members
+class Ask(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """Thin client → coordinator: write for me. What was received of an earlier answer is part of `prompt`.
+
+    idle_timeout_s: give a silent chain up after so long. deadline_s: of the whole answer, from its arrival.
+    """
+
+    request: SessionBytes
+    prompt: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_POSITIONS)]
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
+    sampling: Sampling
+    stop_tokens: Annotated[tuple[Token, ...], Meta(max_length=64)]
+    idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
+    deadline_s: Annotated[float, Meta(gt=0, le=86400)]
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """Coordinator → thin client: the tokens from number `start` of this answer on."""
+
+    request: SessionBytes
+    start: Position
+    tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
+
+
+class AnswerEnd(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """Coordinator → thin client: nothing more comes. error: None when it ended as asked."""
+
+    request: SessionBytes
+    reason: Name
+    error: FailureKind | None = None
+    text: Annotated[str, Meta(max_length=512)] = ""
+
+
+class StopAnswer(msgspec.Struct, frozen=True, array_like=True, tag=15):
+    """Thin client → coordinator: no more is wanted."""
+
+    request: SessionBytes
+
+
+Message = (
+    Hello
+    | OpenSession
+    | Window
+    | Verdict
+    | Cancel
+    | CloseSession
+    | Failure
+    | Ping
+    | Pong
+    | Heartbeat
+    | Members
+    | Ask
+    | Answer
+    | AnswerEnd
+    | StopAnswer
+)

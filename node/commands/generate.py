@@ -33,9 +33,11 @@ async def _generate(config: GenerateConfig) -> None:
         print(msgspec.json.encode({"text": text, "token_ids": tokens, "stats": stats}).decode(), flush=True)
     else:
         print(flush=True)
+        length = f", {stats['mean_accepted_length']:.2f} tokens an epoch" if "mean_accepted_length" in stats else ""
+        where = f", coordinated by …{str(stats['coordinator'])[-8:]}" if "coordinator" in stats else ""
         console.print(
             f"[dim]{stats['num_tokens']} tokens, {stats['tokens_per_s']:.2f} tokens/s, first after "
-            f"{stats['ttft_s']:.2f} s, {stats['mean_accepted_length']:.2f} tokens an epoch[/]"
+            f"{stats['ttft_s']:.2f} s{length}{where}[/]"
         )
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import CoverageLost
 from dsd_p2p.models.source import find_model
-from dsd_p2p.placement.coordinator import choose_coordinator
+from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.placement.route import choose_route
 from dsd_p2p.placement.view import Plan, SwarmView
 from dsd_p2p.types import PeerId
@@ -17,6 +17,7 @@ from node.console import ConsoleProgress
 from node.swarm_client import open_swarm_client
 from node.swarm_state import SwarmState
 
+_OWN_DRAFTER = "ngram"
 _BEATS = 3
 """Heartbeats to hear before choosing: the first ones do not know the round trips yet."""
 
@@ -33,9 +34,9 @@ async def _plan(state: SwarmState, is_json: bool) -> int:
         await trio.sleep(_BEATS * client.membership.registry.interval_s)
         await client.directory.find()
         view, me = client.directory.view(), PeerId(client.membership.links.me.peer)
-        capable = [member.peer for member in client.membership.registry.members() if member.record.profile.drafts]
+        capable = client.directory.coordinators() | {me: speculation_of(_OWN_DRAFTER)}
     chosen = choose_coordinator(view, me, capable)
-    own = choose_route(view, me)
+    own = choose_route(view, me, speculation_of(_OWN_DRAFTER))
     if chosen is None or own is None:
         raise CoverageLost("the chain was lost while planning: try again")
     coordinator, plan = chosen

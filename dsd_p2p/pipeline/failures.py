@@ -1,0 +1,52 @@
+"""Errors on the wire and back."""
+
+from dsd_p2p.errors import (
+    CapacityError,
+    ConfigError,
+    CoverageLost,
+    DsdError,
+    ModelError,
+    PeerDisconnected,
+    PeerError,
+    PeerTimeout,
+    RemoteProtocolError,
+)
+from dsd_p2p.wire.messages import FailureKind
+
+
+def kind_of(error: DsdError) -> FailureKind:
+    """Return what a peer is told of an error of ours."""
+    match error:
+        case CapacityError():
+            return FailureKind.CAPACITY
+        case RemoteProtocolError():
+            return FailureKind.PROTOCOL
+        case PeerTimeout():
+            return FailureKind.TIMEOUT
+        case CoverageLost():
+            return FailureKind.COVERAGE
+        case PeerError():
+            return FailureKind.ROUTE
+        case ConfigError():
+            return FailureKind.REQUEST
+        case _:
+            return FailureKind.MODEL
+
+
+def error_of(kind: FailureKind, text: str) -> DsdError:
+    """Return the error that a peer reports."""
+    match kind:
+        case FailureKind.CAPACITY:
+            return CapacityError(text)
+        case FailureKind.MODEL:
+            return ModelError(text)
+        case FailureKind.ROUTE:
+            return PeerDisconnected(text)
+        case FailureKind.TIMEOUT:
+            return PeerTimeout(text)
+        case FailureKind.COVERAGE:
+            return CoverageLost(text)
+        case FailureKind.REQUEST:
+            return ConfigError(text)
+        case FailureKind.PROTOCOL:
+            return RemoteProtocolError("our message", text, "what the peer says")

@@ -1,0 +1,125 @@
+"""`scripts/testnet`: a swarm in network namespaces, for trying things out (`up`) and for breaking it (`chaos`). Needs root."""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import trio
+
+from dsd_p2p.errors import DsdError, first_cause
+from dsd_p2p.models.progress import NoProgress
+from dsd_p2p.models.source import find_model
+from node.testnet.chaos import Chaos, Plan
+from node.testnet.swarm import Layout, open_testnet
+
+_MODEL = "smollm2-135m"
+_QUESTIONS = (
+    "Why is the sky blue?",
+    "Name three rivers of Europe.",
+    "What is 17 times 23? Show your work.",
+    "Write a haiku about the sea.",
+    "Explain what a compiler does to a child.",
+    "List the planets of the solar system in order.",
+    "What happens when water freezes?",
+    "Write a Python function that reverses a string.",
+)
+
+
+def main() -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/testnet", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("up", help="run until Ctrl-C")
+    chaos = commands.add_parser("chaos", help="break it while clients write")
+    chaos.add_argument("--minutes", type=float, default=10.0)
+    chaos.add_argument("--clients", type=int, default=4)
+    chaos.add_argument("--tokens", type=int, default=48)
+    chaos.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
+    for each in (up, chaos):
+        each.add_argument("--nodes", type=int, default=8)
+        each.add_argument("--max-layers", type=int, default=12)
+        each.add_argument("--heartbeat", type=float, default=0.75, help="seconds")
+        each.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory(prefix="dsd-testnet-") as folder:
+            return trio.run(_up if options.command == "up" else _chaos, options, Path(folder))
+    except (DsdError, BaseExceptionGroup, KeyboardInterrupt) as exc:
+        cause = first_cause(exc)
+        if isinstance(cause, KeyboardInterrupt):
+            return 130
+        if not isinstance(cause, DsdError):
+            raise
+        print(f"scripts/testnet: {cause}", file=sys.stderr)
+        return 1
+
+
+def _layout(options: argparse.Namespace, num_clients: int) -> Layout:
+    return Layout(
+        num_nodes=options.nodes,
+        num_clients=num_clients,
+        max_layers=options.max_layers,
+        model=_MODEL,
+        heartbeat_s=options.heartbeat,
+        seed=options.seed,
+    )
+
+
+async def _up(options: argparse.Namespace, folder: Path) -> int:
+    async with open_testnet(_layout(options, 0), folder) as net:
+        for node in net.nodes:
+            await net.start_node(node.index)
+        await net.all_ready(net.nodes)
+        print(f"{options.nodes} nodes are up; Ctrl-C ends them. Look at them with")
+        print(f"dsd members --swarm {net.nodes[0].state.folder}/", flush=True)
+        await trio.sleep_forever()
+    return 0
+
+
+async def _chaos(options: argparse.Namespace, folder: Path) -> int:
+    prompts, expected = await trio.to_thread.run_sync(_reference, options.tokens)
+    async with open_testnet(_layout(options, options.clients), folder) as net:
+        plan = Plan(minutes=options.minutes, seed=options.seed, prompts=prompts, expected=expected)
+        outcome = (await Chaos(net, plan).run()).as_dict()
+    if options.json:
+        print(json.dumps(outcome), flush=True)
+    else:
+        for key, value in outcome.items():
+            print(f"{key}: {value}")
+    is_good = not (outcome["wrong"] or outcome["hung"] or outcome["leaked"] or outcome["failed_while_covered"])
+    return 0 if is_good else 1
+
+
+def _reference(num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts, and what the unsplit model writes after each."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from node.text import TextCodec
+
+    source = find_model(_MODEL, NoProgress())
+    text = TextCodec(source.folder)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    # The same number of tokens each, past the end of the text: more to get wrong.
+    model.generation_config.eos_token_id = None
+    prompts, answers = [], []
+    for question in _QUESTIONS:
+        prompt = text.encode(question, is_raw=False)
+        inputs = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        prompts.append(prompt)
+        answers.append(output[0, len(prompt) :].tolist())
+    return prompts, answers
+
+
+if __name__ == "__main__":
+    sys.exit(main())
