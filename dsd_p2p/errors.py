@@ -9,6 +9,7 @@
         ├── RemoteProtocolError    the peer broke the protocol
         ├── PeerDisconnected       the connection is gone
         ├── PeerTimeout            the peer did not answer before the deadline
+        ├── DishonestPeer          the peer computed something else than it was asked, and signed it
         └── CoverageLost           nobody who is alive and reachable serves some of the layers
 
 The text of each says what to do next.
@@ -55,6 +56,14 @@ class PeerDisconnected(PeerError):  # noqa: N818 - reads as the event it reports
 
 class PeerTimeout(PeerError):  # noqa: N818 - reads as the event it reports
     """A peer did not answer before the deadline."""
+
+
+class DishonestPeer(PeerError):  # noqa: N818 - reads as what it reports
+    """A peer computed something else than it was asked, or does not show what it computed: names it."""
+
+    def __init__(self, peer: str, text: str) -> None:
+        super().__init__(f"peer {peer} is not to be trusted: {text}")
+        self.peer = peer
 
 
 class CoverageLost(PeerError):  # noqa: N818 - reads as the event it reports

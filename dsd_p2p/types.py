@@ -33,6 +33,10 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
         """Number of layers in the span."""
         return self.last - self.first
 
+    def holds(self, other: "Span") -> bool:
+        """True when every layer of `other` is in here."""
+        return self.first <= other.first and other.last <= self.last
+
     def __str__(self) -> str:
         return f"[{self.first}, {self.last})"
 

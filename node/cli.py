@@ -238,6 +238,12 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coordinator", choices=["auto", "self"], help="of a swarm's request: the best placed peer (default), or here"
     )
+    parser.add_argument(
+        "--audit",
+        action="store_const",
+        const=True,
+        help="in a swarm: stages sign what they compute, and are spot-checked",
+    )
     parser.add_argument("--timeout", help="of an answer that another peer coordinates (default 1h)")
     parser.add_argument("--netlab", action="store_const", const=True, help="links between network namespaces (root)")
     parser.add_argument("--prompt", help="what to answer or continue; - reads standard input")

@@ -71,10 +71,11 @@ class Client:
             hidden_format=config.hidden,
             relaxation=relaxation or make_relaxation(config),
             retry=SWARM_RETRY if self.swarm else RetryPolicy(),
+            audit=config.audit,
         )
         tokens: list[TokenId] = []
         streamer = self.text.streamer()
-        if self.swarm is not None and config.coordinator == "auto" and options.relaxation is None:
+        if self.swarm is not None and config.coordinator == "auto" and not options.audit and options.relaxation is None:
             coordinator = choose_place(self.swarm, self.drafter.name)
             if coordinator is not None:
                 return await self._ask(coordinator, prompt, options, show)
@@ -116,6 +117,8 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
         ConfigError, ModelError, PeerError: what is missing and what to do.
     """
     torch.set_num_threads(config.threads)
+    if config.audit and not config.swarm:
+        raise ConfigError("--audit needs the peers of a swarm, who sign: add --swarm")
     state = SwarmState(config.swarm) if config.swarm else None
     if state is not None:
         stored = state.membership()

@@ -149,6 +149,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     netlab: links between network namespaces instead of emulated ones (`node.netlab`).
     swarm: the swarm to use, by its name on this machine; its model is taken. coordinator: "self", or "auto": the peer with the
         shortest loop, when that is not here. timeout: of the whole answer, when somebody else coordinates.
+    audit: have the stages sign what they compute, and spot-check them (in a swarm).
     draft: "ngram", "shadow", a model, each also "+ngram", or "auto": what measured best for the target.
     window: "analytic" or "static". depth, width, window_nodes, in_flight: a static window; 0 is the mode's default.
     hidden: format of hidden states between stages. verify: "exact" or "relaxed"; relaxation: a file of `dsd calibrate`, empty is
@@ -159,6 +160,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     swarm: str = ""
     coordinator: str = "auto"
     timeout: str = "1h"
+    audit: bool = False
     netlab: bool = False
     draft: str = "auto"
     draft_dtype: str = "float32"

@@ -124,7 +124,7 @@ class SwarmNode:
         )
         self._links = PeerLinks(transport, self._info(None), door=self._membership)
         self._membership.links = self._links
-        self._server = StageServer(self._links, None, StageLimits(dials_routes=False), time.perf_counter)
+        self._server = StageServer(self._links, None, StageLimits(dials_routes=False), time.perf_counter, sign=key.sign)
         self._membership.load = self._load
         self._directory = SwarmDirectory(
             self._membership,

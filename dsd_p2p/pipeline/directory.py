@@ -42,6 +42,10 @@ class Directory(Protocol):
         """
         ...
 
+    def replicas(self, span: Span, but: str) -> Sequence[PeerId]:
+        """Return connected peers that hold a span, without one."""
+        ...
+
 
 class StageList:
     """A directory of stages that somebody listed, and of those they know of."""
@@ -68,10 +72,14 @@ class StageList:
         Raises:
             ConfigError: the connected stages do not cover one model.
         """
-        links = self._links
-        return choose_chain(
-            info for peer, info in links.known.items() if peer in links.connected and peer not in detour.peers
-        )
+        links, known = self._links, self._links.known.items()
+        usable = [info for peer, info in known if peer in links.connected and peer not in detour.peers]
+        # Which end of a broken link is to blame is not known: without the far one if that is possible, else it is dialled again.
+        far = {peer for _, peer in detour.links}
+        try:
+            return choose_chain(info for info in usable if info.peer not in far)
+        except ConfigError:
+            return choose_chain(usable)
 
     async def find(self, detour: Detour = NO_DETOUR) -> Chain:
         """Reconnect to what is gone and return the chain of fewest stages."""
@@ -85,6 +93,14 @@ class StageList:
             dtype=stages[0].dtype,
             max_positions=stages[0].max_positions,
         )
+
+    def replicas(self, span: Span, but: str) -> list[PeerId]:
+        """Return connected stages that hold a span, without one."""
+        return [
+            peer
+            for peer, info in self._links.known.items()
+            if peer in self._links.connected and peer != but and info.span is not None and info.span.holds(span)
+        ]
 
     async def _reconnect(self, timeout_s: float) -> None:
         for info in list(self._links.known.values()):

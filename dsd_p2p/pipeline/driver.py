@@ -10,12 +10,14 @@ import trio
 
 from dsd_p2p.drafting.base import DraftSession
 from dsd_p2p.errors import (
+    DishonestPeer,
     DsdError,
     PeerDisconnected,
     PeerError,
     PeerTimeout,
     RemoteProtocolError,
 )
+from dsd_p2p.pipeline.audit import Auditor, Turn
 from dsd_p2p.pipeline.failures import error_of
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.placement.route import Detour
@@ -25,7 +27,7 @@ from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Repl
 from dsd_p2p.session.request import Route
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, TokenId
-from dsd_p2p.wire.messages import CloseSession, Failure, Verdict
+from dsd_p2p.wire.messages import CloseSession, Failure, Message, OpenSession, Verdict, Window
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +60,21 @@ class Told:
     message: Verdict | Failure
 
 
-Event = Told | Lost | Drafted | Rerouted
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A spot check is over. error: who lied."""
+
+    error: DishonestPeer | None
+
+
+Event = Told | Lost | Drafted | Rerouted | Checked
 
 
 class RequestDriver:
     """One request's loop: wait for an event or the deadline, tell the machine, do what it says.
 
     find_route: finds a chain of stages; called again after a chain is lost.
+    auditor: checks the stages. distrust: is told who lied.
     """
 
     def __init__(
@@ -75,6 +85,8 @@ class RequestDriver:
         *,
         is_instant_drafter: bool,
         find_route: Callable[[Detour], Awaitable[Route]],
+        auditor: Auditor | None = None,
+        distrust: Callable[[DishonestPeer], None] = lambda _error: None,
         inbox_size: int = 1024,
     ) -> None:
         self._machine = machine
@@ -82,6 +94,10 @@ class RequestDriver:
         self._drafter = drafter
         self._is_instant_drafter = is_instant_drafter
         self._find_route = find_route
+        self._auditor = auditor
+        self._distrust = distrust
+        self._is_checking = False
+        self._check_is_over = trio.Event()
         self._avoided_peers: dict[str, float] = {}
         self._avoided_links: dict[tuple[str, str], float] = {}
         self.inbox, self._events = trio.open_memory_channel[Event](inbox_size)
@@ -104,6 +120,8 @@ class RequestDriver:
                     while await self._perform(output, nursery):
                         event = await self._next_event()
                         self._pending.extend(self._tell(event))
+                        self._check_if_due(nursery)
+                        await self._wait_for_overdue_check()
                     nursery.cancel_scope.cancel()
         finally:
             await self._close_stages()
@@ -131,6 +149,9 @@ class RequestDriver:
                 return self._hear(sender, message, now_s)
             case Drafted(children=children):
                 return self._machine.drafted(children, now_s)
+            case Checked(error=error):
+                self._is_checking = False
+                return [] if error is None else self._caught(error, self._machine.abort(error))
             case Lost(peer=peer) if not self.involves(peer):
                 return []
             case Lost(peer=peer, reason=reason):
@@ -146,20 +167,60 @@ class RequestDriver:
             error = error_of(message.kind, message.text)
             if message.peer:
                 self._avoided_links[sender, message.peer] = now_s + _BLAME_LINK_S
-            if not isinstance(error, PeerDisconnected | PeerTimeout):
+            elif not isinstance(error, PeerDisconnected | PeerTimeout):
                 self._blame(sender, error)
             return self._machine.failed(message.epoch, error, now_s)
         try:
+            if self._auditor is not None:
+                self._auditor.heard(message)
             return self._machine.receive(message, now_s)
+        except DishonestPeer as exc:
+            # Caught before its verdict counted: nothing wrong was written.
+            return self._caught(exc, self._machine.lost(exc, now_s))
         except RemoteProtocolError as exc:
             self._blame(sender, exc)
             return self._machine.lost(exc, now_s)
+
+    def _caught(self, error: DishonestPeer, effects: Sequence[Effect]) -> Sequence[Effect]:
+        self._blame(PeerId(error.peer), error)
+        self._distrust(error)
+        return effects
+
+    def _check_if_due(self, nursery: trio.Nursery) -> None:
+        if self._auditor is None or self._machine.is_finished:
+            return
+        for position, epoch, node in self._machine.carried:
+            self._auditor.committed(position, epoch, node)
+        self._machine.carried.clear()
+        if self._is_checking:
+            return
+        turn = self._auditor.turn(self._machine.tokens)
+        if turn is not None:
+            self._is_checking, self._check_is_over = True, trio.Event()
+            nursery.start_soon(self._check, self._auditor, turn)
+
+    async def _wait_for_overdue_check(self) -> None:
+        """Spot checks keep up with the text: what they would find must not be written far past."""
+        if self._auditor is not None and self._is_checking and self._auditor.is_overdue:
+            await self._check_is_over.wait()
+
+    async def _check(self, auditor: Auditor, turn: Turn) -> None:
+        error = None
+        try:
+            await auditor.check(turn)
+        except DishonestPeer as exc:
+            error = exc
+        finally:
+            self._check_is_over.set()
+        await self.inbox.send(Checked(error=error))
 
     async def _perform(self, output: trio.MemorySendChannel[tuple[TokenId, ...]], nursery: trio.Nursery) -> bool:
         """Do everything pending; False once the request is finished."""
         while self._pending:
             match self._pending.popleft():
                 case Send(to=to, message=message):
+                    if self._auditor is not None:
+                        self._follow(self._auditor, message)
                     try:
                         await self._links.send(to, message)
                     except PeerError as exc:
@@ -181,6 +242,15 @@ class RequestDriver:
                 case Finish() as finish:
                     self.finish = finish
         return self.finish is None
+
+    def _follow(self, auditor: Auditor, message: Message) -> None:
+        match message:
+            case OpenSession(route=route, model_digest=digest, dtype=dtype):
+                auditor.opened(route, digest, dtype)
+            case Window() as window:
+                auditor.sent(window, len(self._machine.tokens))
+            case _:
+                pass
 
     async def _draft(self, draft: Draft) -> None:
         children = await trio.to_thread.run_sync(self._expand, draft)

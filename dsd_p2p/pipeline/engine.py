@@ -5,14 +5,15 @@ import random
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 
 import trio
 
 from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.errors import ConfigError, LocalProtocolError, PeerDisconnected
-from dsd_p2p.pipeline.directory import Chain, Directory, StageList
+from dsd_p2p.errors import ConfigError, DishonestPeer, LocalProtocolError, PeerDisconnected, PeerTimeout
+from dsd_p2p.pipeline.audit import Auditor
+from dsd_p2p.pipeline.directory import NO_DETOUR, Chain, Directory, StageList
 from dsd_p2p.pipeline.driver import RequestDriver, Told
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.pipeline.services import run_services
@@ -22,21 +23,23 @@ from dsd_p2p.session.effects import Finish
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.transport.base import Lost, Transport
-from dsd_p2p.types import GREEDY, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId
+from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.hidden import HiddenFormat
-from dsd_p2p.wire.messages import Failure, Hop, Verdict
+from dsd_p2p.wire.messages import Failure, Hop, Recompute, Recomputed, Reveal, Revealed, Verdict
 
 logger = logging.getLogger(__name__)
 
 _OUTPUT_BATCHES = 1024
+_ASK_TIMEOUT_S = 15.0
+_DISTRUST_S = 3600.0
 _NOWHERE = Span(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """What one request asks for; see `dsd_p2p.session.request.Request`."""
+    """What one request asks for; see `dsd_p2p.session.request.Request`. audit: have the stages sign, and check them (`.audit`)."""
 
     max_tokens: int
     sampling: Sampling = GREEDY
@@ -46,6 +49,7 @@ class GenerateOptions:
     hidden_format: HiddenFormat = HiddenFormat.MODEL
     relaxation: Relaxation | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    audit: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,7 +100,7 @@ class Generation:
 class Engine:
     """A coordinator: chooses a chain, drafts, streams. Made by `open_engine`; a service of `dsd_p2p.pipeline.services`."""
 
-    takes = (Verdict, Failure)
+    takes = (Verdict, Failure, Revealed, Recomputed)
 
     def __init__(
         self, links: PeerLinks, drafter: Drafter, vocab_size: int, nursery: trio.Nursery, directory: Directory
@@ -109,6 +113,8 @@ class Engine:
         self._drivers: dict[bytes, RequestDriver] = {}
         self._trackers: dict[tuple[str, ...], Tracker] = {}
         self._last_tracker = Tracker()
+        self._asked: dict[tuple[PeerId, bytes], trio.MemorySendChannel[Arrived]] = {}
+        self.distrusted: dict[str, float] = {}
 
     def observe(self) -> Observation:
         """Return what is measured of the chain that was used last, and of the drafter."""
@@ -121,7 +127,7 @@ class Engine:
 
     async def _find_route(self, detour: Detour) -> Route:
         try:
-            return self._route(await self._directory.find(detour))
+            return self._route(await self._directory.find(self._without_liars(detour)))
         except ConfigError as exc:
             raise PeerDisconnected(f"a stage is gone: {exc}") from exc
 
@@ -143,7 +149,7 @@ class Engine:
         Raises:
             ConfigError: no chain, an empty prompt, or a prompt and answer longer than the model's context.
         """
-        chain = await self._directory.find()
+        chain = await self._directory.find(self._without_liars(NO_DETOUR))
         route, limit = self._route(chain), chain.max_positions
         if not prompt:
             raise ConfigError("the prompt is empty: give at least one token")
@@ -156,6 +162,8 @@ class Engine:
                 f"prompt of {len(prompt)} and {options.max_tokens} new tokens exceed the model's context of {limit}: "
                 "shorten the prompt or lower --max-tokens"
             )
+        if options.audit and (options.hidden_format is not HiddenFormat.MODEL or options.relaxation is not None):
+            raise ConfigError("--audit compares exact rows: leave out --hidden and --verify relaxed")
         session = SessionId(secrets.token_bytes(8))
         request = Request(
             session=session,
@@ -169,6 +177,7 @@ class Engine:
             hidden_formats=_formats(options.hidden_format, len(route.hops) - 1),
             relaxation=options.relaxation,
             retry=options.retry,
+            attest=options.audit,
         )
         machine = Coordinator(request, route, policy, self._tracker(route), random.Random(secrets.randbits(64)))  # noqa: S311
         drafting = self.drafter.open(len(prompt) + options.max_tokens, options.sampling)
@@ -178,6 +187,8 @@ class Engine:
             drafting,
             is_instant_drafter=self.drafter.is_instant,
             find_route=self._find_route,
+            auditor=self._auditor(request) if options.audit else None,
+            distrust=self._distrust,
         )
         self._drivers[session] = driver
         output, batches = trio.open_memory_channel[tuple[TokenId, ...]](_OUTPUT_BATCHES)
@@ -204,10 +215,60 @@ class Engine:
     async def handle(self, event: Arrived) -> None:
         """Hand a verdict or failure to the request it belongs to."""
         message = event.message
+        if isinstance(message, Revealed | Recomputed):
+            name = message.session if isinstance(message, Revealed) else message.request
+            if (waiting := self._asked.get((event.sender, name))) is not None:
+                with suppress(trio.WouldBlock, trio.BrokenResourceError):
+                    waiting.send_nowait(replace(event, payload=memoryview(bytes(event.payload))))
+            return
         assert isinstance(message, Verdict | Failure)
         driver = self._drivers.get(message.session)
         if driver is not None and driver.involves(event.sender):
             self._hand(driver, Told(sender=event.sender, message=message))
+
+    # Checking stages
+
+    def _auditor(self, request: Request) -> Auditor:
+        rng = random.Random(secrets.randbits(64))  # noqa: S311 - nobody must foresee the turns, which the seed takes care of
+        return Auditor(
+            session=request.session,
+            num_prompt=len(request.prompt),
+            sampling=request.sampling,
+            replicas=self._trusted_replicas,
+            ask=self._ask,
+            shuffle=rng.shuffle,
+        )
+
+    def _trusted_replicas(self, span: Span, but: str) -> list[PeerId]:
+        liars = self._without_liars(NO_DETOUR).peers
+        return [peer for peer in self._directory.replicas(span, but) if peer not in liars]
+
+    async def _ask(self, peer: PeerId, message: Reveal | Recompute, payload: bytes) -> Arrived:
+        """Return a peer's answer.
+
+        Raises:
+            PeerTimeout, PeerDisconnected: there was none.
+        """
+        name = (peer, message.session if isinstance(message, Reveal) else message.request)
+        self._asked[name], answers = trio.open_memory_channel[Arrived](1)
+        try:
+            with trio.fail_after(_ASK_TIMEOUT_S):
+                await self.links.send(peer, message, payload)
+                return await answers.receive()
+        except trio.TooSlowError:
+            raise PeerTimeout(f"no answer within {_ASK_TIMEOUT_S:g} s") from None
+        finally:
+            del self._asked[name]
+
+    def _distrust(self, error: DishonestPeer) -> None:
+        """Use the peer no more for a while."""
+        logger.error("dishonest peer avoided peer=%s for_s=%.0f error=%s", error.peer, _DISTRUST_S, error)
+        self.distrusted[error.peer] = trio.current_time() + _DISTRUST_S
+
+    def _without_liars(self, detour: Detour) -> Detour:
+        now_s = trio.current_time()
+        liars = {peer for peer, until_s in self.distrusted.items() if until_s > now_s}
+        return replace(detour, peers=detour.peers | liars)
 
     def lost(self, event: Lost) -> None:
         """Tell every request."""

@@ -27,13 +27,14 @@ from dsd_p2p.pipeline.failures import kind_of
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.pipeline.span_model import SpanModel
 from dsd_p2p.pipeline.stage_session import BoundaryLog, StageSession
-from dsd_p2p.session.slots import CacheEdit
+from dsd_p2p.session.attest import hash_rows, hash_tokens, signed_text
+from dsd_p2p.session.slots import CacheEdit, SlotTable
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk, verdict_of
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId, Span, TokenId
+from dsd_p2p.types import PeerId, Sampling, Span, TokenId
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
-from dsd_p2p.verification.base import Verifier
+from dsd_p2p.verification.base import TargetView, Verifier
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import DraftOpinion
 from dsd_p2p.window.tracker import LineFit
@@ -41,15 +42,24 @@ from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
 from dsd_p2p.wire.messages import (
     BASE,
     FILL_NODES,
+    MAX_ATTESTED_WINDOWS,
+    MAX_GAP,
     MAX_STAGES,
+    Attestation,
     Cancel,
     CloseSession,
     DraftTop,
     Failure,
     Hop,
+    Message,
     OpenSession,
+    Recompute,
+    Recomputed,
+    Reveal,
+    Revealed,
     Verdict,
     Window,
+    WindowAttestation,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,18 +92,28 @@ class StageLimits:
 
 
 class StageServer:
-    """Serves a span, or for now nothing, to whoever opens sessions on it; a service of `dsd_p2p.pipeline.services`."""
+    """Serves a span, or for now nothing, to whoever opens sessions on it; a service of `dsd_p2p.pipeline.services`.
 
-    takes = (OpenSession, Window, Cancel, CloseSession)
+    sign: with the peer's own key, for sessions that ask for it.
+    """
+
+    takes = (OpenSession, Window, Cancel, CloseSession, Reveal, Recompute)
 
     def __init__(
-        self, links: PeerLinks, model: SpanModel | None, limits: StageLimits, clock: Callable[[], float]
+        self,
+        links: PeerLinks,
+        model: SpanModel | None,
+        limits: StageLimits,
+        clock: Callable[[], float],
+        sign: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self._links = links
         self._model = model
         self._parts: dict[Span, SpanModel] = {}
         self._limits = limits
         self._clock = clock
+        self._sign = sign
+        self._recomputing: set[PeerId] = set()
         self._model_in_use = trio.Lock()
         self._sessions: dict[bytes, StageSession] = {}
         self._closed: OrderedDict[tuple[str, bytes], int] = OrderedDict()
@@ -166,6 +186,14 @@ class StageServer:
                 if (owned := self._owned(name, event.sender)) is not None and epoch >= owned.opened.epoch:
                     owned.end()
                 self._remember_closed(event.sender, name, epoch)
+            case Reveal(session=name, end=end):
+                if (owned := self._owned(name, event.sender)) is not None:
+                    rows, num_rows = owned.settled_rows(end)
+                    self._nursery.start_soon(
+                        self._answer, event.sender, Revealed(session=name, num_rows=num_rows), rows
+                    )
+            case Recompute() as recompute:
+                self._nursery.start_soon(self._recompute, event.sender, recompute, bytes(event.payload))
             case _:
                 raise AssertionError(event.message)
 
@@ -348,7 +376,7 @@ class StageServer:
         if session.error is not None:
             self._remember_closed(session.coordinator, name, session.opened.epoch)
             if not session.is_orphan:
-                await self._report(session.opened, session.error)
+                await self._report(session.opened, session.error, session.about)
 
     async def _take_over(self, session: StageSession) -> None:
         """Start with an empty cache, or with what the session before holds."""
@@ -466,7 +494,12 @@ class StageServer:
                 session.log.append(packed)
             seconds = self._clock() - start_s
             self._note_pass(session, num_nodes, seconds)
+            window = self._attested(session, window, payload, packed)
             return _measured(window, session, seconds), packed
+        if session.opened.attest:
+            window = self._attested(session, window, payload, b"")
+            session.attested.append(WindowAttestation(window=window.window, stages=window.attestations))
+            del session.attested[:-MAX_ATTESTED_WINDOWS]
         if step.forward is None:
             return None
         wanted = [row for row, offset in enumerate(live) if session.walk.wants_pick(window.positions[offset])]
@@ -489,7 +522,20 @@ class StageServer:
         if not committed.tokens:
             return None
         measured = _measured(window, session, self._clock() - start_s)
-        return verdict_of(measured, committed, num_live=len(live), num_relaxed=num_relaxed), b""
+        attested, session.attested = session.attested, []
+        verdict = verdict_of(measured, committed, num_live=len(live), num_relaxed=num_relaxed, attestations=attested)
+        return verdict, b""
+
+    def _attested(self, session: StageSession, window: Window, payload: bytes, packed: bytes) -> Window:
+        """The window with our signature under what came in and what goes out, when the session wants it."""
+        if not session.opened.attest or self._sign is None:
+            return window
+        inputs = hash_tokens(window.tokens) if session.model.is_head else hash_rows(payload, session.row_bytes)
+        self._check_neighbour(session, window, inputs)
+        outputs = hash_rows(packed, len(packed) // len(window.tokens)) if packed else b""
+        text = signed_text(window, session.opened.route[session.index].span, inputs, outputs)
+        attestation = Attestation(inputs=inputs, outputs=outputs, signature=self._sign(text))
+        return msgspec.structs.replace(window, attestations=(*window.attestations, attestation)[-MAX_STAGES:])
 
     def _note_pass(self, session: StageSession, num_nodes: int, seconds: float) -> None:
         span = session.opened.route[session.index].span
@@ -503,6 +549,59 @@ class StageServer:
             row_bytes = session.row_bytes
             payload = b"".join(payload[offset * row_bytes : (offset + 1) * row_bytes] for offset in live)
         return unpack(payload, session.model.row_bytes, session.opened.dtype, session.read_format)
+
+    def _check_neighbour(self, session: StageSession, window: Window, inputs: bytes) -> None:
+        """Complain at once of a stage before us that signed something else than it sent: later it would look like our doing."""
+        signed = window.attestations
+        if len(signed) != session.index:
+            session.about = session.previous
+            raise RemoteProtocolError("attestations", len(signed), f"{session.index}, one a stage before this one")
+        if signed and signed[-1].outputs != inputs:
+            session.about = session.previous
+            raise RemoteProtocolError("attestation", "of other outputs", "of the rows that were sent")
+
+    # Spot checks
+
+    async def _answer(self, to: PeerId, message: Message, payload: bytes) -> None:
+        with suppress(PeerError), trio.move_on_after(_CONNECT_TIMEOUT_S):
+            await self._links.send(to, message, payload)
+
+    async def _recompute(self, sender: PeerId, asked: Recompute, payload: bytes) -> None:
+        """Compute part of our span over a text, for one that checks another stage; one at a time for each peer."""
+        if sender in self._recomputing:
+            await self._answer(sender, Recomputed(request=asked.request, error="one check at a time"), b"")
+            return
+        self._recomputing.add(sender)
+        try:
+            async with self._model_in_use:
+                picks, gaps, rows = await trio.to_thread.run_sync(self._compute, asked, payload)
+            await self._answer(sender, Recomputed(request=asked.request, picks=picks, gaps=gaps), rows)
+        except DsdError as exc:
+            await self._answer(sender, Recomputed(request=asked.request, error=str(exc)[:512]), b"")
+        finally:
+            self._recomputing.discard(sender)
+
+    def _compute(self, asked: Recompute, payload: bytes) -> tuple[tuple[TokenId, ...], tuple[int, ...], bytes]:
+        """In a worker thread: return the picks after each position and their gaps at the tail, else the hidden states."""
+        me = self._links.me
+        if self._model is None or (asked.model_digest, asked.dtype) != (me.model_digest, me.dtype):
+            raise ModelError("this peer does not hold that model")
+        model, num_nodes = self._model.narrow(asked.span), len(asked.tokens)
+        if not model.is_head and len(payload) != num_nodes * model.row_bytes:
+            raise RemoteProtocolError("payload length", len(payload), f"{num_nodes * model.row_bytes} bytes")
+        inputs: list[TokenId] | bytes = list(asked.tokens) if model.is_head else payload
+        cache = model.new_cache(num_nodes)
+        try:
+            forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+            if not model.is_tail:
+                return (), (), model.hidden(cache, forward, inputs)
+            verifier, views = ExactVerifier(asked.sampling), model.views(cache, forward, inputs, range(num_nodes))
+            picks = tuple(verifier.judge(view, row + 1, None)[0] for row, view in enumerate(views))
+            claimed = (*asked.tokens[1:], picks[-1])
+            gaps = tuple(_gap(*row, asked.sampling) for row in zip(views, picks, claimed, strict=True))
+            return picks, gaps, b""
+        finally:
+            cache.free()
 
     def _remember_closed(self, coordinator: str, name: bytes, epoch: int) -> None:
         """A close can overtake the open that travels down the chain: an `OpenSession` up to this epoch is ignored."""
@@ -519,6 +618,16 @@ class StageServer:
         )
         with suppress(PeerError), trio.move_on_after(_CONNECT_TIMEOUT_S):
             await self._links.send(PeerId(opened.coordinator.peer), failure)
+
+
+def _gap(view: TargetView, pick: TokenId, claimed: TokenId, sampling: Sampling) -> int:
+    """Thousandths of a logit by which the claimed token misses being the pick; with sampling, 0 or the most there is."""
+    if pick == claimed:
+        return 0
+    if not sampling.is_greedy:
+        return MAX_GAP
+    logits = view.logits()
+    return min(MAX_GAP, round(1000 * float(logits[pick] - logits[claimed])))
 
 
 def _previous(opened: OpenSession, index: int) -> PeerId:

@@ -14,7 +14,7 @@ from dsd_p2p.session.tail import TailWalk
 from dsd_p2p.types import PeerId
 from dsd_p2p.verification.base import Verifier
 from dsd_p2p.wire.hidden import HiddenFormat
-from dsd_p2p.wire.messages import Hop, OpenSession, Window
+from dsd_p2p.wire.messages import Hop, OpenSession, Window, WindowAttestation
 
 
 class BoundaryLog:
@@ -62,6 +62,8 @@ class StageSession:
     is_kept: goes on with what `replaces` holds. heir_waits: our own cache is handed over, not freed.
     is_orphan: a neighbour is gone and the coordinator knows; what is held waits a while for another route.
     last_window: the newest window that went through, for whoever asks where a session is stuck.
+    error, about: what ended it, and which neighbour that is about.
+    attested: at the tail, what the chain signed of the windows since the last verdict.
     """
 
     opened: OpenSession
@@ -85,16 +87,25 @@ class StageSession:
     received_bytes: int = 0
     queued_bytes: int = 0
     last_window: int = -1
+    attested: list[WindowAttestation] = field(default_factory=list)
     heir_waits: bool = False
     is_orphan: bool = False
     is_over: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     error: DsdError | None = None
+    about: str = ""
 
     @property
     def coordinator(self) -> PeerId:
         """Who opened it."""
         return PeerId(self.opened.coordinator.peer)
+
+    def settled_rows(self, end: int) -> tuple[bytes, int]:
+        """Return the hidden states sent on for the committed positions below `end`, and how many there are."""
+        if self.log is None:
+            return b"", 0
+        num_rows = min(end, self.state.num_settled, self.log.num_rows)
+        return self.log.rows(0, num_rows), num_rows
 
     def end(self, error: DsdError | None = None) -> None:
         """End it; `error` is told to the coordinator."""

@@ -12,7 +12,7 @@ from dsd_p2p.placement.coordinator import speculation_of
 from dsd_p2p.placement.route import Detour, choose_route
 from dsd_p2p.placement.view import NodeView, Plan, Speculation, SwarmView
 from dsd_p2p.swarm.registry import Member
-from dsd_p2p.types import PeerId
+from dsd_p2p.types import PeerId, Span
 from dsd_p2p.wire.membership import MemberState
 from dsd_p2p.wire.messages import Hop
 
@@ -87,6 +87,14 @@ class SwarmDirectory:
             for peer, round_trip_s in member.neighbours_s.items()
         }
         return SwarmView(num_layers=self._num_layers, nodes=nodes, one_way_s=links)
+
+    def replicas(self, span: Span, but: str) -> list[PeerId]:
+        """Return members that serve a span, without one; ourselves first."""
+        nodes = [
+            node for node in self.view().nodes if node.peer != but and node.span is not None and node.span.holds(span)
+        ]
+        me = self._membership.links.me.peer
+        return [node.peer for node in sorted(nodes, key=lambda node: (node.peer != me, node.num_sessions))]
 
     def coordinators(self) -> dict[PeerId, Speculation]:
         """Return the members that write for thin clients, and how well they draft."""

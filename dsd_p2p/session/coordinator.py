@@ -42,7 +42,10 @@ class _InFlight:
 
 
 class Coordinator:
-    """One request. Call `start` once, then report what happens; stop at the `Finish` effect."""
+    """One request. Call `start` once, then report what happens; stop at the `Finish` effect.
+
+    carried: committed tokens that a window carried already, as (position, epoch, node); whoever audits the stages takes them out.
+    """
 
     def __init__(self, request: Request, route: Route, policy: WindowPolicy, tracker: Tracker, rng: UniformRng) -> None:
         if not request.prompt:
@@ -77,6 +80,7 @@ class Coordinator:
         self._loss: DsdError | None = None
         self._gone: set[str] = set()
         self._passed: tuple[int, int, int] | None = None
+        self.carried: list[tuple[int, int, int]] = []
         self.is_finished = False
 
     # What the driver reports
@@ -158,6 +162,8 @@ class Coordinator:
         """Which stages of the new route can go on with what they hold; empty when all is given again."""
         is_sound = isinstance(self._loss, PeerError) and not isinstance(self._loss, RemoteProtocolError)
         is_first_try = self._num_failed_attempts <= 1
+        # A refilled stage's own passes would be seen by nobody.
+        is_sound = is_sound and not self._request.attest
         if not is_sound or not is_first_try or self._passed is None or self._passed[2] != len(self.tokens) - 2:
             return ()
         held = {(hop.peer, hop.span) for hop in self._route.hops if hop.peer not in self._gone}
@@ -214,6 +220,10 @@ class Coordinator:
             ),
             now_s,
         )
+
+    def abort(self, error: DsdError) -> list[Effect]:
+        """End the request: what was emitted cannot be trusted."""
+        return [] if self.is_finished else self._finish("error", error)
 
     def stop(self) -> list[Effect]:
         """End the request early, freeing every stage's cache."""
@@ -411,6 +421,8 @@ class Coordinator:
         if hit is None or hit.number is None:
             return False
         self._wire_root = (self._epoch, hit.number)
+        if self._request.attest:
+            self.carried.append((hit.position, self._epoch, hit.number))
         return True
 
     def _miss(self) -> None:
@@ -468,6 +480,7 @@ class Coordinator:
             relaxation=request.relaxation,
             kept=kept,
             resume=passed[:2] if kept else (0, BASE),
+            attest=request.attest,
         )
 
     def _raise_epoch(self) -> None:

@@ -37,6 +37,11 @@ class StageState:
         self._next_node = 0
         self._last_window = -1
 
+    @property
+    def num_settled(self) -> int:
+        """Positions known to be committed."""
+        return self._slots.prefix_length
+
     def cancel(self, epoch: int) -> None:
         """Drop windows of epochs below `epoch`, those that are queued included."""
         self._cancelled_below = max(self._cancelled_below, epoch)

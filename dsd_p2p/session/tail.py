@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.types import TokenId
-from dsd_p2p.wire.messages import BASE, Verdict, Window
+from dsd_p2p.wire.messages import BASE, Verdict, Window, WindowAttestation
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,7 +22,14 @@ class Committed:
     settled: list[int] = field(default_factory=list)
 
 
-def verdict_of(window: Window, committed: Committed, *, num_live: int, num_relaxed: int = 0) -> Verdict:
+def verdict_of(
+    window: Window,
+    committed: Committed,
+    *,
+    num_live: int,
+    num_relaxed: int = 0,
+    attestations: Sequence[WindowAttestation] = (),
+) -> Verdict:
     """Return the verdict on `window`, with the measurements it carries. `committed` is not empty."""
     return Verdict(
         session=window.session,
@@ -36,6 +43,7 @@ def verdict_of(window: Window, committed: Committed, *, num_live: int, num_relax
         stage_us=window.stage_us,
         link_bytes=window.link_bytes,
         num_relaxed=num_relaxed,
+        attestations=tuple(attestations),
     )
 
 

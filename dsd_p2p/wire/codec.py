@@ -1,7 +1,8 @@
 """Messages to frames and back.
 
-A frame is `version: u8 | header length: u24 little endian | header: MessagePack | payload: raw bytes`. Only a `Window` between
-stages carries a payload: its hidden states, row-major. The transport adds the frame's own length (docs/protocol.md).
+A frame is `version: u8 | header length: u24 little endian | header: MessagePack | payload: raw bytes`. The payload is hidden
+states, row-major: of a `Window` between stages, and of what spot checks exchange. The transport adds the frame's own length
+(docs/protocol.md).
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from dsd_p2p.errors import LocalProtocolError, RemoteProtocolError
-from dsd_p2p.wire.messages import Message, OpenSession, Window
+from dsd_p2p.wire.messages import Message, OpenSession, Recompute, Recomputed, Revealed, Window
 from dsd_p2p.wire.version import PROTOCOL_VERSION
 
 MAX_FRAME_BYTES = 64 << 20
@@ -84,6 +85,8 @@ def _check(message: Message, payload_bytes: int) -> None:
             math.isfinite(value) for value in msgspec.structs.astuple(relaxation)[1:]
         ):
             raise RemoteProtocolError("relaxation", relaxation, "finite numbers")
+    if isinstance(message, Revealed | Recompute | Recomputed):
+        return
     if not isinstance(message, Window):
         if payload_bytes:
             raise RemoteProtocolError("payload length", payload_bytes, f"0 bytes for {type(message).__name__}")

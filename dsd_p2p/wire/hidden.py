@@ -49,7 +49,7 @@ def pack(data: bytes, row_bytes: int, dtype: str, hidden_format: HiddenFormat) -
     """Return hidden states `[n, H]` of the model's dtype in the link's format."""
     if hidden_format is HiddenFormat.MODEL:
         return data
-    values = _to_float32(data, dtype).reshape(len(data) // row_bytes, -1)
+    values = to_float32(data, dtype).reshape(len(data) // row_bytes, -1)
     if hidden_format is HiddenFormat.BF16:
         return _round_to_bfloat16(values).tobytes()
     groups = values.reshape(len(values), -1, GROUP)
@@ -86,7 +86,8 @@ def _round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return np.where(np.isfinite(values), rounded, bits >> 16).astype(np.uint16)
 
 
-def _to_float32(data: bytes, dtype: str) -> NDArray[np.float32]:
+def to_float32(data: bytes, dtype: str) -> NDArray[np.float32]:
+    """Return hidden states of a model's dtype as float32, flat."""
     match dtype:
         case "float32":
             return np.frombuffer(data, "<f4")

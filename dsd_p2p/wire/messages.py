@@ -21,6 +21,10 @@ MAX_KNOWN_PEERS = 64
 MAX_TOKEN = (1 << 31) - 1
 MAX_DRAFT_TOP = 32
 MAX_PING_BYTES = 256 << 10
+ROW_HASH_BYTES = 16
+MAX_ATTESTED_WINDOWS = 512
+MAX_RECOMPUTED = 4096
+MAX_GAP = 1_000_000
 FILL_NODES = 128
 """Nodes of each window, numbered from 0, with which a stage refills the one after it."""
 
@@ -73,6 +77,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     formats: of the hidden states on each link between stages; empty is the model's own on all. relaxation: None is exact mode.
     kept: for each stage of the route, whether it goes on with what it holds of the session: everything given but the last token,
         which ends at node `resume` (epoch, node). The others are refilled by the stage before them. Empty: nobody keeps anything.
+    attest: every stage signs what it takes in and gives out.
     """
 
     session: SessionBytes
@@ -89,6 +94,22 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     relaxation: Relaxation | None = None
     kept: Annotated[tuple[bool, ...], Meta(max_length=MAX_STAGES)] = ()
     resume: tuple[Epoch, NodeNumber] = (0, BASE)
+    attest: bool = False
+
+
+class Attestation(msgspec.Struct, frozen=True, array_like=True):
+    """What a stage signs of one window: a hash of each node's input and of each node's output (none at the tail)."""
+
+    inputs: Annotated[bytes, Meta(max_length=MAX_WINDOW_NODES * ROW_HASH_BYTES)]
+    outputs: Annotated[bytes, Meta(max_length=MAX_WINDOW_NODES * ROW_HASH_BYTES)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+class WindowAttestation(msgspec.Struct, frozen=True, array_like=True):
+    """What every stage of the chain signed of one window, head first."""
+
+    window: WindowNumber
+    stages: Annotated[tuple[Attestation, ...], Meta(min_length=1, max_length=MAX_STAGES)]
 
 
 class DraftTop(msgspec.Struct, frozen=True, array_like=True):
@@ -107,7 +128,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
     parents: node number within this epoch of each node's parent, `BASE` for the node that opens the epoch.
     stage_us: compute microseconds of each stage passed so far.
     link_bytes: bytes of window frames that the stages passed so far have received in this session.
-    drafts: in relaxed mode, what the drafter expects after some of the nodes.
+    drafts: in relaxed mode, what the drafter expects after some of the nodes. attestations: of the stages passed so far.
     """
 
     session: SessionBytes
@@ -121,6 +142,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
     stage_us: Annotated[tuple[Microseconds, ...], Meta(max_length=MAX_STAGES)] = ()
     link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
     drafts: Annotated[tuple[DraftTop, ...], Meta(max_length=MAX_WINDOW_NODES)] = ()
+    attestations: Annotated[tuple[Attestation, ...], Meta(max_length=MAX_STAGES)] = ()
 
 
 class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -129,6 +151,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
     settled: for each token the node that holds it in the tail's cache, or `BASE` where none did yet.
     num_live, num_stale: nodes of the window that descended from the tail's position, and those that did not.
     num_relaxed: of `tokens`, those that the target itself would have written differently.
+    attestations: of every window since the last verdict.
     """
 
     session: SessionBytes
@@ -142,6 +165,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
     stage_us: Annotated[tuple[Microseconds, ...], Meta(max_length=MAX_STAGES)] = ()
     link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
     num_relaxed: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
+    attestations: Annotated[tuple[WindowAttestation, ...], Meta(max_length=MAX_ATTESTED_WINDOWS)] = ()
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -222,6 +246,47 @@ class StopAnswer(msgspec.Struct, frozen=True, array_like=True, tag=15):
     request: SessionBytes
 
 
+class Reveal(msgspec.Struct, frozen=True, array_like=True, tag=16):
+    """Coordinator → stage: show the hidden states that you sent on for positions below `end`, all committed."""
+
+    session: SessionBytes
+    end: Annotated[int, Meta(ge=1, le=MAX_RECOMPUTED)]
+
+
+class Revealed(msgspec.Struct, frozen=True, array_like=True, tag=17):
+    """Stage → coordinator: the payload is those hidden states, as they were sent; fewer rows when fewer are settled."""
+
+    session: SessionBytes
+    num_rows: Annotated[int, Meta(ge=0, le=MAX_RECOMPUTED)]
+
+
+class Recompute(msgspec.Struct, frozen=True, array_like=True, tag=18):
+    """Coordinator → a peer that holds the span: compute it over a text from its start.
+
+    tokens: of the text; the payload is the hidden states before the span, in the model's dtype, none at the head.
+    sampling: how the tail picks.
+    """
+
+    request: SessionBytes
+    span: Span
+    model_digest: Name
+    dtype: Name
+    tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_RECOMPUTED)]
+    sampling: Sampling
+
+
+class Recomputed(msgspec.Struct, frozen=True, array_like=True, tag=19):
+    """The payload is the hidden states after the span; at the tail `picks` are the target's tokens for positions 1 and on.
+
+    gaps: thousandths of a logit by which the text's own tokens miss being those. error: why nothing was computed.
+    """
+
+    request: SessionBytes
+    picks: Annotated[tuple[Token, ...], Meta(max_length=MAX_RECOMPUTED)] = ()
+    gaps: Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_GAP)], ...], Meta(max_length=MAX_RECOMPUTED)] = ()
+    error: Annotated[str, Meta(max_length=512)] = ""
+
+
 Message = (
     Hello
     | OpenSession
@@ -238,4 +303,8 @@ Message = (
     | Answer
     | AnswerEnd
     | StopAnswer
+    | Reveal
+    | Revealed
+    | Recompute
+    | Recomputed
 )

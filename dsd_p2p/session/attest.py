@@ -1,0 +1,38 @@
+"""What a stage signs of a window, and what a coordinator makes of it.
+
+A row is a node's hidden state as it travels, or its token in front of the head. Neighbours sign the same hash for the same row, so
+a chain of signatures covers every layer of every window; that the layers were really computed, spot checks show.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from dsd_p2p.types import Span, TokenId
+from dsd_p2p.wire.messages import ROW_HASH_BYTES, Window
+
+_DOMAIN = b"dsd-p2p window 1\0"
+
+
+def hash_rows(data: bytes, row_bytes: int) -> bytes:
+    """Return the hashes of the rows of hidden states, one after the other."""
+    return b"".join(_hash(data[start : start + row_bytes]) for start in range(0, len(data), row_bytes))
+
+
+def hash_tokens(tokens: Sequence[TokenId]) -> bytes:
+    """Return the hashes of the rows in front of the head."""
+    return b"".join(_hash(token.to_bytes(8, "little")) for token in tokens)
+
+
+def row_hash(hashes: bytes, row: int) -> bytes:
+    """Return one row's hash."""
+    return hashes[row * ROW_HASH_BYTES : (row + 1) * ROW_HASH_BYTES]
+
+
+def signed_text(window: Window, span: Span, inputs: bytes, outputs: bytes) -> bytes:
+    """Return what the stage that ran `span` over `window` signs."""
+    numbers = (window.epoch, window.window, window.first_node, len(window.tokens), span.first, span.last)
+    return b"".join((_DOMAIN, window.session, *(number.to_bytes(8, "little") for number in numbers), inputs, outputs))
+
+
+def _hash(row: bytes) -> bytes:
+    return hashlib.blake2b(row, digest_size=ROW_HASH_BYTES).digest()
