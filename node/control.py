@@ -74,6 +74,7 @@ class NodeStatus(msgspec.Struct, tag="node"):
     num_sessions: int
     cache_bytes: int
     num_refused: int
+    num_frames: int
     members: list[MemberStatus]
     uncovered: list[int]
 

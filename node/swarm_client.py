@@ -138,7 +138,7 @@ async def _meet(membership: Membership, timeout_s: float) -> None:
                 await membership.changed()
         return
     raise PeerDisconnected(
-        f"no member of the swarm was reached within {timeout_s:g} s: {membership.last_refusal or 'nobody answers'}; "
+        f"no member of the swarm was reached within {timeout_s:g} s: {membership.last_failure or 'nobody answers'}; "
         "see `dsd doctor`"
     )
 

@@ -50,6 +50,7 @@ from node.swarm_state import Known, StoredMembership, SwarmState
 logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 20.0
+_CHECK_S = 0.1
 _SETTLE_BEATS = 2.5
 """Heartbeats to listen to before choosing layers: by then everybody was heard."""
 
@@ -169,12 +170,13 @@ class SwarmNode:
         others = [record for record in self._membership.registry.records if record.info.peer != self._links.me.peer]
         if not self._stored.bootstrap and not others:
             return
-        with trio.move_on_after(_JOIN_TIMEOUT_S) as scope:
-            while not self._links.connected:
-                await self._membership.changed()
-        if scope.cancelled_caught and not others:
-            refusal = self._membership.last_refusal or "nobody answered"
-            raise PeerDisconnected(f"cannot join the swarm: {refusal}")
+        with trio.move_on_after(_JOIN_TIMEOUT_S):
+            while not self._links.connected and not self._membership.is_refused:
+                with trio.move_on_after(_CHECK_S):
+                    await self._membership.changed()
+        # A node that belongs here already serves alone while the others are down; one that is not wanted does not.
+        if not self._links.connected and (self._membership.is_refused or not others):
+            raise PeerDisconnected(f"cannot join the swarm: {self._membership.last_failure or 'nobody answered'}")
         await trio.sleep(_SETTLE_BEATS * self._membership.registry.interval_s)
 
     def _first_span(self) -> Span:
@@ -285,6 +287,7 @@ class SwarmNode:
             num_sessions=load.num_sessions,
             cache_bytes=load.cache_bytes,
             num_refused=self._links.num_refused,
+            num_frames=self._links.num_frames,
             members=member_statuses(self._membership, self._inner),
             uncovered=self._directory.view().uncovered(),
         )

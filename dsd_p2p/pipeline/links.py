@@ -1,6 +1,7 @@
 """Messages to and from peers: greets each peer once, answers pings, drops those who break the protocol."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable
 from contextlib import suppress
@@ -77,10 +78,11 @@ class PeerLinks:
         self.bytes_received: Counter[str] = Counter()
         self._greeted: set[PeerId] = set()
         self._hello_from: dict[PeerId, trio.Event] = {}
-        self._refusals: dict[PeerId, str] = {}
+        self._refusals: dict[PeerId, tuple[float, str]] = {}
         self._pongs: dict[int, trio.Event] = {}
         self._next_nonce = 0
         self.num_refused = 0
+        self.num_frames = 0
 
     async def connect(self, address: str, timeout_s: float) -> PeerInfo:
         """Return what the peer at `address` says of itself.
@@ -90,14 +92,15 @@ class PeerLinks:
             PeerDisconnected: it refused.
             ConfigError: the address cannot be read.
         """
+        start_s = trio.current_time()
         with trio.move_on_after(timeout_s) as scope:
             peer = await self.transport.connect(address, timeout_s)
-            self._refusals.pop(peer, None)
             await self.greet(peer)
             await self._hello_from.setdefault(peer, trio.Event()).wait()
         if scope.cancelled_caught:
             raise PeerTimeout(f"{address} does not answer: is it a dsd node of protocol version {PROTOCOL_VERSION}?")
-        if (refusal := self._refusals.pop(peer, None)) is not None:
+        refused_at_s, refusal = self._refusals.get(peer, (-math.inf, ""))
+        if refused_at_s >= start_s and peer not in self.connected:
             raise PeerDisconnected(f"{address} refused us: {refusal}")
         if peer not in self.connected:
             raise PeerDisconnected(f"{address} closed the connection")
@@ -166,6 +169,7 @@ class PeerLinks:
             if isinstance(event, Lost):
                 self._forget(event.peer)
                 return event
+            self.num_frames += 1
             try:
                 message, payload = decode(event.frame)
                 self.bytes_received[type(message).__name__] += len(event.frame)
@@ -199,8 +203,9 @@ class PeerLinks:
                     self._pongs[nonce].set()
             case Failure(session=session, text=text) if session == NO_SESSION:
                 logger.warning("peer refuses us peer=%s text=%s", sender, text)
-                if len(self._refusals) < MAX_KNOWN_PEERS:
-                    self._refusals[sender] = text
+                while len(self._refusals) >= MAX_KNOWN_PEERS:
+                    del self._refusals[next(iter(self._refusals))]
+                self._refusals[sender] = (trio.current_time(), text)
                 self._hello_from.setdefault(sender, trio.Event()).set()
             case _:
                 return False

@@ -58,6 +58,7 @@ class Membership:
 
     grants: what lets us in elsewhere. bootstrap: addresses to try when we are connected to nobody.
     load: what our stage holds. unix: seconds since 1970.
+    last_failure, is_refused: why the last attempt to reach a member failed, and whether that member does not want us.
     """
 
     takes = (Heartbeat, Members)
@@ -78,7 +79,8 @@ class Membership:
         self.registry = registry
         self.bootstrap = tuple(bootstrap)
         self.load: Callable[[], Load] = Load
-        self.last_refusal = ""
+        self.last_failure = ""
+        self.is_refused = False
         self._key = key
         self._unix = unix
         self._rng = rng
@@ -345,7 +347,10 @@ class Membership:
                     await self.links.connect(address, _DIAL_TIMEOUT_S)
                 except (PeerError, ConfigError) as exc:
                     logger.info("member not reached address=%s error=%s", address, exc)
-                    self.last_refusal = str(exc)
+                    # That we are not wanted matters more than that somebody is not there.
+                    if not self.is_refused:
+                        self.last_failure = str(exc)
+                    self.is_refused = self.is_refused or "refused us" in self.last_failure
                 else:
                     self._backoff_s.pop(name, None)
                     self._met.set()

@@ -12,6 +12,8 @@ from dsd_p2p.errors import DsdError, first_cause
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from node.testnet.chaos import Chaos, Plan
+from node.testnet.placement import measure_placement
+from node.testnet.siege import ATTACKERS, Siege
 from node.testnet.swarm import Layout, open_testnet
 
 _MODEL = "smollm2-135m"
@@ -37,6 +39,14 @@ def main() -> int:
     chaos.add_argument("--clients", type=int, default=4)
     chaos.add_argument("--tokens", type=int, default=48)
     chaos.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
+    siege = commands.add_parser("siege", help="attack a node while an honest client writes (needs no root)")
+    siege.add_argument("--frames", type=int, default=1_000_000)
+    siege.add_argument("--handshakes", type=int, default=10_000)
+    siege.add_argument("--rounds", type=int, default=3)
+    siege.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
+    place = commands.add_parser("place", help="placement against an even split, one of four peers slow (needs no root)")
+    place.add_argument("--rounds", type=int, default=5)
+    place.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
     for each in (up, chaos):
         each.add_argument("--nodes", type=int, default=8)
         each.add_argument("--max-layers", type=int, default=12)
@@ -45,7 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="dsd-testnet-") as folder:
-            return trio.run(_up if options.command == "up" else _chaos, options, Path(folder))
+            return trio.run(_COMMANDS[options.command], options, Path(folder))
     except (DsdError, BaseExceptionGroup, KeyboardInterrupt) as exc:
         cause = first_cause(exc)
         if isinstance(cause, KeyboardInterrupt):
@@ -90,6 +100,26 @@ async def _chaos(options: argparse.Namespace, folder: Path) -> int:
             print(f"{key}: {value}")
     is_good = not (outcome["wrong"] or outcome["hung"] or outcome["leaked"] or outcome["failed_while_covered"])
     return 0 if is_good else 1
+
+
+async def _siege(options: argparse.Namespace, folder: Path) -> int:
+    prompts, expected = await trio.to_thread.run_sync(_reference, 32)
+    layout = Layout(num_nodes=2, num_clients=1 + ATTACKERS, max_layers=18, model=_MODEL, is_loopback=True)
+    async with open_testnet(layout, folder) as net:
+        siege = Siege(net, options.frames, options.handshakes, options.rounds, expected)
+        outcome = await siege.run(prompts)
+    print(json.dumps(outcome) if options.json else "\n".join(f"{key}: {value}" for key, value in outcome.items()))
+    return 0 if outcome["is_alive"] and not outcome["wrong"] else 1
+
+
+async def _place(options: argparse.Namespace, folder: Path) -> int:
+    prompts, expected = await trio.to_thread.run_sync(_reference, 24)
+    outcome = await measure_placement(folder, _MODEL, prompts, expected, options.rounds)
+    print(json.dumps(outcome) if options.json else "\n".join(f"{key}: {value}" for key, value in outcome.items()))
+    return 0 if not outcome["wrong"] else 1
+
+
+_COMMANDS = {"up": _up, "chaos": _chaos, "siege": _siege, "place": _place}
 
 
 def _reference(num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -17,7 +17,7 @@ import trio
 
 from dsd_p2p.errors import DsdError
 from node.control import NodeStatus, Status, ask_node
-from node.testnet.events import Answered, Event, StartClient
+from node.testnet.events import Answered, Event
 from node.testnet.swarm import Testnet
 
 _DEADLINE_S = 120.0
@@ -100,7 +100,9 @@ class Chaos:
             await net.start_node(node.index)
         await net.all_ready(net.nodes)
         for client in net.clients:
-            await net.launch(self._client(client.index))
+            seed = self._plan.seed * 1000 + client.index
+            num_tokens = len(self._plan.expected[0])
+            await net.launch(net.client_command(client.index, self._plan.prompts, num_tokens, seed, _DEADLINE_S))
         await net.all_ready(net.clients)
         _say(f"{len(net.nodes)} nodes and {len(net.clients)} clients are up")
         async with trio.open_nursery() as nursery:
@@ -113,21 +115,6 @@ class Chaos:
             nursery.cancel_scope.cancel()
         await self._count_leaks()
         return self.outcome
-
-    def _client(self, index: int) -> StartClient:
-        from node.netlab import address, namespace
-
-        return StartClient(
-            index=index,
-            swarm=str(self._net.processes[index].state.folder) + "/",
-            namespace=namespace(index + 1),
-            prompts=[list(prompt) for prompt in self._plan.prompts],
-            max_tokens=len(self._plan.expected[0]),
-            seed=self._plan.seed * 1000 + index,
-            deadline_s=_DEADLINE_S,
-            heartbeat_s=self._net.layout.heartbeat_s,
-            listen=f"/ip4/{address(index + 1)}/tcp/4002",
-        )
 
     # What is broken
 

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from node.config import ServeFlags
 from node.events import Failed, Ready, Started
 from node.netlab import LinkChange, Netlab, address, namespace, netlab
 from node.swarm_state import SwarmState
-from node.testnet.events import Command, Event, StartNode, parse
+from node.testnet.events import Command, Event, StartClient, StartNode, parse
 
-_PORT = 4001
+_PORT, _LOOPBACK_PORT = 4001, 42100
 _BANDWIDTH_BPS = 200e6
 _NEAR_S, _FAR_S = 0.002, 0.040
 _START_TIMEOUT_S = 240.0
@@ -48,21 +48,37 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How large a testnet is. slowdowns: of some nodes, by index."""
+    """How large a testnet is. slowdowns: of some nodes, by index. max_layers: of every node, or of each.
+
+    is_loopback: everything on 127.0.0.1 instead of in namespaces; needs no root, has no links to change.
+    """
 
     num_nodes: int
     num_clients: int
-    max_layers: int
+    max_layers: int | tuple[int, ...]
     model: str
     heartbeat_s: float = 1.0
     seed: int = 0
     slowdowns: dict[int, float] = field(default_factory=dict)
+    is_loopback: bool = False
+
+    def ip(self, index: int) -> str:
+        """The address of a process."""
+        return "127.0.0.1" if self.is_loopback else address(index + 1)
+
+    def port(self, index: int) -> int:
+        """The port a process listens on."""
+        return _LOOPBACK_PORT + index if self.is_loopback else _PORT
+
+    def namespace(self, index: int) -> str:
+        """The network namespace of a process, empty for ours."""
+        return "" if self.is_loopback else namespace(index + 1)
 
 
 class Testnet:
     """What can be done to it. Hosts are numbered from 1: nodes first, then clients."""
 
-    def __init__(self, layout: Layout, lab: Netlab, launcher: trio.Process, folder: Path) -> None:
+    def __init__(self, layout: Layout, lab: Netlab | None, launcher: trio.Process, folder: Path) -> None:
         self.layout = layout
         self.lab = lab
         self._launcher = launcher
@@ -87,12 +103,19 @@ class Testnet:
         """The processes that ask."""
         return self.processes[self.layout.num_nodes :]
 
+    def address_of(self, index: int) -> str:
+        """The multiaddr of a node."""
+        peer = self.processes[index].state.node_key().peer
+        return f"/ip4/{self.layout.ip(index)}/tcp/{self.layout.port(index)}/p2p/{peer}"
+
     def latency_s(self, a: int, b: int) -> float:
         """One way, between two processes' hosts."""
         return _NEAR_S + _FAR_S * math.dist(self._places[a], self._places[b])
 
     def set_link(self, a: int, b: int, *, loss: float = 0.0, is_up: bool = True) -> None:
         """Change the link from one process to another, that direction only."""
+        if self.lab is None:
+            return
         self.lab.change(
             LinkChange(
                 a=a + 1,
@@ -109,11 +132,11 @@ class Testnet:
         layout = self.layout
         config = ServeFlags(
             swarm=str(self.processes[index].state.folder) + "/",
-            listen=f"/ip4/{address(index + 1)}/tcp/{_PORT}",
-            max_layers=layout.max_layers,
+            listen=f"/ip4/{layout.ip(index)}/tcp/{layout.port(index)}",
+            max_layers=layout.max_layers if isinstance(layout.max_layers, int) else layout.max_layers[index],
             heartbeat=f"{layout.heartbeat_s}s",
             slowdown=layout.slowdowns.get(index, 1.0),
-            namespace=namespace(index + 1),
+            namespace=layout.namespace(index),
         )
         await self.launch(StartNode(index=index, config=config))
 
@@ -137,6 +160,23 @@ class Testnet:
     def is_alive(self, index: int) -> bool:
         """True while the process exists."""
         return self.processes[index].pid > 0 and Path(f"/proc/{self.processes[index].pid}").exists()
+
+    def client_command(
+        self, index: int, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int, deadline_s: float
+    ) -> StartClient:
+        """Return what starts a client."""
+        port = 0 if self.layout.is_loopback else _PORT + 1
+        return StartClient(
+            index=index,
+            swarm=f"{self.processes[index].state.folder}/",
+            namespace=self.layout.namespace(index),
+            prompts=[list(prompt) for prompt in prompts],
+            max_tokens=max_tokens,
+            seed=seed,
+            deadline_s=deadline_s,
+            heartbeat_s=self.layout.heartbeat_s,
+            listen=f"/ip4/{self.layout.ip(index)}/tcp/{port}",
+        )
 
     async def all_ready(self, processes: list[Process]) -> None:
         """Wait until they serve.
@@ -181,10 +221,7 @@ class Testnet:
         """Make the swarm on the first node's machine and let the others in."""
         first = self.processes[0].state
         stored = first.create(model=self.layout.model, dtype="float32")
-        bootstrap = tuple(
-            f"/ip4/{address(index + 1)}/tcp/{_PORT}/p2p/{self.processes[index].state.node_key().peer}"
-            for index in range(1)
-        )
+        bootstrap = (self.address_of(0),)
         for process in self.processes[1:]:
             role = Role.STAGE if process.index < self.layout.num_nodes else Role.CLIENT
             invite = new_invite(
@@ -213,7 +250,9 @@ async def open_testnet(layout: Layout, folder: Path) -> AsyncIterator[Testnet]:
     Raises:
         ConfigError: not root, or the kernel or iproute2 will not have it.
     """
-    with netlab(layout.num_nodes + layout.num_clients + 1, LinkModel()) as lab:
+    with ExitStack() as stack:
+        num_hosts = layout.num_nodes + layout.num_clients + 1
+        lab = None if layout.is_loopback else stack.enter_context(netlab(num_hosts, LinkModel()))
         launcher = await trio.lowlevel.open_process(
             [sys.executable, "-m", "node.testnet.zygote"],
             stdin=subprocess.PIPE,

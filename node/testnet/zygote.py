@@ -61,10 +61,12 @@ def _run(command: StartNode | StartClient) -> int:
 
     match command:
         case StartNode(index=index, config=config):
-            enter_namespace(config.namespace)
+            if config.namespace:
+                enter_namespace(config.namespace)
             return serve_swarm(config, partial(report, index))
         case StartClient(namespace=name):
-            enter_namespace(name)
+            if name:
+                enter_namespace(name)
             return run_client(command)
 
 

@@ -57,6 +57,11 @@ _MAX_PENDING_BYTES = 256 << 20
 _MAX_STRANGER_FRAME_BYTES = 64 << 10
 """Room for a greeting; more only from those who were let in."""
 
+_FRAMES_PER_S, _BURST_FRAMES = 500.0, 2000
+"""What is read of one peer: windows at a level time are a tenth of it, a long prompt is one burst. Who sends faster waits alone."""
+
+_MAX_PACES = 1024
+_FLUSH_S = 0.5
 _SEND_TIMEOUT_S = 30.0
 _DIAL_TIMEOUT_S = 5.0
 _UPGRADE_TIMEOUT_S = 4.0
@@ -80,6 +85,7 @@ class _Link:
         self.stream: Any = None
         self.is_attempt = is_attempt
         self.is_settled = trio.Event()
+        self.is_over = trio.Event()
         self.queue, self.waiting = trio.open_memory_channel[bytes](_QUEUE_FRAMES)
 
 
@@ -98,6 +104,17 @@ class _StreamBuffer:
         return piece
 
 
+class _Pace:
+    """A token bucket: how long to wait before the next frame of a peer is read."""
+
+    def __init__(self) -> None:
+        self._due_s = 0.0
+
+    def delay_s(self, now_s: float) -> float:
+        self._due_s = max(self._due_s, now_s - _BURST_FRAMES / _FRAMES_PER_S) + 1 / _FRAMES_PER_S
+        return self._due_s - now_s
+
+
 class Libp2pTransport:
     """A `Transport` over a libp2p host; made by `open_libp2p`."""
 
@@ -112,6 +129,7 @@ class Libp2pTransport:
         self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_EVENTS)
         self._is_closing = False
         self._admitted: set[PeerId] = set()
+        self._paces: dict[PeerId, _Pace] = {}
         self.peer = PeerId(str(host.get_id()))
         self.addresses: tuple[str, ...] = ()
 
@@ -197,10 +215,20 @@ class Libp2pTransport:
         return event
 
     async def disconnect(self, peer: PeerId, reason: str) -> None:
-        """Drop the connection; both ends see `Lost`."""
-        self._drop(peer, reason)
-        with trio.move_on_after(1), suppress(Exception):
-            await self._host.disconnect(ID.from_string(peer))
+        """Drop the connection; both ends see `Lost`. What was sent before still goes out, in a moment and at most that."""
+        link = self._links.get(peer)
+        connections = list(self._host.get_network().get_connections(ID.from_string(peer)))
+        self._drop(peer, reason, is_flushing=True)
+        self._nursery.start_soon(self._close, link, connections)
+        await trio.lowlevel.checkpoint()
+
+    async def _close(self, link: _Link | None, connections: list[Any]) -> None:
+        if link is not None:
+            with trio.move_on_after(_FLUSH_S):
+                await link.is_over.wait()
+        for connection in connections:
+            with trio.move_on_after(1), suppress(Exception):
+                await connection.close()
 
     def _link_to(self, peer: PeerId, *, is_attempt: bool = False) -> _Link:
         """Return the outgoing side to a connected peer; its stream is opened in the background on first use."""
@@ -219,12 +247,16 @@ class Libp2pTransport:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, link.stream, nursery.cancel_scope)
                 await self._write(link)
+                nursery.cancel_scope.cancel()
         except Exception as exc:  # task boundary: negotiation raises whatever the peer's bytes provoke
             reason = f"stream failed: {type(exc).__name__}"
             logger.debug("stream failed peer=%s error=%r", peer, exc)
         finally:
             link.is_settled.set()
             self._drop(peer, reason, link)
+            if link.stream is not None:
+                await _reset(link.stream)
+            link.is_over.set()
 
     async def _write(self, link: _Link) -> None:
         """One writer a stream, one write a frame."""
@@ -255,8 +287,11 @@ class Libp2pTransport:
             await _reset(replaced)
         reason = "closed by the peer"
         buffer = _StreamBuffer(stream)
+        pace = self._paces.setdefault(peer, _Pace())
         try:
             while True:
+                if (delay_s := pace.delay_s(trio.current_time())) > 0:
+                    await trio.sleep(delay_s)
                 (frame_bytes,) = _LENGTH.unpack(await buffer.take(_LENGTH.size))
                 max_bytes = self._max_frame_bytes if peer in self._admitted else _MAX_STRANGER_FRAME_BYTES
                 if frame_bytes > max_bytes:
@@ -277,8 +312,11 @@ class Libp2pTransport:
             else:
                 await _reset(stream)
 
-    def _drop(self, peer: PeerId, reason: str, link: _Link | None = None) -> None:
-        """Forget both directions (only if the link is still `link`, when given) and tell the consumer once."""
+    def _drop(self, peer: PeerId, reason: str, link: _Link | None = None, *, is_flushing: bool = False) -> None:
+        """Forget both directions (only if the link is still `link`, when given) and tell the consumer once.
+
+        is_flushing: the writer sends what is queued before it resets its stream.
+        """
         current, inbound = self._links.get(peer), self._inbound.get(peer)
         if self._is_closing or (link is not None and current is not link) or (current is None and inbound is None):
             return
@@ -286,8 +324,10 @@ class Libp2pTransport:
             del self._links[peer]
             current.queue.close()
         self._inbound.pop(peer, None)
+        while len(self._paces) > _MAX_PACES:
+            del self._paces[next(iter(self._paces))]
         self._admitted.discard(peer)
-        for stream in (inbound, current and current.stream):
+        for stream in (inbound, None if is_flushing else current and current.stream):
             if stream is not None:
                 self._nursery.start_soon(_reset, stream)
         if inbound is None and current is not None and current.is_attempt and current.stream is None:
