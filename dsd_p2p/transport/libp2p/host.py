@@ -298,6 +298,8 @@ class Libp2pTransport:
                     reason = f"announced a frame of {frame_bytes} bytes, {max_bytes} are allowed"
                     return
                 frame = await buffer.take(frame_bytes)
+                if self._inbound.get(peer) is not stream:
+                    continue
                 pending_bytes = self._pending_bytes.get(peer, 0) + len(frame)
                 if pending_bytes > _MAX_PENDING_BYTES:
                     reason = f"sent {pending_bytes} bytes faster than they were taken"
@@ -315,7 +317,8 @@ class Libp2pTransport:
     def _drop(self, peer: PeerId, reason: str, link: _Link | None = None, *, is_flushing: bool = False) -> None:
         """Forget both directions (only if the link is still `link`, when given) and tell the consumer once.
 
-        is_flushing: the writer sends what is queued before it resets its stream.
+        is_flushing: the connection goes on until what is queued is sent, what still comes in is discarded. Resetting the peer's
+        stream first would tell it that we are gone before it can read why.
         """
         current, inbound = self._links.get(peer), self._inbound.get(peer)
         if self._is_closing or (link is not None and current is not link) or (current is None and inbound is None):
@@ -327,7 +330,7 @@ class Libp2pTransport:
         while len(self._paces) > _MAX_PACES:
             del self._paces[next(iter(self._paces))]
         self._admitted.discard(peer)
-        for stream in (inbound, None if is_flushing else current and current.stream):
+        for stream in () if is_flushing else (inbound, current and current.stream):
             if stream is not None:
                 self._nursery.start_soon(_reset, stream)
         if inbound is None and current is not None and current.is_attempt and current.stream is None:
