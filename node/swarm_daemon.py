@@ -78,7 +78,12 @@ class SwarmNode:
         self._stored: StoredMembership = state.membership()
         self._source = source
         self._drafter = _drafter(config.draft)
-        self._profile = msgspec.structs.replace(profile, drafter=self._drafter.name if self._drafter else "")
+        self._profile = msgspec.structs.replace(
+            profile,
+            layer_us=round(profile.layer_us * config.slowdown),
+            layer16_us=round(profile.layer16_us * config.slowdown),
+            drafter=self._drafter.name if self._drafter else "",
+        )
         self._report = report
         self._model: SpanModel | None = None
         self._shape = shape_of(read_config(source.folder))

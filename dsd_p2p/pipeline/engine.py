@@ -109,7 +109,7 @@ class Engine:
         self.drafter = drafter
         self._vocab_size = vocab_size
         self._nursery = nursery
-        self.directory = directory
+        self._directory = directory
         self._drivers: dict[bytes, RequestDriver] = {}
         self._trackers: dict[tuple[str, ...], Tracker] = {}
         self._last_tracker = Tracker()
@@ -127,7 +127,7 @@ class Engine:
 
     async def _find_route(self, detour: Detour) -> Route:
         try:
-            return self._route(await self.directory.find(self._without_liars(detour)))
+            return self._route(await self._directory.find(self._without_liars(detour)))
         except ConfigError as exc:
             raise PeerDisconnected(f"a stage is gone: {exc}") from exc
 
@@ -149,7 +149,7 @@ class Engine:
         Raises:
             ConfigError: no chain, an empty prompt, or a prompt and answer longer than the model's context.
         """
-        chain = await self.directory.find(self._without_liars(NO_DETOUR))
+        chain = await self._directory.find(self._without_liars(NO_DETOUR))
         route, limit = self._route(chain), chain.max_positions
         if not prompt:
             raise ConfigError("the prompt is empty: give at least one token")
@@ -241,7 +241,7 @@ class Engine:
 
     def _trusted_replicas(self, span: Span, but: str) -> list[PeerId]:
         liars = self._without_liars(NO_DETOUR).peers
-        return [peer for peer in self.directory.replicas(span, but) if peer not in liars]
+        return [peer for peer in self._directory.replicas(span, but) if peer not in liars]
 
     async def _ask(self, peer: PeerId, message: Reveal | Recompute, payload: bytes) -> Arrived:
         """Return a peer's answer.

@@ -21,6 +21,8 @@ from dsd_p2p.wire.version import PROTOCOL_VERSION
 logger = logging.getLogger(__name__)
 
 _REPLY_TIMEOUT_S = 0.5
+_PENALTY_S = 2.0
+"""Breaking the protocol must not be the cheapest way to make us work."""
 
 NO_SESSION = bytes(8)
 """Session of a `Failure` that concerns the whole connection."""
@@ -189,7 +191,7 @@ class PeerLinks:
             await self.send(
                 peer, Failure(session=NO_SESSION, epoch=0, kind=FailureKind.PROTOCOL, text=str(error)[:512])
             )
-        await self.transport.disconnect(peer, str(error))
+        await self.transport.disconnect(peer, str(error), _PENALTY_S)
 
     async def _is_handled(self, sender: PeerId, message: Message) -> bool:
         match message:

@@ -64,18 +64,19 @@ def choose_span(view: SwarmView, me: NodeView, speculation: Speculation | None =
 def choose_move(view: SwarmView, speculation: Speculation | None = None) -> Move | None:
     """Return who should move to close a gap, the same answer for all who share the view; None when nothing can be mended.
 
-    The move that leaves the fewest layers uncovered, then loads the fewest, then computes the least. What others hold too is given
-    up before anything is lost.
+    The move that leaves the fewest layers uncovered, then loads the fewest, then gives up the fewest, then computes the least.
     """
     num_gaps = len(view.uncovered())
     if not num_gaps:
         return None
-    best: tuple[int, int, float, str] | None = None
+    best: tuple[int, int, int, float, str] | None = None
     chosen: Move | None = None
     for node in sorted(view.nodes, key=lambda node: node.peer):
         for span in _spans_around(node, view):
             moved = replace(view, nodes=tuple(replace(n, span=span) if n.peer == node.peer else n for n in view.nodes))
-            key = (len(moved.uncovered()), _num_new(node.span, span), node.layer_s * span.num_layers, node.peer)
+            num_given_up = _num_new(span, node.span) if node.span else 0
+            num_loaded = _num_new(node.span, span)
+            key = (len(moved.uncovered()), num_loaded, num_given_up, node.layer_s * span.num_layers, node.peer)
             if key[0] < num_gaps and (best is None or key < best):
                 best, chosen = key, Move(peer=node.peer, span=span)
     return chosen

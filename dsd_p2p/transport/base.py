@@ -64,6 +64,6 @@ class Transport(Protocol):
         """Return the next event of any peer."""
         ...
 
-    async def disconnect(self, peer: PeerId, reason: str) -> None:
-        """Drop the connection to `peer`; it and this end see `Lost`."""
+    async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
+        """Drop the connection to `peer`; it and this end see `Lost`. Should it come back, it is not read for `penalty_s`."""
         ...

@@ -74,9 +74,9 @@ class EmulatedTransport:
             link[1].close()
         return event
 
-    async def disconnect(self, peer: PeerId, reason: str) -> None:
+    async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
         """Drop the connection at once."""
-        await self._inner.disconnect(peer, reason)
+        await self._inner.disconnect(peer, reason, penalty_s)
 
     async def _carry(self, to: PeerId, waiting: trio.MemoryReceiveChannel[tuple[float, bytes]]) -> None:
         async with waiting:

@@ -76,7 +76,7 @@ class MemoryTransport:
         """Return the next event."""
         return await self._inbox.receive()
 
-    async def disconnect(self, peer: PeerId, reason: str) -> None:
+    async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
         """Drop the connection at both ends."""
         await trio.lowlevel.checkpoint()
         if peer not in self.connected:

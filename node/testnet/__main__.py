@@ -1,6 +1,7 @@
 """`scripts/testnet`: a swarm in network namespaces, for trying things out (`up`) and for breaking it (`chaos`). Needs root."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -105,8 +106,9 @@ async def _chaos(options: argparse.Namespace, folder: Path) -> int:
 async def _siege(options: argparse.Namespace, folder: Path) -> int:
     prompts, expected = await trio.to_thread.run_sync(_reference, 32)
     layout = Layout(num_nodes=2, num_clients=1 + ATTACKERS, max_layers=18, model=_MODEL, is_loopback=True)
-    async with open_testnet(layout, folder) as net:
-        siege = Siege(net, options.frames, options.handshakes, options.rounds, expected)
+    elsewhere = dataclasses.replace(layout, num_nodes=1, max_layers=30, base_port=layout.base_port + 50)
+    async with open_testnet(layout, folder / "net") as net, open_testnet(elsewhere, folder / "decoy") as decoy:
+        siege = Siege(net, decoy, options.frames, options.handshakes, options.rounds, expected)
         outcome = await siege.run(prompts)
     print(json.dumps(outcome) if options.json else "\n".join(f"{key}: {value}" for key, value in outcome.items()))
     return 0 if outcome["is_alive"] and not outcome["wrong"] else 1
@@ -114,7 +116,7 @@ async def _siege(options: argparse.Namespace, folder: Path) -> int:
 
 async def _place(options: argparse.Namespace, folder: Path) -> int:
     prompts, expected = await trio.to_thread.run_sync(_reference, 24)
-    outcome = await measure_placement(folder, _MODEL, prompts, expected, options.rounds)
+    outcome = await measure_placement(folder, _MODEL, prompts[0], expected[0], options.rounds)
     print(json.dumps(outcome) if options.json else "\n".join(f"{key}: {value}" for key, value in outcome.items()))
     return 0 if not outcome["wrong"] else 1
 

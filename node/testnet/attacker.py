@@ -21,12 +21,11 @@ from dsd_p2p.types import PeerId, PeerInfo, Sampling, Span
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES, encode
 from dsd_p2p.wire.membership import Heartbeat, Members
 from dsd_p2p.wire.messages import (
+    MAX_TOKEN,
     Ask,
     Cancel,
     CloseSession,
     Hello,
-    Hop,
-    OpenSession,
     Ping,
     Recompute,
     Reveal,
@@ -76,21 +75,9 @@ def _handshakes(address: str, count: int, rng: random.Random) -> int:
     return count
 
 
-def _honest(peer: str) -> list[bytes]:
-    hop = Hop(peer=peer, address="", span=Span(0, 1))
+def _honest() -> list[bytes]:
+    """Well-formed, about sessions that do not exist and texts that cannot be."""
     messages = (
-        OpenSession(
-            session=_NAME,
-            epoch=0,
-            route=(hop,),
-            coordinator=hop,
-            model_digest="x",
-            dtype="float32",
-            sampling=Sampling(),
-            num_given=3,
-            max_length=30,
-            idle_timeout_s=1,
-        ),
         Window(
             session=_NAME,
             epoch=0,
@@ -113,7 +100,7 @@ def _honest(peer: str) -> list[bytes]:
         ),
         Ask(
             request=_NAME,
-            prompt=(1,),
+            prompt=(MAX_TOKEN,),
             max_tokens=1,
             sampling=Sampling(),
             stop_tokens=(),
@@ -124,12 +111,12 @@ def _honest(peer: str) -> list[bytes]:
     return [encode(message) for message in messages]
 
 
-def _bent(peer: str, rng: random.Random) -> Iterator[bytes]:
-    """Frames of every kind: one in fifty bent, so that the others reach what a bent one would not."""
-    honest = _honest(peer)
+def _bent(rng: random.Random) -> Iterator[bytes]:
+    """Frames of every kind: one in two hundred bent, so that the others reach what a bent one would not."""
+    honest = _honest()
     while True:
         frame = bytearray(rng.choice(honest))
-        if rng.random() < 0.02:
+        if rng.random() < 0.005:
             match rng.randrange(3):
                 case 0:
                     frame = bytearray(rng.randbytes(rng.randrange(200)))
@@ -157,7 +144,7 @@ async def _frames(address: str, state: SwarmState, count: int, rng: random.Rando
             network_key=stored.network_key,
         ) as transport:
             hello = Hello(version=PROTOCOL_VERSION, sender=PeerInfo(peer=transport.peer, addresses=()), grants=grants)
-            frames = _bent(transport.peer, rng)
+            frames = _bent(rng)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_drain, transport)
                 while num_sent < count:

@@ -1,7 +1,7 @@
-"""Placement on real peers: four on loopback, one of them slow, against the split by memory alone."""
+"""Placement on real peers: four on loopback, one of them slow, against a split in proportion to memory."""
 
 import statistics
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,88 +10,80 @@ import trio
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.pipeline.directory import NO_DETOUR, Chain
 from dsd_p2p.pipeline.engine import GenerateOptions
-from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.placement.route import Detour
-from dsd_p2p.types import PeerId, Span
 from dsd_p2p.window.static import PLAIN, StaticPolicy
-from dsd_p2p.wire.messages import Hop
 from node.swarm_client import SwarmClient, open_swarm_client
 from node.testnet.swarm import Layout, open_testnet
 
-_SLOWDOWN = 6.0
-_NUM_LAYERS = 30
+_SLOW_PEER, _SLOWDOWN = 1, 6.0
 _BEATS = 4
+_MEMORY = 15
+_SHARES = (8, 7, 8, 7)
+"""Every peer has room for half of the model: in proportion, each gets a quarter, and all four are in the chain."""
 
 
 async def measure_placement(
-    folder: Path, model: str, prompts: list[list[int]], expected: list[list[int]], rounds: int
+    folder: Path, model: str, prompt: list[int], expected: list[int], rounds: int
 ) -> dict[str, Any]:
-    """Return tokens a second over the chain that placement chooses, and over all four peers in proportion to their memory."""
-    # Each could hold half of the model; the second is slow.
-    layout = Layout(num_nodes=4, num_clients=1, max_layers=15, model=model, slowdowns={1: _SLOWDOWN}, is_loopback=True)
+    """Return plain tokens a second of both swarms, measured in turns on the same machine."""
     speeds: dict[str, list[float]] = {"chosen": [], "proportional": []}
-    wrong = 0
-    async with open_testnet(layout, folder) as net:
-        for node in net.nodes:
-            await net.start_node(node.index)
-            await net.all_ready([node])
-        source = find_model(model, NoProgress())
-        async with open_swarm_client(
-            net.clients[0].state, source, NgramDrafter(), heartbeat_s=layout.heartbeat_s, listen="/ip4/127.0.0.1/tcp/0"
-        ) as client:
-            await trio.sleep(_BEATS * layout.heartbeat_s)
-            chosen = await client.directory.find()
-            proportional = _proportional(chosen, {n.state.node_key().peer: n.span for n in net.nodes})
-            for _ in range(rounds):
-                for name, chain in (("chosen", chosen), ("proportional", proportional)):
-                    tokens, seconds = await _write(client, chain, prompts[0], len(expected[0]))
-                    wrong += tokens != expected[0]
-                    speeds[name].append(len(tokens) / seconds)
-        ratios = [a / b for a, b in zip(speeds["chosen"], speeds["proportional"], strict=True)]
-        return {
-            "held": [str(node.span) for node in net.nodes],
-            "slow_peer": 1,
-            "slowdown": _SLOWDOWN,
-            "chosen": [[hop.peer[-8:], str(hop.span)] for hop in chosen.hops],
-            "proportional": [[hop.peer[-8:], str(hop.span)] for hop in proportional.hops],
-            "tokens_per_s": speeds,
-            "ratio_median": statistics.median(ratios),
-            "ratio_range": [min(ratios), max(ratios)],
-            "wrong": wrong,
-        }
+    outcome: dict[str, Any] = {"slow_peer": _SLOW_PEER, "slowdown": _SLOWDOWN, "wrong": 0}
+    async with AsyncExitStack() as stack:
+        clients = {}
+        rooms: dict[str, int | tuple[int, ...]] = {"chosen": _MEMORY, "proportional": _SHARES}
+        for number, (name, max_layers) in enumerate(rooms.items()):
+            layout = Layout(
+                num_nodes=4,
+                num_clients=1,
+                max_layers=max_layers,
+                model=model,
+                slowdowns={_SLOW_PEER: _SLOWDOWN},
+                is_loopback=True,
+                base_port=42100 + 50 * number,
+            )
+            clients[name] = await _swarm(stack, layout, folder / name, outcome, name)
+        for _ in range(rounds):
+            for name, client in clients.items():
+                tokens, seconds = await _write(client, prompt, len(expected))
+                outcome["wrong"] += tokens != expected
+                speeds[name].append(len(tokens) / seconds)
+        for name, client in clients.items():
+            plan = client.directory.plan()
+            outcome[f"{name}_chain"] = [str(stage.span) for stage in plan.stages] if plan else []
+    ratios = [a / b for a, b in zip(speeds["chosen"], speeds["proportional"], strict=True)]
+    return outcome | {
+        "tokens_per_s": speeds,
+        "ratio_median": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
 
 
-def _proportional(chosen: Chain, held: dict[PeerId, Span | None]) -> Chain:
-    """Equal memory is equal shares: every peer runs a quarter of the layers, from what it holds."""
-    heads = [peer for peer, span in held.items() if span is not None and span.first == 0]
-    tails = [peer for peer, span in held.items() if span is not None and span.last == _NUM_LAYERS]
-    spans = [Span(*bounds) for bounds in even_spans(_NUM_LAYERS, 4)]
-    hops = [Hop(peer=peer, address="", span=span) for peer, span in zip([*heads, *tails], spans, strict=True)]
-    return replace(chosen, hops=tuple(hops))
+async def _swarm(
+    stack: AsyncExitStack, layout: Layout, folder: Path, outcome: dict[str, Any], name: str
+) -> SwarmClient:
+    net = await stack.enter_async_context(open_testnet(layout, folder))
+    for node in net.nodes:
+        await net.start_node(node.index)
+        await net.all_ready([node])
+    outcome[f"{name}_held"] = [str(node.span) for node in net.nodes]
+    source = find_model(layout.model, NoProgress())
+    client = await stack.enter_async_context(
+        open_swarm_client(
+            net.clients[0].state,
+            source,
+            NgramDrafter(),
+            heartbeat_s=layout.heartbeat_s,
+            listen="/ip4/127.0.0.1/tcp/0",
+        )
+    )
+    await trio.sleep(_BEATS * layout.heartbeat_s)
+    return client
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fixed:
-    """A directory of one chain."""
-
-    chain: Chain
-
-    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
-        return self.chain
-
-    def replicas(self, span: Span, but: str) -> list[PeerId]:
-        return []
-
-
-async def _write(client: SwarmClient, chain: Chain, prompt: list[int], num_tokens: int) -> tuple[list[int], float]:
-    """Return the tokens of one plain answer over a chain, and the seconds it took."""
-    engine = client.engine
-    directory, engine.directory = engine.directory, _Fixed(chain=chain)
+async def _write(client: SwarmClient, prompt: list[int], num_tokens: int) -> tuple[list[int], float]:
+    """Return the tokens of one plain answer and the seconds it took."""
     start_s = trio.current_time()
-    try:
-        async with engine.generate(prompt, GenerateOptions(max_tokens=num_tokens), StaticPolicy(PLAIN)) as generation:
-            return [token async for token in generation], trio.current_time() - start_s
-    finally:
-        engine.directory = directory
+    options = GenerateOptions(max_tokens=num_tokens)
+    async with client.engine.generate(prompt, options, StaticPolicy(PLAIN)) as generation:
+        tokens = [token async for token in generation]
+    return tokens, trio.current_time() - start_s

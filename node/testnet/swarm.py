@@ -50,7 +50,7 @@ class Process:
 class Layout:
     """How large a testnet is. slowdowns: of some nodes, by index. max_layers: of every node, or of each.
 
-    is_loopback: everything on 127.0.0.1 instead of in namespaces; needs no root, has no links to change.
+    is_loopback: everything on 127.0.0.1 from `base_port` on instead of in namespaces; needs no root, has no links to change.
     """
 
     num_nodes: int
@@ -61,6 +61,7 @@ class Layout:
     seed: int = 0
     slowdowns: dict[int, float] = field(default_factory=dict)
     is_loopback: bool = False
+    base_port: int = _LOOPBACK_PORT
 
     def ip(self, index: int) -> str:
         """The address of a process."""
@@ -68,7 +69,7 @@ class Layout:
 
     def port(self, index: int) -> int:
         """The port a process listens on."""
-        return _LOOPBACK_PORT + index if self.is_loopback else _PORT
+        return self.base_port + index if self.is_loopback else _PORT
 
     def namespace(self, index: int) -> str:
         """The network namespace of a process, empty for ours."""

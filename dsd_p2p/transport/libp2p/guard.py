@@ -32,6 +32,10 @@ _MAX_BYTES_BEFORE_AUTHENTICATION = 64 << 10
 _MAX_PENDING = 128
 _MAX_PENDING_OF_ADDRESS = 32
 _MAX_CONNECTIONS_OF_ADDRESS = 256
+_CONNECTIONS_PER_S, _BURST_CONNECTIONS = 20.0, 100
+"""Of one address: a handshake costs ten milliseconds of a core, a refusal a hundredth of that."""
+
+_MAX_ADDRESSES = 4096
 _ADMISSION_S = 10.0
 _CHECK_ADMISSION_S = 0.25
 
@@ -132,6 +136,31 @@ class _BudgetedConnection(RawConnection):
         return data
 
 
+class Pace:
+    """A token bucket: so many a second, and a burst."""
+
+    def __init__(self, per_s: float, burst: int) -> None:
+        self._per_s = per_s
+        self._burst_s = burst / per_s
+        self._due_s = 0.0
+
+    def delay_s(self, now_s: float) -> float:
+        """Take one; returns how long to wait for it, nothing or less within the pace."""
+        self._due_s = max(self._due_s, now_s - self._burst_s) + 1 / self._per_s
+        return self._due_s - now_s
+
+    def charge(self, seconds: float, now_s: float) -> None:
+        """Nothing is free for so long."""
+        self._due_s = max(self._due_s, now_s + seconds)
+
+    def is_free(self, now_s: float) -> bool:
+        """Take one if it is there at once."""
+        if max(self._due_s, now_s - self._burst_s) + 1 / self._per_s > now_s:
+            return False
+        self.delay_s(now_s)
+        return True
+
+
 class Doorman:
     """Accepts connections in place of `Swarm._handle_inbound_connection`: few at a time are half made, strangers do not stay."""
 
@@ -140,6 +169,7 @@ class Doorman:
         self._is_admitted = is_admitted
         self._pending: dict[Any, str] = {}
         self._of_address: Counter[str] = Counter()
+        self._paces: dict[str, Pace] = {}
         self.num_refused = 0
         network._handle_inbound_connection = self.accept
 
@@ -147,7 +177,8 @@ class Doorman:
         """Serve one TCP connection; returning closes it."""
         ip = (stream.get_remote_address() or ("?", 0))[0]
         num_pending = sum(pending == ip for pending in self._pending.values())
-        if num_pending >= _MAX_PENDING_OF_ADDRESS or self._of_address[ip] >= _MAX_CONNECTIONS_OF_ADDRESS:
+        is_crowded = num_pending >= _MAX_PENDING_OF_ADDRESS or self._of_address[ip] >= _MAX_CONNECTIONS_OF_ADDRESS
+        if is_crowded or not self._pace_of(ip).is_free(trio.current_time()):
             self.num_refused += 1
             return
         self._of_address[ip] += 1
@@ -162,6 +193,11 @@ class Doorman:
             self._of_address[ip] -= 1
             if not self._of_address[ip]:
                 del self._of_address[ip]
+
+    def _pace_of(self, ip: str) -> Pace:
+        while len(self._paces) > _MAX_ADDRESSES:
+            del self._paces[next(iter(self._paces))]
+        return self._paces.setdefault(ip, Pace(_CONNECTIONS_PER_S, _BURST_CONNECTIONS))
 
     async def _close_oldest(self) -> None:
         self.num_refused += 1

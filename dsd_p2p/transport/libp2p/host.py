@@ -39,6 +39,7 @@ from dsd_p2p.transport.libp2p import relay
 from dsd_p2p.transport.libp2p.guard import (
     WRONG_NETWORK_KEY,
     Doorman,
+    Pace,
     install_gate,
     install_private_network,
     limit_upgrade,
@@ -57,8 +58,8 @@ _MAX_PENDING_BYTES = 256 << 20
 _MAX_STRANGER_FRAME_BYTES = 64 << 10
 """Room for a greeting; more only from those who were let in."""
 
-_FRAMES_PER_S, _BURST_FRAMES = 500.0, 2000
-"""What is read of one peer: windows at a level time are a tenth of it, a long prompt is one burst. Who sends faster waits alone."""
+_FRAMES_PER_S, _BURST_FRAMES = 200.0, 1000
+"""What is read of one peer: a window each five milliseconds; a long prompt is one burst. Who sends faster waits alone."""
 
 _MAX_PACES = 1024
 _FLUSH_S = 0.5
@@ -104,17 +105,6 @@ class _StreamBuffer:
         return piece
 
 
-class _Pace:
-    """A token bucket: how long to wait before the next frame of a peer is read."""
-
-    def __init__(self) -> None:
-        self._due_s = 0.0
-
-    def delay_s(self, now_s: float) -> float:
-        self._due_s = max(self._due_s, now_s - _BURST_FRAMES / _FRAMES_PER_S) + 1 / _FRAMES_PER_S
-        return self._due_s - now_s
-
-
 class Libp2pTransport:
     """A `Transport` over a libp2p host; made by `open_libp2p`."""
 
@@ -129,7 +119,7 @@ class Libp2pTransport:
         self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_EVENTS)
         self._is_closing = False
         self._admitted: set[PeerId] = set()
-        self._paces: dict[PeerId, _Pace] = {}
+        self._paces: dict[PeerId, Pace] = {}
         self.peer = PeerId(str(host.get_id()))
         self.addresses: tuple[str, ...] = ()
 
@@ -214,11 +204,12 @@ class Libp2pTransport:
             self._pending_bytes[event.sender] -= len(event.frame)
         return event
 
-    async def disconnect(self, peer: PeerId, reason: str) -> None:
+    async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
         """Drop the connection; both ends see `Lost`. What was sent before still goes out, in a moment and at most that."""
         link = self._links.get(peer)
         connections = list(self._host.get_network().get_connections(ID.from_string(peer)))
         self._drop(peer, reason, is_flushing=True)
+        self._pace_of(peer).charge(penalty_s, trio.current_time())
         self._nursery.start_soon(self._close, link, connections)
         await trio.lowlevel.checkpoint()
 
@@ -229,6 +220,11 @@ class Libp2pTransport:
         for connection in connections:
             with trio.move_on_after(1), suppress(Exception):
                 await connection.close()
+
+    def _pace_of(self, peer: PeerId) -> Pace:
+        while len(self._paces) >= _MAX_PACES:
+            del self._paces[next(iter(self._paces))]
+        return self._paces.setdefault(peer, Pace(_FRAMES_PER_S, _BURST_FRAMES))
 
     def _link_to(self, peer: PeerId, *, is_attempt: bool = False) -> _Link:
         """Return the outgoing side to a connected peer; its stream is opened in the background on first use."""
@@ -287,7 +283,7 @@ class Libp2pTransport:
             await _reset(replaced)
         reason = "closed by the peer"
         buffer = _StreamBuffer(stream)
-        pace = self._paces.setdefault(peer, _Pace())
+        pace = self._pace_of(peer)
         try:
             while True:
                 if (delay_s := pace.delay_s(trio.current_time())) > 0:
@@ -327,8 +323,6 @@ class Libp2pTransport:
             del self._links[peer]
             current.queue.close()
         self._inbound.pop(peer, None)
-        while len(self._paces) > _MAX_PACES:
-            del self._paces[next(iter(self._paces))]
         self._admitted.discard(peer)
         for stream in () if is_flushing else (inbound, current and current.stream):
             if stream is not None:
