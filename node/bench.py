@@ -57,13 +57,15 @@ def _gpu() -> str | None:
     return result.stdout.strip() or None
 
 
-def write_receipt(name: str, benchmark: str, results: dict[str, object], machine_before: dict[str, object]) -> Path:
-    """Write `docs/benchmarks/NAME.json` and return its path."""
+def write_receipt(
+    name: str, benchmark: str, results: dict[str, object], machine_before: dict[str, object], program: str = "dsd"
+) -> Path:
+    """Write `docs/benchmarks/NAME.json` and return its path. program: what was run, for the receipt's command."""
     receipt = {
         "benchmark": benchmark,
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "command": " ".join(["dsd", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "machine": machine_before,
         "results": results,
     }

@@ -131,7 +131,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--max-layers", type=int, help="hold at most so many layers (default: what memory has room for)"
     )
     parser.add_argument("--memory", help="memory for layers and cache, like 8GB (default: 60%% of what is free)")
-    parser.add_argument("--heartbeat", help="interval of heartbeats (default 1s), the same in all of a swarm")
+    parser.add_argument("--heartbeat", help="interval of heartbeats (default 1s, 50ms to 10s)")
     parser.add_argument("--slowdown", type=float, help=argparse.SUPPRESS)
 
 
@@ -192,6 +192,11 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     formats.add_argument("--stages", type=int, help="number of stages (default 3)")
     formats.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
+    attest = benchmarks.add_parser("attest", help="what signing every window costs a stage")
+    _add_model_flags(attest)
+    attest.add_argument("--stages", type=int, help="number of stages (default 3)")
+    attest.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
     record = benchmarks.add_parser("record", help="make an agreement trace for the fake ring from two real models")
     _add_pair_flags(record)
     record.add_argument("--texts", type=int, help="texts of each category (default 12)")
@@ -199,7 +204,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
 
     benchmarks.add_parser("plots", help="draw the receipts in docs/benchmarks")
 
-    for benchmark in (overhead, ring, relaxed, wan, formats):
+    for benchmark in (overhead, ring, relaxed, wan, formats, attest):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
 

@@ -47,6 +47,6 @@ def tell_user(event: NodeEvent) -> None:
             console.print(f"serving layers {span} at")
             print(address, flush=True)
         case Failed(text=text):
-            print(f"dsd: {text}", file=sys.stderr)
+            print(f"dsd node: {text}", file=sys.stderr)
         case _:
             pass

@@ -26,7 +26,7 @@ from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, TokenId
 from dsd_p2p.window.base import WindowPolicy
-from dsd_p2p.wire.messages import MAX_WINDOW_NODES, Answer, AnswerEnd, Ask, StopAnswer
+from dsd_p2p.wire.messages import MAX_WINDOW_NODES, Answer, AnswerEnd, Ask, FailureKind, StopAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,14 @@ class CoordinatorService:
                 end = await self._write(client, ask)
         except DsdError as exc:
             end = AnswerEnd(request=ask.request, reason="error", error=kind_of(exc), text=str(exc)[:512])
+        except trio.TooSlowError:
+            logger.warning("thin client takes nothing in peer=%s", client)
+            return
+        except Exception:  # task boundary: one answer that goes wrong must not end the node
+            logger.exception("answer failed peer=%s", client)
+            end = AnswerEnd(
+                request=ask.request, reason="error", error=FailureKind.MODEL, text="the coordinator failed; see its log"
+            )
         finally:
             del self._answers[client, ask.request]
         with suppress(PeerError), trio.move_on_after(_SEND_TIMEOUT_S):

@@ -210,6 +210,8 @@ class RequestDriver:
             await auditor.check(turn)
         except DishonestPeer as exc:
             error = exc
+        except Exception:  # task boundary: a check that goes wrong says nothing of the stage
+            logger.exception("spot check failed")
         finally:
             self._check_is_over.set()
         await self.inbox.send(Checked(error=error))

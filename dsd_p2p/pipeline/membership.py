@@ -91,7 +91,6 @@ class Membership:
         self._state = MemberState.JOINING
         self._changed = trio.Event()
         self._met = trio.Event()
-        self._roles: dict[PeerId, Role] = {}
         self._connected_at_s: dict[PeerId, float] = {}
         self._synced_at_s: dict[PeerId, float] = {}
         self._next_dial_s: dict[str, float] = {}
@@ -110,7 +109,6 @@ class Membership:
         role = self.registry.admit(peer, hello.grants, self._unix())
         if role is Role.CLIENT and hello.sender.span is not None:
             raise RemoteProtocolError("span", str(hello.sender.span), "none: its invite is for clients")
-        self._roles[peer] = role
         logger.info("member let in peer=%s role=%s", peer, role)
         self._met.set()
 
@@ -191,7 +189,7 @@ class Membership:
     def lost(self, event: Lost) -> None:
         """The connection to a peer is gone."""
         self.registry.lost(event.peer)
-        for index in (self._connected_at_s, self._synced_at_s, self._roles):
+        for index in (self._connected_at_s, self._synced_at_s):
             index.pop(event.peer, None)
         self._note()
 
@@ -199,17 +197,13 @@ class Membership:
         """Wait until somebody came, went or changed."""
         await self._changed.wait()
 
-    def role_of(self, peer: PeerId) -> Role:
-        """Return what a connected peer may do."""
-        return self._roles.get(peer, Role.CLIENT)
-
     def _note(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
     def _merge(self, sender: PeerId, members: Members) -> None:
         news_records: list[MemberRecord] = []
-        news_revocations = [revocation for revocation in members.revocations if self.registry.revoke(revocation)]
+        news_revocations = [revocation for revocation in members.revocations if self._take_in(revocation)]
         for record in members.records:
             try:
                 if PeerId(record.info.peer) == self.links.me.peer:
@@ -228,6 +222,13 @@ class Membership:
             self._pass_on(Members(records=tuple(news_records), revocations=tuple(news_revocations)), but=sender)
         if news_revocations:
             self._sweep()
+
+    def _take_in(self, revocation: Revocation) -> bool:
+        try:
+            return self.registry.revoke(revocation)
+        except CapacityError as exc:
+            logger.warning("revocation not kept error=%s", exc)
+            return False
 
     def _refute(self, record: MemberRecord) -> None:
         """Somebody knows a record of ours from a life before this one that looks newer: outdate it."""

@@ -25,16 +25,17 @@ from dsd_p2p.errors import (
 )
 from dsd_p2p.pipeline.failures import kind_of
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
+from dsd_p2p.pipeline.recompute import Recomputer
 from dsd_p2p.pipeline.span_model import SpanModel
 from dsd_p2p.pipeline.stage_session import BoundaryLog, StageSession
 from dsd_p2p.session.attest import hash_rows, hash_tokens, signed_text
-from dsd_p2p.session.slots import CacheEdit, SlotTable
+from dsd_p2p.session.slots import CacheEdit
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk, verdict_of
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId, Sampling, Span, TokenId
+from dsd_p2p.types import PeerId, Span, TokenId
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
-from dsd_p2p.verification.base import TargetView, Verifier
+from dsd_p2p.verification.base import Verifier
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import DraftOpinion
 from dsd_p2p.window.tracker import LineFit
@@ -43,7 +44,6 @@ from dsd_p2p.wire.messages import (
     BASE,
     FILL_NODES,
     MAX_ATTESTED_WINDOWS,
-    MAX_GAP,
     MAX_STAGES,
     Attestation,
     Cancel,
@@ -54,7 +54,6 @@ from dsd_p2p.wire.messages import (
     Message,
     OpenSession,
     Recompute,
-    Recomputed,
     Reveal,
     Revealed,
     Verdict,
@@ -113,8 +112,8 @@ class StageServer:
         self._limits = limits
         self._clock = clock
         self._sign = sign
-        self._recomputing: set[PeerId] = set()
         self._model_in_use = trio.Lock()
+        self._recomputer = Recomputer(links, self._model_in_use)
         self._sessions: dict[bytes, StageSession] = {}
         self._closed: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         self._nursery: trio.Nursery | None = None
@@ -157,11 +156,6 @@ class StageServer:
         line = self._layer_cost.line()
         return line.at(1), line.at(16)
 
-    def progress(self, name: bytes) -> int:
-        """Return the number of the newest window of a session that went through here, -1 for none."""
-        session = self._sessions.get(name)
-        return -1 if session is None else session.last_window
-
     # What arrives
 
     async def handle(self, event: Arrived) -> None:
@@ -193,7 +187,9 @@ class StageServer:
                         self._answer, event.sender, Revealed(session=name, num_rows=num_rows), rows
                     )
             case Recompute() as recompute:
-                self._nursery.start_soon(self._recompute, event.sender, recompute, bytes(event.payload))
+                self._nursery.start_soon(
+                    self._recomputer.answer, self._model, event.sender, recompute, bytes(event.payload)
+                )
             case _:
                 raise AssertionError(event.message)
 
@@ -452,7 +448,6 @@ class StageServer:
                 return
             # Not abandoned on cancellation: the cache must not be freed under a running pass.
             answer = await trio.to_thread.run_sync(self._run, session, window, payload)
-        session.last_window = window.window
         self._bound_log(session)
         if answer is None or self._is_refill_for_us_alone(session, window):
             return
@@ -566,43 +561,6 @@ class StageServer:
         with suppress(PeerError), trio.move_on_after(_CONNECT_TIMEOUT_S):
             await self._links.send(to, message, payload)
 
-    async def _recompute(self, sender: PeerId, asked: Recompute, payload: bytes) -> None:
-        """Compute part of our span over a text, for one that checks another stage; one at a time for each peer."""
-        if sender in self._recomputing:
-            await self._answer(sender, Recomputed(request=asked.request, error="one check at a time"), b"")
-            return
-        self._recomputing.add(sender)
-        try:
-            async with self._model_in_use:
-                picks, gaps, rows = await trio.to_thread.run_sync(self._compute, asked, payload)
-            await self._answer(sender, Recomputed(request=asked.request, picks=picks, gaps=gaps), rows)
-        except DsdError as exc:
-            await self._answer(sender, Recomputed(request=asked.request, error=str(exc)[:512]), b"")
-        finally:
-            self._recomputing.discard(sender)
-
-    def _compute(self, asked: Recompute, payload: bytes) -> tuple[tuple[TokenId, ...], tuple[int, ...], bytes]:
-        """In a worker thread: return the picks after each position and their gaps at the tail, else the hidden states."""
-        me = self._links.me
-        if self._model is None or (asked.model_digest, asked.dtype) != (me.model_digest, me.dtype):
-            raise ModelError("this peer does not hold that model")
-        model, num_nodes = self._model.narrow(asked.span), len(asked.tokens)
-        if not model.is_head and len(payload) != num_nodes * model.row_bytes:
-            raise RemoteProtocolError("payload length", len(payload), f"{num_nodes * model.row_bytes} bytes")
-        inputs: list[TokenId] | bytes = list(asked.tokens) if model.is_head else payload
-        cache = model.new_cache(num_nodes)
-        try:
-            forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
-            if not model.is_tail:
-                return (), (), model.hidden(cache, forward, inputs)
-            verifier, views = ExactVerifier(asked.sampling), model.views(cache, forward, inputs, range(num_nodes))
-            picks = tuple(verifier.judge(view, row + 1, None)[0] for row, view in enumerate(views))
-            claimed = (*asked.tokens[1:], picks[-1])
-            gaps = tuple(_gap(*row, asked.sampling) for row in zip(views, picks, claimed, strict=True))
-            return picks, gaps, b""
-        finally:
-            cache.free()
-
     def _remember_closed(self, coordinator: str, name: bytes, epoch: int) -> None:
         """A close can overtake the open that travels down the chain: an `OpenSession` up to this epoch is ignored."""
         key = (coordinator, name)
@@ -618,16 +576,6 @@ class StageServer:
         )
         with suppress(PeerError), trio.move_on_after(_CONNECT_TIMEOUT_S):
             await self._links.send(PeerId(opened.coordinator.peer), failure)
-
-
-def _gap(view: TargetView, pick: TokenId, claimed: TokenId, sampling: Sampling) -> int:
-    """Thousandths of a logit by which the claimed token misses being the pick; with sampling, 0 or the most there is."""
-    if pick == claimed:
-        return 0
-    if not sampling.is_greedy:
-        return MAX_GAP
-    logits = view.logits()
-    return min(MAX_GAP, round(1000 * float(logits[pick] - logits[claimed])))
 
 
 def _previous(opened: OpenSession, index: int) -> PeerId:

@@ -61,7 +61,6 @@ class StageSession:
     replaces: the session of this name before it, whose cache must be free, or handed over, before this one starts.
     is_kept: goes on with what `replaces` holds. heir_waits: our own cache is handed over, not freed.
     is_orphan: a neighbour is gone and the coordinator knows; what is held waits a while for another route.
-    last_window: the newest window that went through, for whoever asks where a session is stuck.
     error, about: what ended it, and which neighbour that is about.
     attested: at the tail, what the chain signed of the windows since the last verdict.
     """
@@ -86,7 +85,6 @@ class StageSession:
     log: BoundaryLog | None = None
     received_bytes: int = 0
     queued_bytes: int = 0
-    last_window: int = -1
     attested: list[WindowAttestation] = field(default_factory=list)
     heir_waits: bool = False
     is_orphan: bool = False

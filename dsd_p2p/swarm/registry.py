@@ -71,7 +71,7 @@ class Member:
 class Registry:
     """The members of one swarm as one of them sees it.
 
-    swarm: the owner's public key. interval_s: between two heartbeats of a member.
+    swarm: the owner's public key. interval_s: between two heartbeats of ours; others' say their own.
     """
 
     def __init__(self, *, me: PeerId, swarm: bytes, interval_s: float) -> None:
@@ -229,9 +229,11 @@ class Registry:
         gone: list[tuple[PeerId, str]] = []
         for peer, liveness in list(self._alive.items()):
             silent_s = now_s - liveness.heard_at_s
-            if silent_s > MISSED_BEATS * self.interval_s:
+            theirs_s = liveness.heartbeat.interval_ms / 1e3
+            deaf_s = DEAF_BEATS * max(self.interval_s, theirs_s)
+            if silent_s > MISSED_BEATS * theirs_s:
                 gone.append((peer, f"not heard for {silent_s:.1f} s"))
-            elif liveness.deaf_since_s is not None and now_s - liveness.deaf_since_s > DEAF_BEATS * self.interval_s:
+            elif liveness.deaf_since_s is not None and now_s - liveness.deaf_since_s > deaf_s:
                 gone.append((peer, "does not hear us"))
         for peer, record in list(self._records.items()):
             if peer == self.me:
@@ -253,6 +255,7 @@ class Registry:
         return Heartbeat(
             beat=beat,
             view=self.view,
+            interval_ms=round(self.interval_s * 1e3),
             num_sessions=num_sessions,
             cache_bytes=cache_bytes,
             heard=tuple(

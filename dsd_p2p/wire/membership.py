@@ -106,12 +106,13 @@ class Heard(msgspec.Struct, frozen=True, array_like=True):
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """Member → every connected member, every interval. Sent by itself on its own connection, so it needs no signature.
 
-    beat: grows by one. view: digest of all records and revocations the sender knows; who knows others sends them.
+    beat: grows by one. interval_ms: until the next one; who misses two is dead. view: digest of all records and revocations the sender knows; who knows others sends them.
     num_sessions, cache_bytes: in use at its stage. heard: the neighbours whose heartbeats it receives.
     """
 
     beat: Annotated[int, Meta(ge=0, le=1 << 50)]
     view: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    interval_ms: Annotated[int, Meta(ge=50, le=10_000)] = 1000
     num_sessions: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
     cache_bytes: Annotated[int, Meta(ge=0, le=1 << 60)] = 0
     heard: Annotated[tuple[Heard, ...], Meta(max_length=MAX_MEMBERS)] = ()

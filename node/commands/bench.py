@@ -40,6 +40,11 @@ def _measure(what: str, options: dict[str, object]) -> int:
 
             with ConsoleProgress() as progress:
                 results = run_formats(read_config(GenerateConfig, file, options), progress)
+        case "attest":
+            from node.benches.attestation import run_attestation
+
+            with ConsoleProgress() as progress:
+                results = run_attestation(read_config(GenerateConfig, file, options), rounds, progress)
         case "relaxed":
             results = _relaxed(file, options)
         case "wan":

@@ -6,12 +6,14 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from dsd_p2p.errors import DsdError, first_cause
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
+from node.bench import machine, write_receipt
 from node.testnet.chaos import Chaos, Plan
 from node.testnet.placement import measure_placement
 from node.testnet.siege import ATTACKERS, Siege
@@ -35,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/testnet", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="run until Ctrl-C")
+    up.set_defaults(receipt=None, json=False)
     chaos = commands.add_parser("chaos", help="break it while clients write")
     chaos.add_argument("--minutes", type=float, default=10.0)
     chaos.add_argument("--clients", type=int, default=4)
@@ -53,10 +56,13 @@ def main() -> int:
         each.add_argument("--max-layers", type=int, default=12)
         each.add_argument("--heartbeat", type=float, default=0.75, help="seconds")
         each.add_argument("--seed", type=int, default=0)
+    for each in (chaos, siege, place):
+        each.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
     options = parser.parse_args()
+    before = machine()
     try:
         with tempfile.TemporaryDirectory(prefix="dsd-testnet-") as folder:
-            return trio.run(_COMMANDS[options.command], options, Path(folder))
+            outcome = trio.run(_COMMANDS[options.command], options, Path(folder))
     except (DsdError, BaseExceptionGroup, KeyboardInterrupt) as exc:
         cause = first_cause(exc)
         if isinstance(cause, KeyboardInterrupt):
@@ -65,6 +71,16 @@ def main() -> int:
             raise
         print(f"scripts/testnet: {cause}", file=sys.stderr)
         return 1
+    if options.receipt:
+        write_receipt(options.receipt, options.command, outcome, before, program="scripts/testnet")
+    print(json.dumps(outcome) if options.json else "\n".join(f"{key}: {value}" for key, value in outcome.items()))
+    return 0 if _is_good(outcome) else 1
+
+
+def _is_good(outcome: dict[str, Any]) -> bool:
+    """True when nothing went wrong that must not."""
+    bad = ("wrong", "hung", "leaked", "failed_while_covered")
+    return outcome.get("is_alive", True) and not any(outcome.get(name) for name in bad)
 
 
 def _layout(options: argparse.Namespace, num_clients: int) -> Layout:
@@ -78,7 +94,7 @@ def _layout(options: argparse.Namespace, num_clients: int) -> Layout:
     )
 
 
-async def _up(options: argparse.Namespace, folder: Path) -> int:
+async def _up(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     async with open_testnet(_layout(options, 0), folder) as net:
         for node in net.nodes:
             await net.start_node(node.index)
@@ -86,39 +102,27 @@ async def _up(options: argparse.Namespace, folder: Path) -> int:
         print(f"{options.nodes} nodes are up; Ctrl-C ends them. Look at them with")
         print(f"dsd members --swarm {net.nodes[0].state.folder}/", flush=True)
         await trio.sleep_forever()
-    return 0
+    return {}
 
 
-async def _chaos(options: argparse.Namespace, folder: Path) -> int:
+async def _chaos(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts, expected = await trio.to_thread.run_sync(_reference, options.tokens)
     async with open_testnet(_layout(options, options.clients), folder) as net:
         plan = Plan(minutes=options.minutes, seed=options.seed, prompts=prompts, expected=expected)
-        outcome = (await Chaos(net, plan).run()).as_dict()
-    if options.json:
-        print(json.dumps(outcome), flush=True)
-    else:
-        for key, value in outcome.items():
-            print(f"{key}: {value}")
-    is_good = not (outcome["wrong"] or outcome["hung"] or outcome["leaked"] or outcome["failed_while_covered"])
-    return 0 if is_good else 1
+        return (await Chaos(net, plan).run()).as_dict()
 
 
-async def _siege(options: argparse.Namespace, folder: Path) -> int:
+async def _siege(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts, expected = await trio.to_thread.run_sync(_reference, 32)
     layout = Layout(num_nodes=2, num_clients=1 + ATTACKERS, max_layers=18, model=_MODEL, is_loopback=True)
     elsewhere = dataclasses.replace(layout, num_nodes=1, max_layers=30, base_port=layout.base_port + 50)
     async with open_testnet(layout, folder / "net") as net, open_testnet(elsewhere, folder / "decoy") as decoy:
-        siege = Siege(net, decoy, options.frames, options.handshakes, options.rounds, expected)
-        outcome = await siege.run(prompts)
-    print(json.dumps(outcome) if options.json else "\n".join(f"{key}: {value}" for key, value in outcome.items()))
-    return 0 if outcome["is_alive"] and not outcome["wrong"] else 1
+        return await Siege(net, decoy, options.frames, options.handshakes, options.rounds, expected).run(prompts)
 
 
-async def _place(options: argparse.Namespace, folder: Path) -> int:
+async def _place(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts, expected = await trio.to_thread.run_sync(_reference, 24)
-    outcome = await measure_placement(folder, _MODEL, prompts[0], expected[0], options.rounds)
-    print(json.dumps(outcome) if options.json else "\n".join(f"{key}: {value}" for key, value in outcome.items()))
-    return 0 if not outcome["wrong"] else 1
+    return await measure_placement(folder, _MODEL, prompts[0], expected[0], options.rounds)
 
 
 _COMMANDS = {"up": _up, "chaos": _chaos, "siege": _siege, "place": _place}
