@@ -144,14 +144,14 @@ async def _meet(membership: Membership, timeout_s: float) -> None:
 
 
 async def _bootstrap(state: SwarmState) -> list[str]:
-    """This machine's own node first, then whoever was known, then the invite's addresses."""
-    found: list[str] = []
+    """This machine's own node and whom it reaches; without one, whoever was known and the invite's addresses."""
     try:
         status = await ask_node(state.control_socket, Status(), timeout_s=2)
         assert isinstance(status, NodeStatus)
-        found += status.addresses[-1:]
     except DsdError:
-        pass  # no node runs here: there are others
-    records = [record for record in state.known().records if record.profile.max_layers and record.info.addresses]
-    found += [record.info.addresses[0] for record in records[:8]]
-    return list(dict.fromkeys([*found, *state.membership().bootstrap]))
+        records = [record for record in state.known().records if record.profile.max_layers and record.info.addresses]
+        return list(dict.fromkeys([*(r.info.addresses[0] for r in records[:8]), *state.membership().bootstrap]))
+    others = [
+        member.addresses[0] for member in status.members if member.is_alive and member.addresses and member.max_layers
+    ]
+    return list(dict.fromkeys([*status.addresses[-1:], *others]))

@@ -34,7 +34,7 @@ from dsd_p2p.wire.messages import Hello, Message
 
 logger = logging.getLogger(__name__)
 
-_DIAL_TIMEOUT_S = 8.0
+_DIAL_TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 30.0
 _YIELD_S = 3.0
 """Of two members that see each other at the same time the one with the greater id waits this long before it dials."""
@@ -334,7 +334,8 @@ class Membership:
             self._try(peer, record.info.addresses, now_s)
         if not self.links.connected:
             for address in self.bootstrap:
-                self._try(address, (address,), now_s)
+                # By peer: two dials of one peer at a time, one of them to where it no longer is, keep each other from succeeding.
+                self._try(address.rpartition("/p2p/")[2], (address,), now_s)
 
     def _try(self, name: str, addresses: Sequence[str], now_s: float) -> None:
         if addresses and name not in self._dialing and now_s >= self._next_dial_s.get(name, 0.0):

@@ -106,7 +106,8 @@ class Heard(msgspec.Struct, frozen=True, array_like=True):
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """Member → every connected member, every interval. Sent by itself on its own connection, so it needs no signature.
 
-    beat: grows by one. interval_ms: until the next one; who misses two is dead. view: digest of all records and revocations the sender knows; who knows others sends them.
+    beat: grows by one. interval_ms: until the next one; who misses two is dead.
+    view: digest of all records and revocations the sender knows; who knows others sends them.
     num_sessions, cache_bytes: in use at its stage. heard: the neighbours whose heartbeats it receives.
     """
 
