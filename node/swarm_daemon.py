@@ -99,6 +99,8 @@ class SwarmNode:
             PeerDisconnected: the swarm does not let us in.
         """
         stored, config = self._stored, self._config
+        if not 0.05 <= units.seconds(config.heartbeat) <= 10:
+            raise ConfigError(f"--heartbeat {config.heartbeat}: 50ms to 10s")
         check_grants(stored.grants, swarm=stored.swarm, peer=self._state.node_key().peer, now_s=time.time())
         async with open_libp2p(
             identity=self._state.identity,
