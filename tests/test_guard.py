@@ -13,7 +13,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamError
 
 from dsd_p2p.errors import PeerError, PeerTimeout
 from dsd_p2p.transport.base import Lost, Received
-from dsd_p2p.transport.libp2p import guard, open_libp2p, relay
+from dsd_p2p.transport.libp2p import guard, host, open_libp2p, relay
 from dsd_p2p.types import PeerId
 
 PROTOCOL = "/dsd-test/1"
@@ -111,14 +111,49 @@ async def test_who_is_not_let_in_does_not_stay(tmp_path, monkeypatch):
         assert scope.cancelled_caught, "who was let in stays"
 
 
-async def test_a_listener_outlives_many_connections(tmp_path):
+async def test_a_listener_outlives_many_connections(tmp_path, monkeypatch):
     """libp2p's own accept never gives its token back: the 250th connection would be the last."""
+    monkeypatch.setattr(guard, "_CONNECTIONS_PER_S", 1000.0)
     async with open_host(tmp_path, "b") as b, open_host(tmp_path, "a") as a:
         b.admit(a.peer)
         for _ in range(270):
             await a.connect(b.addresses[0], 10)
             await a.disconnect(b.peer, "again")
         await a.connect(b.addresses[0], 10)
+
+
+async def test_an_address_that_connects_again_and_again_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "_CONNECTIONS_PER_S", 0.01)
+    monkeypatch.setattr(guard, "_BURST_CONNECTIONS", 5)
+    async with open_host(tmp_path, "b") as b, open_host(tmp_path, "a") as a:
+        b.admit(a.peer)
+        for _ in range(5):
+            await a.connect(b.addresses[0], 10)
+            await a.disconnect(b.peer, "again")
+        with pytest.raises(PeerTimeout):
+            await a.connect(b.addresses[0], 1)
+
+
+async def test_who_sends_what_is_of_no_use_is_read_more_slowly(tmp_path, monkeypatch):
+    """Of 60 frames a second: twenty useful ones take a third of a second, twenty useless ones five times that."""
+    monkeypatch.setattr(host, "_FRAMES_PER_S", 60.0)
+    monkeypatch.setattr(host, "_BURST_FRAMES", 1)
+    seconds = {}
+    for is_useless in (False, True):
+        async with open_host(tmp_path, f"b{is_useless}") as b, open_host(tmp_path, f"a{is_useless}") as a:
+            await a.connect(b.addresses[0], 10)
+            b.admit(a.peer)
+            start_s = trio.current_time()
+            for _ in range(20):
+                await a.send(b.peer, b"x")
+            for _ in range(20):
+                await received(b)
+                if is_useless:
+                    b.penalise(a.peer)
+            seconds[is_useless] = trio.current_time() - start_s
+    # What the pace itself makes of it: 19/60 s and 19*5/60 s at the least, however busy the machine is.
+    assert seconds[False] >= 19 / 60
+    assert seconds[True] >= 18 * 5 / 60
 
 
 @pytest.mark.parametrize("start", [b"", os.urandom(300), bytes(8), bytes((0x80, 0x80, 0x80, 0x80, 0x01))])

@@ -16,7 +16,7 @@ from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.identity import load_or_create_seed
 from dsd_p2p.transport.libp2p import open_libp2p
-from dsd_p2p.transport.libp2p.host import _raw_socket
+from dsd_p2p.transport.libp2p.sockets import raw_socket
 from dsd_p2p.transport.memory import MemoryNetwork
 
 PROTOCOL = "/dsd-test/1"
@@ -253,7 +253,7 @@ async def test_sockets_use_cubic_and_no_delay(tmp_path):
         await a.connect(b.addresses[0], 10)
         await a.send(b.peer, b"x")
         await received(b)
-        raw = _raw_socket(a._links[b.peer].stream)
+        raw = raw_socket(a._links[b.peer].stream)
         assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         name = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
         assert name == b"cubic"

@@ -225,6 +225,8 @@ class Engine:
         driver = self._drivers.get(message.session)
         if driver is not None and driver.involves(event.sender):
             self._hand(driver, Told(sender=event.sender, message=message))
+        else:
+            self.links.transport.penalise(event.sender)
 
     # Checking stages
 

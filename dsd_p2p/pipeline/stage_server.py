@@ -281,7 +281,10 @@ class StageServer:
 
     def _enqueue(self, window: Window, event: Arrived) -> None:
         session = self._sessions.get(window.session)
-        if session is None or session.is_orphan or session.state.is_stale(window):
+        if session is None:
+            self._links.transport.penalise(event.sender)
+            return
+        if session.is_orphan or session.state.is_stale(window):
             return
         if event.sender != session.previous:
             if window.epoch < session.opened.epoch:
@@ -330,6 +333,7 @@ class StageServer:
     def _owned(self, name: bytes, sender: PeerId) -> StageSession | None:
         session = self._sessions.get(name)
         if session is None:
+            self._links.transport.penalise(sender)
             return None
         if sender != session.coordinator:
             raise RemoteProtocolError("sender", sender, f"{session.coordinator}, the session's coordinator")

@@ -64,6 +64,10 @@ class Transport(Protocol):
         """Return the next event of any peer."""
         ...
 
+    def penalise(self, peer: PeerId) -> None:
+        """A frame of the peer was of no use: the pace at which it is read falls, until it sends better ones."""
+        ...
+
     async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
         """Drop the connection to `peer`; it and this end see `Lost`. Should it come back, it is not read for `penalty_s`."""
         ...

@@ -74,6 +74,10 @@ class EmulatedTransport:
             link[1].close()
         return event
 
+    def penalise(self, peer: PeerId) -> None:
+        """Pass it on."""
+        self._inner.penalise(peer)
+
     async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
         """Drop the connection at once."""
         await self._inner.disconnect(peer, reason, penalty_s)

@@ -76,6 +76,9 @@ class MemoryTransport:
         """Return the next event."""
         return await self._inbox.receive()
 
+    def penalise(self, peer: PeerId) -> None:
+        """Nothing is paced here."""
+
     async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
         """Drop the connection at both ends."""
         await trio.lowlevel.checkpoint()

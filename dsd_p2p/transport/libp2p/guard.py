@@ -32,8 +32,8 @@ _MAX_BYTES_BEFORE_AUTHENTICATION = 64 << 10
 _MAX_PENDING = 128
 _MAX_PENDING_OF_ADDRESS = 32
 _MAX_CONNECTIONS_OF_ADDRESS = 256
-_CONNECTIONS_PER_S, _BURST_CONNECTIONS = 20.0, 100
-"""Of one address: a handshake costs ten milliseconds of a core, a refusal a hundredth of that."""
+_CONNECTIONS_PER_S, _BURST_CONNECTIONS = 5.0, 100
+"""Of one address: a handshake costs ten milliseconds of a core, a refusal a hundredth of that; members keep their connections."""
 
 _MAX_ADDRESSES = 4096
 _ADMISSION_S = 10.0

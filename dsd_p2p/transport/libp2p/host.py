@@ -4,7 +4,6 @@ What py-libp2p 0.8.1 needs from its caller is in docs/adr/0002-libp2p.md; each w
 """
 
 import logging
-import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -44,6 +43,7 @@ from dsd_p2p.transport.libp2p.guard import (
     install_private_network,
     limit_upgrade,
 )
+from dsd_p2p.transport.libp2p.sockets import check_listen, is_lossy, raw_socket, set_congestion_control
 from dsd_p2p.types import PeerId
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,9 @@ _MAX_STRANGER_FRAME_BYTES = 64 << 10
 _FRAMES_PER_S, _BURST_FRAMES = 200.0, 1000
 """What is read of one peer: a window each five milliseconds; a long prompt is one burst. Who sends faster waits alone."""
 
+_USELESS_FRAME_COUNTS = 5
+"""A request that ends leaves a few frames behind that nobody needs any more; only who sends little else is slowed down."""
+
 _MAX_PACES = 1024
 _FLUSH_S = 0.5
 _SEND_TIMEOUT_S = 30.0
@@ -71,9 +74,6 @@ _UPGRADE_TIMEOUT_S = 4.0
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0
 
-_TCP_INFO_BYTES = 140
-_TOTAL_RETRANSMITS_AT, _SEGMENTS_OUT_AT = 100, 136
-_LOSSY_SHARE = 0.005
 _TUNE_INTERVAL_S = 2.0
 
 _NETWORK_ERRORS = (IOException, SwarmException, HostException, OSError)
@@ -204,6 +204,11 @@ class Libp2pTransport:
             self._pending_bytes[event.sender] -= len(event.frame)
         return event
 
+    def penalise(self, peer: PeerId) -> None:
+        """Let the frame count for several."""
+        for _ in range(_USELESS_FRAME_COUNTS - 1):
+            self._pace_of(peer).delay_s(trio.current_time())
+
     async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
         """Drop the connection; both ends see `Lost`. What was sent before still goes out, in a moment and at most that."""
         link = self._links.get(peer)
@@ -256,16 +261,16 @@ class Libp2pTransport:
 
     async def _write(self, link: _Link) -> None:
         """One writer a stream, one write a frame."""
-        raw = None if relay.is_relayed(link.stream.muxed_conn) else _raw_socket(link.stream)
-        _set_congestion_control(raw, b"cubic")
+        raw = None if relay.is_relayed(link.stream.muxed_conn) else raw_socket(link.stream)
+        set_congestion_control(raw, b"cubic")
         tuned_at_s = trio.current_time()
         async with link.waiting:
             async for frame in link.waiting:
                 await link.stream.write(_LENGTH.pack(len(frame)) + frame)
                 if trio.current_time() - tuned_at_s > _TUNE_INTERVAL_S:
                     tuned_at_s = trio.current_time()
-                    if _is_lossy(raw):
-                        _set_congestion_control(raw, b"bbr")
+                    if is_lossy(raw):
+                        set_congestion_control(raw, b"bbr")
 
     async def _watch(self, stream: Any, scope: trio.CancelScope) -> None:
         """The peer sends nothing on our stream: a read that returns tells that it is gone, which a write does not."""
@@ -354,7 +359,7 @@ async def open_libp2p(
         ConfigError: the address cannot be listened on.
     """
     _quieten()
-    listen_address = _check_listen(listen)
+    listen_address = check_listen(listen)
     private_key = Ed25519PrivateKey.from_bytes(load_or_create_seed(identity))
     key_pair = KeyPair(private_key, private_key.get_public_key())
     host = new_host(
@@ -402,22 +407,6 @@ def _quieten() -> None:
     libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.02
 
 
-def _check_listen(listen: str) -> Multiaddr:
-    """Bind once ourselves: libp2p sets SO_REUSEPORT, so a port in use raises nothing and steals connections."""
-    try:
-        address = Multiaddr(listen)
-        host, port = address.value_for_protocol("ip4"), int(address.value_for_protocol("tcp"))
-    except (MultiaddrError, ValueError) as exc:
-        raise ConfigError(f"listen address {listen!r}: {exc}; write it as /ip4/127.0.0.1/tcp/PORT") from exc
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as exc:
-            raise ConfigError(f"cannot listen on {listen}: {exc.strerror}; choose another with --listen") from exc
-    return address
-
-
 async def _never_connect(*_args: object, **_kwargs: object) -> None:
     """Stands in for libp2p's auto-connector, which dials known peers on its own."""
 
@@ -445,28 +434,8 @@ def _check_open(link: _Link) -> None:
         raise SwarmException("the peer does not speak this protocol")
 
 
-def _raw_socket(stream: Any) -> Any:
-    """The TCP socket under Yamux, Noise and trio."""
-    return stream.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream.stream.socket
-
-
 def _root(error: BaseException) -> BaseException:
     """What libp2p's errors about a dial go back to."""
     while (cause := error.__cause__ or next(iter(getattr(error, "errors", ())), None)) is not None:
         error = cause
     return error
-
-
-def _set_congestion_control(raw: Any, name: bytes) -> None:
-    """Cubic sends a window in one burst, BBR paces it over a round trip but survives loss; a kernel may lack either."""
-    with suppress(OSError, AttributeError):
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
-
-
-def _is_lossy(raw: Any) -> bool:
-    with suppress(OSError, AttributeError, struct.error):
-        info = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        (retransmits,) = struct.unpack_from("<I", info, _TOTAL_RETRANSMITS_AT)
-        (segments,) = struct.unpack_from("<I", info, _SEGMENTS_OUT_AT)
-        return bool(segments > 1000 and retransmits > _LOSSY_SHARE * segments)
-    return False
