@@ -126,6 +126,9 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--listen", help="multiaddr to listen on (in a swarm: /ip4/0.0.0.0/tcp/4001)")
     parser.add_argument("--announce", help="address that others reach this machine at, like /ip4/203.0.113.5/tcp/4001")
     parser.add_argument("--relay", action="store_const", const=True, help="pass connections on between others")
+    parser.add_argument(
+        "--lan", action=argparse.BooleanOptionalAction, help="find members on the local network by multicast DNS"
+    )
     parser.add_argument("--through", help="be reached through the relay of this address")
     parser.add_argument(
         "--max-layers", type=int, help="hold at most so many layers (default: what memory has room for)"

@@ -62,7 +62,8 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=
 
     swarm: its name on this machine, or the folder that keeps what this machine knows of it.
     announce: address that others reach us at, where it is not one of our own. relay: pass connections on between others.
-    through: address of a relay to be reached through. max_layers, memory: of the layers; by default what is free.
+    through: address of a relay to be reached through. lan: find members on the local network.
+    max_layers, memory: of the layers; by default what is free.
     draft: coordinate requests of thin clients with this drafter; "none" does not. heartbeat: interval.
     slowdown: for tests: passes take this many times as long. namespace: of the network, see `node.netlab`.
     """
@@ -72,6 +73,7 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=
     announce: str = ""
     relay: bool = False
     through: str = ""
+    lan: bool = True
     max_layers: Annotated[int, Meta(ge=0, le=4096)] = 0
     memory: str = ""
     draft: str = "ngram"

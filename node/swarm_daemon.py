@@ -7,6 +7,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from importlib.metadata import version
 
 import msgspec
@@ -42,6 +43,7 @@ from node import units
 from node.config import ServeFlags
 from node.control import Answer, Ask, Done, MemberStatus, NodeStatus, Revoke, Status, Stop, serve_control
 from node.events import Loading, NodeEvent, Ready
+from node.lan import neighbours
 from node.reachable import reachable_addresses
 from node.slow import slowed
 from node.stage_models import load_span
@@ -114,7 +116,19 @@ class SwarmNode:
             rng = random.Random(secrets.randbits(64))  # noqa: S311 - jitter of links and retries
             async with emulate(inner, config.link_model(), rng) as transport:
                 self._assemble(inner, transport, rng)
-                await self._serve()
+                async with self._neighbours():
+                    await self._serve()
+
+    def _neighbours(self) -> AbstractAsyncContextManager[None]:
+        addresses = [address for address in self._inner.addresses if "/ip4/127." not in address]
+        if not self._config.lan or not addresses:
+            return nullcontext()
+        return neighbours(
+            network_key=self._stored.network_key,
+            peer=self._state.node_key().peer,
+            addresses=addresses,
+            found=self._membership.also_try,
+        )
 
     def _assemble(self, inner: Libp2pTransport, transport: Transport, rng: random.Random) -> None:
         stored, key = self._stored, self._state.node_key()

@@ -114,6 +114,17 @@ async def test_all_meet_all_through_one(autojump_clock):
                 assert set(member.neighbours_s) == {other.peer for other in nodes} - {member.peer}
 
 
+async def test_a_member_found_on_the_way_is_tried_when_the_known_addresses_are_dead(autojump_clock):
+    async with swarm(Span(0, 15)) as (network, nursery, nodes):
+        lonely = await nursery.start(Node(network, 3, span=Span(15, 30), bootstrap=(77,)).run)
+        await trio.sleep(20 * INTERVAL_S)
+        assert not lonely.links.connected
+        for number in range(50, 70):
+            lonely.membership.also_try(f"memory:{key(number).peer}")
+        lonely.membership.also_try(f"memory:{nodes[0].peer}")
+        await settled([nodes[0], lonely])
+
+
 async def test_a_killed_member_is_gone_and_a_restarted_one_counts_once(autojump_clock):
     async with swarm(Span(0, 15), Span(15, 30), Span(15, 30)) as (network, nursery, nodes):
         nodes[2].scope.cancel()

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -129,6 +130,25 @@ def test_the_digest_is_of_the_weights_and_not_of_the_folder(tiny, tmp_path):
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     assert find_model(str(copy), NoProgress()).digest() != digest
     assert find_model(str(tiny("llama-tied")), NoProgress()).digest() != digest
+
+
+def test_a_tensor_that_changed_unnoticed_is_not_loaded(tiny, tmp_path):
+    """One bit in one layer, size and time of change as before: who needs that layer refuses, others do not mind."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny("llama"), copy)
+    file = copy / "model.safetensors"
+    source = find_model(str(copy), NoProgress())
+    digest = source.digest()
+    data, stat = bytearray(file.read_bytes()), file.stat()
+    header_bytes = int.from_bytes(data[:8], "little")
+    start, _ = json.loads(data[8 : 8 + header_bytes])["model.layers.1.mlp.up_proj.weight"]["data_offsets"]
+    data[8 + header_bytes + start] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert source.digest() == digest
+    SpanModel(source, Span(2, 3))
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has changed on the disk"):
+        SpanModel(source, Span(0, 2))
 
 
 def test_a_hub_model_fetches_only_the_files_a_span_needs(tiny, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def load_span(
 
     Raises:
         ConfigError: the span is outside the model.
-        ModelError: the checkpoint lacks tensors, or does not fit the architecture.
+        ModelError: the checkpoint lacks tensors, does not fit the architecture, or is not what its manifest says.
     """
     transformers_logging.disable_progress_bar()
     config = read_config(source.folder)
@@ -117,6 +117,7 @@ def load_span(
     mapping = get_model_conversion_mapping(model, key_mapping=_TEXT_TOWER_NAMES)
     given = range(max(span.first, donor.span.first), min(span.last, donor.span.last)) if donor else range(0)
     wanted = _wanted_tensors(source, model, parts, span, mapping, given)
+    source.check(wanted)
     _drop_what_others_own(model, parts, span, num_layers)
     for index in given:
         assert donor is not None

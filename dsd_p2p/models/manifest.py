@@ -1,0 +1,99 @@
+"""What a model's weights must be: a digest for each tensor, and one over them all that peers compare."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from dsd_p2p.errors import ModelError
+from dsd_p2p.models.cache_dir import default_cache_dir
+
+_MAX_HEADER_BYTES = 100_000_000
+"""As safetensors itself allows."""
+
+
+class _TensorHeader(msgspec.Struct):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """config: sha256 of what the config says of the model. tensors: by name its dtype, shape and the sha256 of its bytes."""
+
+    config: str
+    tensors: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over all of it."""
+        lines = (f"{name} {entry}" for name, entry in sorted(self.tensors.items()))
+        return hashlib.sha256("\n".join([self.config, *lines]).encode()).hexdigest()
+
+
+def read_manifest(folder: Path, weight_files: Iterable[str]) -> Manifest:
+    """Hash the model in `folder`, or take what was stored for these very files (path, size and time of change)."""
+    files = [folder / "config.json", *(folder / name for name in sorted(weight_files))]
+    stats = [(path.name, path.stat()) for path in files if path.exists()]
+    state = repr([str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in stats)])
+    stored = default_cache_dir() / "manifests" / hashlib.sha256(state.encode()).hexdigest()
+    if stored.exists():
+        return msgspec.json.decode(stored.read_bytes(), type=Manifest)
+    tensors = {name: entry for path in files[1:] for name, entry in _hash_tensors(path)}
+    manifest = Manifest(config=hashlib.sha256(_canonical_config(files[0])).hexdigest(), tensors=tensors)
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may do this at once: each puts a whole file in place.
+    scratch = stored.with_suffix(f".{os.getpid()}")
+    scratch.write_bytes(msgspec.json.encode(manifest))
+    scratch.replace(stored)
+    return manifest
+
+
+def check_tensors(manifest: Manifest, folder: Path, file_of_tensor: Mapping[str, str], names: Iterable[str]) -> None:
+    """Hash these tensors as they are on the disk now.
+
+    Raises:
+        ModelError: one is not what the manifest says.
+    """
+    wanted: dict[str, set[str]] = {}
+    for name in names:
+        wanted.setdefault(file_of_tensor[name], set()).add(name)
+    for file, tensors in wanted.items():
+        for name, entry in _hash_tensors(folder / file, tensors):
+            if manifest.tensors.get(name) != entry:
+                raise ModelError(f"{folder / file}: tensor {name} has changed on the disk: fetch the model again")
+
+
+def _hash_tensors(file: Path, wanted: set[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Name and entry of each tensor, read from the file in order: neither torch nor a memory map is needed for it.
+
+    Raises:
+        ModelError: it is no safetensors file.
+    """
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if not 0 < header_bytes <= _MAX_HEADER_BYTES:
+            raise ModelError(f"{file} is no safetensors file: fetch the model again")
+        try:
+            header = msgspec.json.decode(stream.read(header_bytes), type=dict[str, msgspec.Raw])
+        except msgspec.DecodeError as exc:
+            raise ModelError(f"{file} is no safetensors file ({exc}): fetch the model again") from exc
+        header.pop("__metadata__", None)
+        for name, raw in header.items():
+            if wanted is not None and name not in wanted:
+                continue
+            tensor = msgspec.json.decode(raw, type=_TensorHeader)
+            start, end = tensor.data_offsets
+            stream.seek(8 + header_bytes + start)
+            digest = hashlib.sha256(stream.read(end - start)).hexdigest()
+            yield name, f"{tensor.dtype} {tensor.shape} {digest}"
+
+
+def _canonical_config(path: Path) -> bytes:
+    """The config without what differs between copies of one model."""
+    config = msgspec.json.decode(path.read_bytes())
+    for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
+        config.pop(key, None)
+    return msgspec.json.encode(config, order="sorted")
