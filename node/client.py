@@ -9,6 +9,7 @@ import msgspec
 import torch
 import trio
 
+from dsd_p2p import units
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_config as read_model_config
@@ -20,7 +21,6 @@ from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import PeerId, PeerInfo, Relaxation, Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
-from node import units
 from node.choices import make_drafter, make_relaxation
 from node.config import GenerateConfig, NodeConfig
 from node.local_swarm import LocalNode, local_swarm, stage_configs

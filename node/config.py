@@ -7,6 +7,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
+from dsd_p2p import units
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.catalog import DEFAULT_MODEL
 from dsd_p2p.netmodel import LinkModel
@@ -14,7 +15,6 @@ from dsd_p2p.types import Sampling
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.membership import Role
 from dsd_p2p.wire.messages import MAX_STAGES
-from node import units
 
 DEFAULT_SWARM = "default"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from dsd_p2p import units
 from dsd_p2p.models.architecture import read_config, shape_of
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.source import ModelSource
@@ -18,7 +19,6 @@ from dsd_p2p.placement.view import WIDE_WINDOW_NODES
 from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import Span
 from dsd_p2p.wire.membership import NodeProfile
-from node import units
 from node.config import ServeFlags
 
 _REPEATS = 9

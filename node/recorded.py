@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dsd_p2p import units
 from dsd_p2p.drafting.base import DraftSession
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft
@@ -20,7 +21,6 @@ from dsd_p2p.session.slots import CacheEdit, Forward
 from dsd_p2p.sim.recorded import RecordedDrafts, recorded_pick
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
 from dsd_p2p.types import GREEDY, PeerInfo, Sampling, Span, TokenId
-from node import units
 from node.config import NodeConfig, ServiceTimes
 
 MODEL_NAME = "recorded"

@@ -2,12 +2,12 @@
 
 import torch
 
+from dsd_p2p import units
 from dsd_p2p.models.architecture import read_config
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import PeerInfo, Span
-from node import units
 from node.config import ComputeFlags, NodeConfig
 
 _WARM_UP_NODES = (1, 8)

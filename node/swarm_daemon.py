@@ -13,6 +13,7 @@ from importlib.metadata import version
 import msgspec
 import trio
 
+from dsd_p2p import units
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
@@ -39,7 +40,6 @@ from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState, NodeProfile
 from dsd_p2p.wire.version import PROTOCOL_ID
-from node import units
 from node.config import ServeFlags
 from node.control import Answer, Ask, Done, MemberStatus, NodeStatus, Revoke, Status, Stop, serve_control
 from node.events import Loading, NodeEvent, Ready

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.session.effects import Candidate
 from dsd_p2p.sim.chain import ChainModel, simulate_request
+from dsd_p2p.sim.service import PassCost
 from dsd_p2p.sim.trace import read_trace
 from dsd_p2p.window.analytic import AnalyticPolicy
-from dsd_p2p.window.base import CostLine, Decision, Mode
+from dsd_p2p.window.base import Decision, Mode
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
 from dsd_p2p.window.tracker import Tracker
 from node.benches.ring import choose_arms
@@ -26,9 +28,9 @@ def trace():
 
 def chain_of(num_stages=4, *, link_s=0.05, stage_s=0.005, node_s=0.0, draft_s=0.006):
     return ChainModel(
-        stages=(CostLine(fixed_s=stage_s, per_node_s=node_s),) * num_stages,
-        link_s=link_s,
-        draft=CostLine(fixed_s=draft_s, per_node_s=0.0),
+        stages=(PassCost.line(stage_s, node_s),) * num_stages,
+        link=LinkModel(latency_s=link_s),
+        draft=PassCost.line(draft_s, 0.0),
     )
 
 
@@ -136,7 +138,7 @@ def test_a_perfect_drafter_is_put_to_use(trace, chain):
     plain = tokens_per_s(trace, chain, lambda: StaticPolicy(PLAIN))
     rate = tokens_per_s(trace, chain, AnalyticPolicy, drafts=Perfect(trace))
     assert rate >= 0.97 * plain
-    if chain.draft.fixed_s < 0.5 * (plain**-1):
+    if chain.draft.at(1) < 0.5 * (plain**-1):
         assert rate > 2 * plain
 
 

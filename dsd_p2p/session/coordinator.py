@@ -116,9 +116,11 @@ class Coordinator:
         if self.is_finished or self._drafting is None:
             return []
         stems, self._drafting = self._drafting, None
-        self.stats.num_draft_steps += 1
+        num_levels = max(map(_num_levels, children), default=1)
+        self._num_round_steps += num_levels - 1
+        self.stats.num_draft_steps += num_levels
         self.stats.draft_s += now_s - self._draft_started_s
-        self._tracker.draft_step(now_s - self._draft_started_s)
+        self._tracker.draft_step((now_s - self._draft_started_s) / num_levels)
         for (key, node), candidates in zip(stems.items(), children, strict=True):
             if self._tree.get(key) is node:
                 self._grow(node, candidates)
@@ -300,6 +302,7 @@ class Coordinator:
             return []
         self._drafting = {node.key: node for node in stems}
         self._draft_started_s = now_s
+        levels = self.decision.depth - self._num_round_steps if mode is Mode.SYNC else 1
         self._num_round_steps += 1
         for node in stems:
             self._tree.expand(node)
@@ -309,6 +312,7 @@ class Coordinator:
                 keys=tuple(self._keys),
                 stems=tuple(Stem(key=node.key, path=_path(node)) for node in stems),
                 width=NUM_CANDIDATES,
+                levels=levels,
             )
         ]
 
@@ -325,6 +329,8 @@ class Coordinator:
             child = self._tree.add(node, candidate.token, logprob, rank, candidate.source)
             self.stats.num_drafted_nodes += 1
             if candidate.children and not child.is_expanded and child.position < self._end - 2:
+                if candidate.is_complete:
+                    self._tree.expand(child)
                 self._grow(child, candidate.children)
 
     def _decide(self, now_s: float, num_committed: int) -> None:
@@ -544,6 +550,14 @@ def _draft_tops(nodes: Sequence[DraftNode]) -> tuple[DraftTop, ...]:
         for offset, node in enumerate(nodes)
         if node.candidates
     )
+
+
+def _num_levels(candidates: Sequence[Candidate]) -> int:
+    """How many draft steps an answer stands for: those of complete answers below one another."""
+    num_levels = 1
+    while (below := next((each.children for each in candidates if each.is_complete), ())) != ():
+        num_levels, candidates = num_levels + 1, below
+    return num_levels
 
 
 def _centinats(logprob: float) -> int:

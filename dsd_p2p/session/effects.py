@@ -24,18 +24,21 @@ class Candidate:
     """A drafted child: `logprob` is the drafter's own log probability of `token`, `source` the drafter's name.
 
     children: what a drafter that looks several tokens ahead at once proposes below it.
+    is_complete: these children are all it has to propose there; it is not asked again.
     """
 
     token: TokenId
     logprob: float
     source: str = ""
     children: tuple["Candidate", ...] = ()
+    is_complete: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """Draft the `width` likeliest children of each stem; answer with `Coordinator.drafted`. At most one is under way.
 
+    levels: how deep below the stems is wanted before the next window; a drafter may answer all of it at once.
     tokens: prompt and committed tokens, the root last. keys: the name of each of them, same length; a key never
     comes back with another token or position, so a drafter may keep its cache by it.
     """
@@ -44,6 +47,7 @@ class Draft:
     keys: Sequence[int]
     stems: tuple[Stem, ...]
     width: int
+    levels: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

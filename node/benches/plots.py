@@ -98,6 +98,6 @@ def draw_plots() -> list[Path]:
 
 
 def _latency_ms(cell: _Cell) -> float:
-    from node import units
+    from dsd_p2p import units
 
     return 1e3 * units.seconds(cell.link)

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import msgspec
 
+from dsd_p2p import units
 from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.progress import Progress
+from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.sim.chain import ChainModel, simulate_request
+from dsd_p2p.sim.service import PassCost
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
-from dsd_p2p.window.base import CostLine, Decision
+from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
 from dsd_p2p.window.tracker import Tracker
-from node import units
 from node.bench import print_table, sample
 from node.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, ratios_to_plain
 from node.config import NodeConfig, RingConfig, ServiceTimes
@@ -40,7 +42,9 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
     chain = _chain_model(config)
     texts = [_texts_of_round(trace, number) for number in range(rounds)]
     arms = choose_arms(trace, chain, texts[0], config.max_tokens)
-    times = ServiceTimes(trace=str(trace_path), stage_s=chain.stages[0].fixed_s, node_s=chain.stages[0].per_node_s)
+    times = ServiceTimes(
+        trace=str(trace_path), stage_s=units.seconds(config.stage_time), node_s=units.seconds(config.node_time)
+    )
     nodes = [
         NodeConfig(
             span=f"{index}:{index + 1}",
@@ -127,11 +131,11 @@ def _simulate(trace: AgreementTrace, chain: ChainModel, texts: list[int], decisi
 
 
 def _chain_model(config: RingConfig) -> ChainModel:
-    stage = CostLine(fixed_s=units.seconds(config.stage_time), per_node_s=units.seconds(config.node_time))
+    stage = PassCost.line(units.seconds(config.stage_time), units.seconds(config.node_time))
     return ChainModel(
         stages=(stage,) * config.stages,
-        link_s=units.seconds(config.link),
-        draft=CostLine(fixed_s=units.seconds(config.draft_time), per_node_s=0.0),
+        link=LinkModel(latency_s=units.seconds(config.link)),
+        draft=PassCost.line(units.seconds(config.draft_time), 0.0),
     )
 
 

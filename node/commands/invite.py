@@ -7,9 +7,9 @@ import time
 import segno
 import trio
 
+from dsd_p2p import units
 from dsd_p2p.errors import ConfigError, PeerTimeout
 from dsd_p2p.swarm.invite import new_invite
-from node import units
 from node.config import InviteConfig, read_config
 from node.console import console
 from node.control import NodeStatus, Status, ask_node

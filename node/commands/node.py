@@ -8,8 +8,8 @@ from functools import partial
 import msgspec
 import trio
 
+from dsd_p2p import units
 from dsd_p2p.errors import DsdError, first_cause
-from node import units
 from node.config import DEFAULT_SWARM, NodeConfig, ServeFlags, read_config
 from node.console import ConsoleProgress
 from node.control import Ask, Status, Stop, ask_node

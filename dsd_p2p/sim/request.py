@@ -1,0 +1,305 @@
+"""One simulated request: does what the live coordinator machine asks for, as `dsd_p2p.pipeline.driver` does, in virtual time."""
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dsd_p2p.errors import DsdError, PeerDisconnected
+from dsd_p2p.netmodel import LinkState, UniformRng
+from dsd_p2p.session.coordinator import Coordinator
+from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
+from dsd_p2p.session.request import Route
+from dsd_p2p.sim.answer import Answer
+from dsd_p2p.sim.clock import Clock
+from dsd_p2p.sim.service import PassCost, Processor
+from dsd_p2p.sim.target import Target, TargetSession, window_bytes
+from dsd_p2p.window.base import Mode
+from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Verdict, Window
+
+_VERDICT_BYTES, _STATE_BYTES, _PROMPT_BYTES = 60, 64, 4
+
+
+class DraftDevice:
+    """What drafts are computed on, one after the other."""
+
+    def __init__(self, cost: PassCost, processor: Processor) -> None:
+        self._cost, self._processor = cost, processor
+        self._waiting: deque[tuple[float, Callable[..., object], tuple[Any, ...]]] = deque()
+        self._is_busy = False
+        self.busy_s = 0.0
+
+    def draft(self, num_stems: int, levels: int, done: Callable[..., object], *arguments: Any) -> None:
+        """Call `done` after `levels` steps that expand `num_stems` each."""
+        self._waiting.append((levels * self._cost.at(num_stems), done, arguments))
+        if not self._is_busy:
+            self._next()
+
+    def _next(self) -> None:
+        seconds, done, arguments = self._waiting.popleft()
+        self._is_busy = True
+        self.busy_s += seconds
+        self._processor.run(seconds, self._finish, done, arguments)
+
+    def _finish(self, done: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        self._is_busy = False
+        if self._waiting:
+            self._next()
+        done(*arguments)
+
+
+@dataclass(slots=True, eq=False)
+class Path:
+    """The way from a drafter to a target and back. tail: the end that verdicts come from is as far as the head, unless told."""
+
+    target: Target
+    up: LinkState
+    down: LinkState
+    route: Route
+
+
+class Router(Protocol):
+    """Chooses a target."""
+
+    def choose(self, run: "RequestRun") -> Path | None:
+        """Return the way to a target that is up; None when there is none."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class RequestLog:
+    """What is kept of a request when it is over. Times in seconds since the start of the run; arrivals as (time, tokens)."""
+
+    number: int
+    arrived_s: float
+    num_prompt_tokens: int
+    arrivals: list[tuple[float, int]] | None = None
+    first_s: float = math.nan
+    finished_s: float = math.nan
+    first_size: int = 0
+    num_tokens: int = 0
+    network_s: float = 0.0
+    target: str = ""
+    error: str = ""
+    num_switches: int = 0
+    decisions: Counter[str] = field(default_factory=Counter)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tpot_s(self) -> float:
+        """Seconds a token after the first arrival."""
+        later = self.num_tokens - self.first_size
+        return (self.finished_s - self.first_s) / later if later > 0 else math.nan
+
+
+_KEPT_COUNTS = (
+    "num_windows",
+    "num_nodes_sent",
+    "num_misses",
+    "num_epochs",
+    "num_stale_nodes",
+    "num_drafted_nodes",
+    "num_draft_steps",
+    "num_replays",
+)
+
+
+class RequestRun:
+    """Performs a machine's effects.
+
+    is_fusing: while the policy decides not to speculate the coordinator sits at the target, and only committed tokens travel.
+    is_at_target: drafter and coordinator sit there from the start.
+    """
+
+    def __init__(
+        self,
+        *,
+        machine: Coordinator,
+        answer: Answer,
+        device: DraftDevice,
+        router: Router,
+        clock: Clock,
+        rng: UniformRng,
+        log: RequestLog,
+        deadline_s: float,
+        is_fusing: bool,
+        is_at_target: bool,
+        finished: Callable[["RequestRun"], None],
+        moved: Callable[[Target | None, Target | None], None],
+    ) -> None:
+        self.machine, self.answer, self.log, self.deadline_s = machine, answer, log, deadline_s
+        self._device, self._router, self._clock, self._rng = device, router, clock, rng
+        self._is_fusing = is_fusing
+        self._is_pinned = is_at_target
+        self._is_at_target = is_at_target
+        self._finished = finished
+        self._moved = moved
+        self.path: Path | None = None
+        self._session: TargetSession | None = None
+        self._timer_s = math.inf
+
+    def start(self, path: Path) -> None:
+        """Begin over a path."""
+        self._go_over(path)
+        if self._is_fusing and self.machine.decision.mode is Mode.PLAIN:
+            self._is_at_target = True
+        if self._is_at_target:
+            # The question has to get there first.
+            self._clock.after(self._travel(path.up, _PROMPT_BYTES * self.log.num_prompt_tokens), self._begin)
+        else:
+            self._begin()
+
+    def _go_over(self, path: Path | None) -> None:
+        self._moved(self.path.target if self.path else None, path.target if path else None)
+        if path is not None:
+            self.path = path
+            self.log.target = path.target.name
+
+    def _begin(self) -> None:
+        self._do(self.machine.start(self._clock.now_s))
+
+    # What the machine asks for
+
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        is_wanted_at_target = self._is_pinned or (self._is_fusing and self.machine.decision.mode is Mode.PLAIN)
+        if is_wanted_at_target is self._is_at_target or self.machine.is_finished:
+            self._do(effects)
+            return
+        # The coordinator moves: what it does next happens one way later.
+        assert self.path is not None
+        link = self.path.up if is_wanted_at_target else self.path.down
+        self._is_at_target = is_wanted_at_target
+        self.log.num_switches += 1
+        self._clock.after(self._travel(link, _STATE_BYTES), self._do, effects)
+
+    def _do(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            kind = type(effect)
+            if kind is Send:
+                self._send(effect.message)  # type: ignore[union-attr]
+            elif kind is Draft:
+                self._draft(effect)  # type: ignore[arg-type]
+            elif kind is Emit:
+                self._emit(len(effect.tokens))  # type: ignore[union-attr]
+            elif kind is Replay:
+                self._clock.after(effect.delay_s, self._reroute)  # type: ignore[union-attr]
+            elif kind is Finish:
+                self._finish(effect)  # type: ignore[arg-type]
+        self._watch()
+
+    def _send(self, message: Window | OpenSession | Cancel | CloseSession) -> None:
+        path, session = self.path, self._session
+        assert path is not None
+        match message:
+            case Window() as window if session is not None:
+                self._clock.after(self._up_s(window_bytes(window)), path.target.put, session, window)
+            case OpenSession(epoch=epoch, num_given=num_given):
+                self._session = path.target.open(self, epoch, num_given)
+            case Cancel(epoch=epoch) if session is not None:
+                self._clock.after(self._up_s(32), _cancel, session, epoch)
+            case CloseSession() if session is not None:
+                self._clock.after(self._up_s(32), path.target.close, session)
+            case _:
+                pass
+
+    def _draft(self, draft: Draft) -> None:
+        children = self.answer.expand(draft)
+        levels = draft.levels if all(_is_deep(each) for each in children) else 1
+        self._device.draft(len(draft.stems), levels, self._drafted, children)
+
+    def _drafted(self, children: list[list[Candidate]]) -> None:
+        self._perform(self.machine.drafted(children, self._clock.now_s))
+
+    def _emit(self, num_tokens: int) -> None:
+        log = self.log
+        assert self.path is not None
+        now_s = self._clock.now_s + (self._travel(self.path.down, _VERDICT_BYTES) if self._is_at_target else 0.0)
+        if log.num_tokens == 0:
+            log.first_s, log.first_size = now_s, num_tokens
+        log.num_tokens += num_tokens
+        log.finished_s = now_s
+        if log.arrivals is not None:
+            log.arrivals.append((now_s, num_tokens))
+
+    def _finish(self, finish: Finish) -> None:
+        log = self.log
+        log.error = str(finish.error or "")
+        stats = self.machine.stats
+        log.counts = {name: getattr(stats, name) for name in _KEPT_COUNTS}
+        log.counts["draft_s"] = stats.draft_s
+        if log.num_tokens == 0:
+            log.finished_s = self._clock.now_s
+        self._go_over(None)
+        self._finished(self)
+
+    # What happens to it
+
+    def verdict(self, verdict: Verdict, session: TargetSession) -> None:
+        """A verdict leaves the tail."""
+        self._clock.after(self._down_s(_VERDICT_BYTES), self._receive, verdict, session)
+
+    def _receive(self, verdict: Verdict, session: TargetSession) -> None:
+        if session is not self._session or self.machine.is_finished:
+            return
+        decision = self.machine.decision
+        self.log.decisions[f"{decision.mode.value} {decision.depth}"] += 1
+        self._perform(self.machine.receive(verdict, self._clock.now_s))
+
+    def lost(self, error: DsdError) -> None:
+        """The target is gone, and we have noticed."""
+        self._session = None
+        self._do(self.machine.lost(error, self._clock.now_s))
+
+    def _reroute(self) -> None:
+        path = self._router.choose(self)
+        if path is None:
+            error = PeerDisconnected("no target is up")
+            self._do(self.machine.chain_not_found(error, self._clock.now_s))
+            return
+        self._go_over(path)
+        self._do(self.machine.reopen(path.route, self._clock.now_s))
+
+    def _watch(self) -> None:
+        """Wake the machine when it wants to be; one timer at a time, set anew when it goes off too early."""
+        due_s = self.machine.deadline_s
+        if due_s < self._timer_s and not self.machine.is_finished:
+            self._timer_s = due_s
+            self._clock.after(max(0.0, due_s - self._clock.now_s), self._wake, due_s)
+
+    def _wake(self, due_s: float) -> None:
+        if due_s != self._timer_s:
+            return
+        self._timer_s = math.inf
+        if self.machine.is_finished:
+            return
+        if self.machine.deadline_s <= self._clock.now_s:
+            self._perform(self.machine.wake(self._clock.now_s))
+        else:
+            self._watch()
+
+    # Links
+
+    def _up_s(self, num_bytes: int) -> float:
+        assert self.path is not None
+        return 0.0 if self._is_at_target else self._travel(self.path.up, num_bytes)
+
+    def _down_s(self, num_bytes: int) -> float:
+        assert self.path is not None
+        return 0.0 if self._is_at_target else self._travel(self.path.down, num_bytes)
+
+    def _travel(self, link: LinkState, num_bytes: int) -> float:
+        now_s = self._clock.now_s
+        seconds = link.send(now_s=now_s, num_bytes=num_bytes, rng=self._rng) - now_s
+        self.log.network_s += seconds
+        return seconds
+
+
+def _cancel(session: TargetSession, epoch: int) -> None:
+    below = session.cancelled_below
+    for index, known in enumerate(below):
+        below[index] = max(known, epoch)
+
+
+def _is_deep(candidates: Sequence[Candidate]) -> bool:
+    return any(candidate.is_complete for candidate in candidates)

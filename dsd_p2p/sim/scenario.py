@@ -1,0 +1,324 @@
+"""A scenario file: who drafts, who verifies, what lies between them and what is asked for (TOML, docs/simulator.md)."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from dsd_p2p import units
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.placement.balance import Routing
+from dsd_p2p.sim.answer import Agreement
+from dsd_p2p.sim.service import PassCost, Spread
+from dsd_p2p.sim.target import Batching
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class Seconds(float):
+    """Written as `30ms`, `2s`, `1h`."""
+
+
+class BitsPerSecond(float):
+    """Written as `100mbit`."""
+
+
+class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Link(_Table, frozen=True, kw_only=True):
+    """A link: `latency` is one way. back_latency: of the way back, where it is another."""
+
+    latency: Seconds = Seconds(0)
+    back_latency: Seconds | None = None
+    jitter: Seconds = Seconds(0)
+    bandwidth: BitsPerSecond = BitsPerSecond(0)
+    loss: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
+    stall_every: Seconds = Seconds(0)
+    stall: Seconds = Seconds(0)
+
+    def models(self) -> tuple[LinkModel, LinkModel]:
+        """Return the way there and the way back."""
+        there = LinkModel(
+            latency_s=self.latency,
+            jitter_s=self.jitter,
+            bandwidth_bps=self.bandwidth,
+            loss=self.loss,
+            stall_every_s=self.stall_every,
+            stall_s=self.stall,
+        )
+        if self.back_latency is None:
+            return there, there
+        return there, LinkModel(
+            latency_s=self.back_latency,
+            jitter_s=self.jitter,
+            bandwidth_bps=self.bandwidth,
+            loss=self.loss,
+            stall_every_s=self.stall_every,
+            stall_s=self.stall,
+        )
+
+
+class Cost(_Table, frozen=True, kw_only=True):
+    """Seconds of a pass: `fixed + per_node * n + per_window * (windows - 1)`, or measured `points` of [n, seconds]."""
+
+    fixed: Seconds = Seconds(0)
+    per_node: Seconds = Seconds(0)
+    per_window: Seconds = Seconds(0)
+    points: tuple[tuple[Annotated[int, Meta(ge=0, le=1_000_000)], Annotated[float, Meta(ge=0)]], ...] = ()
+
+    def pass_cost(self) -> PassCost:
+        """Return it as a curve.
+
+        Raises:
+            ConfigError: the points do not ascend.
+        """
+        if not self.points:
+            return PassCost.line(self.fixed, self.per_node, self.per_window)
+        nodes = tuple(n for n, _ in self.points)
+        if list(nodes) != sorted(set(nodes)):
+            raise ConfigError(f"points {list(nodes)}: numbers of positions must ascend")
+        return PassCost(nodes=nodes, seconds=tuple(s for _, s in self.points), per_window_s=self.per_window)
+
+
+class DrafterPool(_Table, frozen=True, kw_only=True):
+    """Machines that draft; each also asks. step: one draft step over n stems."""
+
+    count: Count = 1
+    link: str
+    step: Cost
+
+
+class TargetPool(_Table, frozen=True, kw_only=True):
+    """Targets of one kind.
+
+    stages: of each. stage: one stage's pass. inner_link: between stages. max_batch: windows of one pass.
+    draft_step: of a drafter that sits at the target, for `placement = "target"`.
+    cores: that all stages of one target share; 0 is a machine for each.
+    """
+
+    count: Count = 1
+    stages: Annotated[int, Meta(ge=1, le=64)] = 1
+    stage: Cost
+    inner_link: str = ""
+    hidden_bytes: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    max_batch: Annotated[int, Meta(ge=1, le=4096)] = 1
+    batching: Batching = Batching.FIFO
+    spread: Spread = Spread.NONE
+    cores: Annotated[float, Meta(ge=0, le=4096)] = 0.0
+    draft_step: Cost | None = None
+
+
+class Length(_Table, frozen=True, kw_only=True):
+    """Tokens: log-normal with this mean and coefficient of variation, between 1 and `most`; `variation = 0` is constant."""
+
+    mean: Annotated[float, Meta(ge=1, le=1_000_000)]
+    variation: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    most: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
+
+
+class Workload(_Table, frozen=True, kw_only=True):
+    """What is asked.
+
+    arrivals: "poisson" or "gamma" at `rate` requests a second, "closed" with `concurrency` requests under way at any time (each
+        drafter's next after `think`), or "trace" with one JSON object a line in `file` (arrival_s, prompt_tokens, answer_tokens).
+    burstiness: of gamma arrivals, coefficient of variation. slo_ttft, slo_tpot: what a request counts as good by, and its deadline.
+    """
+
+    requests: Annotated[int, Meta(ge=1, le=100_000_000)]
+    arrivals: Annotated[str, Meta(pattern="^(poisson|gamma|closed|trace)$")] = "poisson"
+    rate: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    burstiness: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    concurrency: Count = 1
+    think: Seconds = Seconds(0)
+    file: str = ""
+    prompt: Length = Length(mean=64)
+    answer: Length = Length(mean=64)
+    slo_ttft: Seconds = Seconds(2)
+    slo_tpot: Seconds = Seconds(0.1)
+
+
+class Acceptance(_Table, frozen=True, kw_only=True):
+    """How often drafts are right: `rate` and its kin (`dsd_p2p.sim.answer.Agreement`), or a recorded `trace`.
+
+    trace: "bundled", or a file of `dsd sim record`. category: only its texts of this kind.
+    """
+
+    rate: Share = 0.8
+    persistence: Annotated[float, Meta(ge=0, lt=1)] = 0.5
+    num_candidates: Annotated[int, Meta(ge=1, le=16)] = 4
+    trace: str = ""
+    category: str = ""
+
+    def agreement(self) -> Agreement:
+        """Return the parameters."""
+        return Agreement(rate=self.rate, persistence=self.persistence, num_candidates=self.num_candidates)
+
+
+class Speculation(_Table, frozen=True, kw_only=True):
+    """How windows are chosen.
+
+    window: "plain", "static" (`depth`), "tree" (`width`, `window_nodes`, `in_flight`), "threshold", "analytic", "awc".
+    mode: "distributed" (the drafter's machine coordinates), "fused" (the target writes alone), "auto" (fused while the policy does
+        not speculate). placement: of drafter and coordinator, "drafter" or "target".
+    """
+
+    window: Annotated[str, Meta(pattern="^(plain|static|tree|threshold|analytic|awc)$")] = "static"
+    depth: Annotated[int, Meta(ge=1, le=64)] = 4
+    width: Annotated[int, Meta(ge=1, le=16)] = 4
+    window_nodes: Annotated[int, Meta(ge=1, le=256)] = 8
+    in_flight: Annotated[int, Meta(ge=1, le=512)] = 64
+    mode: Annotated[str, Meta(pattern="^(distributed|fused|auto)$")] = "distributed"
+    placement: Annotated[str, Meta(pattern="^(drafter|target)$")] = "drafter"
+    routing: Routing = Routing.SHORTEST_QUEUE
+    prefill_chunk: Annotated[int, Meta(ge=1, le=4096)] = 128
+    remembers: bool = True
+
+
+class Churn(_Table, frozen=True, kw_only=True):
+    """Targets that fail: mean time up and down, exponential; 0 never. notice: until a drafter knows."""
+
+    up: Seconds = Seconds(0)
+    down: Seconds = Seconds(30)
+    notice: Seconds = Seconds(1)
+
+
+class Scenario(_Table, frozen=True, kw_only=True):
+    """All of it. horizon: the run ends then at the latest."""
+
+    name: str = ""
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    horizon: Seconds = Seconds(1e7)
+    links: dict[str, Link]
+    drafters: Annotated[tuple[DrafterPool, ...], Meta(min_length=1, max_length=64)]
+    targets: Annotated[tuple[TargetPool, ...], Meta(min_length=1, max_length=64)]
+    workload: Workload
+    acceptance: Acceptance = Acceptance()
+    speculation: Speculation = Speculation()
+    churn: Churn = Churn()
+
+
+_PATH = re.compile(r" - at `\$(.*?)`$")
+
+
+def read_scenario(path: Path) -> Scenario:
+    """Return the scenario in `path`.
+
+    Raises:
+        ConfigError: with file, line, field and what is allowed there.
+    """
+    try:
+        text = path.read_text()
+    except OSError as exc:
+        raise ConfigError(f"scenario {path}: {exc.strerror}") from exc
+    return parse_scenario(text, str(path))
+
+
+def parse_scenario(text: str, name: str) -> Scenario:
+    """Return the scenario of that text; `name` is for errors.
+
+    Raises:
+        ConfigError: with file, line, field and what is allowed there.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{name}: {exc}") from exc
+    scenario = _convert(tables, text, name)
+    for pool, (field, links) in enumerate(
+        [
+            *(("drafters", (each.link,)) for each in scenario.drafters),
+            *(("targets", (each.inner_link,)) for each in scenario.targets),
+        ]
+    ):
+        index = pool if field == "drafters" else pool - len(scenario.drafters)
+        for link in links:
+            if link and link not in scenario.links:
+                key = "link" if field == "drafters" else "inner_link"
+                where = f"{name}:{_line_of(text, f'.{field}[{index}].{key}')}"
+                known = ", ".join(scenario.links) or "none"
+                raise ConfigError(f"{where}: {field}.{key} is {link!r}: one of the [links], {known}")
+    if scenario.workload.arrivals == "trace" and not scenario.workload.file:
+        raise ConfigError(
+            f"{name}:{_line_of(text, '.workload.arrivals')}: workload.file is missing: arrivals are a trace"
+        )
+    return scenario
+
+
+def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
+    """Return the scenario with other values, by dotted name: `{"speculation.depth": 6, "links.edge.latency": "5ms"}`.
+
+    Raises:
+        ConfigError: there is no such field, or it cannot have that value.
+    """
+    tables = msgspec.to_builtins(scenario, enc_hook=float)
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        table: Any = tables
+        for parent in parents:
+            table = (
+                table[int(parent)]
+                if isinstance(table, list | tuple) and parent.isdecimal()
+                else _child(table, parent, dotted)
+            )
+        if isinstance(table, list | tuple):
+            for each in table:
+                each[last] = value
+        else:
+            table[last] = value
+    return _convert(tables, "", "scenario")
+
+
+def _child(table: Any, name: str, dotted: str) -> Any:
+    if not isinstance(table, dict) or name not in table:
+        raise ConfigError(f"scenario has no {dotted}")
+    return table[name]
+
+
+def _convert(tables: dict[str, Any], text: str, name: str) -> Scenario:
+    try:
+        return msgspec.convert(tables, type=Scenario, dec_hook=_quantity)
+    except msgspec.ValidationError as exc:
+        found = _PATH.search(str(exc))
+        field = found[1] if found else ""
+        reason = str(exc)[: found.start()] if found else str(exc)
+        where = f"{name}:{_line_of(text, field)}" if text else name
+        raise ConfigError(f"{where}: {field.lstrip('.') or 'scenario'}: {reason}") from exc
+
+
+def _quantity(kind: type, value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        return kind(value)
+    if not isinstance(value, str):
+        raise ValueError("write a number and a unit, like 30ms")  # noqa: TRY004 - msgspec turns it into its own error
+    try:
+        return kind(units.seconds(value) if kind is Seconds else units.bits_per_second(value))
+    except ConfigError as exc:
+        raise ValueError(str(exc)) from exc
+
+
+def _line_of(text: str, path: str) -> int:
+    """The line of a field like `.targets[1].stage.fixed`, or of the nearest table around it."""
+    names = re.findall(r"[^.\[\]]+|\[\d+\]", path)
+    keys = [name for name in names if not name.startswith("[")]
+    wanted_index = next((int(name[1:-1]) for name in names if name.startswith("[") and name != "[...]"), 0)
+    line_found, index = 1, -1
+    table: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        header = re.match(r"\s*(\[\[?)\s*([\w.-]+)\s*\]\]?", line)
+        if header:
+            table = header[2].split(".")
+            index = index + 1 if header[1] == "[[" and table == keys[: len(table)] else 0
+        key = re.match(r"\s*([\w.-]+)\s*=", line)
+        here = [*table, *(key[1].split(".") if key else [])]
+        is_same_pool = index in (0, wanted_index) if index < 1 else index == wanted_index
+        common = here == keys[: len(here)] and here and is_same_pool
+        if common and len(here) <= len(keys):
+            line_found = number
+    return line_found

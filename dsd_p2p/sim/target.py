@@ -1,0 +1,278 @@
+"""A target: a chain of stages, each with a queue, batches and passes; the tail walks as the live one does."""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from dsd_p2p.errors import DsdError
+from dsd_p2p.netmodel import LinkModel, LinkState, UniformRng
+from dsd_p2p.session.tail import TailWalk, verdict_of
+from dsd_p2p.sim.answer import Answer
+from dsd_p2p.sim.clock import Clock
+from dsd_p2p.sim.service import PassCost, Processor, Spread, spread
+from dsd_p2p.types import TokenId
+from dsd_p2p.wire.messages import Verdict, Window
+
+_WINDOW_BYTES, _NODE_BYTES = 40, 6
+
+
+class Batching(StrEnum):
+    """Which queued windows a pass takes."""
+
+    FIFO = "fifo"
+    LENGTH_AWARE = "length-aware"
+    """The oldest and those most like it in length."""
+
+    DEADLINE = "deadline"
+    """Those of the requests that should be done first."""
+
+
+class Client(Protocol):
+    """Who a session belongs to."""
+
+    @property
+    def answer(self) -> Answer:
+        """What is said in it."""
+        ...
+
+    @property
+    def deadline_s(self) -> float:
+        """When it should be done."""
+        ...
+
+    def verdict(self, verdict: Verdict, session: "TargetSession") -> None:
+        """Take a verdict in at the tail; it still has to travel."""
+        ...
+
+    def lost(self, error: DsdError) -> None:
+        """Its target is gone."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class TargetSession:
+    """One request at one target, from one opening on. cancelled_below: by stage."""
+
+    client: Client
+    target: "Target"
+    walk: TailWalk
+    cancelled_below: list[int]
+    is_closed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A window on its way."""
+
+    session: TargetSession
+    window: Window
+    queued_at_s: float = 0.0
+    live: list[int] | None = None
+    stage_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageModel:
+    """One stage. hidden_bytes: of one position's state on the link to the next stage."""
+
+    cost: PassCost
+    link: LinkModel = field(default_factory=LinkModel)
+    spread: Spread = Spread.NONE
+    max_batch: int = 1
+    batching: Batching = Batching.FIFO
+    hidden_bytes: int = 0
+
+
+class Stage:
+    """One stage's queue and what it does.
+
+    busy_s, served: time spent in passes, and windows. queued_s: time that windows waited, summed over them.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        model: StageModel,
+        clock: Clock,
+        processor: Processor,
+        rng: UniformRng,
+        onward: Callable[[Flight], None],
+    ) -> None:
+        self._index, self._model, self._clock, self._processor, self._rng = index, model, clock, processor, rng
+        self._onward = onward
+        self._queue: deque[Flight] = deque()
+        self._is_busy = False
+        self.is_tail = False
+        self.busy_s = 0.0
+        self.queued_s = 0.0
+        self.num_served = 0
+        self.num_passes = 0
+        self.num_stale_nodes = 0
+        self.log: Callable[[int, float, float, list[Flight]], None] | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Windows in the queue and in the pass."""
+        return len(self._queue) + self._is_busy
+
+    def put(self, flight: Flight) -> None:
+        """Take a window in."""
+        flight.queued_at_s = self._clock.now_s
+        self._queue.append(flight)
+        if not self._is_busy:
+            self._start()
+
+    def clear(self) -> None:
+        """Lose everything that waits."""
+        self._queue.clear()
+
+    def _start(self) -> None:
+        batch = self._take()
+        if not batch:
+            return
+        self._is_busy = True
+        now_s = self._clock.now_s
+        num_nodes = 0
+        for flight in batch:
+            self.queued_s += now_s - flight.queued_at_s
+            num_nodes += len(flight.window.tokens if flight.live is None else flight.live)
+        seconds = spread(self._model.cost.at(num_nodes, len(batch)), self._model.spread, self._rng)
+        self.num_passes += 1
+        self._processor.run(seconds, self._done, batch, seconds, now_s)
+
+    def _take(self) -> list[Flight]:
+        """The windows of the next pass: at most one of a session, because the tail's walk decides what the next one is worth."""
+        if len(self._queue) > 1 and self._model.batching is not Batching.FIFO:
+            self._queue = deque(sorted(self._queue, key=self._order()))
+        batch: list[Flight] = []
+        deferred: list[Flight] = []
+        taken: set[TargetSession] = set()
+        while self._queue and len(batch) < self._model.max_batch:
+            flight = self._queue.popleft()
+            if flight.session in taken:
+                deferred.append(flight)
+            elif self._is_wanted(flight):
+                batch.append(flight)
+                taken.add(flight.session)
+        self._queue.extendleft(reversed(deferred))
+        return batch
+
+    def _order(self) -> Callable[[Flight], tuple[float, float]]:
+        if self._model.batching is Batching.DEADLINE:
+            return lambda flight: (flight.session.client.deadline_s, flight.queued_at_s)
+        size = len(min(self._queue, key=lambda flight: flight.queued_at_s).window.tokens)
+        return lambda flight: (abs(len(flight.window.tokens) - size), flight.queued_at_s)
+
+    def _is_wanted(self, flight: Flight) -> bool:
+        session, window = flight.session, flight.window
+        if session.is_closed or window.epoch < session.cancelled_below[self._index]:
+            return False
+        if self.is_tail:
+            flight.live = session.walk.live(window)
+            self.num_stale_nodes += len(window.tokens) - len(flight.live)
+            return bool(flight.live)
+        return True
+
+    def _done(self, batch: list[Flight], seconds: float, started_s: float) -> None:
+        self._is_busy = False
+        self.busy_s += seconds
+        self.num_served += len(batch)
+        if self.log is not None:
+            self.log(self._index, started_s, self._clock.now_s, batch)
+        for flight in batch:
+            flight.stage_s.append(seconds)
+            self._onward(flight)
+        if self._queue:
+            self._start()
+
+
+class Target:
+    """A chain of stages that serves many sessions."""
+
+    def __init__(
+        self, name: str, stages: Iterable[StageModel], clock: Clock, processors: Iterable[Processor], rng: UniformRng
+    ) -> None:
+        self.name = name
+        self._clock, self._rng = clock, rng
+        models = list(stages)
+        self._models = models
+        self._links = [LinkState(model.link) for model in models]
+        last = len(models) - 1
+        self.stages = [
+            Stage(index, model, clock, processor, rng, self._commit if index == last else partial(self._forward, index))
+            for index, (model, processor) in enumerate(zip(models, processors, strict=True))
+        ]
+        self.stages[-1].is_tail = True
+        self.sessions: dict[TargetSession, None] = {}
+        self.is_up = True
+
+    @property
+    def num_waiting(self) -> int:
+        """Windows that wait or are computed at the busiest stage."""
+        return max(stage.num_waiting for stage in self.stages)
+
+    def open(self, client: Client, epoch: int, num_given: int) -> TargetSession:
+        """Start a session; windows that are sent to it find it when they arrive."""
+        session = TargetSession(
+            client, self, TailWalk(epoch=epoch, num_given=num_given), cancelled_below=[0] * len(self.stages)
+        )
+        self.sessions[session] = None
+        return session
+
+    def close(self, session: TargetSession) -> None:
+        """Forget a session."""
+        session.is_closed = True
+        self.sessions.pop(session, None)
+
+    def put(self, session: TargetSession, window: Window) -> None:
+        """Take in a window that has arrived at the head."""
+        if self.is_up and not session.is_closed:
+            self.stages[0].put(Flight(session, window))
+
+    def fail(self) -> list[TargetSession]:
+        """Go down: everything here is lost. Returns the sessions that were open."""
+        self.is_up = False
+        lost = list(self.sessions)
+        for session in lost:
+            session.is_closed = True
+        self.sessions.clear()
+        for stage in self.stages:
+            stage.clear()
+        return lost
+
+    def _forward(self, index: int, flight: Flight) -> None:
+        now_s = self._clock.now_s
+        num_nodes = len(flight.window.tokens)
+        num_bytes = _WINDOW_BYTES + num_nodes * (_NODE_BYTES + self._models[index].hidden_bytes)
+        arrival_s = self._links[index].send(now_s=now_s, num_bytes=num_bytes, rng=self._rng)
+        self._clock.after(arrival_s - now_s, self._arrive, index + 1, flight)
+
+    def _arrive(self, index: int, flight: Flight) -> None:
+        if self.is_up and not flight.session.is_closed:
+            self.stages[index].put(flight)
+
+    def _commit(self, flight: Flight) -> None:
+        session, window, live = flight.session, flight.window, flight.live
+        if session.is_closed or live is None:
+            return
+        answer, positions = session.client.answer, window.positions
+
+        def pick(row: int) -> TokenId:
+            return answer.pick(positions[live[row]])
+
+        committed = session.walk.walk(window, live, pick)
+        if committed.tokens:
+            measured = msgspec.structs.replace(
+                window, stage_us=tuple(max(0, round(seconds * 1e6)) for seconds in flight.stage_s)
+            )
+            session.client.verdict(verdict_of(measured, committed, num_live=len(live)), session)
+
+
+def window_bytes(window: Window) -> int:
+    """Bytes of a window on its way to the head, about."""
+    return _WINDOW_BYTES + _NODE_BYTES * len(window.tokens)
