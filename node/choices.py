@@ -55,6 +55,19 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
     )
 
 
+def make_adaptive(name: str, modes: frozenset[Mode] = frozenset({Mode.SYNC, Mode.CONTINUOUS})) -> WindowPolicy:
+    """Return a policy that adapts to what it observes, by its name.
+
+    Raises:
+        ConfigError: there is no such policy.
+    """
+    match name:
+        case "analytic":
+            return AnalyticPolicy(modes)
+        case other:
+            raise ConfigError(f"window {other!r}: choose analytic")
+
+
 def make_relaxation(config: GenerateConfig) -> Relaxation | None:
     """Return what `--verify` asks for; None is exact.
 

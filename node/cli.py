@@ -187,6 +187,11 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     wan.add_argument("--netlab", action="store_const", const=True, help="real TCP between network namespaces (root)")
     wan.add_argument("--relaxed", action="store_const", const=True, help="also run the tree in relaxed mode")
     wan.add_argument("--relaxation", metavar="FILE", help="thresholds of relaxed mode")
+    wan.add_argument("--arms", type=_comma_list, help="windows of the catalogue, or all (default: one of each mode)")
+    wan.add_argument("--policies", type=_comma_list, help="with --arms: policies that run beside them, like analytic")
+    wan.add_argument(
+        "--record", action="store_const", const=True, help="keep the drafter's candidates for the simulator"
+    )
     wan.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
     wan.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 

@@ -231,6 +231,8 @@ class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """`dsd bench wan`: every model x number of stages x link, every category of prompts in each round.
 
     netlab: real TCP between network namespaces instead of emulated links. relaxed: also run the tree in relaxed mode.
+    arms: names of `dsd_p2p.window.catalogue`, "all" of them, or by default a choice of modes. policies: run beside them.
+    record: also keep what the drafter says along each answer, for the simulator.
     """
 
     links: Annotated[tuple[str, ...], Meta(min_length=1)] = ("50ms",)
@@ -253,6 +255,9 @@ class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     netlab: bool = False
     relaxed: bool = False
     relaxation: str = ""
+    arms: tuple[str, ...] = ()
+    policies: tuple[str, ...] = ()
+    record: bool = False
 
 
 def read_config(kind: type[Config], file: str | None, flags: dict[str, object]) -> Config:

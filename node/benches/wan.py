@@ -2,16 +2,19 @@
 
 from dataclasses import asdict
 
-from dsd_p2p.errors import LocalProtocolError
+from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.progress import Progress
+from dsd_p2p.sim.trace import RecordedText
 from dsd_p2p.types import TokenId
 from dsd_p2p.window.analytic import SYNC_DEPTHS, AnalyticPolicy, predicted_tokens_per_s
 from dsd_p2p.window.base import Observation, WindowPolicy
+from dsd_p2p.window.catalogue import CATALOGUE
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
+from node.asking import record_text
 from node.bench import print_table, sample
 from node.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, ratios_to_plain
-from node.choices import make_relaxation
-from node.client import open_client
+from node.choices import make_adaptive, make_relaxation
+from node.client import Client, open_client
 from node.config import GenerateConfig, WanConfig
 from node.prompts import load_problems, spread
 
@@ -86,6 +89,7 @@ async def _run_cell(
                     answers.setdefault((number, problem), {})[name] = tokens
                     progress.step(f"{model} {stages} stages {link}: round {number + 1}/{rounds} {name}", 0, 0)
         observation = client.engine.observe()
+        recorded = _record(client, prompts, answers) if config.record else None
     identical = _identical_share(answers)
     if config.dtype == "float32" and identical < 1:
         raise LocalProtocolError("two exact arms wrote different float32 tokens: please report it")
@@ -110,7 +114,23 @@ async def _run_cell(
         "mean_accepted_length": {name: mean_accepted_length(arm) for name, arm in runs.items()},
         "identical": identical,
         "observation": asdict(observation),
+        "recorded": recorded,
         "runs": {name: arm.runs for name, arm in runs.items()},
+    }
+
+
+def _record(
+    client: Client,
+    prompts: list[list[tuple[str, list[TokenId]]]],
+    answers: dict[tuple[int, str], dict[str, list[TokenId]]],
+) -> dict[str, RecordedText]:
+    """What the drafter proposes along the longest answer to each prompt."""
+    by_problem = {problem: max(by_arm.values(), key=len) for (_, problem), by_arm in answers.items()}
+    return {
+        problem: record_text(client.drafter, problem, prompt, by_problem[problem])
+        for group in prompts
+        for problem, prompt in group
+        if problem in by_problem
     }
 
 
@@ -127,6 +147,13 @@ def _tree(config: WanConfig) -> StaticPolicy:
 
 
 def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy]:
+    if config.arms:
+        names = list(CATALOGUE) if config.arms == ("all",) else [PLAIN_ARM, *config.arms]
+        unknown = [name for name in names if name not in CATALOGUE]
+        if unknown:
+            raise ConfigError(f"--arms {', '.join(unknown)}: choose of {', '.join(CATALOGUE)}")
+        fixed: dict[str, WindowPolicy] = {name: StaticPolicy(CATALOGUE[name]) for name in names}
+        return fixed | {name: make_adaptive(name) for name in config.policies}
     best_depth = max(SYNC_DEPTHS, key=lambda depth: predicted_tokens_per_s(sync_chain(depth), observation))
     return {
         PLAIN_ARM: StaticPolicy(PLAIN),
