@@ -18,8 +18,10 @@ from dsd_p2p.types import Relaxation, Span
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
+from dsd_p2p.window.wcdnn import AwcPolicy
 from node.calibration import bundled_calibration, read_calibration
 from node.config import GenerateConfig
+from node.weights import bundled_network
 
 _SYNC_DEPTH = 8
 _DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 96, 2, 8, 6
@@ -38,11 +40,9 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
         raise ConfigError(f"mode {config.mode!r}: choose one of {', '.join(Mode)}") from exc
     if mode is Mode.PLAIN:
         return StaticPolicy(PLAIN)
-    if config.window not in ("static", "analytic"):
-        raise ConfigError(f"window {config.window!r}: choose static or analytic")
     is_given = any((config.depth, config.width, config.window_nodes, config.in_flight))
-    if config.window == "analytic" and not is_given:
-        return AnalyticPolicy(frozenset({mode}))
+    if config.window != "static" and not is_given:
+        return make_adaptive(config.window, frozenset({mode}))
     if mode is Mode.SYNC:
         return StaticPolicy(sync_chain(config.depth or _SYNC_DEPTH))
     return StaticPolicy(
@@ -64,8 +64,10 @@ def make_adaptive(name: str, modes: frozenset[Mode] = frozenset({Mode.SYNC, Mode
     match name:
         case "analytic":
             return AnalyticPolicy(modes)
+        case "awc":
+            return AwcPolicy(bundled_network(), modes)
         case other:
-            raise ConfigError(f"window {other!r}: choose analytic")
+            raise ConfigError(f"window {other!r}: choose analytic or awc")
 
 
 def make_relaxation(config: GenerateConfig) -> Relaxation | None:

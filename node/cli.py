@@ -23,6 +23,7 @@ _COMMAND_MODULES = {
     "demo": "node.commands.demo",
     "calibrate": "node.commands.calibrate",
     "bench": "node.commands.bench",
+    "sim": "node.commands.sim",
 }
 
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("name", nargs="?", help="a catalog name, a folder or a Hugging Face id")
 
     _add_swarm_commands(commands)
+    _add_sim_commands(commands)
 
     node = commands.add_parser("node", help="run one stage, or this machine's node of a swarm")
     node.add_argument("action", nargs="?", choices=["run", "stop", "status"], help="stop, status: of a swarm's node")
@@ -205,16 +207,48 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     attest.add_argument("--stages", type=int, help="number of stages (default 3)")
     attest.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
-    record = benchmarks.add_parser("record", help="make an agreement trace for the fake ring from two real models")
-    _add_pair_flags(record)
-    record.add_argument("--texts", type=int, help="texts of each category (default 12)")
-    record.add_argument("--output", metavar="FILE", help="where to write the trace (default agreement.json.gz)")
-
     benchmarks.add_parser("plots", help="draw the receipts in docs/benchmarks")
 
     for benchmark in (overhead, ring, relaxed, wan, formats, attest):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
+
+
+def _add_sim_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    sim = commands.add_parser("sim", help="what a swarm would do: scenarios in virtual time, with the live core")
+    actions = sim.add_subparsers(dest="what", required=True)
+    once = actions.add_parser("run", help="simulate a scenario")
+    sweep = actions.add_parser("sweep", help="simulate a grid of changes, on all cores")
+    trace = actions.add_parser("trace", help="write a run's timeline for chrome://tracing")
+    for parser in (once, sweep, trace):
+        parser.add_argument("scenario", help="TOML file, see docs/simulator.md")
+        parser.add_argument(
+            "--set", action="append", metavar="NAME=VALUE", help="change a field, like workload.rate=20"
+        )
+        parser.add_argument("--seed", type=int, help="instead of the scenario's")
+    trace.add_argument("--output", metavar="FILE", help="default trace.json")
+    sweep.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        metavar="NAME=VALUE,VALUE",
+        help="values of a field; several: every combination",
+    )
+    sweep.add_argument("--seeds", type=int, help="runs of every point (default 1)")
+    sweep.add_argument("--processes", type=int, help="default: one a core")
+    sweep.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster; local starts one")
+    sweep.add_argument("--plot", metavar="FILE", help="draw throughput and time per token")
+    for parser in (once, sweep):
+        parser.add_argument("--csv", metavar="FILE", help="write one row a request (run) or a report (sweep)")
+    compare = actions.add_parser("compare", help="predict measured runs, and print predicted against measured")
+    compare.add_argument("receipts", nargs="+", help="receipts of dsd bench wan --arms ... --record, or their folder")
+    compare.add_argument("--held-out", action="store_const", const=True, help="only what nothing was fitted to")
+    for parser in (once, sweep, compare):
+        parser.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+    record = actions.add_parser("record", help="record from two real models how well one guesses the other")
+    _add_pair_flags(record)
+    record.add_argument("--texts", type=int, help="texts of each category (default 12)")
+    record.add_argument("--output", metavar="FILE", help="where to write the trace (default agreement.json.gz)")
 
 
 def _add_pair_flags(parser: argparse.ArgumentParser) -> None:
@@ -272,8 +306,8 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
     parser.add_argument(
         "--window",
-        choices=["static", "analytic"],
-        help="default analytic, which measures and chooses; the numbers below mean static",
+        choices=["static", "analytic", "awc"],
+        help="default analytic, which measures and chooses; awc learned to in the simulator; the numbers below mean static",
     )
     parser.add_argument("--depth", type=int, help="deepest draft; γ in sync mode")
     parser.add_argument("--width", type=int, help="children kept of each draft node; 1 is a chain")

@@ -51,10 +51,11 @@ class Client:
         prompt: list[TokenId] | None = None,
         max_tokens: int | None = None,
         relaxation: Relaxation | None = None,
+        experience: str = "",
     ) -> tuple[list[TokenId], dict[str, object]]:
         """Write the answer to the client's prompt or to `prompt`, handing its text to `show` as it comes.
 
-        max_tokens, relaxation: instead of the configuration's.
+        max_tokens, relaxation: instead of the configuration's. experience: see `GenerateOptions`.
 
         Returns the new tokens and the run's statistics.
 
@@ -72,6 +73,7 @@ class Client:
             relaxation=relaxation or make_relaxation(config),
             retry=SWARM_RETRY if self.swarm else RetryPolicy(),
             audit=config.audit,
+            experience=experience,
         )
         tokens: list[TokenId] = []
         streamer = self.text.streamer()

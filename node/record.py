@@ -1,4 +1,4 @@
-"""Makes an agreement trace from two real models (`dsd bench record`)."""
+"""Makes an agreement trace from two real models (`dsd sim record`)."""
 
 import sys
 import time

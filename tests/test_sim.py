@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.session.effects import Candidate
+from dsd_p2p.sim.answer import RecordedAnswer
 from dsd_p2p.sim.chain import ChainModel, simulate_request
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.sim.trace import read_trace
@@ -34,11 +35,26 @@ def chain_of(num_stages=4, *, link_s=0.05, stage_s=0.005, node_s=0.0, draft_s=0.
     )
 
 
+class DraftedBy:
+    """A recorded answer whose drafts come from elsewhere; `drafts(text)` expands."""
+
+    def __init__(self, answer, expand):
+        self.pick, self.expand = answer.pick, expand
+
+
+def write(trace, text, chain, policy, tracker, max_tokens, drafts=None):
+    recorded = trace.texts[text]
+    answer = RecordedAnswer(recorded, 1, trace.vocab_size)
+    if drafts is not None:
+        answer = DraftedBy(answer, lambda draft: drafts.expand(draft, recorded))
+    return simulate_request(answer, chain, policy, tracker, min(max_tokens, len(recorded.tokens)))
+
+
 def tokens_per_s(trace, chain, policy_of, texts=TEXTS, drafts=None, tracker=None, max_tokens=96):
     tracker = tracker or Tracker()
     num_tokens, seconds = 0, 0.0
     for text in texts:
-        request = simulate_request(trace, text, chain, policy_of(), tracker, max_tokens, drafts)
+        request = write(trace, text, chain, policy_of(), tracker, max_tokens, drafts)
         assert request.tokens == list(trace.texts[text].tokens[:max_tokens])
         num_tokens += len(request.tokens) - request.arrivals[0][1]
         seconds += request.arrivals[-1][0] - request.arrivals[0][0]
@@ -86,7 +102,7 @@ DECISIONS = st.one_of(
 )
 def test_any_window_writes_the_recorded_text(trace, decision, text, num_stages, link_s, stage_s, draft_s):
     chain = chain_of(num_stages, link_s=link_s, stage_s=stage_s, draft_s=draft_s)
-    request = simulate_request(trace, text, chain, StaticPolicy(decision), Tracker(), 40)
+    request = write(trace, text, chain, StaticPolicy(decision), Tracker(), 40)
     assert request.tokens == list(trace.texts[text].tokens[:40])
     assert sum(size for _, size in request.arrivals) == len(request.tokens)
 
@@ -94,7 +110,7 @@ def test_any_window_writes_the_recorded_text(trace, decision, text, num_stages, 
 class Useless:
     """Sure of itself and always wrong."""
 
-    def expand(self, draft):
+    def expand(self, draft, recorded):
         rng = random.Random(len(draft.tokens))
         return [
             [Candidate(token=rng.randrange(150_000), logprob=-0.2 - 2 * rank) for rank in range(min(draft.width, 3))]
@@ -105,11 +121,8 @@ class Useless:
 class Perfect:
     """Knows the text."""
 
-    def __init__(self, trace):
-        self._trace = trace
-
-    def expand(self, draft):
-        tokens = self._trace.texts[draft.tokens[0]].tokens
+    def expand(self, draft, recorded):
+        tokens = recorded.tokens
         ends = [len(draft.tokens) - 1 + len(stem.path) for stem in draft.stems]
         return [[Candidate(token=tokens[end], logprob=-0.001)] if end < len(tokens) else [] for end in ends]
 
@@ -136,14 +149,14 @@ def test_a_useless_drafter_costs_next_to_nothing(trace, chain):
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_perfect_drafter_is_put_to_use(trace, chain):
     plain = tokens_per_s(trace, chain, lambda: StaticPolicy(PLAIN))
-    rate = tokens_per_s(trace, chain, AnalyticPolicy, drafts=Perfect(trace))
+    rate = tokens_per_s(trace, chain, AnalyticPolicy, drafts=Perfect())
     assert rate >= 0.97 * plain
     if chain.draft.at(1) < 0.5 * (plain**-1):
         assert rate > 2 * plain
 
 
 def test_the_policy_explains_itself(trace):
-    request = simulate_request(trace, 0, chain_of(), AnalyticPolicy(), Tracker(), 64)
+    request = write(trace, 0, chain_of(), AnalyticPolicy(), Tracker(), 64)
     assert request.stats.decisions
     assert all("tokens/s expected" in line or "trial" in line for line in request.stats.decisions)
 
@@ -155,13 +168,13 @@ def test_windows_keep_the_pace_of_the_slowest_stage(trace):
     )
     chain = chain_of(2, link_s=0.02, stage_s=0.03, draft_s=0.002)
     tracker = Tracker()
-    simulate_request(trace, 0, chain, StaticPolicy(decision), tracker, 64)
+    write(trace, 0, chain, StaticPolicy(decision), tracker, 64)
     # The links are what traversals spend outside the stages: queueing would show here.
     assert tracker.observe().links_s < 3 * 0.02 + 2 * 0.03
 
 
 def test_hits_are_counted_by_depth_rank_and_source(trace):
-    stats = simulate_request(trace, 24, chain_of(), StaticPolicy(choose_tree()), Tracker(), 96).stats
+    stats = write(trace, 24, chain_of(), StaticPolicy(choose_tree()), Tracker(), 96).stats
     assert sum(stats.hits_by_depth) == sum(stats.hits_by_rank) == sum(stats.hits_by_source.values())
     assert all(hits <= tries for hits, tries in zip(stats.hits_by_depth, stats.outcomes_by_depth, strict=True))
     assert stats.hits_by_rank[0] > 80

@@ -39,7 +39,10 @@ _NOWHERE = Span(0, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """What one request asks for; see `dsd_p2p.session.request.Request`. audit: have the stages sign, and check them (`.audit`)."""
+    """What one request asks for; see `dsd_p2p.session.request.Request`.
+
+    audit: have the stages sign, and check them (`.audit`). experience: whose measurements of the chain it shares.
+    """
 
     max_tokens: int
     sampling: Sampling = GREEDY
@@ -50,6 +53,7 @@ class GenerateOptions:
     relaxation: Relaxation | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     audit: bool = False
+    experience: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,9 +124,9 @@ class Engine:
         """Return what is measured of the chain that was used last, and of the drafter."""
         return self._last_tracker.observe()
 
-    def _tracker(self, route: Route) -> Tracker:
+    def _tracker(self, route: Route, experience: str) -> Tracker:
         stages = (f"{hop.peer} {hop.span}" for hop in route.hops)
-        self._last_tracker = self._trackers.setdefault((self.drafter.name, *stages), Tracker())
+        self._last_tracker = self._trackers.setdefault((experience, self.drafter.name, *stages), Tracker())
         return self._last_tracker
 
     async def _find_route(self, detour: Detour) -> Route:
@@ -179,7 +183,8 @@ class Engine:
             retry=options.retry,
             attest=options.audit,
         )
-        machine = Coordinator(request, route, policy, self._tracker(route), random.Random(secrets.randbits(64)))  # noqa: S311
+        tracker = self._tracker(route, options.experience)
+        machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
         drafting = self.drafter.open(len(prompt) + options.max_tokens, options.sampling)
         driver = RequestDriver(
             machine,

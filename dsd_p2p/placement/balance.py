@@ -21,7 +21,10 @@ class Routing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A target as the router sees it. num_queued: requests it serves or keeps waiting. window_s: what one window costs it. link_s: round trip."""
+    """A target as the router sees it.
+
+    num_queued: requests it serves or keeps waiting. window_s: what one window costs it. link_s: round trip.
+    """
 
     num_queued: int
     window_s: float = 0.0

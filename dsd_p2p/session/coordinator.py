@@ -302,7 +302,8 @@ class Coordinator:
             return []
         self._drafting = {node.key: node for node in stems}
         self._draft_started_s = now_s
-        levels = self.decision.depth - self._num_round_steps if mode is Mode.SYNC else 1
+        is_chain = mode is Mode.SYNC and self.decision.width == 1
+        levels = self.decision.depth - self._num_round_steps if is_chain else 1
         self._num_round_steps += 1
         for node in stems:
             self._tree.expand(node)

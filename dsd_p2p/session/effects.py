@@ -1,7 +1,8 @@
 """What the coordinator machine asks its driver to do; the driver reports back with `Coordinator`'s methods."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from dsd_p2p.errors import DsdError
 from dsd_p2p.types import PeerId, TokenId
@@ -11,16 +12,14 @@ NUM_CANDIDATES = 16
 """Candidates asked for, however narrow the tree: the policy learns what a wider one would hit, a relaxed tail compares them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stem:
+class Stem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A node whose children are wanted: the path from the root's child down to it as (key, token); empty for the root."""
 
     key: int
     path: tuple[tuple[int, TokenId], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A drafted child: `logprob` is the drafter's own log probability of `token`, `source` the drafter's name.
 
     children: what a drafter that looks several tokens ahead at once proposes below it.
@@ -34,11 +33,10 @@ class Candidate:
     is_complete: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Draft the `width` likeliest children of each stem; answer with `Coordinator.drafted`. At most one is under way.
 
-    levels: how deep below the stems is wanted before the next window; a drafter may answer all of it at once.
+    levels: how long a chain below the stem is wanted before the next window; a drafter may answer all of it at once.
     tokens: prompt and committed tokens, the root last. keys: the name of each of them, same length; a key never
     comes back with another token or position, so a drafter may keep its cache by it.
     """
@@ -50,31 +48,27 @@ class Draft:
     levels: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Send:
+class Send(msgspec.Struct, frozen=True, kw_only=True):
     """Send `message` to one stage, in order with everything else sent to it."""
 
     to: PeerId
     message: OpenSession | Window | Cancel | CloseSession
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Emit:
+class Emit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Give these tokens to the user: committed, in order, never repeated."""
 
     tokens: tuple[TokenId, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replay:
+class Replay(msgspec.Struct, frozen=True, kw_only=True):
     """The chain is lost: after `delay_s` find one that works, then call `Coordinator.reopen`."""
 
     delay_s: float
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True, kw_only=True):
     """The request is over; nothing follows. `error` is None when it ended as asked."""
 
     reason: str

@@ -9,9 +9,12 @@ it, so what is unlikely now waits rather than being lost.
 import heapq
 import math
 from collections.abc import Container
+from operator import attrgetter
 
 from dsd_p2p.session.tree import DraftNode, DraftTree
 from dsd_p2p.window.base import Decision
+
+_path_logprob = attrgetter("path_logprob")
 
 
 def choose_stems(tree: DraftTree, decision: Decision, last_position: int) -> list[DraftNode]:
@@ -19,7 +22,8 @@ def choose_stems(tree: DraftTree, decision: Decision, last_position: int) -> lis
     least = _min_logprob(decision)
     last_position = min(tree.root.position + decision.depth, last_position)
     stems = [node for node in tree.unexpanded.values() if node.path_logprob >= least and node.position < last_position]
-    return heapq.nsmallest(decision.expand_nodes, stems, key=_likeliest_first)
+    stems.sort(key=_path_logprob, reverse=True)
+    return stems[: decision.expand_nodes]
 
 
 def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Container[int] = ()) -> list[DraftNode]:
@@ -28,10 +32,7 @@ def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Contain
     held: keys of nodes that are not to be sent yet.
     """
     least = _min_logprob(decision)
-    if tree.root.number is None:
-        frontier = [tree.root]
-    else:
-        frontier = [node for node in tree.unsent.values() if _is_sendable(node, least, held)]
+    frontier = [node for node in tree.frontier.values() if node.path_logprob >= least and node.key not in held]
     heap = [(*_likeliest_first(node), node) for node in frontier]
     heapq.heapify(heap)
     chosen: list[DraftNode] = []
@@ -47,12 +48,7 @@ def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Contain
 def has_unsent(tree: DraftTree, decision: Decision, held: Container[int] = ()) -> bool:
     """True when `choose_unsent` would find something below the sent root."""
     least = _min_logprob(decision)
-    return any(_is_sendable(node, least, held) for node in tree.unsent.values())
-
-
-def _is_sendable(node: DraftNode, least: float, held: Container[int]) -> bool:
-    is_parent_sent = node.parent is not None and node.parent.number is not None
-    return is_parent_sent and node.path_logprob >= least and node.key not in held
+    return any(node.path_logprob >= least and node.key not in held for node in tree.frontier.values())
 
 
 def _min_logprob(decision: Decision) -> float:

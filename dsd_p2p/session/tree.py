@@ -1,11 +1,13 @@
 """The coordinator's draft tree under the last committed token."""
 
-import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from dsd_p2p.types import TokenId
+
+_path_logprob = attrgetter("path_logprob")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -47,12 +49,14 @@ class DraftTree:
     """Committed root and the candidates below it.
 
     unsent, unexpanded: the nodes, by key, that no window carries and that no drafter was asked to expand.
+    frontier: the unsent ones that may be sent next: the root, and those below a sent node.
     """
 
     def __init__(self, *, token: TokenId, position: int, key: int) -> None:
         self._next_key = key
         self._by_key: dict[int, DraftNode] = {}
         self.unsent: dict[int, DraftNode] = {}
+        self.frontier: dict[int, DraftNode] = {}
         self.unexpanded: dict[int, DraftNode] = {}
         self.root = self._new_node(token, position, None, 0.0, 0, "")
 
@@ -88,6 +92,10 @@ class DraftTree:
         """Note the node's number on the wire."""
         node.number = number
         self.unsent.pop(node.key, None)
+        self.frontier.pop(node.key, None)
+        for child in node.children.values():
+            if child.number is None:
+                self.frontier[child.key] = child
 
     def expand(self, node: DraftNode) -> None:
         """Note that a drafter is asked for the node's children."""
@@ -99,6 +107,7 @@ class DraftTree:
         for node in self._by_key.values():
             node.number = None
         self.unsent = dict(self._by_key)
+        self.frontier = {self.root.key: self.root}
 
     def commit(self, token: TokenId) -> DraftNode | None:
         """Make the root's child holding `token` the new root and drop everything else.
@@ -110,6 +119,7 @@ class DraftTree:
         if hit is None:
             self._by_key.clear()
             self.unsent.clear()
+            self.frontier.clear()
             self.unexpanded.clear()
             self.root = self._new_node(token, old_root.position + 1, None, 0.0, 0, "")
             return None
@@ -122,6 +132,9 @@ class DraftTree:
         self.unexpanded = {key: node for key, node in self._by_key.items() if not node.is_expanded}
         hit.parent = None
         self.root = hit
+        self.frontier = {
+            key: node for key, node in self.unsent.items() if node.parent is None or node.parent.number is not None
+        }
         return hit
 
     def shed(self, max_nodes: int) -> None:
@@ -134,11 +147,13 @@ class DraftTree:
             for node in self.unsent.values()
             if not node.is_expanded and not node.children and node.parent is not None
         ]
-        for node in heapq.nsmallest(surplus, leaves, key=lambda node: (node.path_logprob, -node.key)):
+        leaves.sort(key=_path_logprob)
+        for node in leaves[:surplus]:
             assert node.parent is not None
             del node.parent.children[node.token]
             for index in (self._by_key, self.unsent, self.unexpanded):
                 del index[node.key]
+            self.frontier.pop(node.key, None)
 
     def nodes(self) -> Iterable[DraftNode]:
         """All nodes, the root included, parents before children."""
@@ -158,7 +173,8 @@ class DraftTree:
             rank=rank,
             source=source,
         )
-        for index in (self._by_key, self.unsent, self.unexpanded):
-            index[node.key] = node
+        self._by_key[node.key] = self.unsent[node.key] = self.unexpanded[node.key] = node
+        if parent is None or parent.number is not None:
+            self.frontier[node.key] = node
         self._next_key += 1
         return node

@@ -8,7 +8,6 @@ of their own.
 import math
 import random
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,7 +51,7 @@ class _AnswerBase:
                 if is_on_path and token != self.pick(start + offset):
                     is_on_path = False
                 if not is_on_path:
-                    salt = zlib.crc32(token.to_bytes(8, "little"), salt)
+                    salt = _stray(token, salt)
             expanded.append(
                 self._levels(start + len(stem.path), draft.levels, draft.width, is_on_path=is_on_path, salt=salt)
             )
@@ -63,11 +62,17 @@ class _AnswerBase:
         if levels > 1 and children:
             first = children[0]
             follows = is_on_path and first.token == self.pick(end)
-            below = self._levels(end + 1, levels - 1, width, is_on_path=follows, salt=salt + 1)
+            below_salt = salt if follows else _stray(first.token, salt)
+            below = self._levels(end + 1, levels - 1, width, is_on_path=follows, salt=below_salt)
             children[0] = Candidate(
                 token=first.token, logprob=first.logprob, children=tuple(below), is_complete=bool(below)
             )
         return children
+
+
+def _stray(token: TokenId, salt: int) -> int:
+    """The salt one token further off the path: a different one for each path."""
+    return zlib.crc32(token.to_bytes(8, "little"), salt)
 
 
 class RecordedAnswer(_AnswerBase):
@@ -87,14 +92,14 @@ class RecordedAnswer(_AnswerBase):
         text = self._text
         if is_on_path:
             at = (end - self._first) % len(text.tokens)
-            proposed: Sequence[TokenId] = text.draft_tokens[at]
-        else:
-            at = salt % len(text.tokens)
-            proposed = [(salt + rank) % self._vocab_size for rank in range(len(text.draft_centinats[at]))]
-        centinats = text.draft_centinats[at]
+            return [
+                Candidate(token=token, logprob=-value / 100)
+                for token, value in zip(text.draft_tokens[at][:width], text.draft_centinats[at][:width], strict=True)
+            ]
+        at, size = salt % len(text.tokens), self._vocab_size
         return [
-            Candidate(token=token, logprob=-value / 100)
-            for token, value in zip(proposed[:width], centinats[:width], strict=True)
+            Candidate(token=(salt + rank) % size, logprob=-value / 100)
+            for rank, value in enumerate(text.draft_centinats[at][:width])
         ]
 
 

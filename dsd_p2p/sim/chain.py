@@ -1,22 +1,19 @@
 """One request on one idle chain in virtual time."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from dsd_p2p.netmodel import LinkModel, LinkState
 from dsd_p2p.session.coordinator import Coordinator
-from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.session.request import Request, RequestStats, Route
-from dsd_p2p.sim.answer import Answer, RecordedAnswer
+from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.request import DraftDevice, Path, RequestLog, RequestRun
 from dsd_p2p.sim.service import Dedicated, PassCost, SharedCores
 from dsd_p2p.sim.target import StageModel, Target
-from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.types import SessionId, Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.wire.messages import Hop
+from dsd_p2p.wire.messages import MAX_TOKEN, Hop
 
 _DEADLINE_S = 3600.0
 
@@ -27,6 +24,8 @@ class ChainModel:
 
     stages: one pass of each. link: one direction of each of the `len(stages) + 1` links, all alike. draft: one step over n stems.
     hidden_bytes: of one position between stages. cores: that stages and drafter share; 0 is a machine for each.
+    draft_weight: of the drafter among those who share cores; a stage weighs 1. handling_s: of each stage, beside each pass.
+    coordinator_s: of the coordinator for each message, at the cost of its drafts.
     """
 
     stages: tuple[PassCost, ...]
@@ -34,6 +33,9 @@ class ChainModel:
     draft: PassCost
     hidden_bytes: int = 0
     cores: float = 0.0
+    draft_weight: float = 1.0
+    handling_s: float = 0.0
+    coordinator_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +53,6 @@ class SimulatedRequest:
         return (len(self.tokens) - first_size) / (last_s - first_s)
 
 
-class Drafts(Protocol):
-    """What a drafter would say; how long it takes is the chain model's."""
-
-    def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Return each stem's children, likeliest first."""
-        ...
-
-
-class _DraftedBy:
-    """An answer whose drafts come from elsewhere."""
-
-    def __init__(self, answer: Answer, drafts: Drafts) -> None:
-        self.pick, self.expand = answer.pick, drafts.expand
-
-
 class _NoRng:
     def random(self) -> float:
         return 0.5
@@ -80,38 +67,40 @@ class _OneWay:
 
 
 def simulate_request(
-    trace: AgreementTrace,
-    text: int,
+    answer: Answer,
     chain: ChainModel,
     policy: WindowPolicy,
     tracker: Tracker,
     max_tokens: int,
-    drafts: Drafts | None = None,
     num_prompt_tokens: int = 1,
 ) -> SimulatedRequest:
-    """Write `max_tokens` of text number `text`; without `drafts` the recorded drafter's. The prompt is that number, repeated."""
+    """Write `max_tokens` of an answer after a prompt of so many tokens."""
     clock, rng = Clock(), _NoRng()
     shared = SharedCores(clock, chain.cores) if chain.cores else None
-    processors = [shared or Dedicated(clock) for _ in range(len(chain.stages) + 1)]
-    models = [StageModel(cost=cost, link=chain.link, hidden_bytes=chain.hidden_bytes) for cost in chain.stages]
-    target = Target("sim", models, clock, processors[1:], rng)
+    processors = [shared.user() if shared else Dedicated(clock) for _ in chain.stages]
+    models = [
+        StageModel(cost=cost, link=chain.link, hidden_bytes=chain.hidden_bytes, handling_s=chain.handling_s)
+        for cost in chain.stages
+    ]
+    target = Target("sim", models, clock, processors, rng)
     hop = Hop(peer="sim", address="", span=Span(0, 1))
     route = Route(hops=(hop,) * len(chain.stages), coordinator=hop, model_digest="", dtype="")
     path = Path(target, LinkState(chain.link), LinkState(chain.link), route)
-    answer: Answer = RecordedAnswer(trace.texts[text], num_prompt_tokens, trace.vocab_size)
     request = Request(
         session=SessionId(bytes(8)),
-        prompt=[text] * num_prompt_tokens,
-        max_tokens=min(max_tokens, len(trace.texts[text].tokens)),
-        vocab_size=trace.vocab_size,
+        prompt=[0] * num_prompt_tokens,
+        max_tokens=max_tokens,
+        vocab_size=MAX_TOKEN,
         stall_timeout_s=_DEADLINE_S,
     )
     machine = Coordinator(request, route, policy, tracker, rng)
     log = RequestLog(0, 0.0, num_prompt_tokens, arrivals=[])
     run = RequestRun(
         machine=machine,
-        answer=_DraftedBy(answer, drafts) if drafts else answer,
-        device=DraftDevice(chain.draft, processors[0]),
+        answer=answer,
+        device=DraftDevice(
+            chain.draft, shared.user(chain.draft_weight) if shared else Dedicated(clock), chain.coordinator_s
+        ),
         router=_OneWay(path),
         clock=clock,
         rng=rng,

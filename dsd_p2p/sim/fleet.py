@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from dsd_p2p.errors import PeerDisconnected
-from dsd_p2p.netmodel import LinkState
+from dsd_p2p.netmodel import LinkModel, LinkState
 from dsd_p2p.placement.balance import Balancer, Load
 from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.request import Request, Route
@@ -133,17 +133,17 @@ class Fleet:
     def _add_target(self, pool: TargetPool) -> None:
         name = f"target-{len(self._targets)}"
         cost = pool.stage.pass_cost()
-        inner = self._scenario.links[pool.inner_link].models()[0] if pool.inner_link else None
+        inner = self._scenario.links[pool.inner_link].models()[0] if pool.inner_link else LinkModel()
         model = StageModel(
             cost=cost,
-            **({"link": inner} if inner else {}),
+            link=inner,
             spread=pool.spread,
             max_batch=pool.max_batch,
             batching=pool.batching,
             hidden_bytes=pool.hidden_bytes,
         )
         shared = SharedCores(self.clock, pool.cores) if pool.cores else None
-        processors: list[Processor] = [shared or Dedicated(self.clock) for _ in range(pool.stages)]
+        processors: list[Processor] = [shared.user() if shared else Dedicated(self.clock) for _ in range(pool.stages)]
         target = Target(name, [model] * pool.stages, self.clock, processors, self._rng["service"])
         if self._is_recording:
             for stage in target.stages:

@@ -1,6 +1,6 @@
 """Recorded answers where a live drafter and target would compute: the request's prompt is one token, the number of the text."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.sim.answer import RecordedAnswer

@@ -22,7 +22,7 @@ class Quantiles(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """A run in numbers.
 
-    tpot_s: after the first arrival. goodput_per_s: requests a second within both of the workload's limits. tokens_per_s: of all together.
+    tpot_s: after the first arrival. tokens_per_s: of all together. goodput_per_s: requests within both of the workload's limits.
     acceptance: drafted tokens that were committed, of those that were verified (sent and not stale).
     mean_accepted_length: committed tokens an epoch. windows: how many verdicts came under which mode and depth.
     network_s: that messages of one request spent on links, in the mean. stale_share: of the sent nodes.

@@ -22,10 +22,14 @@ _VERDICT_BYTES, _STATE_BYTES, _PROMPT_BYTES = 60, 64, 4
 
 
 class DraftDevice:
-    """What drafts are computed on, one after the other."""
+    """What drafts are computed on, one after the other.
 
-    def __init__(self, cost: PassCost, processor: Processor) -> None:
-        self._cost, self._processor = cost, processor
+    handling_s: work of the coordinator beside it on each message that it sends or gets; it delays the next draft.
+    """
+
+    def __init__(self, cost: PassCost, processor: Processor, handling_s: float = 0.0) -> None:
+        self._cost, self._processor, self._handling_s = cost, processor, handling_s
+        self._owed_s = 0.0
         self._waiting: deque[tuple[float, Callable[..., object], tuple[Any, ...]]] = deque()
         self._is_busy = False
         self.busy_s = 0.0
@@ -36,8 +40,13 @@ class DraftDevice:
         if not self._is_busy:
             self._next()
 
+    def handle_message(self) -> None:
+        """The coordinator has to do with a message."""
+        self._owed_s += self._handling_s
+
     def _next(self) -> None:
         seconds, done, arguments = self._waiting.popleft()
+        seconds, self._owed_s = seconds + self._owed_s, 0.0
         self._is_busy = True
         self.busy_s += seconds
         self._processor.run(seconds, self._finish, done, arguments)
@@ -193,6 +202,7 @@ class RequestRun:
         assert path is not None
         match message:
             case Window() as window if session is not None:
+                self._device.handle_message()
                 self._clock.after(self._up_s(window_bytes(window)), path.target.put, session, window)
             case OpenSession(epoch=epoch, num_given=num_given):
                 self._session = path.target.open(self, epoch, num_given)
@@ -242,6 +252,7 @@ class RequestRun:
     def _receive(self, verdict: Verdict, session: TargetSession) -> None:
         if session is not self._session or self.machine.is_finished:
             return
+        self._device.handle_message()
         decision = self.machine.decision
         self.log.decisions[f"{decision.mode.value} {decision.depth}"] += 1
         self._perform(self.machine.receive(verdict, self._clock.now_s))

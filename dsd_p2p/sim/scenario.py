@@ -165,11 +165,13 @@ class Speculation(_Table, frozen=True, kw_only=True):
     """How windows are chosen.
 
     window: "plain", "static" (`depth`), "tree" (`width`, `window_nodes`, `in_flight`), "threshold", "analytic", "awc".
+    modes: what analytic and awc may choose from.
     mode: "distributed" (the drafter's machine coordinates), "fused" (the target writes alone), "auto" (fused while the policy does
         not speculate). placement: of drafter and coordinator, "drafter" or "target".
     """
 
     window: Annotated[str, Meta(pattern="^(plain|static|tree|threshold|analytic|awc)$")] = "static"
+    modes: tuple[Annotated[str, Meta(pattern="^(sync|continuous)$")], ...] = ("sync", "continuous")
     depth: Annotated[int, Meta(ge=1, le=64)] = 4
     width: Annotated[int, Meta(ge=1, le=16)] = 4
     window_nodes: Annotated[int, Meta(ge=1, le=256)] = 8

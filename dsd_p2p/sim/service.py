@@ -2,13 +2,15 @@
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
 from dsd_p2p.netmodel import UniformRng
 from dsd_p2p.sim.clock import Clock
+
+_NOTHING_S = 1e-12
 
 
 class Spread(StrEnum):
@@ -79,53 +81,77 @@ class Dedicated:
 
 
 class SharedCores:
-    """Cores that serve all jobs alike (processor sharing): n jobs on c cores each get min(1, c / n) of one."""
+    """Cores that serve several jobs at once (processor sharing): each gets a share by its weight, and at most one core."""
 
     def __init__(self, clock: Clock, num_cores: float) -> None:
         self._clock = clock
         self._num_cores = num_cores
-        self._jobs: list[list[Any]] = []
+        self._jobs: list[_Job] = []
         self._updated_s = 0.0
         self._version = 0
 
-    def run(self, seconds: float, done: Callable[..., object], *arguments: Any) -> None:
+    def user(self, weight: float = 1.0) -> "Processor":
+        """Return somebody whose jobs weigh so much."""
+        return _User(self, weight)
+
+    def run(self, seconds: float, weight: float, done: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         """Call `done` when the job has had `seconds` of a core."""
         self._advance()
-        self._jobs.append([seconds, done, arguments])
+        self._jobs.append(_Job(seconds, weight, done, arguments))
         self._schedule()
 
     def _advance(self) -> None:
-        now_s = self._clock.now_s
-        worked_s = (now_s - self._updated_s) * self._share()
-        self._updated_s = now_s
+        passed_s = self._clock.now_s - self._updated_s
+        self._updated_s += passed_s
         for job in self._jobs:
-            job[0] -= worked_s
-
-    def _share(self) -> float:
-        return min(1.0, self._num_cores / len(self._jobs)) if self._jobs else 1.0
+            job.left_s -= passed_s * job.rate
 
     def _schedule(self) -> None:
         self._version += 1
-        if self._jobs:
-            left_s = min(job[0] for job in self._jobs)
-            self._clock.after(max(0.0, left_s) / self._share(), self._finish, self._version)
+        if not self._jobs:
+            return
+        self._divide()
+        next_s = min(job.left_s / job.rate for job in self._jobs)
+        self._clock.after(max(0.0, next_s), self._finish, self._version)
+
+    def _divide(self) -> None:
+        """Give each job its share; what those have left over that need no more than one core goes to the others."""
+        cores, waiting = self._num_cores, self._jobs
+        while waiting:
+            total = sum(job.weight for job in waiting)
+            full = [job for job in waiting if cores * job.weight >= total]
+            if not full:
+                for job in waiting:
+                    job.rate = cores * job.weight / total
+                return
+            for job in full:
+                job.rate = 1.0
+            cores -= len(full)
+            waiting = [job for job in waiting if cores > 0 and job not in full]
 
     def _finish(self, version: int) -> None:
         if version != self._version:
             return
         self._advance()
-        finished = [job for job in self._jobs if job[0] <= 1e-12]
-        self._jobs = [job for job in self._jobs if job[0] > 1e-12]
+        finished = [job for job in self._jobs if job.left_s <= _NOTHING_S]
+        self._jobs = [job for job in self._jobs if job.left_s > _NOTHING_S]
         self._schedule()
-        for _, done, arguments in finished:
-            done(*arguments)
+        for job in finished:
+            job.done(*job.arguments)
 
 
-def fit_line(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the least-squares `(fixed, slope)` of (n, seconds), neither of them negative."""
-    count = len(samples)
-    mean_n, mean_s = sum(n for n, _ in samples) / count, sum(s for _, s in samples) / count
-    variance = sum((n - mean_n) ** 2 for n, _ in samples)
-    slope = sum((n - mean_n) * (s - mean_s) for n, s in samples) / variance if variance > 1e-12 else 0.0
-    slope = max(0.0, slope)
-    return max(0.0, mean_s - slope * mean_n), slope
+@dataclass(slots=True, eq=False)
+class _Job:
+    left_s: float
+    weight: float
+    done: Callable[..., object]
+    arguments: tuple[Any, ...]
+    rate: float = 1.0
+
+
+class _User:
+    def __init__(self, cores: SharedCores, weight: float) -> None:
+        self._cores, self._weight = cores, weight
+
+    def run(self, seconds: float, done: Callable[..., object], *arguments: Any) -> None:
+        self._cores.run(seconds, self._weight, done, arguments)

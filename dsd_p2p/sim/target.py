@@ -78,7 +78,11 @@ class Flight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageModel:
-    """One stage. hidden_bytes: of one position's state on the link to the next stage."""
+    """One stage.
+
+    hidden_bytes: of one position's state on the link to the next stage. handling_s: work on each pass's messages, which the stage's
+    own measurement does not see.
+    """
 
     cost: PassCost
     link: LinkModel = field(default_factory=LinkModel)
@@ -86,6 +90,7 @@ class StageModel:
     max_batch: int = 1
     batching: Batching = Batching.FIFO
     hidden_bytes: int = 0
+    handling_s: float = 0.0
 
 
 class Stage:
@@ -143,7 +148,9 @@ class Stage:
             num_nodes += len(flight.window.tokens if flight.live is None else flight.live)
         seconds = spread(self._model.cost.at(num_nodes, len(batch)), self._model.spread, self._rng)
         self.num_passes += 1
-        self._processor.run(seconds, self._done, batch, seconds, now_s)
+        handling_s = self._model.handling_s
+        share = seconds / (seconds + handling_s) if handling_s else 1.0
+        self._processor.run(seconds + handling_s, self._done, batch, share, now_s)
 
     def _take(self) -> list[Flight]:
         """The windows of the next pass: at most one of a session, because the tail's walk decides what the next one is worth."""
@@ -178,14 +185,15 @@ class Stage:
             return bool(flight.live)
         return True
 
-    def _done(self, batch: list[Flight], seconds: float, started_s: float) -> None:
+    def _done(self, batch: list[Flight], share: float, started_s: float) -> None:
         self._is_busy = False
+        seconds = self._clock.now_s - started_s
         self.busy_s += seconds
         self.num_served += len(batch)
         if self.log is not None:
             self.log(self._index, started_s, self._clock.now_s, batch)
         for flight in batch:
-            flight.stage_s.append(seconds)
+            flight.stage_s.append(seconds * share)
             self._onward(flight)
         if self._queue:
             self._start()

@@ -1,6 +1,6 @@
 """Recorded agreement: what a target wrote and what a drafter proposed at every position of it.
 
-Small enough to travel with the project; `dsd bench record` makes it again.
+Small enough to travel with the project; `dsd sim record` makes it again.
 """
 
 import gzip
@@ -55,7 +55,7 @@ def read_trace(path: Path) -> AgreementTrace:
     try:
         trace = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=AgreementTrace)
     except (OSError, EOFError, zlib.error, msgspec.DecodeError) as exc:
-        raise ConfigError(f"agreement trace {path}: {exc}; make one with `dsd bench record`") from exc
+        raise ConfigError(f"agreement trace {path}: {exc}; make one with `dsd sim record`") from exc
     for text in trace.texts:
         if not len(text.tokens) == len(text.draft_tokens) == len(text.draft_centinats):
             raise ConfigError(f"agreement trace {path}: text {text.source} has lists of different lengths")

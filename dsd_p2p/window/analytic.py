@@ -6,7 +6,7 @@ is what keeps speculation from ever costing more than it gains.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
@@ -67,59 +67,27 @@ class AnalyticPolicy:
     def __init__(self, allow: frozenset[Mode] = frozenset({Mode.SYNC, Mode.CONTINUOUS})) -> None:
         self._allow = allow
         self._current: Decision | None = None
-        self._trial_ends_at: int | None = None
+        self._trials = Trials()
 
     def decide(self, observation: Observation) -> Decision:
         """Return the best decision; plain until the first verdict has told what the chain costs."""
         if not observation.stages:
             return replace(PLAIN, reason="nothing is measured yet")
-        total = sum(rate.num_tokens for rate in observation.measured.values())
-        if self._current is not None and self._trial_ends_at is not None:
-            if total < self._trial_ends_at:
-                return self._current
-            self._trial_ends_at = None
-        best = self._best(observation)
-        trial = self._trial(best, observation, total)
-        if trial is not None:
-            self._trial_ends_at = total + _TRIAL_TOKENS + 1
-            best = trial
-        self._current = best
-        return best
-
-    def _best(self, observation: Observation) -> Decision:
+        if (running := self._trials.running(observation)) is not None:
+            return running
         # Plain comes first and so wins ties: speculation has to earn its place.
         candidates = [PLAIN, *self._candidates(observation)]
-        rated = [(_expected(each, observation), each) for each in candidates]
-        best_rate, best = max(rated, key=lambda pair: pair[0])
-        current = self._current
-        if current is not None and best_rate < _KEEP_MARGIN * _expected(current, observation):
-            return current
-        plain_rate = rated[0][0]
-        return replace(best, reason=f"{best_rate:.1f} tokens/s expected, plain {plain_rate:.1f}")
-
-    def _trial(self, best: Decision, observation: Observation, total: int) -> Decision | None:
-        """The windows worth a few tokens of measuring now: plain beside a narrow lead, speculation after a long time without."""
-        plain = observation.measured.get(PLAIN.kind)
-        num_plain = plain.num_tokens if plain else 0
-        if best.mode is Mode.PLAIN:
-            return self._retry(observation, num_plain, total)
-        lead = _expected(best, observation) / _expected(PLAIN, observation)
-        is_due = num_plain < _TRIAL_TOKENS or total > 64 * num_plain
-        if lead < _SURE_MARGIN and is_due and total >= _TRIAL_TOKENS:
-            return replace(PLAIN, reason=f"trial: speculation leads by {lead:.2f} only")
-        return None
-
-    def _retry(self, observation: Observation, num_plain: int, total: int) -> Decision | None:
-        # Trials so far, each `_TRIAL_TOKENS` long: the wait doubles with every one that failed.
-        num_trials = (total - num_plain) // _TRIAL_TOKENS
-        wait = min(_FIRST_RETRY_TOKENS * 2 ** min(num_trials, 10), _MAX_RETRY_TOKENS)
-        if num_plain < wait:
-            return None
-        best = max(
-            self._candidates(observation), key=lambda each: predicted_tokens_per_s(each, observation), default=None
-        )
-        is_promising = best is not None and predicted_tokens_per_s(best, observation) > _expected(PLAIN, observation)
-        return replace(best, reason="trial: it may have become faster") if best is not None and is_promising else None
+        rates = {each.kind: _expected(each, observation) for each in candidates}
+        best = max(candidates, key=lambda each: rates[each.kind])
+        if self._current is not None:
+            present_rate = rates.setdefault(self._current.kind, _expected(self._current, observation))
+            if rates[best.kind] < _KEEP_MARGIN * present_rate:
+                best = self._current
+        if best is not self._current:
+            reason = f"{rates[best.kind]:.1f} tokens/s expected, plain {rates[PLAIN.kind]:.1f}"
+            best = replace(best, reason=reason)
+        self._current = self._trials.next(best, rates, observation, candidates) or best
+        return self._current
 
     def _candidates(self, observation: Observation) -> Iterator[Decision]:
         """Every window considered, the smallest first; only small ones while next to nothing is known of the drafter."""
@@ -139,14 +107,63 @@ class AnalyticPolicy:
 
 
 def _expected(decision: Decision, observation: Observation) -> float:
-    """The promise, scaled by how its mode kept promises, and pulled towards what these very windows wrote lately."""
-    promise = predicted_tokens_per_s(decision, observation)
+    return corrected(decision, predicted_tokens_per_s(decision, observation), observation)
+
+
+def corrected(decision: Decision, promise: float, observation: Observation) -> float:
+    """Return a promise in tokens/s, scaled by how its mode kept promises, pulled towards what these very windows wrote lately."""
     measured = observation.measured.get(decision.kind)
     trust = _trust(measured) if measured else 0.0
     promise *= _kept_share(decision.mode, observation)
     if measured is None:
         return promise
     return math.exp((1 - trust) * math.log(promise) + trust * math.log(max(measured.tokens_per_s, 1e-9)))
+
+
+class Trials:
+    """Windows worth a few tokens of measuring: plain beside a narrow lead, speculation after a long time without."""
+
+    def __init__(self) -> None:
+        self._trial: Decision | None = None
+        self._ends_at = 0
+
+    def running(self, observation: Observation) -> Decision | None:
+        """Return the trial that goes on, if one does."""
+        if self._trial is not None and _num_tokens(observation) >= self._ends_at:
+            self._trial = None
+        return self._trial
+
+    def next(
+        self, best: Decision, rates: Mapping[str, float], observation: Observation, candidates: Sequence[Decision]
+    ) -> Decision | None:
+        """Return what to try instead of `best`, None for nothing. rates: expected tokens/s by `Decision.kind`."""
+        total = _num_tokens(observation)
+        plain = observation.measured.get(PLAIN.kind)
+        num_plain = plain.num_tokens if plain else 0
+        if best.mode is Mode.PLAIN:
+            self._trial = _retry(rates, candidates, num_plain, total)
+        else:
+            lead = rates[best.kind] / rates[PLAIN.kind]
+            is_due = num_plain < _TRIAL_TOKENS or total > 64 * num_plain
+            is_tried = lead < _SURE_MARGIN and is_due and total >= _TRIAL_TOKENS
+            self._trial = replace(PLAIN, reason=f"trial: speculation leads by {lead:.2f} only") if is_tried else None
+        self._ends_at = total + _TRIAL_TOKENS + 1
+        return self._trial
+
+
+def _retry(rates: Mapping[str, float], candidates: Sequence[Decision], num_plain: int, total: int) -> Decision | None:
+    # Trials so far, each `_TRIAL_TOKENS` long: the wait doubles with every one that failed.
+    num_trials = (total - num_plain) // _TRIAL_TOKENS
+    wait = min(_FIRST_RETRY_TOKENS * 2 ** min(num_trials, 10), _MAX_RETRY_TOKENS)
+    if num_plain < wait:
+        return None
+    best = max(candidates, key=lambda each: rates[each.kind], default=None)
+    is_promising = best is not None and best.mode is not Mode.PLAIN and rates[best.kind] > rates[PLAIN.kind]
+    return replace(best, reason="trial: it may have become faster") if best is not None and is_promising else None
+
+
+def _num_tokens(observation: Observation) -> int:
+    return sum(rate.num_tokens for rate in observation.measured.values())
 
 
 def _trust(measured: MeasuredRate) -> float:

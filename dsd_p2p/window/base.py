@@ -85,7 +85,8 @@ class Observation:
     links_s: seconds a traversal spends outside the stages' computation, return link included.
     draft_step_s: seconds of one draft step.
     hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
-    num_outcomes: committed tokens that this is known from.
+    num_outcomes: committed tokens that this is known from. confidence: what the drafter gave its first candidates lately.
+    queue_s: seconds that windows lately spent neither on links nor in passes: waiting.
     measured: what each kind of window (`Decision.kind`) was seen to write on this chain.
     """
 
@@ -94,6 +95,8 @@ class Observation:
     draft_step_s: float = 0.0
     hit_rate_by_rank: tuple[float, ...] = field(default=())
     num_outcomes: int = 0
+    confidence: float = 0.0
+    queue_s: float = 0.0
     measured: Mapping[str, MeasuredRate] = field(default_factory=dict)
 
     def traversal_s(self, num_nodes: float) -> float:

@@ -103,6 +103,8 @@ class Tracker:
     def __init__(self) -> None:
         self._stages: list[LineFit] = []
         self._links_s = 0.0
+        self._beyond_stages_s = 0.0
+        self._confidence = _PRIOR_HAZARDS[0]
         self._draft_step_s = 0.0
         self._num_draft_steps = 0
         self._hits_by_rank = [0.0] * len(_PRIOR_HAZARDS)
@@ -116,11 +118,12 @@ class Tracker:
         """Take in the first verdict of a window of `num_nodes`, `traversal_s` after it was sent."""
         if len(stage_s) != len(self._stages):
             self._stages = [LineFit() for _ in stage_s]
-            self._links_s = 0.0
+            self._links_s = self._beyond_stages_s = 0.0
         for fit, seconds in zip(self._stages, stage_s, strict=True):
             fit.add(num_nodes, seconds)
         # Windows queue behind each other, so the links are what the quickest recent traversal spent outside the stages.
         links_s = max(0.0, traversal_s - sum(stage_s))
+        self._beyond_stages_s += (1 - _DECAY) * (links_s - self._beyond_stages_s) if self._beyond_stages_s else links_s
         self._links_s = (
             links_s if not self._links_s else min(links_s, self._links_s + (1 - _DECAY) * (links_s - self._links_s))
         )
@@ -142,6 +145,7 @@ class Tracker:
         """
         if logprobs:
             self._calibration.learn(rank, logprobs)
+            self._confidence += (1 - _DECAY) * (math.exp(logprobs[0]) - self._confidence)
         num_tried = max(1, len(logprobs)) if rank is None else rank + 1
         for tried in range(min(num_tried, len(self._tries_by_rank))):
             self._tries_by_rank[tried] = self._tries_by_rank[tried] * _OUTCOME_DECAY + 1
@@ -161,6 +165,8 @@ class Tracker:
             draft_step_s=self._draft_step_s,
             hit_rate_by_rank=self._hit_rates(),
             num_outcomes=self._num_outcomes,
+            confidence=self._confidence,
+            queue_s=max(0.0, self._beyond_stages_s - self._links_s),
             measured={kind: rate.measured(self._num_tokens) for kind, rate in self._rates.items()},
         )
 

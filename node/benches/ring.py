@@ -10,6 +10,7 @@ from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
+from dsd_p2p.sim.answer import RecordedAnswer
 from dsd_p2p.sim.chain import ChainModel, simulate_request
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
@@ -124,7 +125,10 @@ def _simulate(trace: AgreementTrace, chain: ChainModel, texts: list[int], decisi
     num_tokens, seconds = 0, 0.0
     tracker = Tracker()
     for text in texts:
-        request = simulate_request(trace, text, chain, StaticPolicy(decision), tracker, max_tokens)
+        recorded = trace.texts[text]
+        answer = RecordedAnswer(recorded, 1, trace.vocab_size)
+        num_written = min(max_tokens, len(recorded.tokens))
+        request = simulate_request(answer, chain, StaticPolicy(decision), tracker, num_written)
         num_tokens += len(request.tokens) - request.arrivals[0][1]
         seconds += request.arrivals[-1][0] - request.arrivals[0][0]
     return num_tokens / seconds
@@ -144,7 +148,7 @@ def _texts_of_round(trace: AgreementTrace, number: int) -> list[int]:
     for category in CATEGORIES:
         of_category = [index for index, text in enumerate(trace.texts) if text.category == category]
         if not of_category:
-            raise ConfigError(f"the trace has no {category} texts: make one with `dsd bench record`")
+            raise ConfigError(f"the trace has no {category} texts: make one with `dsd sim record`")
         texts.append(of_category[number % len(of_category)])
     return texts
 

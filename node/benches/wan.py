@@ -83,6 +83,8 @@ async def _run_cell(
                         prompt=prompt,
                         max_tokens=config.plain_tokens if name == PLAIN_ARM else None,
                         relaxation=relaxed if name == RELAXED_ARM else None,
+                        # A policy must not profit from what the fixed windows beside it have shown.
+                        experience=name if name in config.policies else "",
                     )
                     stats |= {"problem": problem, "category": category}
                     runs.setdefault(name, ArmRuns()).add(number, stats)

@@ -18,8 +18,6 @@ def run(options: dict[str, object]) -> int:
     match what:
         case "plots":
             return _plots()
-        case "record":
-            return _record(options)
         case _:
             return _measure(what, options)
 
@@ -66,20 +64,6 @@ def _plots() -> int:
 
     for path in draw_plots():
         print(path)
-    return 0
-
-
-def _record(options: dict[str, object]) -> int:
-    from dsd_p2p.sim.trace import write_trace
-    from node.record import record_trace
-
-    file = options.pop("config", None)
-    defaults: dict[str, object] = {"output": "agreement.json.gz"}
-    config = read_config(CalibrateConfig, str(file) if file else None, defaults | options)
-    with ConsoleProgress() as progress:
-        trace = record_trace(config, progress)
-    write_trace(trace, Path(config.output))
-    print(config.output)
     return 0
 
 

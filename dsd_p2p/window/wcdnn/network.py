@@ -1,0 +1,78 @@
+"""The network in numpy: one linear layer in, two residual blocks of SiLU, one linear layer out."""
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.window.catalogue import CATALOGUE
+from dsd_p2p.window.wcdnn.features import NAMES
+
+VERSION = 1
+NUM_BLOCKS = 2
+Array = NDArray[np.float32]
+
+
+class Network:
+    """Rates the windows of the catalogue. weights: by name, as `scripts/train_wcdnn` writes them.
+
+    Raises:
+        ConfigError: made for other features or another catalogue.
+    """
+
+    def __init__(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
+        arms, names = list(map(str, weights["arms"])), list(map(str, weights["features"]))
+        if int(weights["version"]) != VERSION or arms != list(CATALOGUE) or names != list(NAMES):
+            raise ConfigError(
+                "the weights of the window policy are of another version: train them with scripts/train_wcdnn"
+            )
+        self._mean, self._scale = _array(weights["mean"]), _array(weights["scale"])
+        self._first = _array(weights["first.weight"]).T.copy(), _array(weights["first.bias"])
+        self._blocks = [
+            tuple(
+                (
+                    _array(weights[f"blocks.{block}.{layer}.weight"]).T.copy(),
+                    _array(weights[f"blocks.{block}.{layer}.bias"]),
+                )
+                for layer in ("inner", "outer")
+            )
+            for block in range(NUM_BLOCKS)
+        ]
+        self._last = _array(weights["last.weight"]).T.copy(), _array(weights["last.bias"])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Network":
+        """Return the network in the bytes of an `.npz` file.
+
+        Raises:
+            ConfigError: it is none, or of another version.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as weights:
+                return cls({name: weights[name] for name in weights.files})
+        except (OSError, ValueError, KeyError) as exc:
+            raise ConfigError(f"weights of the window policy: {exc}; train them with scripts/train_wcdnn") from exc
+
+    def rate(self, features: Array) -> Array:
+        """Return for each window of the catalogue the logarithm of its speed over plain decoding's: float32 `[arms]`."""
+        hidden = _silu(_linear((features - self._mean) / self._scale, self._first))
+        for inner, outer in self._blocks:
+            hidden = hidden + _linear(_silu(_linear(hidden, inner)), outer)
+        return _linear(_silu(hidden), self._last)
+
+
+def _linear(values: Array, layer: tuple[Array, Array]) -> Array:
+    weight, bias = layer
+    result: Array = values @ weight + bias
+    return result
+
+
+def _silu(values: Array) -> Array:
+    result: Array = values / (1 + np.exp(-values))
+    return result
+
+
+def _array(values: NDArray[np.generic]) -> Array:
+    return np.ascontiguousarray(values, np.float32)

@@ -1,0 +1,336 @@
+"""Fits the simulator to a measured run and predicts others (`dsd sim compare`).
+
+The first cell of a `dsd bench wan --record` receipt gives the service times: seconds of a layer's pass by number of positions, what
+the tail adds, draft steps, what a hop costs beyond its link. They are read from the arms in which one process works at a time. What
+several at once are worth on the machine's cores, and what a draft step over many stems costs, is what makes all arms of that cell
+come out best. The other cells, with other links and numbers of stages, are held out: nothing of them is used but their description
+and the texts.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from dsd_p2p import units
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.sim.answer import RecordedAnswer
+from dsd_p2p.sim.chain import ChainModel, SimulatedRequest, simulate_request
+from dsd_p2p.sim.service import PassCost
+from dsd_p2p.sim.trace import RecordedText
+from dsd_p2p.window.base import Decision
+from dsd_p2p.window.static import StaticPolicy, sync_chain
+from dsd_p2p.window.tracker import Tracker
+
+_VOCAB_SIZE = 1 << 31
+_KNOBS: Mapping[str, tuple[float, ...]] = MappingProxyType(
+    {
+        "worth": (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0),
+        "coordinator_share": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
+        "handled_share": (0.0, 0.5, 1.0, 1.5, 2.0),
+        "draft_weight": (1.0, 2.0, 4.0),
+        "many_stems": (0.0, 0.8, 1.0, 1.2, 1.4),
+    }
+)
+"""What cannot be read off a receipt, and the values it may have; `_adjusted` says what they do."""
+
+_ROUNDS = 3
+
+
+class MeasuredRun(msgspec.Struct):
+    """One answer of one arm, as receipts keep it."""
+
+    problem: str
+    decision: Decision
+    num_prompt_tokens: int
+    num_tokens: int
+    num_later_tokens: int
+    later_s: float
+    ttft_s: float
+    mean_stage_s: list[float]
+    mean_draft_step_s: float
+    counts: dict[str, Any]
+
+
+class MeasuredCell(msgspec.Struct):
+    """One cell of a receipt: a model on a number of stages over one kind of link."""
+
+    model: str
+    stages: int
+    link: str
+    runs: dict[str, list[MeasuredRun]]
+    recorded: dict[str, RecordedText] | None = None
+
+    @property
+    def link_s(self) -> float:
+        """One-way latency."""
+        return units.seconds(self.link)
+
+
+class _Results(msgspec.Struct):
+    cells: list[MeasuredCell]
+
+
+class _Machine(msgspec.Struct):
+    cores: int
+
+
+class MeasuredReceipt(msgspec.Struct):
+    """What is read of a receipt."""
+
+    benchmark: str
+    machine: _Machine
+    results: _Results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One arm of one cell. Speeds in tokens a second, ttft in seconds."""
+
+    stages: int
+    link: str
+    arm: str
+    is_held_out: bool
+    measured: float
+    predicted: float
+    measured_ttft_s: float
+    predicted_ttft_s: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less one."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def ttft_error(self) -> float:
+        """The same of the time to the first token."""
+        return self.predicted_ttft_s / self.measured_ttft_s - 1
+
+
+def compare(paths: Sequence[Path]) -> list[Comparison]:
+    """Return every arm of every cell of the receipts that can be compared.
+
+    Raises:
+        ConfigError: none can.
+    """
+    comparisons = [each for path in paths for each in _compare_receipt(path)]
+    if not comparisons:
+        names = ", ".join(map(str, paths))
+        raise ConfigError(f"no receipt of `dsd bench wan --arms … --record` among {names}")
+    return comparisons
+
+
+def _compare_receipt(path: Path) -> Iterator[Comparison]:
+    try:
+        receipt = msgspec.json.decode(path.read_bytes(), type=MeasuredReceipt)
+    except (OSError, msgspec.DecodeError):
+        return
+    cells = [cell for cell in receipt.results.cells if cell.recorded]
+    if receipt.benchmark != "wan" or not cells:
+        return
+    profile = fit(cells[0], receipt.machine.cores)
+    for cell in cells:
+        for arm, (speed, ttft_s) in predict(profile, cell).items():
+            runs = cell.runs[arm]
+            yield Comparison(
+                stages=cell.stages,
+                link=cell.link,
+                arm=arm,
+                is_held_out=cell is not cells[0],
+                measured=measured_speed(runs),
+                predicted=speed,
+                measured_ttft_s=median(run.ttft_s for run in runs),
+                predicted_ttft_s=ttft_s,
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Service times of one machine and model.
+
+    layer: one layer's pass. tail: what the tail's pass takes more. draft: one step. hop_s: of each link, beyond its latency.
+    handled_share: of that, what is work at the stage behind the link. draft_weight: of a draft against a pass.
+    coordinator_share: by how much of it a message delays the next draft.
+    cores: that all stages and the drafter share; they share memory too, so that it is less than is printed on the box.
+    """
+
+    num_layers: int
+    layer: PassCost
+    tail: PassCost
+    draft: PassCost
+    hop_s: float
+    handled_share: float
+    coordinator_share: float
+    draft_weight: float
+    cores: float
+
+    def chain(self, num_stages: int, link_s: float) -> ChainModel:
+        """Return a chain of so many stages with even spans."""
+        spans = even_spans(self.num_layers, num_stages)
+        stages = [self.layer.scaled(last - first) for first, last in spans]
+        stages[-1] = _sum(stages[-1], self.tail)
+        return ChainModel(
+            stages=tuple(stages),
+            link=LinkModel(latency_s=link_s + self.hop_s * max(0.0, 1 - self.handled_share)),
+            draft=self.draft,
+            cores=self.cores,
+            draft_weight=self.draft_weight,
+            handling_s=self.hop_s * self.handled_share,
+            coordinator_s=self.hop_s * self.coordinator_share,
+        )
+
+
+def fit(cell: MeasuredCell, cores: int) -> Profile:
+    """Return the service times that a cell shows; its knobs are turned one after the other, as long as that helps."""
+    measured = _measured(cell, cores)
+    many = max(run.decision.expand_nodes for runs in cell.runs.values() for run in runs)
+    knobs = {"worth": 0.8, "coordinator_share": 1.0, "handled_share": 0.0, "draft_weight": 1.0, "many_stems": 0.0}
+
+    def misfit(changed: dict[str, float]) -> float:
+        predicted = predict(_adjusted(measured, many, changed), cell)
+        return sum(math.log(speed / measured_speed(cell.runs[arm])) ** 2 for arm, (speed, _) in predicted.items())
+
+    for _ in range(_ROUNDS):
+        before = dict(knobs)
+        for name, values in _KNOBS.items():
+            knobs[name] = min(values, key=lambda value: misfit({**knobs, name: value}))
+        if knobs == before:
+            break
+    return _with_prefill(_adjusted(measured, many, knobs), cell)
+
+
+def _adjusted(profile: Profile, many: int, knobs: Mapping[str, float]) -> Profile:
+    return replace(
+        profile,
+        handled_share=knobs["handled_share"],
+        coordinator_share=knobs["coordinator_share"],
+        draft_weight=knobs["draft_weight"],
+        cores=profile.cores * knobs["worth"],
+        draft=_bent(profile.draft, many, knobs["many_stems"]),
+    )
+
+
+def _bent(draft: PassCost, num_stems: int, factor: float) -> PassCost:
+    """The curve with another point: so many stems cost `factor` times what the line through the others promises."""
+    if num_stems <= draft.nodes[-1]:
+        return draft
+    seconds = max(draft.seconds[-1], factor * draft.at(num_stems))
+    return PassCost(nodes=(*draft.nodes, num_stems), seconds=(*draft.seconds, seconds))
+
+
+def _with_prefill(profile: Profile, cell: MeasuredCell) -> Profile:
+    """Stretch the curve past what windows have, so that the first token comes when it came in plain decoding."""
+    arm, plain = next((arm, runs) for arm, runs in cell.runs.items() if runs[0].decision.depth == 0)
+    links_s = (cell.stages + 1) * (cell.link_s + profile.hop_s)
+    wanted_s = median(run.ttft_s for run in plain) - links_s
+    factor = wanted_s / (predict(profile, cell)[arm][1] - links_s)
+    nodes, largest = profile.layer.nodes, max(run.decision.window_nodes for runs in cell.runs.values() for run in runs)
+    seconds = [s * factor if n > largest else s for n, s in zip(nodes, profile.layer.seconds, strict=True)]
+    return replace(profile, layer=PassCost(nodes=nodes, seconds=tuple(itertools.accumulate(seconds, max))))
+
+
+def _misfit(profile: Profile, cell: MeasuredCell) -> float:
+    return sum(
+        math.log(speed / measured_speed(cell.runs[arm])) ** 2 for arm, (speed, _) in predict(profile, cell).items()
+    )
+
+
+def measured_speed(runs: Sequence[MeasuredRun]) -> float:
+    """Return tokens a second of one arm: all its tokens over all their time."""
+    return sum(run.num_later_tokens for run in runs) / sum(run.later_s for run in runs)
+
+
+def _measured(cell: MeasuredCell, cores: int, num_layers: int = 30) -> Profile:
+    """What the arms show in which one process works at a time."""
+    spans = even_spans(num_layers, cell.stages)
+    layers = [last - first for first, last in spans]
+    layer_points: dict[int, list[float]] = {}
+    tail_points: dict[int, list[float]] = {}
+    draft_points: dict[int, list[float]] = {}
+    for runs in cell.runs.values():
+        for run in runs:
+            if run.decision.max_in_flight > 1:
+                continue
+            # The windows after the prompt's: the root and what was drafted below it.
+            size = max(1, run.decision.window_nodes)
+            per_layer = [seconds / count for seconds, count in zip(run.mean_stage_s, layers, strict=True)]
+            shared = mean(per_layer[:-1]) if len(per_layer) > 1 else per_layer[0]
+            layer_points.setdefault(size, []).append(shared)
+            tail_points.setdefault(size, []).append(max(0.0, run.mean_stage_s[-1] - shared * layers[-1]))
+            if run.mean_draft_step_s:
+                draft_points.setdefault(run.decision.expand_nodes, []).append(run.mean_draft_step_s)
+    plain = next(runs for runs in cell.runs.values() if runs[0].decision.depth == 0)
+    traversal_s = 1 / measured_speed(plain)
+    stages_s = mean(sum(run.mean_stage_s) for run in plain)
+    num_links = cell.stages + 1
+    hop_s = max(0.0, (traversal_s - stages_s) / num_links - cell.link_s)
+    # The first verdict comes after all of the prompt but its last token, and then that one at the tail.
+    for run in plain:
+        prefill_s = run.ttft_s - num_links * (cell.link_s + hop_s) - run.mean_stage_s[-1]
+        layer_points.setdefault(run.num_prompt_tokens - 1, []).append(max(0.0, prefill_s) / num_layers)
+    layer = _curve(layer_points)
+    return Profile(
+        num_layers=num_layers,
+        layer=layer,
+        tail=_curve(tail_points),
+        draft=_curve(draft_points),
+        hop_s=hop_s,
+        handled_share=0.0,
+        coordinator_share=0.0,
+        draft_weight=1.0,
+        cores=cores,
+    )
+
+
+def predict(profile: Profile, cell: MeasuredCell) -> dict[str, tuple[float, float]]:
+    """Return tokens a second and seconds to the first token of each arm of the cell, its own measurements unseen."""
+    assert cell.recorded is not None
+    chain = profile.chain(cell.stages, cell.link_s)
+    tracker = Tracker()
+    first = next(iter(cell.recorded.values()))
+    simulate_request(RecordedAnswer(first, 1, _VOCAB_SIZE), chain, StaticPolicy(sync_chain(8)), tracker, 24)
+    results: dict[str, list[SimulatedRequest]] = {arm: [] for arm in cell.runs}
+    num_runs = max(len(runs) for runs in cell.runs.values())
+    for number in range(num_runs):
+        for arm, runs in cell.runs.items():
+            run = runs[number]
+            results[arm].append(
+                simulate_request(
+                    RecordedAnswer(cell.recorded[run.problem], run.num_prompt_tokens, _VOCAB_SIZE),
+                    chain,
+                    StaticPolicy(run.decision),
+                    tracker,
+                    run.num_tokens,
+                    num_prompt_tokens=run.num_prompt_tokens,
+                )
+            )
+    return {
+        arm: (_speed(requests), median(each.arrivals[0][0] for each in requests)) for arm, requests in results.items()
+    }
+
+
+def _speed(requests: Sequence[SimulatedRequest]) -> float:
+    num_tokens = sum(len(request.tokens) - request.arrivals[0][1] for request in requests)
+    return num_tokens / sum(request.arrivals[-1][0] - request.arrivals[0][0] for request in requests)
+
+
+def _curve(points: dict[int, list[float]]) -> PassCost:
+    """The medians by number of positions; a larger pass never takes less."""
+    nodes = tuple(sorted(points))
+    seconds: list[float] = []
+    for count in nodes:
+        seconds.append(max([median(points[count]), *seconds[-1:]]))
+    return PassCost(nodes=nodes, seconds=tuple(seconds))
+
+
+def _sum(a: PassCost, b: PassCost) -> PassCost:
+    nodes = tuple(sorted({*a.nodes, *b.nodes}))
+    return PassCost(nodes=nodes, seconds=tuple(a.at(n) + b.at(n) for n in nodes))
