@@ -47,7 +47,7 @@ class Sample:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sweep, train, write the weights; returns the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/train_wcdnn", description=__doc__)
-    parser.add_argument("--scenarios", type=int, default=2400)
+    parser.add_argument("--scenarios", type=int, default=2100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -120,7 +120,9 @@ def _random_chain(rng: random.Random) -> ChainModel:
         stages=stages,
         link=LinkModel(latency_s=_log_uniform(rng, 0.0005, 0.12)),
         draft=PassCost.line(draft_s, draft_s * rng.choice((0.0, 0.05, 0.3)) * rng.random()),
-        cores=float(rng.choice((0, 0, 0, 1, 2, 2, 4))),
+        cores=rng.choice((0.0, 0.0, 0.0, 1.0, rng.uniform(1, 2), rng.uniform(1, 2), 4.0)),
+        handling_s=rng.choice((0.0, 0.003)) * rng.random(),
+        coordinator_s=rng.choice((0.0, 0.003)) * rng.random(),
     )
 
 

@@ -205,8 +205,13 @@ async def test_live_and_simulated_runs_send_the_same_windows_and_verdicts(decisi
     monkeypatch.setattr(RequestRun, "verdict", spy_verdict)
     request = simulate_request(answer, chain, StaticPolicy(decision), tracker, 60)
     assert request.tokens == tokens == list(trace.texts[text].tokens[:60])
-    for kind in ("Window", "Verdict"):
-        assert [each for each in simulated if each[0] == kind] == [each for each in sent if each[0] == kind]
+    live_windows, sim_windows = ([each for each in log if each[0] == "Window"] for log in (sent, simulated))
+    live_verdicts, sim_verdicts = ([each for each in log if each[0] == "Verdict"] for log in (sent, simulated))
+    assert sim_verdicts == live_verdicts
+    # The last window may leave at the very moment at which the last verdict makes it useless.
+    assert abs(len(sim_windows) - len(live_windows)) <= 1
+    shorter = min(len(sim_windows), len(live_windows))
+    assert sim_windows[:shorter] == live_windows[:shorter]
 
 
 # Laws

@@ -22,7 +22,8 @@ _DEADLINE_S = 3600.0
 class ChainModel:
     """What the chain costs, seconds.
 
-    stages: one pass of each. link: one direction of each of the `len(stages) + 1` links, all alike. draft: one step over n stems.
+    stages: one pass of each. draft: one step over n stems. link: one direction of each of the `len(stages) + 1` links, all alike.
+    up: the link to the head, where it differs.
     hidden_bytes: of one position between stages. cores: that stages and drafter share; 0 is a machine for each.
     draft_weight: of the drafter among those who share cores; a stage weighs 1. handling_s: of each stage, beside each pass.
     coordinator_s: of the coordinator for each message, at the cost of its drafts.
@@ -30,6 +31,7 @@ class ChainModel:
 
     stages: tuple[PassCost, ...]
     link: LinkModel
+    up: LinkModel | None = None
     draft: PassCost
     hidden_bytes: int = 0
     cores: float = 0.0
@@ -85,7 +87,7 @@ def simulate_request(
     target = Target("sim", models, clock, processors, rng)
     hop = Hop(peer="sim", address="", span=Span(0, 1))
     route = Route(hops=(hop,) * len(chain.stages), coordinator=hop, model_digest="", dtype="")
-    path = Path(target, LinkState(chain.link), LinkState(chain.link), route)
+    path = Path(target, LinkState(chain.up or chain.link), LinkState(chain.link), route)
     request = Request(
         session=SessionId(bytes(8)),
         prompt=[0] * num_prompt_tokens,

@@ -6,12 +6,19 @@ from typing import Any
 import simpy
 from simpy.events import NORMAL, Event
 
+_LAST = NORMAL + 1
+
 
 class _Call(Event):  # type: ignore[misc]
     """An event that calls something when its time has come."""
 
     def __init__(
-        self, env: simpy.Environment, delay_s: float, action: Callable[..., object], arguments: tuple[Any, ...]
+        self,
+        env: simpy.Environment,
+        delay_s: float,
+        priority: int,
+        action: Callable[..., object],
+        arguments: tuple[Any, ...],
     ) -> None:
         # What simpy.Timeout does, without its value and its argument checks.
         self.env = env
@@ -20,14 +27,14 @@ class _Call(Event):  # type: ignore[misc]
         self._ok = True
         self._defused = False
         self._action, self._arguments = action, arguments
-        env.schedule(self, NORMAL, delay_s)
+        env.schedule(self, priority, delay_s)
 
     def _run(self, _event: Event) -> None:
         self._action(*self._arguments)
 
 
 class Clock:
-    """Calls things later. Events of one moment happen in the order in which they were asked for."""
+    """Calls things later. Events of one moment happen in the order in which they were asked for, deadlines after all others."""
 
     def __init__(self) -> None:
         self._env = simpy.Environment()
@@ -40,10 +47,19 @@ class Clock:
 
     def after(self, delay_s: float, action: Callable[..., object], *arguments: Any) -> None:
         """Call `action` with `arguments` in `delay_s` seconds, 0 or more."""
+        self._schedule(delay_s, NORMAL, action, arguments)
+
+    def deadline(self, delay_s: float, action: Callable[..., object], *arguments: Any) -> None:
+        """The same for something that only counts if nothing else happens at that moment."""
+        self._schedule(delay_s, _LAST, action, arguments)
+
+    def _schedule(
+        self, delay_s: float, priority: int, action: Callable[..., object], arguments: tuple[Any, ...]
+    ) -> None:
         if not delay_s >= 0:
             raise ValueError(f"an event {-delay_s} s in the past")
         self.num_events += 1
-        _Call(self._env, delay_s, action, arguments)
+        _Call(self._env, delay_s, priority, action, arguments)
 
     def run(self, until_s: float) -> None:
         """Go on until there is nothing left to do or it is `until_s`."""

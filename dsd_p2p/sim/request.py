@@ -276,7 +276,7 @@ class RequestRun:
         due_s = self.machine.deadline_s
         if due_s < self._timer_s and not self.machine.is_finished:
             self._timer_s = due_s
-            self._clock.after(max(0.0, due_s - self._clock.now_s), self._wake, due_s)
+            self._clock.deadline(max(0.0, due_s - self._clock.now_s), self._wake, due_s)
 
     def _wake(self, due_s: float) -> None:
         if due_s != self._timer_s:

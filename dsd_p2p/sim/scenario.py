@@ -261,26 +261,25 @@ def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
     """
     tables = msgspec.to_builtins(scenario, enc_hook=float)
     for dotted, value in changes.items():
-        *parents, last = dotted.split(".")
-        table: Any = tables
-        for parent in parents:
-            table = (
-                table[int(parent)]
-                if isinstance(table, list | tuple) and parent.isdecimal()
-                else _child(table, parent, dotted)
-            )
-        if isinstance(table, list | tuple):
-            for each in table:
-                each[last] = value
-        else:
-            table[last] = value
+        _set(tables, dotted.split("."), value, dotted)
     return _convert(tables, "", "scenario")
 
 
-def _child(table: Any, name: str, dotted: str) -> Any:
-    if not isinstance(table, dict) or name not in table:
+def _set(table: Any, names: list[str], value: Any, dotted: str) -> None:
+    """Change a field; of a list of tables the one whose number comes next, or all of them."""
+    name, *rest = names
+    if isinstance(table, list | tuple):
+        if name.isdecimal() and int(name) < len(table) and rest:
+            _set(table[int(name)], rest, value, dotted)
+            return
+        for each in table:
+            _set(each, names, value, dotted)
+    elif not rest:
+        table[name] = value
+    elif isinstance(table.get(name), dict | list | tuple):
+        _set(table[name], rest, value, dotted)
+    else:
         raise ConfigError(f"scenario has no {dotted}")
-    return table[name]
 
 
 def _convert(tables: dict[str, Any], text: str, name: str) -> Scenario:

@@ -186,7 +186,6 @@ class Stage:
         return True
 
     def _done(self, batch: list[Flight], share: float, started_s: float) -> None:
-        self._is_busy = False
         seconds = self._clock.now_s - started_s
         self.busy_s += seconds
         self.num_served += len(batch)
@@ -195,6 +194,11 @@ class Stage:
         for flight in batch:
             flight.stage_s.append(seconds * share)
             self._onward(flight)
+        # What arrives at this very moment is in time for the next pass.
+        self._clock.deadline(0.0, self._go_on)
+
+    def _go_on(self) -> None:
+        self._is_busy = False
         if self._queue:
             self._start()
 

@@ -107,17 +107,18 @@ class AnalyticPolicy:
 
 
 def _expected(decision: Decision, observation: Observation) -> float:
-    return corrected(decision, predicted_tokens_per_s(decision, observation), observation)
+    """The promise, scaled by how its mode kept promises, and pulled towards what these very windows wrote lately."""
+    promise = predicted_tokens_per_s(decision, observation) * _kept_share(decision.mode, observation)
+    return pulled(decision, promise, observation)
 
 
-def corrected(decision: Decision, promise: float, observation: Observation) -> float:
-    """Return a promise in tokens/s, scaled by how its mode kept promises, pulled towards what these very windows wrote lately."""
+def pulled(decision: Decision, promise: float, observation: Observation) -> float:
+    """Return a promise in tokens/s, pulled towards what these very windows wrote lately."""
     measured = observation.measured.get(decision.kind)
-    trust = _trust(measured) if measured else 0.0
-    promise *= _kept_share(decision.mode, observation)
     if measured is None:
         return promise
-    return math.exp((1 - trust) * math.log(promise) + trust * math.log(max(measured.tokens_per_s, 1e-9)))
+    share = trust(measured)
+    return math.exp((1 - share) * math.log(promise) + share * math.log(max(measured.tokens_per_s, 1e-9)))
 
 
 class Trials:
@@ -166,7 +167,8 @@ def _num_tokens(observation: Observation) -> int:
     return sum(rate.num_tokens for rate in observation.measured.values())
 
 
-def _trust(measured: MeasuredRate) -> float:
+def trust(measured: MeasuredRate) -> float:
+    """Return how much a measured rate counts against a promise, 0 to 1: more with its tokens, less with those of others since."""
     if measured.num_tokens < _TRIAL_TOKENS:
         return 0.0
     return min(1.0, measured.num_tokens / (4 * _TRIAL_TOKENS)) * _FORGETTING**measured.num_tokens_since
@@ -179,5 +181,5 @@ def _kept_share(mode: Mode, observation: Observation) -> float:
     for measured in sorted(observation.measured.values(), key=lambda each: each.num_tokens_since):
         if measured.decision.mode is mode:
             ratio = measured.tokens_per_s / predicted_tokens_per_s(measured.decision, observation)
-            return math.pow(max(0.3, min(1.5, ratio)), _trust(measured))
+            return math.pow(max(0.3, min(1.5, ratio)), trust(measured))
     return 1.0

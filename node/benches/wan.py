@@ -73,6 +73,8 @@ async def _run_cell(
         for policy in (StaticPolicy(sync_chain(_PAPER_DEPTH)), _tree(config)):
             await client.write(policy, prompt=prompts[0][0][1], max_tokens=24)
         arms = _arms(config, client.engine.observe())
+        for name in config.policies:
+            await client.write(arms[name], prompt=prompts[0][0][1], experience=name)
         names = [*arms, RELAXED_ARM] if relaxed else list(arms)
         for number in range(rounds):
             for category, group in zip(problems, prompts, strict=True):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd_p2p.window.analytic import Trials, corrected, predicted_tokens_per_s
+from dsd_p2p.window.analytic import Trials, predicted_tokens_per_s, pulled, trust
 from dsd_p2p.window.base import Decision, Mode, Observation
 from dsd_p2p.window.catalogue import CATALOGUE
 from dsd_p2p.window.static import PLAIN
@@ -19,10 +19,10 @@ _SMOOTHING = 0.4
 _SWITCH_AFTER = 2
 """Decisions in a row that must want another mode before it is taken (arXiv:2511.21669)."""
 
-_KEEP_MARGIN = 0.05
+_KEEP_MARGIN = 1.1
 """How much better another window must promise to be: smaller differences are noise."""
 
-_GUARD = math.log(3.0)
+_GUARD = math.log(1.5)
 """A rating further than this from the latency model's is cut: far from what it was trained on a network errs without limit."""
 
 
@@ -52,43 +52,51 @@ class AwcPolicy:
         if (running := self._trials.running(observation)) is not None:
             return running
         newest = self._network.rate(features(observation, self._current))
+        is_first = self._ratings is None
         steadied = newest if self._ratings is None else _SMOOTHING * newest + (1 - _SMOOTHING) * self._ratings
         self._ratings = steadied
-        plain_rate = predicted_tokens_per_s(PLAIN, observation)
-        rated = [
-            (
-                math.log(
-                    corrected(decision, self._promise(steadied[index], decision, plain_rate, observation), observation)
-                ),
-                decision,
-            )
-            for index, decision in self._arms
-        ]
-        best_rate, best = max(rated, key=lambda pair: pair[0])
-        current_rate = next((rate for rate, decision in rated if decision.kind == self._current.kind), -math.inf)
-        is_first = self._ratings is newest
-        if best.kind != self._current.kind and not is_first and not self._is_worth_it(best, best_rate - current_rate):
-            best, best_rate = self._current, current_rate
-        rates = {decision.kind: math.exp(rate) for rate, decision in rated}
+        rates = self._rates(steadied, observation)
+        best = max((decision for _, decision in self._arms), key=lambda decision: rates[decision.kind])
+        if best.kind != self._current.kind and not is_first and not self._is_worth_it(best, rates):
+            best = self._current
         trial = self._trials.next(best, rates, observation, [decision for _, decision in self._arms])
-        if trial is not None:
-            self._current = trial
-            return trial
-        self._current = replace(
-            best, reason=f"{math.exp(best_rate):.1f} tokens/s expected, plain {rates[PLAIN.kind]:.1f}"
-        )
+        if trial is not None or best.kind != self._current.kind:
+            reason = f"{rates[best.kind]:.1f} tokens/s expected, plain {rates[PLAIN.kind]:.1f}"
+            self._current = trial or replace(best, reason=reason)
         return self._current
 
-    def _promise(self, rating: float, decision: Decision, plain_rate: float, observation: Observation) -> float:
-        if decision.mode is Mode.PLAIN:
-            return plain_rate
-        modelled = math.log(predicted_tokens_per_s(decision, observation) / plain_rate)
-        return plain_rate * math.exp(max(modelled - _GUARD, min(modelled + _GUARD, float(rating))))
+    def _rates(self, ratings: NDArray[np.float32], observation: Observation) -> dict[str, float]:
+        """Expected tokens/s by `Decision.kind`.
 
-    def _is_worth_it(self, best: Decision, lead: float) -> bool:
+        The ratings are relative; what they are relative to is known best from the window at work: stages that share their cores
+        with others take longer while all of them are busy, so plain decoding cannot be told from the stages' times then.
+        """
+        plain_s = observation.traversal_s(1)
+        guarded = {
+            decision.kind: self._guarded(decision, float(ratings[index]), plain_s, observation)
+            for index, decision in self._arms
+        }
+        log_plain = -math.log(plain_s)
+        measured = observation.measured.get(self._current.kind)
+        if measured is not None:
+            implied = math.log(max(measured.tokens_per_s, 1e-9)) - guarded[self._current.kind]
+            log_plain += trust(measured) * (implied - log_plain)
+        return {
+            decision.kind: pulled(decision, math.exp(log_plain + guarded[decision.kind]), observation)
+            for _, decision in self._arms
+        }
+
+    def _guarded(self, decision: Decision, rating: float, plain_s: float, observation: Observation) -> float:
+        """The mean of the network's rating and the latency model's, both over plain decoding."""
+        if decision.mode is Mode.PLAIN:
+            return 0.0
+        modelled = math.log(predicted_tokens_per_s(decision, observation) * plain_s)
+        return (max(modelled - _GUARD, min(modelled + _GUARD, rating)) + modelled) / 2
+
+    def _is_worth_it(self, best: Decision, rates: dict[str, float]) -> bool:
         """True when the lead is more than noise, and another mode was wanted for long enough."""
         if best.mode is not self._wanted_mode:
             self._wanted_mode, self._num_wanted = best.mode, 0
         self._num_wanted += 1
         is_settled = best.mode is self._current.mode or self._num_wanted >= _SWITCH_AFTER
-        return lead > _KEEP_MARGIN and is_settled
+        return rates[best.kind] > _KEEP_MARGIN * rates[self._current.kind] and is_settled
