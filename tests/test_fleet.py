@@ -260,20 +260,20 @@ VARIANTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(changes=VARIANTS)
 def test_invariants_of_any_run(changes):
-    fixed = {"workload.requests": 40, "workload.concurrency": 6, "targets.inner_link": "inner", "churn.down": "1s"}
+    fixed = {"workload.requests": 24, "workload.concurrency": 6, "targets.inner_link": "inner", "churn.down": "1s"}
     scenario = changed(parse_scenario(SCENARIO, "test.toml"), {**fixed, **changes})
     runs = [Fleet(scenario, policy_maker(scenario.speculation), is_recording=True).run() for _ in range(2)]
     run = runs[0]
-    assert len(run.logs) == 40
+    assert len(run.logs) == 24
     assert run.num_leaked == run.num_unfinished == 0
     asked = {log.number: log.num_tokens for log in run.logs if not log.error}
     arrivals = {log.number: sum(size for _, size in log.arrivals) for log in run.logs if not log.error}
     assert asked == arrivals
     assert all(num_tokens >= 1 for num_tokens in asked.values())
-    assert len(asked) == 40 or scenario.churn.up
+    assert len(asked) == 24 or scenario.churn.up
     for log in run.logs:
         times = [log.arrived_s, *(at_s for at_s, _ in log.arrivals or ())]
         assert times == sorted(times)
@@ -427,14 +427,14 @@ def test_a_sweep_is_the_same_on_one_core_and_on_two(capsys):
 @pytest.mark.parametrize(
     ("old", "new", "where", "what"),
     [
-        ("rate = 8", "rate = -8", 18, r"workload\.rate: Expected `float` > 0"),
-        ('latency = "5ms"', 'latency = "5 parsecs"', 4, r"links\.edge\.latency: '5 parsecs': write a number"),
-        ("max_batch = 8", "max_batch = 0", 15, r"targets\[0\]\.max_batch: Expected `int` >= 1"),
-        ("max_batch = 8", "max_batches = 8", 12, r"targets\[0\]: Object contains unknown field `max_batches`"),
+        ("rate = 8", "rate = -8", 17, r"workload\.rate: Expected `float` > 0"),
+        ('latency = "5ms"', 'latency = "5 parsecs"', 4, r"latency: '5 parsecs': write a number"),
+        ("max_batch = 8", "max_batch = 0", 14, r"targets\[0\]\.max_batch: Expected `int` >= 1"),
+        ("max_batch = 8", "max_batches = 8", 11, r"targets\[0\]: Object contains unknown field `max_batches`"),
         ('link = "edge"', 'link = "moon"', 9, r"drafters\.link is 'moon': one of the \[links\], edge, inner"),
-        ("seed = 3", "seed = [3", 3, ""),
-        ("rate = 0.8", "rate = 1.5", 22, r"acceptance\.rate: Expected `float` <= 1"),
-        ("requests = 120", 'requests = 120\narrivals = "trace"', 18, r"workload\.file is missing"),
+        ("seed = 3", "seed = [3", None, r"at line 3"),
+        ("rate = 0.8", "rate = 1.5", 21, r"acceptance\.rate: Expected `float` <= 1"),
+        ("requests = 120", 'requests = 120\narrivals = "trace"', 17, r"workload\.file is missing"),
     ],
 )
 def test_a_bad_scenario_names_file_line_field_and_limit(old, new, where, what, tmp_path):
@@ -442,8 +442,7 @@ def test_a_bad_scenario_names_file_line_field_and_limit(old, new, where, what, t
     file.write_text(SCENARIO.replace(old, new, 1))
     with pytest.raises(ConfigError, match=what) as caught:
         parse_scenario(file.read_text(), str(file))
-    location = f"{file}:{where}:"
-    assert str(caught.value).startswith(location) or (what == "" and str(file) in str(caught.value))
+    assert str(caught.value).startswith(f"{file}:" if where is None else f"{file}:{where}:")
 
 
 def test_a_change_that_does_not_exist_is_named():

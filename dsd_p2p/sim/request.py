@@ -76,6 +76,18 @@ class Router(Protocol):
         ...
 
 
+_KEPT_COUNTS = (
+    "num_windows",
+    "num_nodes_sent",
+    "num_misses",
+    "num_epochs",
+    "num_stale_nodes",
+    "num_drafted_nodes",
+    "num_draft_steps",
+    "num_replays",
+)
+
+
 @dataclass(slots=True, eq=False)
 class RequestLog:
     """What is kept of a request when it is over. Times in seconds since the start of the run; arrivals as (time, tokens)."""
@@ -93,25 +105,13 @@ class RequestLog:
     error: str = ""
     num_switches: int = 0
     decisions: Counter[str] = field(default_factory=Counter)
-    counts: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*_KEPT_COUNTS, "draft_s"), 0.0))
 
     @property
     def tpot_s(self) -> float:
         """Seconds a token after the first arrival."""
         later = self.num_tokens - self.first_size
         return (self.finished_s - self.first_s) / later if later > 0 else math.nan
-
-
-_KEPT_COUNTS = (
-    "num_windows",
-    "num_nodes_sent",
-    "num_misses",
-    "num_epochs",
-    "num_stale_nodes",
-    "num_drafted_nodes",
-    "num_draft_steps",
-    "num_replays",
-)
 
 
 class RequestRun:

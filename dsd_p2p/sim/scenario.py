@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -289,7 +290,8 @@ def _convert(tables: dict[str, Any], text: str, name: str) -> Scenario:
         found = _PATH.search(str(exc))
         field = found[1] if found else ""
         reason = str(exc)[: found.start()] if found else str(exc)
-        where = f"{name}:{_line_of(text, field)}" if text else name
+        quoted = re.search(r"'(.*?)'", reason)
+        where = f"{name}:{_line_of(text, field, quoted[1] if quoted else '')}" if text else name
         raise ConfigError(f"{where}: {field.lstrip('.') or 'scenario'}: {reason}") from exc
 
 
@@ -304,22 +306,26 @@ def _quantity(kind: type, value: Any) -> Any:
         raise ValueError(str(exc)) from exc
 
 
-def _line_of(text: str, path: str) -> int:
-    """The line of a field like `.targets[1].stage.fixed`, or of the nearest table around it."""
-    names = re.findall(r"[^.\[\]]+|\[\d+\]", path)
-    keys = [name for name in names if not name.startswith("[")]
-    wanted_index = next((int(name[1:-1]) for name in names if name.startswith("[") and name != "[...]"), 0)
-    line_found, index = 1, -1
+def _line_of(text: str, path: str, hint: str = "") -> int:
+    """The line of a field like `.targets[1].stage.fixed`, or of the nearest thing around it; of several the one with `hint` in it.
+
+    msgspec writes `[...]` where it does not say which entry of a table it means.
+    """
+    wanted = re.findall(r"[^.\[\]]+|\[[^\]]*\]", path)
+    counts: Counter[str] = Counter()
     table: list[str] = []
+    found: dict[int, list[tuple[int, str]]] = {0: [(1, "")]}
     for number, line in enumerate(text.splitlines(), start=1):
         header = re.match(r"\s*(\[\[?)\s*([\w.-]+)\s*\]\]?", line)
+        key = re.match(r"\s*([\w.-]+)\s*=", line)
         if header:
             table = header[2].split(".")
-            index = index + 1 if header[1] == "[[" and table == keys[: len(table)] else 0
-        key = re.match(r"\s*([\w.-]+)\s*=", line)
-        here = [*table, *(key[1].split(".") if key else [])]
-        is_same_pool = index in (0, wanted_index) if index < 1 else index == wanted_index
-        common = here == keys[: len(here)] and here and is_same_pool
-        if common and len(here) <= len(keys):
-            line_found = number
-    return line_found
+            if header[1] == "[[":
+                table.append(f"[{counts[header[2]]}]")
+                counts[header[2]] += 1
+        here = [*table, *(key[1].split(".") if key else ())]
+        is_around = (header or key) and len(here) <= len(wanted)
+        if is_around and all(w in (h, "[...]") for h, w in zip(here, wanted, strict=False)):
+            found.setdefault(len(here), []).append((number, line))
+    nearest = found[max(found)]
+    return next((number for number, line in nearest if hint and hint in line), nearest[0][0])

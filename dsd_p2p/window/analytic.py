@@ -6,7 +6,7 @@ is what keeps speculation from ever costing more than it gains.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
@@ -108,8 +108,12 @@ class AnalyticPolicy:
 
 def _expected(decision: Decision, observation: Observation) -> float:
     """The promise, scaled by how its mode kept promises, and pulled towards what these very windows wrote lately."""
-    promise = predicted_tokens_per_s(decision, observation) * _kept_share(decision.mode, observation)
-    return pulled(decision, promise, observation)
+
+    def promise(each: Decision) -> float:
+        return predicted_tokens_per_s(each, observation)
+
+    share = kept_share(decision.mode, observation, promise)
+    return pulled(decision, promise(decision) * share, observation)
 
 
 def pulled(decision: Decision, promise: float, observation: Observation) -> float:
@@ -174,12 +178,12 @@ def trust(measured: MeasuredRate) -> float:
     return min(1.0, measured.num_tokens / (4 * _TRIAL_TOKENS)) * _FORGETTING**measured.num_tokens_since
 
 
-def _kept_share(mode: Mode, observation: Observation) -> float:
-    """Measured over promised speed of what the mode wrote lately; 1 where nothing is known."""
+def kept_share(mode: Mode, observation: Observation, promise: Callable[[Decision], float]) -> float:
+    """Return measured over promised speed of what the mode wrote lately; 1 where nothing is known."""
     if mode is Mode.PLAIN:
         return 1.0
     for measured in sorted(observation.measured.values(), key=lambda each: each.num_tokens_since):
         if measured.decision.mode is mode:
-            ratio = measured.tokens_per_s / predicted_tokens_per_s(measured.decision, observation)
+            ratio = measured.tokens_per_s / promise(measured.decision)
             return math.pow(max(0.3, min(1.5, ratio)), trust(measured))
     return 1.0

@@ -70,7 +70,8 @@ def _linear(values: Array, layer: tuple[Array, Array]) -> Array:
 
 
 def _silu(values: Array) -> Array:
-    result: Array = values / (1 + np.exp(-values))
+    # x * sigmoid(x), by a function that does not overflow.
+    result: Array = values * (1 + np.tanh(values / 2)) / 2
     return result
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd_p2p.window.analytic import Trials, predicted_tokens_per_s, pulled, trust
-from dsd_p2p.window.base import Decision, Mode, Observation
+from dsd_p2p.window.analytic import Trials, kept_share, predicted_tokens_per_s, pulled, trust
+from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
 from dsd_p2p.window.catalogue import CATALOGUE
 from dsd_p2p.window.static import PLAIN
 from dsd_p2p.window.wcdnn.features import features
@@ -69,7 +69,7 @@ class AwcPolicy:
         """Expected tokens/s by `Decision.kind`.
 
         The ratings are relative; what they are relative to is known best from the window at work: stages that share their cores
-        with others take longer while all of them are busy, so plain decoding cannot be told from the stages' times then.
+        with others take longer while all of them are busy, so that plain decoding cannot be told from their times then.
         """
         plain_s = observation.traversal_s(1)
         guarded = {
@@ -77,12 +77,19 @@ class AwcPolicy:
             for index, decision in self._arms
         }
         log_plain = -math.log(plain_s)
-        measured = observation.measured.get(self._current.kind)
-        if measured is not None:
+        if (measured := observation.measured.get(self._current.kind)) is not None:
             implied = math.log(max(measured.tokens_per_s, 1e-9)) - guarded[self._current.kind]
             log_plain += trust(measured) * (implied - log_plain)
+
+        def promise(decision: Decision) -> float:
+            return math.exp(log_plain + guarded.get(decision.kind, 0.0))
+
+        # A mode that lost against plain decoding has to be forgotten before it is trusted again.
+        plain = observation.measured.get(PLAIN.kind)
+        has_lost = plain is not None and self._current.mode is Mode.PLAIN and _lost(plain, observation)
+        shares = {mode: min(1.0, kept_share(mode, observation, promise)) if has_lost else 1.0 for mode in Mode}
         return {
-            decision.kind: pulled(decision, math.exp(log_plain + guarded[decision.kind]), observation)
+            decision.kind: pulled(decision, promise(decision) * shares[decision.mode], observation)
             for _, decision in self._arms
         }
 
@@ -100,3 +107,10 @@ class AwcPolicy:
         self._num_wanted += 1
         is_settled = best.mode is self._current.mode or self._num_wanted >= _SWITCH_AFTER
         return rates[best.kind] > _KEEP_MARGIN * rates[self._current.kind] and is_settled
+
+
+def _lost(plain: MeasuredRate, observation: Observation) -> bool:
+    """True when what speculated last was slower than plain decoding."""
+    others = [each for each in observation.measured.values() if each.decision.mode is not Mode.PLAIN]
+    latest = min(others, key=lambda each: each.num_tokens_since, default=None)
+    return latest is not None and latest.tokens_per_s < plain.tokens_per_s

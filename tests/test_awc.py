@@ -1,0 +1,164 @@
+"""The learned window policy: what it sees, what it says, that it changes no token and never costs much."""
+
+import io
+
+import numpy as np
+import pytest
+from test_sim import CHAINS, Perfect, Useless, chain_of, tokens_per_s, write
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.sim.trace import read_trace
+from dsd_p2p.window.base import CostLine, MeasuredRate, Mode, Observation
+from dsd_p2p.window.catalogue import CATALOGUE
+from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
+from dsd_p2p.window.tracker import Tracker
+from dsd_p2p.window.wcdnn import AwcPolicy, Network
+from dsd_p2p.window.wcdnn.features import NAMES, features
+from node.recorded import bundled_trace
+from node.weights import bundled_network
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return read_trace(bundled_trace())
+
+
+def awc(modes=frozenset({Mode.SYNC, Mode.CONTINUOUS})):
+    return AwcPolicy(bundled_network(), modes)
+
+
+def observation(**changes):
+    values = {
+        "stages": (CostLine(fixed_s=0.01, per_node_s=0.0005),) * 3,
+        "links_s": 0.2,
+        "draft_step_s": 0.006,
+        "hit_rate_by_rank": (0.7, 0.1, 0.05, *(0.01,) * 13),
+        "num_outcomes": 100,
+        "confidence": 0.8,
+    }
+    return Observation(**{**values, **changes})
+
+
+def test_features_have_no_units_and_no_surprises():
+    seen = features(observation(), PLAIN)
+    assert seen.shape == (len(NAMES),)
+    assert seen.dtype == np.float32
+    assert np.isfinite(seen).all()
+    # Everything ten times slower: only the first, the logarithm of the traversal, tells.
+    slower = features(
+        observation(stages=(CostLine(fixed_s=0.1, per_node_s=0.005),) * 3, links_s=2.0, draft_step_s=0.06),
+        PLAIN,
+    )
+    assert slower[0] - seen[0] == pytest.approx(np.log(10), abs=1e-4)
+    assert slower[1:] == pytest.approx(seen[1:], abs=1e-5)
+    odd = observation(draft_step_s=0.0, hit_rate_by_rank=(), num_outcomes=0, queue_s=1e9, links_s=0.0)
+    assert np.isfinite(features(odd, sync_chain(12))).all()
+
+
+def test_the_network_is_what_torch_makes_of_its_weights():
+    """The numpy forward against the layers it was trained as."""
+    import torch
+    from torch.nn import functional
+
+    from node.weights import files
+
+    with np.load(io.BytesIO(files("node").joinpath("data/wcdnn.npz").read_bytes())) as weights:
+        inputs = np.random.default_rng(0).normal(size=len(NAMES)).astype(np.float32)
+
+        def linear(values, name):
+            return functional.linear(
+                values, *(torch.from_numpy(weights[f"{name}.{part}"]) for part in ("weight", "bias"))
+            )
+
+        hidden = functional.silu(linear(torch.from_numpy((inputs - weights["mean"]) / weights["scale"]), "first"))
+        for block in range(2):
+            inner = functional.silu(linear(hidden, f"blocks.{block}.inner"))
+            hidden = hidden + linear(inner, f"blocks.{block}.outer")
+        expected = linear(functional.silu(hidden), "last").numpy()
+    rated = bundled_network().rate(inputs)
+    assert rated.shape == (len(CATALOGUE),)
+    assert rated == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("change", ["version", "arms", "features", "junk", "missing"])
+def test_weights_of_another_version_are_refused(change):
+    from node.weights import files
+
+    data = files("node").joinpath("data/wcdnn.npz").read_bytes()
+    with np.load(io.BytesIO(data)) as stored:
+        weights = {name: stored[name] for name in stored.files}
+    match change:
+        case "version":
+            weights["version"] = np.array(99)
+        case "arms" | "features":
+            weights[change] = weights[change][:-1]
+        case "missing":
+            del weights["last.bias"]
+        case _:
+            pass
+    buffer = io.BytesIO()
+    np.savez(buffer, **weights)
+    with pytest.raises(ConfigError, match="train"):
+        Network.from_bytes(b"PK junk" if change == "junk" else buffer.getvalue())
+
+
+@pytest.mark.parametrize("text", [0, 13, 24])
+def test_it_writes_the_recorded_text(trace, text):
+    request = write(trace, text, chain_of(), awc(), Tracker(), 96)
+    assert request.tokens == list(trace.texts[text].tokens[:96])
+
+
+def test_it_keeps_to_the_modes_it_may_choose(trace):
+    for modes in (frozenset({Mode.SYNC}), frozenset({Mode.CONTINUOUS}), frozenset()):
+        policy, seen = awc(modes), set()
+        for hits in (0.1, 0.5, 0.9):
+            for _ in range(4):
+                seen.add(policy.decide(observation(hit_rate_by_rank=(hits, *(0.01,) * 15))).mode)
+        assert seen <= modes | {Mode.PLAIN}
+
+
+def test_another_mode_has_to_be_wanted_twice():
+    policy = awc()
+    plain = observation(measured={PLAIN.kind: MeasuredRate(decision=PLAIN, tokens_per_s=4.0, num_tokens=50)})
+    first = policy.decide(plain)
+    assert first.mode is not Mode.PLAIN
+    # Measured far below plain, which is measured too: it goes back, but not at once.
+    slow = {
+        PLAIN.kind: MeasuredRate(decision=PLAIN, tokens_per_s=4.0, num_tokens=50),
+        **{
+            decision.kind: MeasuredRate(decision=decision, tokens_per_s=0.5, num_tokens=50)
+            for decision in CATALOGUE.values()
+            if decision.mode is not Mode.PLAIN
+        },
+    }
+    modes = [policy.decide(observation(measured=slow)).mode for _ in range(4)]
+    assert modes[0] is first.mode
+    assert modes[-1] is Mode.PLAIN
+
+
+@pytest.mark.parametrize("chain", CHAINS[::3])
+def test_a_useless_drafter_costs_next_to_nothing(trace, chain):
+    plain = tokens_per_s(trace, chain, lambda: StaticPolicy(PLAIN))
+    tracker = Tracker()
+    first = tokens_per_s(trace, chain, awc, texts=(0,), drafts=Useless(), tracker=tracker)
+    later = tokens_per_s(trace, chain, awc, texts=(12, 24, 1, 13), drafts=Useless(), tracker=tracker)
+    assert first >= 0.75 * plain
+    assert later >= 0.97 * plain
+
+
+@pytest.mark.parametrize("chain", CHAINS[::3])
+def test_a_perfect_drafter_is_put_to_use(trace, chain):
+    plain = tokens_per_s(trace, chain, lambda: StaticPolicy(PLAIN))
+    assert tokens_per_s(trace, chain, awc, drafts=Perfect()) >= 0.97 * plain
+
+
+def test_it_is_close_to_the_best_window_of_the_catalogue(trace):
+    """Regret on chains that no scenario of the training has: after one text, against the best fixed window in hindsight."""
+    regrets = []
+    for num_stages, link_s, stage_s in ((2, 0.01, 0.01), (3, 0.05, 0.01), (5, 0.03, 0.02), (4, 0.1, 0.005)):
+        chain = chain_of(num_stages, link_s=link_s, stage_s=stage_s, node_s=stage_s / 20, draft_s=0.012)
+        fixed = [tokens_per_s(trace, chain, lambda d=decision: StaticPolicy(d)) for decision in CATALOGUE.values()]
+        tracker = Tracker()
+        tokens_per_s(trace, chain, awc, texts=(1,), tracker=tracker)
+        regrets.append(1 - tokens_per_s(trace, chain, awc, tracker=tracker) / max(fixed))
+    assert sorted(regrets)[len(regrets) // 2] <= 0.25
