@@ -23,6 +23,7 @@ _COMMAND_MODULES = {
     "demo": "node.commands.demo",
     "calibrate": "node.commands.calibrate",
     "bench": "node.commands.bench",
+    "profile": "node.commands.profile",
     "sim": "node.commands.sim",
 }
 
@@ -215,6 +216,9 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
 
 
 def _add_sim_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    profile = commands.add_parser("profile", help="measure this machine for the simulator")
+    _add_model_flags(profile)
+    profile.add_argument("--stages", type=int, help="of the chain it would be one of (default 3)")
     sim = commands.add_parser("sim", help="what a swarm would do: scenarios in virtual time, with the live core")
     actions = sim.add_subparsers(dest="what", required=True)
     once = actions.add_parser("run", help="simulate a scenario")

@@ -19,7 +19,7 @@ from dsd_p2p.placement.view import WIDE_WINDOW_NODES
 from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import Span
 from dsd_p2p.wire.membership import NodeProfile
-from node.config import ServeFlags
+from node.config import ComputeFlags, ServeFlags
 
 _REPEATS = 9
 _CONTEXT = 64
@@ -69,8 +69,8 @@ def _measure(source: ModelSource, config: ServeFlags, dtype: str) -> _Measured:
         span = Span(0, 1)
     model = SpanModel(source, span, dtype=dtype, device=config.device)
     return _Measured(
-        layer_s=_pass_s(model, 1),
-        layer16_s=_pass_s(model, WIDE_WINDOW_NODES),
+        layer_s=pass_s(model, 1),
+        layer16_s=pass_s(model, WIDE_WINDOW_NODES),
         launch_s=_median_s(lambda: torch.add(_ONE, _ONE)),
         layer_bytes=model.weight_bytes,
     )
@@ -79,8 +79,8 @@ def _measure(source: ModelSource, config: ServeFlags, dtype: str) -> _Measured:
 _ONE = torch.ones(1)
 
 
-def _pass_s(model: SpanModel, num_nodes: int) -> float:
-    """Seconds of a pass over `num_nodes` in a context of some length."""
+def pass_s(model: SpanModel, num_nodes: int) -> float:
+    """Return the median seconds of a pass over `num_nodes` in a context of some length."""
     cache = model.new_cache(_CONTEXT + (_REPEATS + 2) * num_nodes)
     slots = SlotTable()
 
@@ -119,7 +119,7 @@ def _read(file: Path) -> _Measured | None:
 
 def _fingerprint(source: ModelSource, config: ServeFlags, dtype: str) -> str:
     """What a measurement holds for: the processor, the library, the model, the settings."""
-    hardware = [_processor(), torch.__version__, str(torch.get_num_threads()), config.device]
+    hardware = [_processor(), torch.__version__, str(config.threads), config.device]
     if config.device != "cpu" and torch.cuda.is_available():
         hardware.append(torch.cuda.get_device_name())
     return hashlib.sha256("\n".join([*hardware, source.digest(), dtype]).encode()).hexdigest()[:24]
@@ -131,6 +131,11 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def describe_machine(config: ComputeFlags) -> str:
+    """Return processor, library and settings in a line."""
+    return f"{_processor()}, torch {torch.__version__}, {config.device}, {config.threads} thread(s)"
 
 
 def available_bytes() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from swarms import memory_swarm
 
@@ -260,7 +260,7 @@ VARIANTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, phases=(Phase.explicit, Phase.reuse, Phase.generate), deadline=None)
 @given(changes=VARIANTS)
 def test_invariants_of_any_run(changes):
     fixed = {"workload.requests": 24, "workload.concurrency": 6, "targets.inner_link": "inner", "churn.down": "1s"}

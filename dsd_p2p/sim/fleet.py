@@ -36,7 +36,6 @@ class StageReport:
     mean_queue: float
     num_served: int
     num_passes: int
-    num_stale_nodes: int
 
 
 @dataclass(slots=True)
@@ -235,7 +234,6 @@ class Fleet:
             mean_queue=stage.queued_s / duration_s,
             num_served=stage.num_served,
             num_passes=stage.num_passes,
-            num_stale_nodes=stage.num_stale_nodes,
         )
 
     def _next_open(self) -> None:
@@ -291,6 +289,7 @@ class Fleet:
             rng=self._rng["links"],
             log=log,
             deadline_s=self.clock.now_s + scenario.workload.slo_ttft + num_answer_tokens * scenario.workload.slo_tpot,
+            notice_s=scenario.churn.notice,
             is_fusing=speculation.mode != "distributed",
             is_at_target=is_at_target,
             finished=self._finished,
@@ -346,7 +345,8 @@ class Fleet:
             return
         churn = self._scenario.churn
         for session in target.fail():
-            self.clock.after(churn.notice, session.client.lost, PeerDisconnected(f"{target.name} is down"))
+            error = PeerDisconnected(f"{target.name} is down")
+            self.clock.after(churn.notice, session.client.lost, error, session)
         self.clock.after(self._rng["churn"].expovariate(1 / churn.down), self._recover, target)
 
     def _recover(self, target: Target) -> None:

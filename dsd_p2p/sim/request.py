@@ -118,7 +118,7 @@ class RequestRun:
     """Performs a machine's effects.
 
     is_fusing: while the policy decides not to speculate the coordinator sits at the target, and only committed tokens travel.
-    is_at_target: drafter and coordinator sit there from the start.
+    is_at_target: drafter and coordinator sit there from the start. notice_s: until a target that is down is given up.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class RequestRun:
         rng: UniformRng,
         log: RequestLog,
         deadline_s: float,
+        notice_s: float = 0.0,
         is_fusing: bool,
         is_at_target: bool,
         finished: Callable[["RequestRun"], None],
@@ -139,6 +140,7 @@ class RequestRun:
     ) -> None:
         self.machine, self.answer, self.log, self.deadline_s = machine, answer, log, deadline_s
         self._device, self._router, self._clock, self._rng = device, router, clock, rng
+        self._notice_s = notice_s
         self._is_fusing = is_fusing
         self._is_pinned = is_at_target
         self._is_at_target = is_at_target
@@ -147,6 +149,7 @@ class RequestRun:
         self.path: Path | None = None
         self._session: TargetSession | None = None
         self._timer_s = math.inf
+        self._moving: list[Effect] | None = None
 
     def start(self, path: Path) -> None:
         """Begin over a path."""
@@ -167,10 +170,22 @@ class RequestRun:
 
     def _begin(self) -> None:
         self._do(self.machine.start(self._clock.now_s))
+        self._check_up()
+
+    def _check_up(self) -> None:
+        """A target that went down while we were on our way to it is noticed like any other."""
+        assert self.path is not None
+        if not self.path.target.is_up:
+            self._clock.after(
+                self._notice_s, self.lost, PeerDisconnected(f"{self.path.target.name} is down"), self._session
+            )
 
     # What the machine asks for
 
     def _perform(self, effects: Sequence[Effect]) -> None:
+        if self._moving is not None:
+            self._moving.extend(effects)
+            return
         is_wanted_at_target = self._is_pinned or (self._is_fusing and self.machine.decision.mode is Mode.PLAIN)
         if is_wanted_at_target is self._is_at_target or self.machine.is_finished:
             self._do(effects)
@@ -180,7 +195,13 @@ class RequestRun:
         link = self.path.up if is_wanted_at_target else self.path.down
         self._is_at_target = is_wanted_at_target
         self.log.num_switches += 1
-        self._clock.after(self._travel(link, _STATE_BYTES), self._do, effects)
+        self._moving = list(effects)
+        self._clock.after(self._travel(link, _STATE_BYTES), self._moved_in)
+
+    def _moved_in(self) -> None:
+        assert self._moving is not None
+        effects, self._moving = self._moving, None
+        self._do(effects)
 
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -238,10 +259,11 @@ class RequestRun:
         stats = self.machine.stats
         log.counts = {name: getattr(stats, name) for name in _KEPT_COUNTS}
         log.counts["draft_s"] = stats.draft_s
-        if log.num_tokens == 0:
+        if log.num_tokens == 0 or log.error:
             log.finished_s = self._clock.now_s
         self._go_over(None)
-        self._finished(self)
+        # What the target wrote last is still on its way.
+        self._clock.after(max(0.0, log.finished_s - self._clock.now_s), self._finished, self)
 
     # What happens to it
 
@@ -257,8 +279,10 @@ class RequestRun:
         self.log.decisions[f"{decision.mode.value} {decision.depth}"] += 1
         self._perform(self.machine.receive(verdict, self._clock.now_s))
 
-    def lost(self, error: DsdError) -> None:
-        """The target is gone, and we have noticed."""
+    def lost(self, error: DsdError, session: TargetSession) -> None:
+        """The session's target is gone, and we have noticed."""
+        if session is not self._session:
+            return
         self._session = None
         self._do(self.machine.lost(error, self._clock.now_s))
 
@@ -270,6 +294,7 @@ class RequestRun:
             return
         self._go_over(path)
         self._do(self.machine.reopen(path.route, self._clock.now_s))
+        self._check_up()
 
     def _watch(self) -> None:
         """Wake the machine when it wants to be; one timer at a time, set anew when it goes off too early."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from operator import attrgetter
 from typing import Protocol
 
 import msgspec
@@ -49,8 +50,8 @@ class Client(Protocol):
         """Take a verdict in at the tail; it still has to travel."""
         ...
 
-    def lost(self, error: DsdError) -> None:
-        """Its target is gone."""
+    def lost(self, error: DsdError, session: "TargetSession") -> None:
+        """The session's target is gone."""
         ...
 
 
@@ -67,10 +68,11 @@ class TargetSession:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A window on its way."""
+    """A window on its way. number: its place in the order of arrival at the stage."""
 
     session: TargetSession
     window: Window
+    number: int = 0
     queued_at_s: float = 0.0
     live: list[int] | None = None
     stage_s: list[float] = field(default_factory=list)
@@ -112,12 +114,12 @@ class Stage:
         self._onward = onward
         self._queue: deque[Flight] = deque()
         self._is_busy = False
+        self._num_arrived = 0
         self.is_tail = False
         self.busy_s = 0.0
         self.queued_s = 0.0
         self.num_served = 0
         self.num_passes = 0
-        self.num_stale_nodes = 0
         self.log: Callable[[int, float, float, list[Flight]], None] | None = None
 
     @property
@@ -128,6 +130,7 @@ class Stage:
     def put(self, flight: Flight) -> None:
         """Take a window in."""
         flight.queued_at_s = self._clock.now_s
+        flight.number = self._num_arrived = self._num_arrived + 1
         self._queue.append(flight)
         if not self._is_busy:
             self._start()
@@ -153,27 +156,30 @@ class Stage:
         self._processor.run(seconds + handling_s, self._done, batch, share, now_s)
 
     def _take(self) -> list[Flight]:
-        """The windows of the next pass: at most one of a session, because the tail's walk decides what the next one is worth."""
-        if len(self._queue) > 1 and self._model.batching is not Batching.FIFO:
-            self._queue = deque(sorted(self._queue, key=self._order()))
-        batch: list[Flight] = []
-        deferred: list[Flight] = []
-        taken: set[TargetSession] = set()
-        while self._queue and len(batch) < self._model.max_batch:
+        """The windows of the next pass: at most one of a session, its oldest, because what the next is worth depends on it."""
+        heads: dict[TargetSession, Flight] = {}
+        rest: list[Flight] = []
+        is_fifo = self._model.batching is Batching.FIFO
+        while self._queue and not (is_fifo and len(heads) == self._model.max_batch):
             flight = self._queue.popleft()
-            if flight.session in taken:
-                deferred.append(flight)
+            if flight.session in heads:
+                rest.append(flight)
             elif self._is_wanted(flight):
-                batch.append(flight)
-                taken.add(flight.session)
-        self._queue.extendleft(reversed(deferred))
+                heads[flight.session] = flight
+        batch = list(heads.values())
+        if len(batch) > self._model.max_batch:
+            batch.sort(key=self._order(batch[0]))
+            rest += batch[self._model.max_batch :]
+            rest.sort(key=attrgetter("number"))
+            batch = batch[: self._model.max_batch]
+        self._queue.extendleft(reversed(rest))
         return batch
 
-    def _order(self) -> Callable[[Flight], tuple[float, float]]:
+    def _order(self, oldest: Flight) -> Callable[[Flight], tuple[float, int]]:
         if self._model.batching is Batching.DEADLINE:
-            return lambda flight: (flight.session.client.deadline_s, flight.queued_at_s)
-        size = len(min(self._queue, key=lambda flight: flight.queued_at_s).window.tokens)
-        return lambda flight: (abs(len(flight.window.tokens) - size), flight.queued_at_s)
+            return lambda flight: (flight.session.client.deadline_s, flight.number)
+        size = len(oldest.window.tokens)
+        return lambda flight: (abs(len(flight.window.tokens) - size), flight.number)
 
     def _is_wanted(self, flight: Flight) -> bool:
         session, window = flight.session, flight.window
@@ -181,7 +187,6 @@ class Stage:
             return False
         if self.is_tail:
             flight.live = session.walk.live(window)
-            self.num_stale_nodes += len(window.tokens) - len(flight.live)
             return bool(flight.live)
         return True
 

@@ -1,6 +1,7 @@
 """Turns what happens to a request into what a window policy wants to know."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 from dsd_p2p.window.base import CostLine, Decision, MeasuredRate, Observation
@@ -55,21 +56,23 @@ class Calibration:
 
     def apply(self, logprobs: Sequence[float]) -> list[float]:
         """Return the calibrated log probabilities of one node's candidates."""
-        log_mass = math.log(sum(math.exp(self.exponent * value) for value in (*logprobs, _rest(logprobs))))
-        return [self.exponent * value - log_mass for value in logprobs]
+        exponent, exp = self.exponent, math.exp
+        log_mass = math.log(sum([exp(exponent * value) for value in logprobs]) + exp(exponent * _rest(logprobs)))
+        return [exponent * value - log_mass for value in logprobs]
 
     def learn(self, rank: int | None, logprobs: Sequence[float]) -> None:
         """Take in which candidate came true, None for none of them."""
+        exponent, exp = self.exponent, math.exp
         values = (*logprobs, _rest(logprobs))
-        weights = [math.exp(self.exponent * value) for value in values]
-        expected = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+        weights = [exp(exponent * value) for value in values]
+        expected = sum(map(operator.mul, weights, values)) / sum(weights)
         # Bounded: one great surprise must not undo a hundred confirmations.
         step = max(-1.0, min(1.0, values[-1 if rank is None else rank] - expected))
         self.exponent = max(0.5, min(3.0, self.exponent + 0.02 * step))
 
 
 def _rest(logprobs: Sequence[float]) -> float:
-    return math.log(max(1e-4, 1 - sum(math.exp(value) for value in logprobs)))
+    return math.log(max(1e-4, 1 - sum(map(math.exp, logprobs))))
 
 
 class _Rate:
