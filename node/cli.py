@@ -208,9 +208,13 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     attest.add_argument("--stages", type=int, help="number of stages (default 3)")
     attest.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
+    simulator = benchmarks.add_parser("simulator", help="how fast the simulator is, and what it needs")
+    simulator.add_argument("--large", type=int, help="requests of a large run (default: none)")
+    simulator.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
     benchmarks.add_parser("plots", help="draw the receipts in docs/benchmarks")
 
-    for benchmark in (overhead, ring, relaxed, wan, formats, attest):
+    for benchmark in (overhead, ring, relaxed, wan, formats, attest, simulator):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
 

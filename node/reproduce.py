@@ -38,6 +38,7 @@ _POLICIES: dict[str, Change] = {
     "JSQ, AWC": {"speculation.window": "awc", "speculation.mode": "auto"},
 }
 _STATIC, _AWC = "JSQ, γ=4", "JSQ, AWC"
+_EVERYWHERE = (_STATIC, "JSQ, threshold", _AWC)
 _DRAFTERS = (600, 1000)
 _RTT_MS = (10, 30)
 _CROSSOVER_RTT_MS = (5, 20, 40, 50, 60, 80, 120)
@@ -55,14 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/reproduce", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000, help="of each cell of paper B (default 2000)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each cell (the paper: 3)")
+    parser.add_argument("--processes", type=int, default=0, help="default: one a core")
     parser.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
     options = parser.parse_args(arguments)
     before = machine()
     with ConsoleProgress() as progress:
         results: dict[str, object] = {
             "paper_a": paper_a(),
-            "paper_b": _grid(options.requests, options.seeds, progress),
-            "crossover": _crossover(options.requests // 2, progress),
+            "paper_b": _grid(options.requests, options.seeds, options.processes, progress),
+            "crossover": _crossover(options.requests // 2, options.processes, progress),
         }
     if options.receipt:
         write_receipt(options.receipt, "reproduce", results, before, program="scripts/reproduce")
@@ -128,7 +130,7 @@ def _write(num_nodes: int, ratio: float, decision: Decision, num_tokens: int) ->
 # Paper B
 
 
-def _grid(num_requests: int, num_seeds: int, progress: ConsoleProgress) -> list[dict[str, Any]]:
+def _grid(num_requests: int, num_seeds: int, num_processes: int, progress: ConsoleProgress) -> list[dict[str, Any]]:
     scenario = changed(read_scenario(_SCENARIO), {"workload.requests": num_requests})
     cells = [
         (name, count, rtt_ms, policy)
@@ -136,6 +138,8 @@ def _grid(num_requests: int, num_seeds: int, progress: ConsoleProgress) -> list[
         for count in _DRAFTERS
         for rtt_ms in _RTT_MS
         for policy in _POLICIES
+        # The whole stack of policies in one cell, what it comes to in all.
+        if policy in _EVERYWHERE or (name, count, rtt_ms) == ("GSM8K", _DRAFTERS[0], _RTT_MS[0])
     ]
     points: list[Change] = [
         {
@@ -147,7 +151,7 @@ def _grid(num_requests: int, num_seeds: int, progress: ConsoleProgress) -> list[
         }
         for name, count, rtt_ms, policy in cells
     ]
-    reports = [cell.reports for cell in sweep(scenario, points, num_seeds, progress)]
+    reports = [cell.reports for cell in sweep(scenario, points, num_seeds, progress, num_processes)]
     rows: list[dict[str, Any]] = [
         {"workload": name, "drafters": count, "rtt_ms": rtt_ms, "policy": policy, **_numbers(of_cell)}
         for (name, count, rtt_ms, policy), of_cell in zip(cells, reports, strict=True)
@@ -188,7 +192,7 @@ def _numbers(reports: Sequence[Report]) -> dict[str, float]:
     }
 
 
-def _crossover(num_requests: int, progress: ConsoleProgress) -> list[dict[str, Any]]:
+def _crossover(num_requests: int, num_processes: int, progress: ConsoleProgress) -> list[dict[str, Any]]:
     """Distributed against fused over the round trip; single-node targets, and targets of four stages as far apart."""
     base = read_scenario(_SCENARIO)
     points: list[Change] = []
@@ -205,7 +209,7 @@ def _crossover(num_requests: int, progress: ConsoleProgress) -> list[dict[str, A
                         "speculation.mode": mode,
                     }
                 )
-    cells = sweep(base, points, 1, progress)
+    cells = sweep(base, points, 1, progress, num_processes)
     rows = []
     for distributed, fused in zip(cells[::2], cells[1::2], strict=True):
         tpots = [1e3 * cell.reports[0].tpot_s.mean for cell in (distributed, fused)]

@@ -43,6 +43,11 @@ def _measure(what: str, options: dict[str, object]) -> int:
 
             with ConsoleProgress() as progress:
                 results = run_attestation(read_config(GenerateConfig, file, options), rounds, progress)
+        case "simulator":
+            from node.benches.simulator import run_simulator_bench
+
+            with ConsoleProgress() as progress:
+                results = run_simulator_bench(progress, int(str(options.get("large", 0))))
         case "relaxed":
             results = _relaxed(file, options)
         case "wan":
