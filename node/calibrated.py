@@ -68,6 +68,7 @@ class MeasuredCell(msgspec.Struct):
     link: str
     runs: dict[str, list[MeasuredRun]]
     recorded: dict[str, RecordedText] | None = None
+    num_layers: int = 30
 
     @property
     def link_s(self) -> float:
@@ -134,8 +135,11 @@ def _compare_receipt(path: Path) -> Iterator[Comparison]:
     except (OSError, msgspec.DecodeError):
         return
     cells = [cell for cell in receipt.results.cells if cell.recorded]
+    cells = [cell for cell in cells if cell.model == cells[0].model]
     if receipt.benchmark != "wan" or not cells:
         return
+    if not any(runs[0].decision.depth == 0 for runs in cells[0].runs.values()):
+        raise ConfigError(f"{path} has no plain decoding to fit to: make it with dsd bench wan --arms")
     profile = fit(cells[0], receipt.machine.cores)
     for cell in cells:
         for arm, (speed, ttft_s) in predict(profile, cell).items():
@@ -237,19 +241,14 @@ def _with_prefill(profile: Profile, cell: MeasuredCell) -> Profile:
     return replace(profile, layer=PassCost(nodes=nodes, seconds=tuple(itertools.accumulate(seconds, max))))
 
 
-def _misfit(profile: Profile, cell: MeasuredCell) -> float:
-    return sum(
-        math.log(speed / measured_speed(cell.runs[arm])) ** 2 for arm, (speed, _) in predict(profile, cell).items()
-    )
-
-
 def measured_speed(runs: Sequence[MeasuredRun]) -> float:
     """Return tokens a second of one arm: all its tokens over all their time."""
     return sum(run.num_later_tokens for run in runs) / sum(run.later_s for run in runs)
 
 
-def _measured(cell: MeasuredCell, cores: int, num_layers: int = 30) -> Profile:
+def _measured(cell: MeasuredCell, cores: int) -> Profile:
     """What the arms show in which one process works at a time."""
+    num_layers = cell.num_layers
     spans = even_spans(num_layers, cell.stages)
     layers = [last - first for first, last in spans]
     layer_points: dict[int, list[float]] = {}

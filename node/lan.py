@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _SERVICE = "_dsd-p2p._tcp.local."
 _ASK_TIMEOUT_MS = 2000
-_MAX_TEXT_BYTES = 250
+_MAX_TEXT_BYTES = 240
 
 
 class _Listener(ServiceListener):
@@ -81,6 +81,7 @@ def _start(
     parts = addresses[0].split("/")
     properties: dict[bytes, bytes] = {b"swarm": tag}
     for index, address in enumerate(addresses):
+        # A text entry has at most 255 bytes, its name included.
         if len(address) < _MAX_TEXT_BYTES:
             properties[f"address{index}".encode()] = address.encode()
     info = ServiceInfo(

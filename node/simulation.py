@@ -67,22 +67,26 @@ def grid(texts: Sequence[str]) -> list[Change]:
     Raises:
         ConfigError: one is not of that form.
     """
-    axes: list[list[tuple[str, Any]]] = []
+    axes = []
     for text in texts:
         name, separator, values = text.partition("=")
-        if not separator or not values:
-            raise ConfigError(f"{text!r}: write NAME=VALUE,VALUE, like speculation.depth=2,4,8")
-        axes.append([(name, _value(value)) for value in values.split(",")])
+        axes.append([assignment(f"{name}{separator}{value}") for value in values.split(",")])
     return [dict(point) for point in itertools.product(*axes)]
 
 
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text, text)
+def assignment(text: str) -> tuple[str, Any]:
+    """Return name and value of `NAME=VALUE`; the value as JSON where it is JSON, so that a list is written `["sync"]`.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    name, separator, value = text.partition("=")
+    if not separator or not value:
+        raise ConfigError(f"{text!r}: write NAME=VALUE, or with --grid NAME=VALUE,VALUE, like speculation.depth=2,4,8")
+    try:
+        return name, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return name, value
 
 
 def sweep(

@@ -61,8 +61,9 @@ def check_tensors(manifest: Manifest, folder: Path, file_of_tensor: Mapping[str,
     for name in names:
         wanted.setdefault(file_of_tensor[name], set()).add(name)
     for file, tensors in wanted.items():
-        for name, entry in _hash_tensors(folder / file, tensors):
-            if manifest.tensors.get(name) != entry:
+        found = dict(_hash_tensors(folder / file, tensors))
+        for name in sorted(tensors):
+            if name not in found or manifest.tensors.get(name) != found[name]:
                 raise ModelError(f"{folder / file}: tensor {name} has changed on the disk: fetch the model again")
 
 

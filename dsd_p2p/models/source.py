@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -60,7 +61,7 @@ class ModelSource:
         """
         if self._revision is not None:
             return hashlib.sha256(f"{self._hub_id}@{self._revision}".encode()).hexdigest()
-        return self._manifest().digest
+        return self._manifest.digest
 
     def check(self, tensors: Iterable[str]) -> None:
         """Compare these tensors with the manifest whose digest our peers know; the hub's client has checked its own files.
@@ -69,8 +70,9 @@ class ModelSource:
             ModelError: one has changed since.
         """
         if self._revision is None:
-            check_tensors(self._manifest(), self.folder, self.file_of_tensor, tensors)
+            check_tensors(self._manifest, self.folder, self.file_of_tensor, tensors)
 
+    @cached_property
     def _manifest(self) -> Manifest:
         return read_manifest(self.folder, set(self.file_of_tensor.values()))
 

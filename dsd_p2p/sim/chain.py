@@ -64,7 +64,7 @@ class _OneWay:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def choose(self, run: RequestRun) -> Path | None:
+    def choose(self) -> Path | None:
         return self._path
 
 

@@ -38,7 +38,6 @@ class Clock:
 
     def __init__(self) -> None:
         self._env = simpy.Environment()
-        self.num_events = 0
 
     @property
     def now_s(self) -> float:
@@ -58,7 +57,6 @@ class Clock:
     ) -> None:
         if not delay_s >= 0:
             raise ValueError(f"an event {-delay_s} s in the past")
-        self.num_events += 1
         _Call(self._env, delay_s, priority, action, arguments)
 
     def run(self, until_s: float) -> None:

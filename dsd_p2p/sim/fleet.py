@@ -1,11 +1,11 @@
 """Runs a scenario: builds its machines, lets requests arrive, keeps what happened."""
 
 import random
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-from dsd_p2p.errors import PeerDisconnected
+from dsd_p2p.errors import ConfigError, PeerDisconnected
 from dsd_p2p.netmodel import LinkModel, LinkState
 from dsd_p2p.placement.balance import Balancer, Load
 from dsd_p2p.session.coordinator import Coordinator
@@ -50,7 +50,6 @@ class FleetRun:
     logs: list[RequestLog]
     stages: list[StageReport]
     mean_under_way: float
-    num_events: int
     num_leaked: int
     num_unfinished: int
     passes: list[tuple[str, int, float, float, int, int]] = field(default_factory=list)
@@ -59,14 +58,13 @@ class FleetRun:
 class _Drafter:
     """A machine that drafts and asks."""
 
-    __slots__ = ("device", "index", "links", "num_under_way", "peer", "pool", "trackers")
+    __slots__ = ("device", "links", "peer", "pool", "trackers")
 
     def __init__(self, index: int, pool: DrafterPool, device: DraftDevice) -> None:
-        self.index, self.pool, self.device = index, pool, device
+        self.pool, self.device = pool, device
         self.peer = f"drafter-{index}"
         self.links: dict[int, Path] = {}
         self.trackers: dict[int, Tracker] = {}
-        self.num_under_way = 0
 
 
 class _RouterFor:
@@ -75,7 +73,7 @@ class _RouterFor:
     def __init__(self, fleet: "Fleet", drafter: _Drafter) -> None:
         self._fleet, self._drafter = fleet, drafter
 
-    def choose(self, run: RequestRun) -> Path | None:
+    def choose(self) -> Path | None:
         return self._fleet.choose_path(self._drafter)
 
 
@@ -119,7 +117,8 @@ class Fleet:
         self._sessions_of = [0] * len(self._targets)
         self._texts = self._suitable_texts()
         self._source: Iterator[Arrival] = iter(())
-        self._pending: deque[Arrival] = deque()
+        self._has_more = True
+        self._ended_s = 0.0
         self._num_started = 0
         self._num_ended = 0
         self._under_way_s = 0.0
@@ -162,7 +161,11 @@ class Fleet:
         if self._trace is None:
             return []
         category = self._scenario.acceptance.category
-        return [index for index, text in enumerate(self._trace.texts) if category in ("", text.category)]
+        texts = [index for index, text in enumerate(self._trace.texts) if category in ("", text.category)]
+        if not texts:
+            known = ", ".join(sorted({text.category for text in self._trace.texts}))
+            raise ConfigError(f"acceptance.category is {category!r}: the trace has {known}")
+        return texts
 
     # Routing
 
@@ -171,7 +174,7 @@ class Fleet:
         up = [index for index, target in enumerate(self._targets) if target.is_up]
         if not up:
             return None
-        round_trip_s = 2 * self._link_models[drafter.pool.link][0].latency_s
+        round_trip_s = sum(model.latency_s for model in self._link_models[drafter.pool.link])
         loads = [Load(self._sessions_of[index], self._window_s[index], round_trip_s) for index in up]
         return self._path(drafter, up[self._balancer.choose(loads)])
 
@@ -190,7 +193,9 @@ class Fleet:
                 model_digest="",
                 dtype="",
             )
-            path = drafter.links[index] = Path(target, LinkState(there), LinkState(back), route)
+            is_at_target = self._scenario.speculation.placement == "target"
+            device = self._target_devices[index] if is_at_target else None
+            path = drafter.links[index] = Path(target, LinkState(there), LinkState(back), route, device)
         return path
 
     # Requests
@@ -200,24 +205,26 @@ class Fleet:
         workload = self._scenario.workload
         self._source = arrivals(workload, self._rng["arrivals"])
         if workload.arrivals == "closed":
-            for _ in range(min(workload.concurrency, workload.requests)):
-                self._next_closed()
+            for number in range(min(workload.concurrency, workload.requests)):
+                self._next_closed(self._drafters[number % len(self._drafters)])
         else:
             self._next_open()
         if self._scenario.churn.up:
             for target in self._targets:
                 self._schedule_failure(target)
         self.clock.run(self._scenario.horizon)
-        self._count_under_way()
+        if self._num_started > self._num_ended:
+            self._ended_s = self.clock.now_s
+            self._count_under_way()
+        duration_s = max(self._ended_s, 1e-12)
         return FleetRun(
             scenario=self._scenario,
-            duration_s=self.clock.now_s,
+            duration_s=duration_s,
             logs=self._logs,
             stages=[
                 self._stage_report(target, index) for target in self._targets for index in range(len(target.stages))
             ],
-            mean_under_way=self._under_way_s / max(self.clock.now_s, 1e-12),
-            num_events=self.clock.num_events,
+            mean_under_way=self._under_way_s / duration_s,
             num_leaked=sum(len(target.sessions) for target in self._targets)
             if self._num_ended == self._num_started
             else 0,
@@ -226,7 +233,7 @@ class Fleet:
         )
 
     def _stage_report(self, target: Target, index: int) -> StageReport:
-        stage, duration_s = target.stages[index], max(self.clock.now_s, 1e-12)
+        stage, duration_s = target.stages[index], max(self._ended_s, 1e-12)
         return StageReport(
             target=target.name,
             stage=index,
@@ -236,26 +243,29 @@ class Fleet:
             num_passes=stage.num_passes,
         )
 
-    def _next_open(self) -> None:
+    def _next_arrival(self) -> Arrival | None:
         arrival = next(self._source, None)
-        if arrival is not None:
+        self._has_more = arrival is not None
+        return arrival
+
+    def _next_open(self) -> None:
+        if (arrival := self._next_arrival()) is not None:
             self.clock.after(arrival.arrived_s - self.clock.now_s, self._arrive_open, arrival)
 
     def _arrive_open(self, arrival: Arrival) -> None:
-        self._start(arrival)
+        self._start(arrival, self._drafters[self._num_started % len(self._drafters)])
         self._next_open()
 
-    def _next_closed(self) -> None:
-        arrival = next(self._source, None)
-        if arrival is not None:
-            self._start(arrival)
+    def _next_closed(self, drafter: _Drafter) -> None:
+        if (arrival := self._next_arrival()) is not None:
+            self._start(arrival, drafter)
 
-    def _start(self, arrival: Arrival) -> None:
+    def _start(self, arrival: Arrival, drafter: _Drafter) -> None:
         self._count_under_way()
         number = self._num_started
         self._num_started += 1
-        drafter = self._drafters[number % len(self._drafters)]
-        path = self.choose_path(drafter)
+        # Where none is up a drafter tries one, and finds out.
+        path = self.choose_path(drafter) or self._path(drafter, 0)
         scenario, speculation = self._scenario, self._scenario.speculation
         log = RequestLog(
             number,
@@ -263,7 +273,7 @@ class Fleet:
             arrival.num_prompt_tokens,
             arrivals=[] if self._is_recording else None,
         )
-        index = self._targets.index(path.target) if path is not None else 0
+        index = self._index_of(path.target)
         tracker = drafter.trackers.get(index) if speculation.remembers else None
         if tracker is None:
             tracker = drafter.trackers[index] = Tracker()
@@ -276,14 +286,11 @@ class Fleet:
             prefill_chunk=speculation.prefill_chunk,
             stall_timeout_s=float("inf"),
         )
-        route = (path or self._path(drafter, 0)).route
-        machine = Coordinator(request, route, self._policy_of(), tracker, self._rng["retries"])
-        is_at_target = speculation.placement == "target"
-        device = self._target_devices[index] if is_at_target else None
+        machine = Coordinator(request, path.route, self._policy_of(), tracker, self._rng["retries"])
         run = RequestRun(
             machine=machine,
             answer=answer,
-            device=device or drafter.device,
+            device=drafter.device,
             router=_RouterFor(self, drafter),
             clock=self.clock,
             rng=self._rng["links"],
@@ -291,14 +298,10 @@ class Fleet:
             deadline_s=self.clock.now_s + scenario.workload.slo_ttft + num_answer_tokens * scenario.workload.slo_tpot,
             notice_s=scenario.churn.notice,
             is_fusing=speculation.mode != "distributed",
-            is_at_target=is_at_target,
-            finished=self._finished,
+            is_at_target=speculation.placement == "target",
+            finished=partial(self._ended, drafter),
             moved=self._moved,
         )
-        if path is None:
-            log.error, log.finished_s = "no target is up", self.clock.now_s
-            self._ended(log)
-            return
         run.start(path)
 
     def _answer(self, number: int, arrival: Arrival) -> tuple[Answer, int]:
@@ -317,18 +320,16 @@ class Fleet:
     def _index_of(self, target: Target) -> int:
         return int(target.name.removeprefix("target-"))
 
-    def _finished(self, run: RequestRun) -> None:
-        self._ended(run.log)
-
-    def _ended(self, log: RequestLog) -> None:
+    def _ended(self, drafter: _Drafter, run: RequestRun) -> None:
         self._count_under_way()
         self._num_ended += 1
-        self._logs.append(log)
+        self._ended_s = self.clock.now_s
+        self._logs.append(run.log)
         if self._progress is not None and self._num_ended % 1000 == 0:
             self._progress(self._num_ended, self.clock.now_s)
         workload = self._scenario.workload
         if workload.arrivals == "closed":
-            self.clock.after(workload.think, self._next_closed)
+            self.clock.after(workload.think, self._next_closed, drafter)
 
     def _count_under_way(self) -> None:
         now_s = self.clock.now_s
@@ -341,7 +342,7 @@ class Fleet:
         self.clock.after(self._rng["churn"].expovariate(1 / self._scenario.churn.up), self._fail, target)
 
     def _fail(self, target: Target) -> None:
-        if self._num_ended == self._scenario.workload.requests:
+        if self._is_over():
             return
         churn = self._scenario.churn
         for session in target.fail():
@@ -351,5 +352,8 @@ class Fleet:
 
     def _recover(self, target: Target) -> None:
         target.is_up = True
-        if self._num_ended < self._scenario.workload.requests:
+        if not self._is_over():
             self._schedule_failure(target)
+
+    def _is_over(self) -> bool:
+        return not self._has_more and self._num_ended == self._num_started

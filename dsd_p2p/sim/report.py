@@ -61,8 +61,8 @@ def summarise(run: FleetRun) -> Report:
     num_tokens = sum(log.num_tokens for log in done)
     span_s = max((log.finished_s for log in logs), default=0.0) - min((log.arrived_s for log in logs), default=0.0)
     span_s = max(span_s, 1e-12)
-    sent, stale = _total(logs, "num_nodes_sent"), _total(logs, "num_stale_nodes")
-    num_epochs = _total(logs, "num_epochs")
+    sent, stale = _total(done, "num_nodes_sent") - _total(done, "num_prefill_tokens"), _total(done, "num_stale_nodes")
+    num_epochs = _total(done, "num_epochs")
     # Of each epoch the first node is the target's own token, not a draft; so is what opens the text.
     verified = max(0.0, sent - stale - num_epochs)
     accepted = max(0.0, num_tokens - num_epochs)

@@ -30,9 +30,9 @@ class DraftDevice:
     def __init__(self, cost: PassCost, processor: Processor, handling_s: float = 0.0) -> None:
         self._cost, self._processor, self._handling_s = cost, processor, handling_s
         self._owed_s = 0.0
+        self._drafted_s = 0.0
         self._waiting: deque[tuple[float, Callable[..., object], tuple[Any, ...]]] = deque()
         self._is_busy = False
-        self.busy_s = 0.0
 
     def draft(self, num_stems: int, levels: int, done: Callable[..., object], *arguments: Any) -> None:
         """Call `done` after `levels` steps that expand `num_stems` each."""
@@ -41,14 +41,14 @@ class DraftDevice:
             self._next()
 
     def handle_message(self) -> None:
-        """The coordinator has to do with a message."""
-        self._owed_s += self._handling_s
+        """The coordinator has to do with a message; at most one draft's length of such work is put off."""
+        self._owed_s = min(self._owed_s + self._handling_s, max(self._drafted_s, self._handling_s))
 
     def _next(self) -> None:
         seconds, done, arguments = self._waiting.popleft()
         seconds, self._owed_s = seconds + self._owed_s, 0.0
         self._is_busy = True
-        self.busy_s += seconds
+        self._drafted_s = seconds
         self._processor.run(seconds, self._finish, done, arguments)
 
     def _finish(self, done: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -60,18 +60,19 @@ class DraftDevice:
 
 @dataclass(slots=True, eq=False)
 class Path:
-    """The way from a drafter to a target and back. tail: the end that verdicts come from is as far as the head, unless told."""
+    """The way from a drafter to a target and back. device: what drafts there, for coordinators that sit at the target."""
 
     target: Target
     up: LinkState
     down: LinkState
     route: Route
+    device: DraftDevice | None = None
 
 
 class Router(Protocol):
     """Chooses a target."""
 
-    def choose(self, run: "RequestRun") -> Path | None:
+    def choose(self) -> Path | None:
         """Return the way to a target that is up; None when there is none."""
         ...
 
@@ -79,6 +80,7 @@ class Router(Protocol):
 _KEPT_COUNTS = (
     "num_windows",
     "num_nodes_sent",
+    "num_prefill_tokens",
     "num_misses",
     "num_epochs",
     "num_stale_nodes",
@@ -170,32 +172,29 @@ class RequestRun:
 
     def _begin(self) -> None:
         self._do(self.machine.start(self._clock.now_s))
-        self._check_up()
-
-    def _check_up(self) -> None:
-        """A target that went down while we were on our way to it is noticed like any other."""
-        assert self.path is not None
-        if not self.path.target.is_up:
-            self._clock.after(
-                self._notice_s, self.lost, PeerDisconnected(f"{self.path.target.name} is down"), self._session
-            )
+        target = self.path.target if self.path is not None else None
+        if target is not None and not target.is_up:
+            # Down before we came: noticed like any other.
+            self._clock.after(self._notice_s, self.lost, PeerDisconnected(f"{target.name} is down"), self._session)
 
     # What the machine asks for
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         if self._moving is not None:
-            self._moving.extend(effects)
+            self._do([effect for effect in effects if type(effect) is Emit])
+            self._moving.extend(effect for effect in effects if type(effect) is not Emit)
             return
         is_wanted_at_target = self._is_pinned or (self._is_fusing and self.machine.decision.mode is Mode.PLAIN)
         if is_wanted_at_target is self._is_at_target or self.machine.is_finished:
             self._do(effects)
             return
-        # The coordinator moves: what it does next happens one way later.
+        # The coordinator moves: what it does next happens one way later. What it has for the user is there already.
         assert self.path is not None
+        self._do([effect for effect in effects if type(effect) is Emit])
         link = self.path.up if is_wanted_at_target else self.path.down
         self._is_at_target = is_wanted_at_target
         self.log.num_switches += 1
-        self._moving = list(effects)
+        self._moving = [effect for effect in effects if type(effect) is not Emit]
         self._clock.after(self._travel(link, _STATE_BYTES), self._moved_in)
 
     def _moved_in(self) -> None:
@@ -237,7 +236,8 @@ class RequestRun:
     def _draft(self, draft: Draft) -> None:
         children = self.answer.expand(draft)
         levels = draft.levels if all(_is_deep(each) for each in children) else 1
-        self._device.draft(len(draft.stems), levels, self._drafted, children)
+        assert self.path is not None
+        (self.path.device or self._device).draft(len(draft.stems), levels, self._drafted, children)
 
     def _drafted(self, children: list[list[Candidate]]) -> None:
         self._perform(self.machine.drafted(children, self._clock.now_s))
@@ -283,18 +283,27 @@ class RequestRun:
         """The session's target is gone, and we have noticed."""
         if session is not self._session:
             return
+        session.target.close(session)
         self._session = None
-        self._do(self.machine.lost(error, self._clock.now_s))
+        if self._moving is not None:
+            # What was to be sent there is lost too.
+            self._moving = []
+        self._now_or_moved(self.machine.lost(error, self._clock.now_s))
 
     def _reroute(self) -> None:
-        path = self._router.choose(self)
+        path = self._router.choose()
         if path is None:
             error = PeerDisconnected("no target is up")
-            self._do(self.machine.chain_not_found(error, self._clock.now_s))
+            self._now_or_moved(self.machine.chain_not_found(error, self._clock.now_s))
             return
         self._go_over(path)
-        self._do(self.machine.reopen(path.route, self._clock.now_s))
-        self._check_up()
+        self._now_or_moved(self.machine.reopen(path.route, self._clock.now_s))
+
+    def _now_or_moved(self, effects: Sequence[Effect]) -> None:
+        if self._moving is not None:
+            self._moving.extend(effects)
+        else:
+            self._do(effects)
 
     def _watch(self) -> None:
         """Wake the machine when it wants to be; one timer at a time, set anew when it goes off too early."""

@@ -233,25 +233,29 @@ def parse_scenario(text: str, name: str) -> Scenario:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{name}: {exc}") from exc
-    scenario = _convert(tables, text, name)
-    for pool, (field, links) in enumerate(
-        [
-            *(("drafters", (each.link,)) for each in scenario.drafters),
-            *(("targets", (each.inner_link,)) for each in scenario.targets),
-        ]
-    ):
-        index = pool if field == "drafters" else pool - len(scenario.drafters)
-        for link in links:
-            if link and link not in scenario.links:
-                key = "link" if field == "drafters" else "inner_link"
-                where = f"{name}:{_line_of(text, f'.{field}[{index}].{key}')}"
-                known = ", ".join(scenario.links) or "none"
-                raise ConfigError(f"{where}: {field}.{key} is {link!r}: one of the [links], {known}")
+    return _convert(tables, text, name)
+
+
+def _check(scenario: Scenario, text: str, name: str) -> None:
+    """Check what spans several tables."""
+
+    def fail(field: str, reason: str) -> None:
+        where = f"{name}:{_line_of(text, '.' + field)}" if text else name
+        raise ConfigError(f"{where}: {field}: {reason}")
+
+    known = ", ".join(scenario.links) or "none"
+    pools = [
+        *((f"drafters[{index}].link", pool.link) for index, pool in enumerate(scenario.drafters)),
+        *((f"targets[{index}].inner_link", pool.inner_link) for index, pool in enumerate(scenario.targets)),
+    ]
+    for field, link in pools:
+        if link and link not in scenario.links:
+            fail(field, f"{link!r} is none of the [links], {known}")
     if scenario.workload.arrivals == "trace" and not scenario.workload.file:
-        raise ConfigError(
-            f"{name}:{_line_of(text, '.workload.arrivals')}: workload.file is missing: arrivals are a trace"
-        )
-    return scenario
+        fail("workload.arrivals", "a trace needs workload.file")
+    for index, pool in enumerate(scenario.targets):
+        if scenario.speculation.placement == "target" and pool.draft_step is None:
+            fail(f"targets[{index}]", 'speculation.placement = "target" needs the draft_step of a drafter there')
 
 
 def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
@@ -285,7 +289,7 @@ def _set(table: Any, names: list[str], value: Any, dotted: str) -> None:
 
 def _convert(tables: dict[str, Any], text: str, name: str) -> Scenario:
     try:
-        return msgspec.convert(tables, type=Scenario, dec_hook=_quantity)
+        scenario = msgspec.convert(tables, type=Scenario, dec_hook=_quantity)
     except msgspec.ValidationError as exc:
         found = _PATH.search(str(exc))
         field = found[1] if found else ""
@@ -293,6 +297,8 @@ def _convert(tables: dict[str, Any], text: str, name: str) -> Scenario:
         quoted = re.search(r"'(.*?)'", reason)
         where = f"{name}:{_line_of(text, field, quoted[1] if quoted else '')}" if text else name
         raise ConfigError(f"{where}: {field.lstrip('.') or 'scenario'}: {reason}") from exc
+    _check(scenario, text, name)
+    return scenario
 
 
 def _quantity(kind: type, value: Any) -> Any:

@@ -98,7 +98,7 @@ class StageModel:
 class Stage:
     """One stage's queue and what it does.
 
-    busy_s, served: time spent in passes, and windows. queued_s: time that windows waited, summed over them.
+    busy_s, num_served: time spent in passes, and windows in them. queued_s: time that windows waited, summed over them.
     """
 
     def __init__(
@@ -121,11 +121,6 @@ class Stage:
         self.num_served = 0
         self.num_passes = 0
         self.log: Callable[[int, float, float, list[Flight]], None] | None = None
-
-    @property
-    def num_waiting(self) -> int:
-        """Windows in the queue and in the pass."""
-        return len(self._queue) + self._is_busy
 
     def put(self, flight: Flight) -> None:
         """Take a window in."""
@@ -227,11 +222,6 @@ class Target:
         self.stages[-1].is_tail = True
         self.sessions: dict[TargetSession, None] = {}
         self.is_up = True
-
-    @property
-    def num_waiting(self) -> int:
-        """Windows that wait or are computed at the busiest stage."""
-        return max(stage.num_waiting for stage in self.stages)
 
     def open(self, client: Client, epoch: int, num_given: int) -> TargetSession:
         """Start a session; windows that are sent to it find it when they arrive."""

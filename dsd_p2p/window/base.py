@@ -101,11 +101,15 @@ class Observation:
 
     def traversal_s(self, num_nodes: float) -> float:
         """T(n): seconds from sending a window of n nodes to its verdict, nothing else under way."""
-        return self.links_s + sum(stage.at(num_nodes) for stage in self.stages)
+        return max(_SHORTEST_S, self.links_s + sum(stage.at(num_nodes) for stage in self.stages))
 
     def slowest_stage_s(self, num_nodes: float) -> float:
         """Seconds between two windows of n nodes at the chain's bottleneck."""
         return max((stage.at(num_nodes) for stage in self.stages), default=0.0)
+
+
+_SHORTEST_S = 1e-6
+"""As finely as stages report their times."""
 
 
 class WindowPolicy(Protocol):

@@ -93,6 +93,7 @@ async def _run_cell(
                     answers.setdefault((number, problem), {})[name] = tokens
                     progress.step(f"{model} {stages} stages {link}: round {number + 1}/{rounds} {name}", 0, 0)
         observation = client.engine.observe()
+        num_layers = max(info.num_layers for info in client.engine.links.known.values())
         recorded = _record(client, prompts, answers) if config.record else None
     identical = _identical_share(answers)
     if config.dtype == "float32" and identical < 1:
@@ -103,6 +104,7 @@ async def _run_cell(
     return {
         "model": model,
         "stages": stages,
+        "num_layers": num_layers,
         "link": link,
         "dtype": config.dtype,
         "device": config.device,

@@ -14,7 +14,7 @@ from node.bench import print_table
 from node.calibrated import Comparison, compare
 from node.config import CalibrateConfig, read_config
 from node.console import ConsoleProgress
-from node.simulation import Cell, draw, flat, grid, run_scenario, sweep, write_csv
+from node.simulation import Cell, assignment, draw, flat, grid, run_scenario, sweep, write_csv
 
 
 def run(options: dict[str, object]) -> int:
@@ -136,7 +136,7 @@ def _record(options: dict[str, object]) -> int:
 
 def _scenario(options: dict[str, object]) -> Scenario:
     scenario = read_scenario(Path(str(options["scenario"])))
-    (changes,) = grid([f"{each}" for each in _list(options.get("set"))])
+    changes = dict(map(assignment, _list(options.get("set"))))
     if "seed" in options:
         changes["seed"] = options["seed"]
     return changed(scenario, changes) if changes else scenario

@@ -1,6 +1,7 @@
 """The network in numpy: one linear layer in, two residual blocks of SiLU, one linear layer out."""
 
 import io
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -52,7 +53,7 @@ class Network:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as weights:
                 return cls({name: weights[name] for name in weights.files})
-        except (OSError, ValueError, KeyError) as exc:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as exc:
             raise ConfigError(f"weights of the window policy: {exc}; train them with scripts/train_wcdnn") from exc
 
     def rate(self, features: Array) -> Array:

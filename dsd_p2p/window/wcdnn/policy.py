@@ -57,7 +57,9 @@ class AwcPolicy:
         self._ratings = steadied
         rates = self._rates(steadied, observation)
         best = max((decision for _, decision in self._arms), key=lambda decision: rates[decision.kind])
-        if best.kind != self._current.kind and not is_first and not self._is_worth_it(best, rates):
+        if best.kind == self._current.kind:
+            self._num_wanted = 0
+        elif not is_first and not self._is_worth_it(best, rates):
             best = self._current
         trial = self._trials.next(best, rates, observation, [decision for _, decision in self._arms])
         if trial is not None or best.kind != self._current.kind:
