@@ -2,19 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+
+from dsd_p2p.types import UniformRng
 
 _SEGMENT_BYTES = 1460
 _MIN_RETRANSMIT_S = 0.2
 """Linux's least retransmission timeout; few windows are long enough for TCP to notice a loss sooner."""
-
-
-class UniformRng(Protocol):
-    """The part of `random.Random` that a link needs."""
-
-    def random(self) -> float:
-        """Return a float in [0, 1)."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

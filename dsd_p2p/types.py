@@ -1,7 +1,7 @@
 """The nouns that flow through every layer."""
 
 from enum import StrEnum
-from typing import Annotated, NewType
+from typing import Annotated, NewType, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -80,6 +80,14 @@ class Relaxation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     min_norm_match: Annotated[float, Meta(ge=0, le=1)] = 0.6
     max_overshoot: Annotated[float, Meta(ge=1, le=1e9)] = 4.0
     max_margin: Annotated[float, Meta(ge=0, le=1e9)] = 0.3
+
+
+class UniformRng(Protocol):
+    """The part of `random.Random` that the core needs: it is given its randomness."""
+
+    def random(self) -> float:
+        """Return a float in [0, 1)."""
+        ...
 
 
 GREEDY = Sampling()

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import trio
 
 from dsd_p2p.errors import CapacityError, ConfigError, PeerError, RemoteProtocolError
-from dsd_p2p.netmodel import UniformRng
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.swarm.records import sign_record
 from dsd_p2p.swarm.registry import DEAF_BEATS, REFRESH_S, Registry
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId, PeerInfo
+from dsd_p2p.types import PeerId, PeerInfo, UniformRng
 from dsd_p2p.wire.membership import (
     MAX_MEMBERS,
     Grant,

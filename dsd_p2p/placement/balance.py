@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dsd_p2p.netmodel import UniformRng
+from dsd_p2p.types import UniformRng
 
 
 class Routing(StrEnum):

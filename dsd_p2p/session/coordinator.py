@@ -8,12 +8,11 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerError, PeerTimeout, RemoteProtocolError
-from dsd_p2p.netmodel import UniformRng
 from dsd_p2p.session.effects import NUM_CANDIDATES, Candidate, Draft, Effect, Emit, Finish, Replay, Send, Stem
 from dsd_p2p.session.growth import choose_stems, choose_unsent, has_unsent
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.tree import DraftNode, DraftTree
-from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.types import PeerId, TokenId, UniformRng
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.messages import (

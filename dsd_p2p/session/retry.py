@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dsd_p2p.netmodel import UniformRng
+from dsd_p2p.types import UniformRng
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

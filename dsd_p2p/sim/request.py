@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dsd_p2p.errors import DsdError, PeerDisconnected
-from dsd_p2p.netmodel import LinkState, UniformRng
+from dsd_p2p.netmodel import LinkState
 from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
 from dsd_p2p.session.request import Route
@@ -15,6 +15,7 @@ from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.service import PassCost, Processor
 from dsd_p2p.sim.target import Target, TargetSession, window_bytes
+from dsd_p2p.types import UniformRng
 from dsd_p2p.window.base import Mode
 from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Verdict, Window
 

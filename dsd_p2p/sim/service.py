@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from dsd_p2p.netmodel import UniformRng
 from dsd_p2p.sim.clock import Clock
+from dsd_p2p.types import UniformRng
 
 _NOTHING_S = 1e-9
 """Less work than this is done: far into a run the clock is no finer."""

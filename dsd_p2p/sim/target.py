@@ -11,12 +11,12 @@ from typing import Protocol
 import msgspec
 
 from dsd_p2p.errors import DsdError
-from dsd_p2p.netmodel import LinkModel, LinkState, UniformRng
+from dsd_p2p.netmodel import LinkModel, LinkState
 from dsd_p2p.session.tail import TailWalk, verdict_of
 from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.service import PassCost, Processor, Spread, spread
-from dsd_p2p.types import TokenId
+from dsd_p2p.types import TokenId, UniformRng
 from dsd_p2p.wire.messages import Verdict, Window
 
 _WINDOW_BYTES, _NODE_BYTES = 40, 6

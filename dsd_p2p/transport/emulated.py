@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import trio
 
 from dsd_p2p.errors import PeerDisconnected, PeerTimeout
-from dsd_p2p.netmodel import LinkModel, LinkState, UniformRng
+from dsd_p2p.netmodel import LinkModel, LinkState
 from dsd_p2p.transport.base import Lost, Received, Transport
-from dsd_p2p.types import PeerId
+from dsd_p2p.types import PeerId, UniformRng
 
 _QUEUE_FRAMES = 1024
 _SEND_TIMEOUT_S = 30.0
