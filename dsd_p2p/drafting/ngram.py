@@ -7,7 +7,8 @@ the text itself: how often the lookup of each match length was right for the tok
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.types import GREEDY, Sampling, TokenId

@@ -8,7 +8,7 @@ it, so what is unlikely now waits rather than being lost.
 
 import heapq
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from operator import attrgetter
 
 from dsd_p2p.session.tree import DraftNode, DraftTree
@@ -32,7 +32,7 @@ def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Contain
     held: keys of nodes that are not to be sent yet.
     """
     least = _min_logprob(decision)
-    frontier = [node for node in tree.frontier.values() if node.path_logprob >= least and node.key not in held]
+    frontier = [tree.root] if tree.root.number is None else list(_sendable(tree, least, held))
     heap = [(*_likeliest_first(node), node) for node in frontier]
     heapq.heapify(heap)
     chosen: list[DraftNode] = []
@@ -48,7 +48,11 @@ def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Contain
 def has_unsent(tree: DraftTree, decision: Decision, held: Container[int] = ()) -> bool:
     """True when `choose_unsent` would find something below the sent root."""
     least = _min_logprob(decision)
-    return any(node.path_logprob >= least and node.key not in held for node in tree.frontier.values())
+    return tree.root.number is not None and next(_sendable(tree, least, held), None) is not None
+
+
+def _sendable(tree: DraftTree, least: float, held: Container[int]) -> Iterator[DraftNode]:
+    return (node for node in tree.frontier.values() if node.path_logprob >= least and node.key not in held)
 
 
 def _min_logprob(decision: Decision) -> float:
