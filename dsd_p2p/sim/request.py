@@ -20,6 +20,7 @@ from dsd_p2p.window.base import Mode
 from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Verdict, Window
 
 _VERDICT_BYTES, _STATE_BYTES, _PROMPT_BYTES = 60, 64, 4
+_MAX_PUT_OFF_DRAFTS = 4
 
 
 class DraftDevice:
@@ -42,8 +43,10 @@ class DraftDevice:
             self._next()
 
     def handle_message(self) -> None:
-        """The coordinator has to do with a message; at most one draft's length of such work is put off."""
-        self._owed_s = min(self._owed_s + self._handling_s, max(self._drafted_s, self._handling_s))
+        """The coordinator has to do with a message; what is put off is bounded, because it does it while nothing is drafted."""
+        self._owed_s = min(
+            self._owed_s + self._handling_s, _MAX_PUT_OFF_DRAFTS * max(self._drafted_s, self._handling_s)
+        )
 
     def _next(self) -> None:
         seconds, done, arguments = self._waiting.popleft()
