@@ -7,7 +7,7 @@ from dsd_p2p.session.effects import NUM_CANDIDATES, Draft, Stem
 from dsd_p2p.sim.trace import RecordedText
 from dsd_p2p.types import TokenId
 
-_MAX_CENTINATS = 690
+MAX_CENTINATS = 690
 """Candidates below one in a thousand are left out: they fill the file and never the tree."""
 
 
@@ -29,7 +29,7 @@ def record_text(
                     width=NUM_CANDIDATES,
                 )
             )
-            kept = [each for each in candidates if -100 * each.logprob <= _MAX_CENTINATS]
+            kept = [each for each in candidates if -100 * each.logprob <= MAX_CENTINATS]
             tokens.append(tuple(each.token for each in kept))
             centinats.append(tuple(max(0, round(-100 * each.logprob)) for each in kept))
     finally:

@@ -70,6 +70,7 @@ async def neighbours(
     try:
         yield
     finally:
+        # Gives up by itself after some seconds.
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(zeroconf.close)
 
@@ -91,6 +92,10 @@ def _start(
         port=int(parts[4]),
         properties=properties,
     )
-    zeroconf.register_service(info, allow_name_change=True)
-    ServiceBrowser(zeroconf, _SERVICE, listener)
+    try:
+        zeroconf.register_service(info, allow_name_change=True)
+        ServiceBrowser(zeroconf, _SERVICE, listener)
+    except BaseException:
+        zeroconf.close()
+        raise
     return zeroconf

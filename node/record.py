@@ -11,13 +11,12 @@ from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.sim.trace import AgreementTrace, RecordedText
 from dsd_p2p.types import TokenId
+from node.asking import MAX_CENTINATS
 from node.config import CalibrateConfig
 from node.prompts import CATEGORIES, Problem, load_problems, spread
 from node.text import TextCodec
 
 _MAX_CANDIDATES = 16
-_MAX_CENTINATS = 690
-"""Candidates below one in a thousand are left out: they fill the file and never the tree."""
 
 
 def record_trace(config: CalibrateConfig, progress: Progress) -> AgreementTrace:
@@ -96,7 +95,7 @@ def _ask_drafter(
     logits = model(text, logits_to_keep=len(answer)).logits[0]
     best = torch.log_softmax(logits.float(), dim=-1).topk(_MAX_CANDIDATES)
     centinats = [
-        tuple(round(-100 * value) for value in row if -100 * value <= _MAX_CENTINATS) for row in best.values.tolist()
+        tuple(round(-100 * value) for value in row if -100 * value <= MAX_CENTINATS) for row in best.values.tolist()
     ]
     return RecordedText(
         category=problem.category,

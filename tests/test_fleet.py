@@ -415,7 +415,7 @@ def test_a_parametric_drafter_is_as_good_as_it_says():
         assert sum(hits) / len(hits) == pytest.approx(rate, abs=0.03)
 
 
-def test_a_sweep_is_the_same_on_one_core_and_on_two(capsys):
+def test_a_sweep_is_the_same_on_one_core_and_on_two():
     class Silent:
         def step(self, what, done, total):
             pass

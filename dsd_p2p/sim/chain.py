@@ -60,14 +60,6 @@ class _NoRng:
         return 0.5
 
 
-class _OneWay:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def choose(self) -> Path | None:
-        return self._path
-
-
 def simulate_request(
     answer: Answer,
     chain: ChainModel,
@@ -103,7 +95,7 @@ def simulate_request(
         device=DraftDevice(
             chain.draft, shared.user(chain.draft_weight) if shared else Dedicated(clock), chain.coordinator_s
         ),
-        router=_OneWay(path),
+        choose_path=lambda: path,
         clock=clock,
         rng=rng,
         log=log,

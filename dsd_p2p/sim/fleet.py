@@ -1,6 +1,7 @@
 """Runs a scenario: builds its machines, lets requests arrive, keeps what happened."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,17 +65,7 @@ class _Drafter:
         self.pool, self.device = pool, device
         self.peer = f"drafter-{index}"
         self.links: dict[int, Path] = {}
-        self.trackers: dict[int, Tracker] = {}
-
-
-class _RouterFor:
-    """The balancer as one drafter sees it."""
-
-    def __init__(self, fleet: "Fleet", drafter: _Drafter) -> None:
-        self._fleet, self._drafter = fleet, drafter
-
-    def choose(self) -> Path | None:
-        return self._fleet.choose_path(self._drafter)
+        self.trackers: dict[str, Tracker] = {}
 
 
 class Fleet:
@@ -103,7 +94,6 @@ class Fleet:
         }
         self._balancer = Balancer(scenario.speculation.routing, self._rng["routing"])
         self._targets: list[Target] = []
-        self._target_pools: list[TargetPool] = []
         self._target_devices: list[DraftDevice | None] = []
         self._window_s: list[float] = []
         for pool in scenario.targets:
@@ -114,7 +104,7 @@ class Fleet:
             self._new_drafter(pool, index)
             for index, pool in enumerate(pool for pool in scenario.drafters for _ in range(pool.count))
         ]
-        self._sessions_of = [0] * len(self._targets)
+        self._num_requests: Counter[str] = Counter()
         self._texts = self._suitable_texts()
         self._source: Iterator[Arrival] = iter(())
         self._has_more = True
@@ -149,7 +139,6 @@ class Fleet:
                     (name, index, start_s, end_s, len(batch), sum(len(flight.window.tokens) for flight in batch))
                 )
         self._targets.append(target)
-        self._target_pools.append(pool)
         step = pool.draft_step
         self._target_devices.append(DraftDevice(step.pass_cost(), Dedicated(self.clock)) if step is not None else None)
         self._window_s.append(cost.at(self._scenario.speculation.depth + 1) / pool.max_batch)
@@ -169,13 +158,15 @@ class Fleet:
 
     # Routing
 
-    def choose_path(self, drafter: _Drafter) -> Path | None:
+    def _choose_path(self, drafter: _Drafter) -> Path | None:
         """Return the way from a drafter to the target that the balancer chooses."""
         up = [index for index, target in enumerate(self._targets) if target.is_up]
         if not up:
             return None
         round_trip_s = sum(model.latency_s for model in self._link_models[drafter.pool.link])
-        loads = [Load(self._sessions_of[index], self._window_s[index], round_trip_s) for index in up]
+        loads = [
+            Load(self._num_requests[self._targets[index].name], self._window_s[index], round_trip_s) for index in up
+        ]
         return self._path(drafter, up[self._balancer.choose(loads)])
 
     def _path(self, drafter: _Drafter, index: int) -> Path:
@@ -265,7 +256,7 @@ class Fleet:
         number = self._num_started
         self._num_started += 1
         # Where none is up a drafter tries one, and finds out.
-        path = self.choose_path(drafter) or self._path(drafter, 0)
+        path = self._choose_path(drafter) or self._path(drafter, 0)
         scenario, speculation = self._scenario, self._scenario.speculation
         log = RequestLog(
             number,
@@ -273,10 +264,8 @@ class Fleet:
             arrival.num_prompt_tokens,
             arrivals=[] if self._is_recording else None,
         )
-        index = self._index_of(path.target)
-        tracker = drafter.trackers.get(index) if speculation.remembers else None
-        if tracker is None:
-            tracker = drafter.trackers[index] = Tracker()
+        trackers = drafter.trackers if speculation.remembers else {}
+        tracker = trackers.setdefault(path.target.name, Tracker())
         answer, num_answer_tokens = self._answer(number, arrival)
         request = Request(
             session=SessionId(number.to_bytes(8, "little")),
@@ -291,7 +280,7 @@ class Fleet:
             machine=machine,
             answer=answer,
             device=drafter.device,
-            router=_RouterFor(self, drafter),
+            choose_path=partial(self._choose_path, drafter),
             clock=self.clock,
             rng=self._rng["links"],
             log=log,
@@ -315,10 +304,7 @@ class Fleet:
         """A request leaves one target's load for another's."""
         for target, change in ((before, -1), (after, 1)):
             if target is not None:
-                self._sessions_of[self._index_of(target)] += change
-
-    def _index_of(self, target: Target) -> int:
-        return int(target.name.removeprefix("target-"))
+                self._num_requests[target.name] += change
 
     def _ended(self, drafter: _Drafter, run: RequestRun) -> None:
         self._count_under_way()

@@ -6,7 +6,7 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.sim.scenario import Speculation
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
-from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
+from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain, usual_tree
 from dsd_p2p.window.threshold import ThresholdPolicy
 from dsd_p2p.window.wcdnn import AwcPolicy, Network
 
@@ -26,13 +26,7 @@ def policy_maker(speculation: Speculation, network: Network | None = None) -> Ca
         case "static":
             decision = sync_chain(speculation.depth)
         case "tree":
-            decision = continuous_tree(
-                depth=96,
-                width=speculation.width,
-                window_nodes=speculation.window_nodes,
-                max_in_flight=speculation.in_flight,
-                min_path_prob=0.001 if speculation.width > 4 else 0.02,
-            )
+            decision = usual_tree(speculation.width, speculation.window_nodes, speculation.in_flight)
         case "threshold":
             return ThresholdPolicy
         case "analytic":

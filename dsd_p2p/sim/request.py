@@ -4,7 +4,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from dsd_p2p.errors import DsdError, PeerDisconnected
 from dsd_p2p.netmodel import LinkState
@@ -73,14 +73,6 @@ class Path:
     device: DraftDevice | None = None
 
 
-class Router(Protocol):
-    """Chooses a target."""
-
-    def choose(self) -> Path | None:
-        """Return the way to a target that is up; None when there is none."""
-        ...
-
-
 _KEPT_COUNTS = (
     "num_windows",
     "num_nodes_sent",
@@ -123,6 +115,7 @@ class RequestLog:
 class RequestRun:
     """Performs a machine's effects.
 
+    choose_path: the way to a target that is up, None when there is none; asked again when one is lost.
     is_fusing: while the policy decides not to speculate the coordinator sits at the target, and only committed tokens travel.
     is_at_target: drafter and coordinator sit there from the start. notice_s: until a target that is down is given up.
     """
@@ -133,7 +126,7 @@ class RequestRun:
         machine: Coordinator,
         answer: Answer,
         device: DraftDevice,
-        router: Router,
+        choose_path: Callable[[], Path | None],
         clock: Clock,
         rng: UniformRng,
         log: RequestLog,
@@ -145,7 +138,7 @@ class RequestRun:
         moved: Callable[[Target | None, Target | None], None],
     ) -> None:
         self.machine, self.answer, self.log, self.deadline_s = machine, answer, log, deadline_s
-        self._device, self._router, self._clock, self._rng = device, router, clock, rng
+        self._device, self._choose_path, self._clock, self._rng = device, choose_path, clock, rng
         self._notice_s = notice_s
         self._is_fusing = is_fusing
         self._is_pinned = is_at_target
@@ -295,7 +288,7 @@ class RequestRun:
         self._now_or_moved(self.machine.lost(error, self._clock.now_s))
 
     def _reroute(self) -> None:
-        path = self._router.choose()
+        path = self._choose_path()
         if path is None:
             error = PeerDisconnected("no target is up")
             self._now_or_moved(self.machine.chain_not_found(error, self._clock.now_s))

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,16 +55,7 @@ class Link(_Table, frozen=True, kw_only=True):
             stall_every_s=self.stall_every,
             stall_s=self.stall,
         )
-        if self.back_latency is None:
-            return there, there
-        return there, LinkModel(
-            latency_s=self.back_latency,
-            jitter_s=self.jitter,
-            bandwidth_bps=self.bandwidth,
-            loss=self.loss,
-            stall_every_s=self.stall_every,
-            stall_s=self.stall,
-        )
+        return there, there if self.back_latency is None else replace(there, latency_s=self.back_latency)
 
 
 class Cost(_Table, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
-from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
+from dsd_p2p.window.static import PLAIN, sync_chain, usual_tree
 
 SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 TREES = ((1, 2), (1, 4), (2, 4), (4, 8), (12, 16))
@@ -95,13 +95,7 @@ class AnalyticPolicy:
         if Mode.CONTINUOUS in self._allow:
             for width, window_nodes in TREES if is_known else TREES[:1]:
                 for in_flight in _IN_FLIGHT if is_known else _IN_FLIGHT[:1]:
-                    yield continuous_tree(
-                        depth=96,
-                        width=width,
-                        window_nodes=window_nodes,
-                        max_in_flight=in_flight,
-                        min_path_prob=0.001 if width > 4 else 0.02,
-                    )
+                    yield usual_tree(width, window_nodes, in_flight)
         if Mode.SYNC in self._allow:
             yield from (sync_chain(depth) for depth in (SYNC_DEPTHS if is_known else SYNC_DEPTHS[:2]))
 

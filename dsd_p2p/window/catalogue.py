@@ -4,21 +4,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from dsd_p2p.window.base import Decision
-from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain, sync_tree
+from dsd_p2p.window.static import PLAIN, sync_chain, sync_tree, usual_tree
 
 _SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12)
 _CONTINUOUS = ((1, 2, 3), (1, 2, 128), (2, 4, 6), (2, 4, 128), (2, 8, 6), (4, 8, 6), (4, 8, 128), (12, 16, 128))
 """(width, nodes a window, windows in flight)."""
-
-
-def _continuous(width: int, window_nodes: int, in_flight: int) -> Decision:
-    return continuous_tree(
-        depth=96,
-        width=width,
-        window_nodes=window_nodes,
-        max_in_flight=in_flight,
-        min_path_prob=0.001 if width > 4 else 0.02,
-    )
 
 
 CATALOGUE: Mapping[str, Decision] = MappingProxyType(
@@ -27,7 +17,7 @@ CATALOGUE: Mapping[str, Decision] = MappingProxyType(
         **{f"sync-{depth}": sync_chain(depth) for depth in _SYNC_DEPTHS},
         "sync-tree-16": sync_tree(16, depth=6),
         **{
-            f"continuous-{width}x{nodes}-{flight}": _continuous(width, nodes, flight)
+            f"continuous-{width}x{nodes}-{flight}": usual_tree(width, nodes, flight)
             for width, nodes, flight in _CONTINUOUS
         },
     }

@@ -45,6 +45,17 @@ def continuous_tree(
     )
 
 
+def usual_tree(width: int, window_nodes: int, max_in_flight: int) -> Decision:
+    """Return the continuous tree of that size with the depth and the least path probability that serve all sizes well."""
+    return continuous_tree(
+        depth=96,
+        width=width,
+        window_nodes=window_nodes,
+        max_in_flight=max_in_flight,
+        min_path_prob=0.001 if width > 4 else 0.02,
+    )
+
+
 class StaticPolicy:
     """Always decides the same."""
 

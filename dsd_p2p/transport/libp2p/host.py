@@ -227,7 +227,7 @@ class Libp2pTransport:
                 await connection.close()
 
     def _pace_of(self, peer: PeerId) -> Pace:
-        while len(self._paces) >= _MAX_PACES:
+        while peer not in self._paces and len(self._paces) >= _MAX_PACES:
             del self._paces[next(iter(self._paces))]
         return self._paces.setdefault(peer, Pace(_FRAMES_PER_S, _BURST_FRAMES))
 
