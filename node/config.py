@@ -270,7 +270,7 @@ def read_config(kind: type[Config], file: str | None, flags: dict[str, object]) 
     if file is not None:
         try:
             values = tomllib.loads(Path(file).read_text())
-        except (OSError, tomllib.TOMLDecodeError) as exc:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
             raise ConfigError(f"config file {file}: {exc}") from exc
     values |= flags
     try:

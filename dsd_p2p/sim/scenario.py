@@ -210,8 +210,8 @@ def read_scenario(path: Path) -> Scenario:
     """
     try:
         text = path.read_text()
-    except OSError as exc:
-        raise ConfigError(f"scenario {path}: {exc.strerror}") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"scenario {path}: {exc}; it must be a TOML file, see docs/scenarios") from exc
     return parse_scenario(text, str(path))
 
 
