@@ -108,3 +108,11 @@ class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
     model_digest: Name = ""
     dtype: Name = ""
     max_positions: Position = 0
+
+
+class StageCost(msgspec.Struct, frozen=True, array_like=True):
+    """What a window took at one stage: microseconds, nodes of all sessions computed in them, and how many sessions."""
+
+    us: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+    num_rows: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    num_sessions: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1

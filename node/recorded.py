@@ -17,7 +17,8 @@ from dsd_p2p import units
 from dsd_p2p.drafting.base import DraftSession
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft
-from dsd_p2p.session.slots import CacheEdit, Forward
+from dsd_p2p.session.passes import SpanOutput, SpanPass
+from dsd_p2p.session.slots import CacheEdit
 from dsd_p2p.sim.recorded import RecordedDrafts, recorded_pick
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
 from dsd_p2p.types import GREEDY, PeerInfo, Sampling, Span, TokenId
@@ -116,37 +117,32 @@ class RecordedSpan:
         """Return an empty cache."""
         return RecordedCache()
 
-    def hidden(self, cache: RecordedCache, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
-        """Sleep, and pass the tokens on in rows of the configured size."""
-        return b"".join(_TOKEN.pack(token).ljust(self.row_bytes, b"\0") for token in self._pass(cache, forward, inputs))
+    def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
+        """Sleep as long as one pass over all the nodes takes; rows carry the tokens on."""
+        end_s = time.perf_counter() + self._times.stage_s + self._times.node_s * sum(each.num_rows for each in passes)
+        outputs = [self._output(each) for each in passes]
+        time.sleep(max(0.0, end_s - time.perf_counter()))
+        return outputs
 
-    def views(
-        self, cache: RecordedCache, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
-    ) -> list[RecordedView]:
-        """Sleep, and return the recorded continuation after each row; nobody asks about a node off the recorded path."""
-        self._pass(cache, forward, inputs)
-        num_tokens = len(self._trace.texts[cache.text].tokens)
-        return [
-            RecordedView(
-                recorded_pick(self._trace, cache.text, min(int(forward.positions[row]), num_tokens - 1)),
-                self._trace.vocab_size,
-            )
-            for row in rows
-        ]
-
-    def _pass(self, cache: RecordedCache, forward: Forward, inputs: Sequence[TokenId] | bytes) -> list[TokenId]:
-        end_s = time.perf_counter() + self._times.stage_s + self._times.node_s * len(forward.positions)
+    def _output(self, each: SpanPass) -> SpanOutput:
+        inputs, cache, positions = each.inputs, each.cache, each.forward.positions
         tokens = (
             [_TOKEN.unpack_from(inputs, start)[0] for start in range(0, len(inputs), self.row_bytes)]
             if isinstance(inputs, bytes)
             else list(inputs)
         )
-        if forward.positions[0] == 0:
+        if positions[0] == 0:
             if not 0 <= tokens[0] < len(self._trace.texts):
-                raise RemoteProtocolError("text number", tokens[0], f"0..{len(self._trace.texts) - 1}")
+                return RemoteProtocolError("text number", tokens[0], f"0..{len(self._trace.texts) - 1}")
             cache.text = tokens[0]
-        time.sleep(max(0.0, end_s - time.perf_counter()))
-        return tokens
+        if not self.is_tail:
+            return b"".join(_TOKEN.pack(token).ljust(self.row_bytes, b"\0") for token in tokens)
+        # Nobody asks about a node off the recorded path.
+        last = len(self._trace.texts[cache.text].tokens) - 1
+        return [
+            RecordedView(recorded_pick(self._trace, cache.text, min(int(positions[row]), last)), self._trace.vocab_size)
+            for row in each.wanted
+        ]
 
 
 class RecordedDrafter:

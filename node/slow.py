@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from dsd_p2p.pipeline.span_model import SpanCache, SpanModel
-from dsd_p2p.session.slots import Forward
-from dsd_p2p.types import Span, TokenId
-from dsd_p2p.verification.base import TargetView
+from dsd_p2p.session.passes import SpanOutput, SpanPass
+from dsd_p2p.types import Span
 
 
 def slowed(model: SpanModel, factor: float) -> SpanModel:
@@ -29,16 +27,8 @@ class _Slowed:
     def new_cache(self, max_slots: int) -> SpanCache:
         return self._model.new_cache(max_slots)
 
-    def hidden(self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
+    def run(self, passes: Sequence[SpanPass]) -> Sequence[SpanOutput]:
         start_s = time.perf_counter()
-        result = self._model.hidden(cache, forward, inputs)
+        outputs = self._model.run(passes)
         time.sleep((self._factor - 1) * (time.perf_counter() - start_s))
-        return result
-
-    def views(
-        self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
-    ) -> Sequence[TargetView]:
-        start_s = time.perf_counter()
-        result = self._model.views(cache, forward, inputs, rows)
-        time.sleep((self._factor - 1) * (time.perf_counter() - start_s))
-        return result
+        return outputs

@@ -108,7 +108,7 @@ async def memory_swarm(
 
 @asynccontextmanager
 async def model_swarm(
-    models: Sequence[SpanModel], drafter: Drafter, link: LinkModel = NO_LINK
+    models: Sequence[SpanModel], drafter: Drafter, link: LinkModel = NO_LINK, limits: StageLimits | None = None
 ) -> AsyncIterator[MemorySwarm]:
     shape = models[0].shape
     async with memory_swarm(
@@ -118,6 +118,7 @@ async def model_swarm(
         num_layers=shape.num_layers,
         spans=[model.span for model in models],
         link=link,
+        limits=limits,
         max_positions=shape.max_positions,
     ) as swarm:
         yield swarm

@@ -48,17 +48,17 @@ class Liar:
     def new_cache(self, max_slots):
         return self.model.new_cache(max_slots)
 
-    def hidden(self, cache, forward, inputs):
-        rows = self.model.hidden(cache, forward, inputs)
-        self.num_passes += 1
-        bent = self.bend(rows, self.last) if self.num_passes > self.start else rows
-        self.last = rows
-        return bent
+    def run(self, passes):
+        return [self.bent(output) for output in self.model.run(passes)]
 
-    def views(self, cache, forward, inputs, rows):
-        views = self.model.views(cache, forward, inputs, rows)
+    def bent(self, output):
         self.num_passes += 1
-        return [WrongView(view) for view in views] if self.num_passes > self.start else views
+        is_lying = self.num_passes > self.start
+        if not isinstance(output, bytes):
+            return [WrongView(view) for view in output] if is_lying else output
+        bent = self.bend(output, self.last) if is_lying else output
+        self.last = output
+        return bent
 
 
 class WrongView:

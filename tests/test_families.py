@@ -14,12 +14,13 @@ from swarms import load_stages, model_swarm
 from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
-from dsd_p2p.errors import ConfigError
+from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.pipeline.engine import GenerateOptions
-from dsd_p2p.session.slots import SlotTable
+from dsd_p2p.session.passes import SpanPass, views_of
+from dsd_p2p.session.slots import Forward, SlotTable
 from dsd_p2p.types import Span
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
 from dsd_p2p.wire.hidden import HiddenFormat
@@ -158,3 +159,72 @@ def test_part_of_a_span_computes_what_a_stage_of_that_part_does(tiny, family):
     assert pointers[0] <= pointers[1]
     with pytest.raises(ConfigError, match="not inside"):
         middle.narrow(Span(0, 2))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sessions_in_one_pass_see_only_themselves(tiny, family):
+    """Three sessions of different lengths, one a tree, cut at any layer, together and in pieces: as if each ran alone."""
+    folder = tiny(family)
+    source = find_model(str(folder), NoProgress())
+    texts = [prompt_of(length, seed=length) for length in (23, 5, 14)]
+    spans = [Span(0, 2), Span(2, NUM_LAYERS)]
+    models = [SpanModel(source, span) for span in spans]
+
+    def forwards() -> list[list[Forward]]:
+        chains = [
+            SlotTable().append(range(len(text)), [None, *range(len(text) - 1)], range(len(text))) for text in texts
+        ]
+        tree = SlotTable().append(range(5), [None, 0, 0, 1, 2], [0, 1, 1, 2, 2])
+        whole = [chains[0], tree, chains[2]]
+        cuts = [len(forward.positions) // 2 for forward in whole]
+        firsts = [forward.part(0, cut) for forward, cut in zip(whole, cuts, strict=True)]
+        rests = [forward.part(cut, len(forward.positions)) for forward, cut in zip(whole, cuts, strict=True)]
+        return [firsts, rests]
+
+    def run(groups: list[list[int]]) -> list[torch.Tensor]:
+        caches = [[model.new_cache(64) for _ in texts] for model in models]
+        rows: list[list[torch.Tensor]] = [[] for _ in texts]
+        for half, parts in enumerate(forwards()):
+            for group in groups:
+                lengths = [len(parts[i].positions) for i in group]
+                starts = [0 if half == 0 else len(texts[i]) // 2 for i in group]
+                inputs = [texts[i][start : start + n] for i, start, n in zip(group, starts, lengths, strict=True)]
+                hidden = models[0].run(
+                    [
+                        SpanPass(cache=caches[0][i], forward=parts[i], inputs=x)
+                        for i, x in zip(group, inputs, strict=True)
+                    ]
+                )
+                outputs = models[1].run(
+                    [
+                        SpanPass(cache=caches[1][i], forward=parts[i], inputs=x, wanted=range(n))
+                        for i, x, n in zip(group, hidden, lengths, strict=True)
+                    ]
+                )
+                for i, views in zip(group, outputs, strict=True):
+                    rows[i] += [view.row for view in views]
+        return [torch.stack(each) for each in rows]
+
+    for together, alone in zip(run([[0, 1, 2]]), run([[0], [1], [2]]), strict=True):
+        assert torch.allclose(together, alone, atol=1e-4)
+        assert torch.equal(together.argmax(dim=-1), alone.argmax(dim=-1))
+
+
+def test_what_is_wrong_with_one_session_is_not_the_others_business(tiny):
+    model = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS))
+    tail = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(2, NUM_LAYERS))
+    forward = SlotTable().append([0], [None], [0])
+
+    def of(model: SpanModel, inputs: list[int] | bytes) -> SpanPass:
+        return SpanPass(cache=model.new_cache(8), forward=forward, inputs=inputs, wanted=[0])
+
+    wrong, right = model.run([of(model, [VOCAB]), of(model, [3])])
+    assert isinstance(wrong, RemoteProtocolError)
+    assert len(views_of(right)) == 1
+    huge = np.full(model.shape.hidden_size, 3e38, np.float32).tobytes()
+    nan = np.full(model.shape.hidden_size, np.nan, np.float32).tobytes()
+    fine = np.ones(model.shape.hidden_size, np.float32).tobytes()
+    alone = views_of(tail.run([of(tail, fine)])[0])[0]
+    *wrong_ones, right = tail.run([of(tail, nan), of(tail, b"short"), of(tail, huge), of(tail, fine)])
+    assert [type(each) for each in wrong_ones[:2]] == [RemoteProtocolError, RemoteProtocolError]
+    assert torch.allclose(views_of(right)[0].row, alone.row, atol=1e-5)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
+from dsd_p2p.types import StageCost
 from dsd_p2p.wire.codec import encode
 from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
 from dsd_p2p.wire.messages import Verdict, Window
@@ -89,7 +90,7 @@ def window_of(num_nodes):
         tokens=(151_000,) * num_nodes,
         parents=tuple(range(4999, 4999 + num_nodes)),
         positions=(30_000,) * num_nodes,
-        stage_us=(12_000,) * 4,
+        costs=(StageCost(us=12_000, num_rows=8),) * 4,
         link_bytes=1 << 30,
     )
 
@@ -114,7 +115,7 @@ def test_a_verdict_stays_below_a_hundred_bytes():
         settled=(5000,) * 4,
         num_live=16,
         num_stale=12,
-        stage_us=(12_000,) * 4,
+        costs=(StageCost(us=12_000, num_rows=8),) * 4,
         link_bytes=1 << 30,
     )
     assert len(encode(verdict)) < 100

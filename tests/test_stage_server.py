@@ -22,7 +22,7 @@ from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.pipeline.stage_server import StageLimits
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.memory import MemoryNetwork
-from dsd_p2p.types import PeerInfo, Sampling, Span
+from dsd_p2p.types import PeerInfo, Sampling, Span, StageCost
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.wire.codec import decode, encode
 from dsd_p2p.wire.messages import (
@@ -487,7 +487,7 @@ async def test_a_relay_is_not_blamed_for_what_it_was_given():
     async with toy_swarm(network=network) as swarm:
         for messages in (
             [open_message(), first_window(link_bytes=1 << 62)],
-            [open_message(), first_window(stage_us=(1,) * 64)],
+            [open_message(), first_window(costs=(StageCost(us=1, num_rows=1),) * 64)],
             [open_message(route=(*open_message().route[:2], open_message().route[1]))],
         ):
             async with stranger(network) as mallory:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsd_p2p.types import StageCost
 from dsd_p2p.window.analytic import AnalyticPolicy, predicted_tokens_per_s
 from dsd_p2p.window.base import CostLine, Mode, Observation
 from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
@@ -42,7 +43,8 @@ def test_the_tracker_measures_what_it_is_shown():
         size = rng.randrange(1, 16)
         stage_s = [0.01 + 0.001 * size, 0.02 + 0.002 * size]
         queueing_s = rng.random() * 0.05
-        tracker.verdict(num_nodes=size, traversal_s=0.2 + sum(stage_s) + queueing_s, stage_s=stage_s)
+        costs = [StageCost(us=round(seconds * 1e6), num_rows=size) for seconds in stage_s]
+        tracker.verdict(traversal_s=0.2 + sum(stage_s) + queueing_s, costs=costs)
         tracker.draft_step(0.007)
         tracker.outcome(rng.choices([0, 1, None], weights=[7, 2, 1])[0], (-0.4, -1.6))
     observation = tracker.observe()

@@ -17,13 +17,14 @@ from dsd_p2p.session.request import Request, Route
 from dsd_p2p.session.slots import CacheEdit, Forward
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk, verdict_of
-from dsd_p2p.types import PeerId, SessionId, Span
+from dsd_p2p.types import PeerId, SessionId, Span, StageCost
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import StaticPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.messages import BASE, FILL_NODES, Cancel, CloseSession, Hop, OpenSession, Verdict, Window
 
 VOCAB = 7
+COST = StageCost(us=1000, num_rows=1)
 SESSION = SessionId(b"toy-sess")
 
 
@@ -57,8 +58,6 @@ class ToyCache:
             order = seen[np.argsort(forward.slot_positions[seen])]
             assert forward.slot_positions[order].tolist() == list(range(position + 1))
             picks.append(next_token([self.slots[i] for i in order]))
-        if forward.is_causal:
-            assert np.array_equal(forward.mask, np.tril(np.ones_like(forward.mask), len(self.slots) - len(tokens)))
         return picks
 
 
@@ -119,7 +118,9 @@ class ToyStage:
         if not committed.tokens:
             return None, None
         return None, verdict_of(
-            msgspec.structs.replace(window, stage_us=(1000, 1000)), committed, num_live=len(offsets)
+            msgspec.structs.replace(window, costs=(COST, COST)),
+            committed,
+            num_live=len(offsets),
         )
 
 

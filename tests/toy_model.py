@@ -7,7 +7,7 @@ import numpy as np
 from toy import VOCAB, ToyCache, next_token
 
 from dsd_p2p.errors import CapacityError, ConfigError, RemoteProtocolError
-from dsd_p2p.session.slots import Forward
+from dsd_p2p.session.passes import SpanOutput, SpanPass
 from dsd_p2p.types import Span
 
 ROW = struct.Struct("<q")
@@ -49,6 +49,7 @@ class ToySpanModel:
         self.num_caches = 0
         self.num_opened = 0
         self.num_passes = 0
+        self.batches: list[int] = []
         self.before_pass = lambda: None
         self._max_caches = max_caches
 
@@ -79,21 +80,21 @@ class ToySpanModel:
             raise RemoteProtocolError("token", tokens, f"0..{VOCAB - 1}")
         return tokens
 
-    def _run(self, cache: ToySpanCache, forward: Forward, inputs: Sequence[int] | bytes) -> tuple[list[int], list[int]]:
-        tokens = self._tokens(inputs, len(forward.positions))
+    def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
         self.whole.before_pass()
         self.whole.num_passes += 1
-        return tokens, cache.run(tokens, forward)
+        self.whole.batches.append(len(passes))
+        return [self._output(each) for each in passes]
 
-    def hidden(self, cache: ToySpanCache, forward: Forward, inputs: Sequence[int] | bytes) -> bytes:
-        tokens, _ = self._run(cache, forward, inputs)
-        return b"".join(ROW.pack(token) for token in tokens)
-
-    def views(
-        self, cache: ToySpanCache, forward: Forward, inputs: Sequence[int] | bytes, rows: Sequence[int]
-    ) -> list[ToyView]:
-        _, picks = self._run(cache, forward, inputs)
-        return [ToyView(picks[row]) for row in rows]
+    def _output(self, each: SpanPass) -> SpanOutput:
+        try:
+            tokens = self._tokens(each.inputs, each.num_rows)
+        except RemoteProtocolError as exc:
+            return exc
+        picks = each.cache.run(tokens, each.forward)
+        if not self.is_tail:
+            return b"".join(ROW.pack(token) for token in tokens)
+        return [ToyView(picks[row]) for row in each.wanted]
 
 
 class ToyDrafter:

@@ -1,6 +1,7 @@
 """The layers of one span, run over draft nodes: masks, positions and cache are ours, the arithmetic is transformers'."""
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dsd_p2p.errors import ConfigError, ModelError, RemoteProtocolError
+from dsd_p2p.errors import ConfigError, DsdError, ModelError, RemoteProtocolError
 from dsd_p2p.models.architecture import SLIDING, attention_kinds, read_config, shape_of
 from dsd_p2p.models.cache import CacheBudget, KvCache
 from dsd_p2p.models.loader import LoadedSpan, load_span
+from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
 from dsd_p2p.models.source import ModelSource
+from dsd_p2p.session.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.session.slots import Forward
 from dsd_p2p.types import Span, TokenId
+
+_NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +75,9 @@ class SpanModel:
         self._model: Any = self._loaded.model
         self._kinds = sorted(set(attention_kinds(config)[span.first : span.last]))
         self._sliding_window = int(getattr(config, "sliding_window", None) or 0)
-        self._is_additive_mask = self._model.config._attn_implementation == "eager"
+        self._is_ragged = self._model.config._attn_implementation == "sdpa"
+        if self._is_ragged:
+            self._model.config._attn_implementation = RAGGED
 
     def narrow(self, span: Span) -> "SpanModel":
         """Return part of the layers as a model that shares tensors and cache budget with this one.
@@ -119,6 +126,27 @@ class SpanModel:
         )
 
     @torch.inference_mode()
+    def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
+        """Run the span over the nodes of several sessions at once, each cache given once; what is wrong with one is its output.
+
+        Families whose attention only comes as eager run one session after the other.
+        """
+        outputs: list[SpanOutput] = []
+        inputs: dict[int, torch.Tensor] = {}
+        for index, each in enumerate(passes):
+            outputs.append(b"")
+            try:
+                inputs[index] = self._read(each)
+            except DsdError as exc:
+                outputs[index] = exc
+        groups = [[*inputs]] if self._is_ragged else [[index] for index in inputs]
+        for group in groups:
+            if group:
+                results = self._run([passes[index] for index in group], [inputs[index] for index in group])
+                for index, result in zip(group, results, strict=True):
+                    outputs[index] = result
+        return outputs
+
     def hidden(self, cache: KvCache, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
         """Return the hidden states `[n, H]` after the span, row-major in the model's dtype.
 
@@ -127,12 +155,8 @@ class SpanModel:
         Raises:
             RemoteProtocolError: a token outside the vocabulary, a wrong number of bytes, values that are not finite.
         """
-        hidden = self._model.base_model(**self._arguments(cache, forward, inputs))[0]
-        cache.grow(len(forward.positions))
-        data: bytes = hidden[0].contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        return data
+        return hidden_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
 
-    @torch.inference_mode()
     def views(
         self, cache: KvCache, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
     ) -> list[LogitsRow]:
@@ -142,33 +166,47 @@ class SpanModel:
             RemoteProtocolError: see `hidden`.
             ModelError: the logits are not finite.
         """
-        arguments = self._arguments(cache, forward, inputs)
-        if not rows:
-            self._model.base_model(**arguments)
-            cache.grow(len(forward.positions))
-            return []
-        kept = torch.tensor(list(rows), device=self._device)
-        logits = self._model(**arguments, logits_to_keep=kept).logits[0]
-        cache.grow(len(forward.positions))
-        best = logits.max(dim=-1)
-        if not bool(torch.isfinite(best.values).all()):
-            raise ModelError("the target's logits are not finite: check its weights and dtype")
-        return [LogitsRow(row, token) for row, token in zip(logits, logits.argmax(dim=-1).tolist(), strict=True)]
+        views = views_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=rows)])[0])
+        return [view for view in views if isinstance(view, LogitsRow)]
 
-    def _arguments(self, cache: KvCache, forward: Forward, inputs: Sequence[TokenId] | bytes) -> dict[str, Any]:
+    def _run(self, passes: Sequence[SpanPass], inputs: Sequence[torch.Tensor]) -> Sequence[SpanOutput]:
+        ends = list(itertools.accumulate(each.num_rows for each in passes))
+        starts = [0, *ends[:-1]]
+        positions = torch.from_numpy(np.concatenate([each.forward.positions for each in passes]))[None]
         arguments: dict[str, Any] = {
-            "attention_mask": self._mask(forward),
-            "position_ids": torch.from_numpy(forward.positions)[None].to(self._device),
-            "past_key_values": cache,
-            "use_cache": True,
+            "inputs_embeds" if inputs[0].is_floating_point() else "input_ids": torch.cat(list(inputs), dim=1),
+            "position_ids": positions.to(self._device),
         }
-        if isinstance(inputs, bytes):
-            arguments["inputs_embeds"] = self._read_hidden(inputs, len(forward.positions))
+        rows = [start + row for start, each in zip(starts, passes, strict=True) for row in each.wanted]
+        model = self._model if rows else self._model.base_model
+        if rows:
+            arguments["logits_to_keep"] = torch.tensor(rows, device=self._device)
+        if self._is_ragged:
+            segments = [
+                Segment(cache=each.cache, start=start, end=end, masks=self._masks(each.forward))
+                for each, start, end in zip(passes, starts, ends, strict=True)
+            ]
+            # The attention looks at the segments' masks; this one only keeps transformers from making its own.
+            arguments["attention_mask"] = self._by_kind(dict.fromkeys(self._kinds, _NO_MASK.to(self._device)))
+            result = RaggedCache(segments, self._loaded.kinds).run(model, arguments)[0][0]
         else:
-            if min(inputs) < 0 or max(inputs) >= self.shape.vocab_size:
-                raise RemoteProtocolError("token", max(inputs), f"0..{self.shape.vocab_size - 1}")
-            arguments["input_ids"] = torch.tensor([list(inputs)], device=self._device)
-        return arguments
+            (only,) = passes
+            masks = {kind: self._additive(mask) for kind, mask in self._masks(only.forward).items()}
+            arguments["attention_mask"] = self._by_kind(masks)
+            result = model(**arguments, past_key_values=only.cache, use_cache=True)[0][0]
+            only.cache.grow(only.num_rows)
+        if not self.is_tail:
+            data = result.contiguous().cpu().view(torch.uint8).numpy()
+            return [data[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]
+        return _split_views(result if rows else result[:0], [len(each.wanted) for each in passes])
+
+    def _read(self, each: SpanPass) -> torch.Tensor:
+        """Return token ids `[1, n]` at the head, else hidden states `[1, n, H]`."""
+        if isinstance(each.inputs, bytes):
+            return self._read_hidden(each.inputs, each.num_rows)
+        if min(each.inputs) < 0 or max(each.inputs) >= self.shape.vocab_size:
+            raise RemoteProtocolError("token", max(each.inputs), f"0..{self.shape.vocab_size - 1}")
+        return torch.tensor([list(each.inputs)], device=self._device)
 
     def _read_hidden(self, data: bytes, num_nodes: int) -> torch.Tensor:
         expected_bytes = num_nodes * self.row_bytes
@@ -181,18 +219,37 @@ class SpanModel:
             raise RemoteProtocolError("hidden states", "NaN or infinity", "finite values")
         return hidden.to(self._device)
 
-    def _mask(self, forward: Forward) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What every family takes verbatim: one `[1, 1, n, slots]`, or one per kind where a model mixes kinds."""
-        masks = {kind: self._mask_of_kind(kind, forward) for kind in self._kinds}
+    def _masks(self, forward: Forward) -> dict[str, torch.Tensor]:
+        """Bool `[1, 1, n, slots]` for each kind of attention: where a node attends."""
+        masks = {}
+        for kind in self._kinds:
+            attends = forward.mask
+            if kind == SLIDING:
+                attends = attends & (forward.positions[:, None] - forward.slot_positions[None] < self._sliding_window)
+            masks[kind] = torch.from_numpy(attends)[None, None].to(self._device)
+        return masks
+
+    def _by_kind(self, masks: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What every family takes verbatim: one mask, or one per kind where a model mixes kinds."""
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _mask_of_kind(self, kind: str, forward: Forward) -> torch.Tensor:
-        attends = forward.mask
-        if kind == SLIDING:
-            attends = attends & (forward.positions[:, None] - forward.slot_positions[None] < self._sliding_window)
-        mask = torch.from_numpy(attends)[None, None].to(self._device)
-        if not self._is_additive_mask:
-            return mask
-        # Eager attention adds the mask to the scores: a bool one would silently mean something else.
+    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+        """Eager attention adds the mask to the scores: a bool one would silently mean something else."""
         additive = torch.zeros(mask.shape, dtype=self.torch_dtype, device=self._device)
         return additive.masked_fill_(~mask, torch.finfo(self.torch_dtype).min)
+
+
+def _split_views(logits: torch.Tensor, counts: Sequence[int]) -> list[SpanOutput]:
+    """Return each pass's rows of `[sum of counts, V]`; one whose values are not finite spoils its own pass only."""
+    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+    rows = [LogitsRow(row, token) for row, token in zip(logits, logits.argmax(dim=-1).tolist(), strict=True)]
+    outputs: list[SpanOutput] = []
+    start = 0
+    for count in counts:
+        end = start + count
+        is_finite = all(finite[start:end])
+        outputs.append(
+            rows[start:end] if is_finite else ModelError("the target's logits are not finite: check weights and dtype")
+        )
+        start = end
+    return outputs

@@ -175,8 +175,10 @@ class Auditor:
         hop, end = self._turns[-1], min(self._num_complete, MAX_RECOMPUTED, len(tokens))
         if end <= self._checked[hop]:
             return None
-        self._turns.pop()
-        self._num_windows = 0
+        # The same order again: shuffled anew, a stage that came first could come last, almost two cycles later.
+        self._turns.insert(0, self._turns.pop())
+        # A turn that came late, for want of anything new to check, does not put off the next.
+        self._num_windows -= self._every
         return Turn(
             hop=hop,
             tokens=tuple(tokens[:end]),

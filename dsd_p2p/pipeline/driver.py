@@ -219,7 +219,8 @@ class RequestDriver:
     async def _perform(self, output: trio.MemorySendChannel[tuple[TokenId, ...]], nursery: trio.Nursery) -> bool:
         """Do everything pending; False once the request is finished."""
         while self._pending:
-            match self._pending.popleft():
+            # Taken off only when it is done: a close that is cancelled on its way must be sent again.
+            match self._pending[0]:
                 case Send(to=to, message=message):
                     if self._auditor is not None:
                         self._follow(self._auditor, message)
@@ -243,6 +244,7 @@ class RequestDriver:
                     nursery.start_soon(self._reroute, delay_s)
                 case Finish() as finish:
                     self.finish = finish
+            self._pending.popleft()
         return self.finish is None
 
     def _follow(self, auditor: Auditor, message: Message) -> None:

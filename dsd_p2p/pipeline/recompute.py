@@ -8,6 +8,7 @@ import trio
 from dsd_p2p.errors import DsdError, ModelError, PeerError, RemoteProtocolError
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.pipeline.span_model import SpanModel
+from dsd_p2p.session.passes import SpanPass, hidden_of, views_of
 from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import PeerId, PeerInfo, Sampling, TokenId
 from dsd_p2p.verification.base import TargetView
@@ -64,8 +65,9 @@ def _compute(
     try:
         forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
         if not part.is_tail:
-            return (), (), part.hidden(cache, forward, inputs)
-        verifier, views = ExactVerifier(asked.sampling), part.views(cache, forward, inputs, range(num_nodes))
+            return (), (), hidden_of(part.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
+        asked_pass = SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=range(num_nodes))
+        verifier, views = ExactVerifier(asked.sampling), views_of(part.run([asked_pass])[0])
         picks = tuple(verifier.judge(view, row + 1, None)[0] for row, view in enumerate(views))
         claimed = (*asked.tokens[1:], picks[-1])
         gaps = tuple(_gap(*row, asked.sampling) for row in zip(views, picks, claimed, strict=True))

@@ -1,11 +1,11 @@
 """What a stage server asks of the layers it serves."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from dsd_p2p.session.slots import CacheEdit, Forward
-from dsd_p2p.types import Span, TokenId
-from dsd_p2p.verification.base import TargetView
+from dsd_p2p.session.passes import SpanOutput, SpanPass
+from dsd_p2p.session.slots import CacheEdit
+from dsd_p2p.types import Span
 
 
 class SpanCache(Protocol):
@@ -54,16 +54,9 @@ class SpanModel(Protocol):
         """
         ...
 
-    def hidden(self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
-        """Hidden states `[n, H]` after the span; `inputs` are token ids at the head, else hidden states.
+    def run(self, passes: Sequence[SpanPass]) -> Sequence[SpanOutput]:
+        """Run the layers over new nodes of several sessions, each cache given once; in order, what comes of each.
 
-        Raises:
-            RemoteProtocolError: wrong number of bytes, a token outside the vocabulary, values that are not finite.
+        What is wrong with one of them (bytes, a token outside the vocabulary, values that are not finite) is its own output.
         """
-        ...
-
-    def views(
-        self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
-    ) -> Sequence[TargetView]:
-        """At the tail: the target's view after each of `rows`. Raises as `hidden` does."""
         ...

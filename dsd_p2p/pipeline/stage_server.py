@@ -1,6 +1,6 @@
 """One stage: takes windows in, runs its span over them, hands them on; at the tail, answers with verdicts.
 
-Each session is one task with its own bounded queue; the model is used by one of them at a time, first come first served.
+Each session is one task with its own bounded queue; the model runs the windows of all of them together (`batcher`).
 """
 
 import logging
@@ -9,8 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import msgspec
-import numpy as np
 import trio
 
 from dsd_p2p.errors import (
@@ -23,32 +21,27 @@ from dsd_p2p.errors import (
     PeerTimeout,
     RemoteProtocolError,
 )
+from dsd_p2p.pipeline.batcher import Batcher
 from dsd_p2p.pipeline.failures import kind_of
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.pipeline.recompute import Recomputer
 from dsd_p2p.pipeline.span_model import SpanModel
+from dsd_p2p.pipeline.stage_pass import StagePass
 from dsd_p2p.pipeline.stage_session import BoundaryLog, StageSession
-from dsd_p2p.session.attest import hash_rows, hash_tokens, signed_text
-from dsd_p2p.session.slots import CacheEdit
 from dsd_p2p.session.stage import StageState
-from dsd_p2p.session.tail import TailWalk, verdict_of
+from dsd_p2p.session.tail import TailWalk
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId, Span, TokenId
+from dsd_p2p.types import PeerId, Span
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
 from dsd_p2p.verification.base import Verifier
 from dsd_p2p.verification.exact import ExactVerifier
-from dsd_p2p.verification.importance import DraftOpinion
 from dsd_p2p.window.tracker import LineFit
-from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
+from dsd_p2p.wire.hidden import HiddenFormat, packed_row_bytes
 from dsd_p2p.wire.messages import (
     BASE,
     FILL_NODES,
-    MAX_ATTESTED_WINDOWS,
-    MAX_STAGES,
-    Attestation,
     Cancel,
     CloseSession,
-    DraftTop,
     Failure,
     Hop,
     Message,
@@ -56,9 +49,7 @@ from dsd_p2p.wire.messages import (
     Recompute,
     Reveal,
     Revealed,
-    Verdict,
     Window,
-    WindowAttestation,
 )
 
 logger = logging.getLogger(__name__)
@@ -110,10 +101,10 @@ class StageServer:
         self._model = model
         self._parts: dict[Span, SpanModel] = {}
         self._limits = limits
-        self._clock = clock
         self._sign = sign
         self._model_in_use = trio.Lock()
         self._recomputer = Recomputer(links, self._model_in_use)
+        self._batcher = Batcher(self._model_in_use, clock, self._note_pass)
         self._sessions: dict[bytes, StageSession] = {}
         self._closed: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         self._nursery: trio.Nursery | None = None
@@ -129,6 +120,7 @@ class StageServer:
     def start(self, nursery: trio.Nursery) -> None:
         """Serve as long as the nursery is open; every cache is free afterwards."""
         self._nursery = nursery
+        nursery.start_soon(self._batcher.serve)
 
     async def serve_span(self, model: SpanModel | None) -> None:
         """From now on serve `model`, which `links.me` describes already; sessions of what was served before end, and have ended."""
@@ -290,10 +282,8 @@ class StageServer:
             if window.epoch < session.opened.epoch:
                 return
             raise RemoteProtocolError("sender", event.sender, f"{session.previous}, the stage before in the route")
-        if session.model.is_head and (window.stage_us or window.link_bytes):
-            raise RemoteProtocolError(
-                "stage_us, link_bytes", (window.stage_us, window.link_bytes), "none before the head"
-            )
+        if session.model.is_head and (window.costs or window.link_bytes):
+            raise RemoteProtocolError("costs, link_bytes", (window.costs, window.link_bytes), "none before the head")
         expected_bytes = 0 if session.model.is_head else len(window.tokens) * session.row_bytes
         if len(event.payload) != expected_bytes:
             raise RemoteProtocolError("payload length", len(event.payload), f"{expected_bytes} bytes")
@@ -394,16 +384,10 @@ class StageServer:
         old_state, session.state = session.state, old.state
         edits = session.state.resume(epoch=old_state.epoch, at=opened.resume, num_kept=opened.num_given - 1)
         for edit in edits:
-            self._edit(session, edit)
+            session.edit(edit)
 
     def _written_row_bytes(self, session: StageSession) -> int:
         return packed_row_bytes(session.model.row_bytes, session.opened.dtype, session.write_format)
-
-    def _edit(self, session: StageSession, edit: CacheEdit) -> None:
-        assert session.cache is not None
-        session.cache.edit(edit)
-        if session.log is not None:
-            session.log.edit(edit)
 
     async def _open_onward(self, session: StageSession) -> None:
         """Open the session at the next stage, and refill that one if it lost what we still have."""
@@ -447,11 +431,7 @@ class StageServer:
             await self._links.send(to, window, log.rows(start, positions[-1] + 1))
 
     async def _handle(self, session: StageSession, window: Window, payload: bytes) -> None:
-        async with self._model_in_use:
-            if session.is_orphan or session.state.is_stale(window):
-                return
-            # Not abandoned on cancellation: the cache must not be freed under a running pass.
-            answer = await trio.to_thread.run_sync(self._run, session, window, payload)
+        answer = await self._batcher.run(StagePass(session, window, payload, self._sign))
         self._bound_log(session)
         if answer is None or self._is_refill_for_us_alone(session, window):
             return
@@ -473,91 +453,10 @@ class StageServer:
         if held_bytes > self._limits.max_boundary_bytes:
             session.log = None
 
-    def _run(self, session: StageSession, window: Window, payload: bytes) -> tuple[Window | Verdict, bytes] | None:
-        """In a worker thread: edit the cache, run the span, walk at the tail; returns what to send on."""
-        start_s = self._clock()
-        num_nodes = len(window.tokens)
-        live = session.walk.live(window) if session.walk else list(range(num_nodes))
-        step = session.state.accept(window, live)
-        if step is None:
-            return None
-        assert session.cache is not None
-        if step.edit is not None:
-            self._edit(session, step.edit)
-        inputs = self._inputs(session, window, payload, live)
-        if session.walk is None:
-            assert step.forward is not None, "only the tail skips nodes"
-            hidden = session.model.hidden(session.cache, step.forward, inputs)
-            packed = pack(hidden, session.model.row_bytes, session.opened.dtype, session.write_format)
-            if session.log is not None:
-                session.log.append(packed)
-            seconds = self._clock() - start_s
-            self._note_pass(session, num_nodes, seconds)
-            window = self._attested(session, window, payload, packed)
-            return _measured(window, session, seconds), packed
-        if session.opened.attest:
-            window = self._attested(session, window, payload, b"")
-            session.attested.append(WindowAttestation(window=window.window, stages=window.attestations))
-            del session.attested[:-MAX_ATTESTED_WINDOWS]
-        if step.forward is None:
-            return None
-        wanted = [row for row, offset in enumerate(live) if session.walk.wants_pick(window.positions[offset])]
-        views = dict(zip(wanted, session.model.views(session.cache, step.forward, inputs, wanted), strict=True))
-
-        tops = {top.offset: top for top in window.drafts} if session.opened.relaxation else {}
-        num_relaxed = 0
-
-        def pick(row: int) -> TokenId:
-            nonlocal num_relaxed
-            top = tops.get(live[row])
-            token, is_relaxed = session.verifier.judge(
-                views[row], window.positions[live[row]] + 1, _opinion(top) if top else None
-            )
-            num_relaxed += is_relaxed
-            return token
-
-        self._note_pass(session, len(live), self._clock() - start_s)
-        committed = session.walk.walk(window, live, pick)
-        if not committed.tokens:
-            return None
-        measured = _measured(window, session, self._clock() - start_s)
-        attested, session.attested = session.attested, []
-        verdict = verdict_of(measured, committed, num_live=len(live), num_relaxed=num_relaxed, attestations=attested)
-        return verdict, b""
-
-    def _attested(self, session: StageSession, window: Window, payload: bytes, packed: bytes) -> Window:
-        """The window with our signature under what came in and what goes out, when the session wants it."""
-        if not session.opened.attest or self._sign is None:
-            return window
-        inputs = hash_tokens(window.tokens) if session.model.is_head else hash_rows(payload, session.row_bytes)
-        self._check_neighbour(session, window, inputs)
-        outputs = hash_rows(packed, len(packed) // len(window.tokens)) if packed else b""
-        text = signed_text(window, session.opened.route[session.index].span, inputs, outputs)
-        attestation = Attestation(inputs=inputs, outputs=outputs, signature=self._sign(text))
-        return msgspec.structs.replace(window, attestations=(*window.attestations, attestation)[-MAX_STAGES:])
-
-    def _note_pass(self, session: StageSession, num_nodes: int, seconds: float) -> None:
-        span = session.opened.route[session.index].span
-        self._layer_cost.add(num_nodes, seconds / span.num_layers)
+    def _note_pass(self, work: StagePass, num_rows: int, seconds: float) -> None:
+        session = work.session
+        self._layer_cost.add(num_rows, seconds / session.opened.route[session.index].span.num_layers)
         self._num_passes += 1
-
-    def _inputs(self, session: StageSession, window: Window, payload: bytes, live: list[int]) -> list[TokenId] | bytes:
-        if session.model.is_head:
-            return [window.tokens[offset] for offset in live]
-        if len(live) < len(window.tokens):
-            row_bytes = session.row_bytes
-            payload = b"".join(payload[offset * row_bytes : (offset + 1) * row_bytes] for offset in live)
-        return unpack(payload, session.model.row_bytes, session.opened.dtype, session.read_format)
-
-    def _check_neighbour(self, session: StageSession, window: Window, inputs: bytes) -> None:
-        """Complain at once of a stage before us that signed something else than it sent: later it would look like our doing."""
-        signed = window.attestations
-        if len(signed) != session.index:
-            session.about = session.previous
-            raise RemoteProtocolError("attestations", len(signed), f"{session.index}, one a stage before this one")
-        if signed and signed[-1].outputs != inputs:
-            session.about = session.previous
-            raise RemoteProtocolError("attestation", "of other outputs", "of the rows that were sent")
 
     # Spot checks
 
@@ -604,16 +503,3 @@ def _verifier(opened: OpenSession) -> Verifier:
     if opened.relaxation is None:
         return ExactVerifier(opened.sampling)
     return AdaptiveVerifier(opened.sampling, opened.relaxation)
-
-
-def _opinion(top: DraftTop) -> DraftOpinion:
-    return DraftOpinion(tokens=np.array(top.tokens, np.int64), logprobs=np.array(top.centinats, np.float64) / -100)
-
-
-def _measured(window: Window, session: StageSession, seconds: float) -> Window:
-    """The window with what this stage adds to its measurements."""
-    return msgspec.structs.replace(
-        window,
-        stage_us=(*window.stage_us, max(0, round(seconds * 1e6)))[-MAX_STAGES:],
-        link_bytes=min(window.link_bytes + session.received_bytes, 1 << 62),
-    )

@@ -84,6 +84,7 @@ class StageSession:
     cache: SpanCache | None = None
     log: BoundaryLog | None = None
     received_bytes: int = 0
+    num_served_rows: int = 0
     queued_bytes: int = 0
     attested: list[WindowAttestation] = field(default_factory=list)
     heir_waits: bool = False
@@ -97,6 +98,13 @@ class StageSession:
     def coordinator(self) -> PeerId:
         """Who opened it."""
         return PeerId(self.opened.coordinator.peer)
+
+    def edit(self, edit: CacheEdit) -> None:
+        """Keep and move slots, of the cache and of what is kept for a refill."""
+        assert self.cache is not None
+        self.cache.edit(edit)
+        if self.log is not None:
+            self.log.edit(edit)
 
     def settled_rows(self, end: int) -> tuple[bytes, int]:
         """Return the hidden states sent on for the committed positions below `end`, and how many there are."""

@@ -397,12 +397,12 @@ class Coordinator:
         return effects
 
     def _measure(self, verdict: Verdict, now_s: float) -> None:
-        stage_s = [us / 1e6 for us in verdict.stage_us]
+        stage_s = [cost.us / 1e6 for cost in verdict.costs]
         self.stats.link_bytes = max(self.stats.link_bytes, verdict.link_bytes)
         self.stats.num_relaxed_tokens += verdict.num_relaxed
         for flight in self._in_flight:
             if flight.window == verdict.window:
-                self._tracker.verdict(num_nodes=flight.num_nodes, traversal_s=now_s - flight.sent_at_s, stage_s=stage_s)
+                self._tracker.verdict(traversal_s=now_s - flight.sent_at_s, costs=verdict.costs)
                 self.stats.num_verdicts += 1
                 totals = self.stats.stage_s or [0.0] * len(stage_s)
                 self.stats.stage_s = [a + b for a, b in zip(totals, stage_s, strict=False)]

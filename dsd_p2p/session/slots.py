@@ -36,13 +36,22 @@ class Forward:
     positions: int64 `[n]`.
     slot_positions: int64 `[num_slots]`, the position of what each slot holds.
     mask: bool `[n, num_slots]`, True where a node attends: the committed prefix, its ancestors and itself.
-    is_causal: True when the nodes are a chain that directly follows everything in the cache.
     """
 
     positions: NDArray[np.int64]
     slot_positions: NDArray[np.int64]
     mask: NDArray[np.bool_]
-    is_causal: bool
+
+    def part(self, start: int, end: int) -> "Forward":
+        """Return the pass of the nodes `[start, end)` alone, those before them being in the cache already."""
+        if (start, end) == (0, len(self.positions)):
+            return self
+        num_slots = len(self.slot_positions) - len(self.positions) + end
+        return Forward(
+            positions=self.positions[start:end],
+            slot_positions=self.slot_positions[:num_slots],
+            mask=self.mask[start:end, :num_slots],
+        )
 
 
 class SlotTable:
@@ -109,30 +118,25 @@ class SlotTable:
         attends[:num_old, :num_old] = self._attends
         index_of = dict(self._nodes)
         all_positions = np.append(self._positions, np.asarray(positions, np.int64))
-        is_chain = True
         for offset, (node, parent) in enumerate(zip(nodes, parents, strict=True)):
             index = num_old + offset
             if node in index_of:
                 raise RemoteProtocolError("node", node, "a number not used before")
             if parent is None:
                 expected_position = self.prefix_length
-                is_chain = is_chain and index == 0
             else:
                 parent_index = index_of.get(parent)
                 if parent_index is None:
                     raise RemoteProtocolError("parent", parent, "a node that descends from the root")
                 attends[index] = attends[parent_index]
                 expected_position = int(all_positions[parent_index]) + 1
-                is_chain = is_chain and parent_index == index - 1
             if positions[offset] != expected_position:
                 raise RemoteProtocolError("position", positions[offset], f"{expected_position}, its parent's plus one")
             attends[index, index] = True
             index_of[node] = index
-        is_causal = is_chain and (num_old == 0 or bool(attends[num_old].sum() == num_old + 1))
         self._nodes, self._positions, self._attends = index_of, all_positions, attends
         return Forward(
             positions=all_positions[num_old:],
             slot_positions=np.concatenate([np.arange(self.prefix_length), all_positions]),
             mask=np.concatenate([np.ones((num_new, self.prefix_length), np.bool_), attends[num_old:]], axis=1),
-            is_causal=is_causal,
         )

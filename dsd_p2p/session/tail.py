@@ -40,7 +40,7 @@ def verdict_of(
         settled=tuple(committed.settled),
         num_live=num_live,
         num_stale=len(window.tokens) - num_live,
-        stage_us=window.stage_us,
+        costs=window.costs,
         link_bytes=window.link_bytes,
         num_relaxed=num_relaxed,
         attestations=tuple(attestations),

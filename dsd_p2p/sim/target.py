@@ -16,7 +16,7 @@ from dsd_p2p.session.tail import TailWalk, verdict_of
 from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.service import PassCost, Processor, Spread, spread
-from dsd_p2p.types import TokenId, UniformRng
+from dsd_p2p.types import StageCost, TokenId, UniformRng
 from dsd_p2p.wire.messages import Verdict, Window
 
 _WINDOW_BYTES, _NODE_BYTES = 40, 6
@@ -75,7 +75,7 @@ class Flight:
     number: int = 0
     queued_at_s: float = 0.0
     live: list[int] | None = None
-    stage_s: list[float] = field(default_factory=list)
+    costs: list[StageCost] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +148,7 @@ class Stage:
         self.num_passes += 1
         handling_s = self._model.handling_s
         share = seconds / (seconds + handling_s) if handling_s else 1.0
-        self._processor.run(seconds + handling_s, self._done, batch, share, now_s)
+        self._processor.run(seconds + handling_s, self._done, batch, num_nodes, share, now_s)
 
     def _take(self) -> list[Flight]:
         """The windows of the next pass: at most one of a session, its oldest, because what the next is worth depends on it."""
@@ -185,14 +185,15 @@ class Stage:
             return bool(flight.live)
         return True
 
-    def _done(self, batch: list[Flight], share: float, started_s: float) -> None:
+    def _done(self, batch: list[Flight], num_nodes: int, share: float, started_s: float) -> None:
         seconds = self._clock.now_s - started_s
         self.busy_s += seconds
         self.num_served += len(batch)
+        cost = StageCost(us=max(0, round(seconds * share * 1e6)), num_rows=num_nodes, num_sessions=len(batch))
         if self.log is not None:
             self.log(self._index, started_s, self._clock.now_s, batch)
         for flight in batch:
-            flight.stage_s.append(seconds * share)
+            flight.costs.append(cost)
             self._onward(flight)
         # What arrives at this very moment is in time for the next pass.
         self._clock.deadline(0.0, self._go_on)
@@ -274,9 +275,7 @@ class Target:
 
         committed = session.walk.walk(window, live, pick)
         if committed.tokens:
-            measured = msgspec.structs.replace(
-                window, stage_us=tuple(max(0, round(seconds * 1e6)) for seconds in flight.stage_s)
-            )
+            measured = msgspec.structs.replace(window, costs=tuple(flight.costs))
             session.client.verdict(verdict_of(measured, committed, num_live=len(live)), session)
 
 

@@ -81,7 +81,7 @@ class MeasuredRate:
 class Observation:
     """What is known of a chain and its drafter when a decision is due.
 
-    stages: one cost line per stage; empty before the first verdict.
+    stages: one cost line per stage; empty before the first verdict. num_sharing: sessions that share a stage's pass.
     links_s: seconds a traversal spends outside the stages' computation, return link included.
     draft_step_s: seconds of one draft step.
     hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
@@ -91,6 +91,7 @@ class Observation:
     """
 
     stages: tuple[CostLine, ...] = ()
+    num_sharing: float = 1.0
     links_s: float = 0.0
     draft_step_s: float = 0.0
     hit_rate_by_rank: tuple[float, ...] = field(default=())
@@ -100,12 +101,16 @@ class Observation:
     measured: Mapping[str, MeasuredRate] = field(default_factory=dict)
 
     def traversal_s(self, num_nodes: float) -> float:
-        """T(n): seconds from sending a window of n nodes to its verdict, nothing else under way."""
-        return max(_SHORTEST_S, self.links_s + sum(stage.at(num_nodes) for stage in self.stages))
+        """T(n): seconds from sending a window of n nodes to its verdict, none of our own before it.
+
+        Those who share its passes are taken to send as much as we do: what one gains at the others' cost is no gain.
+        """
+        num_rows = num_nodes * self.num_sharing
+        return max(_SHORTEST_S, self.links_s + sum(stage.at(num_rows) for stage in self.stages))
 
     def slowest_stage_s(self, num_nodes: float) -> float:
         """Seconds between two windows of n nodes at the chain's bottleneck."""
-        return max((stage.at(num_nodes) for stage in self.stages), default=0.0)
+        return max((stage.at(num_nodes * self.num_sharing) for stage in self.stages), default=0.0)
 
 
 _SHORTEST_S = 1e-6

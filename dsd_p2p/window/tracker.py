@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Sequence
 
+from dsd_p2p.types import StageCost
 from dsd_p2p.window.base import CostLine, Decision, MeasuredRate, Observation
 
 _DECAY = 0.95
@@ -107,6 +108,7 @@ class Tracker:
         self._stages: list[LineFit] = []
         self._links_s = 0.0
         self._beyond_stages_s = 0.0
+        self._num_sharing = 1.0
         self._confidence = _PRIOR_HAZARDS[0]
         self._draft_step_s = 0.0
         self._num_draft_steps = 0
@@ -117,13 +119,16 @@ class Tracker:
         self._num_tokens = 0
         self._num_outcomes = 0
 
-    def verdict(self, *, num_nodes: int, traversal_s: float, stage_s: list[float]) -> None:
-        """Take in the first verdict of a window of `num_nodes`, `traversal_s` after it was sent."""
-        if len(stage_s) != len(self._stages):
-            self._stages = [LineFit() for _ in stage_s]
+    def verdict(self, *, traversal_s: float, costs: Sequence[StageCost]) -> None:
+        """Take in the first verdict of a window, `traversal_s` after it was sent, and what it took at each stage."""
+        stage_s = [cost.us / 1e6 for cost in costs]
+        if len(costs) != len(self._stages):
+            self._stages = [LineFit() for _ in costs]
             self._links_s = self._beyond_stages_s = 0.0
-        for fit, seconds in zip(self._stages, stage_s, strict=True):
-            fit.add(num_nodes, seconds)
+        for fit, cost, seconds in zip(self._stages, costs, stage_s, strict=True):
+            fit.add(cost.num_rows, seconds)
+        num_sessions = max((cost.num_sessions for cost in costs), default=1)
+        self._num_sharing += (1 - _DECAY) * (num_sessions - self._num_sharing)
         # Windows queue behind each other, so the links are what the quickest recent traversal spent outside the stages.
         links_s = max(0.0, traversal_s - sum(stage_s))
         self._beyond_stages_s += (1 - _DECAY) * (links_s - self._beyond_stages_s) if self._beyond_stages_s else links_s
@@ -169,6 +174,7 @@ class Tracker:
             hit_rate_by_rank=self._hit_rates(),
             num_outcomes=self._num_outcomes,
             confidence=self._confidence,
+            num_sharing=self._num_sharing,
             queue_s=max(0.0, self._beyond_stages_s - self._links_s),
             measured={kind: rate.measured(self._num_tokens) for kind, rate in self._rates.items()},
         )

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from dsd_p2p.types import MAX_POSITIONS, Address, Name, PeerInfo, Position, Relaxation, Sampling, Span
+from dsd_p2p.types import MAX_POSITIONS, Address, Name, PeerInfo, Position, Relaxation, Sampling, Span, StageCost
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members
 
@@ -33,7 +33,6 @@ Epoch = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 WindowNumber = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 NodeNumber = Annotated[int, Meta(ge=-1, le=MAX_POSITIONS)]
 Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
-Microseconds = Annotated[int, Meta(ge=0, le=1 << 40)]
 Centinats = Annotated[int, Meta(ge=0, le=100_000)]
 
 BASE = -1
@@ -126,7 +125,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
     root: the newest node known to be committed, as (epoch, node number).
     first_node: number of the first node; the others follow by one.
     parents: node number within this epoch of each node's parent, `BASE` for the node that opens the epoch.
-    stage_us: compute microseconds of each stage passed so far.
+    costs: of each stage passed so far.
     link_bytes: bytes of window frames that the stages passed so far have received in this session.
     drafts: in relaxed mode, what the drafter expects after some of the nodes. attestations: of the stages passed so far.
     """
@@ -139,7 +138,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
     tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
     parents: Annotated[tuple[NodeNumber, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
     positions: Annotated[tuple[Position, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
-    stage_us: Annotated[tuple[Microseconds, ...], Meta(max_length=MAX_STAGES)] = ()
+    costs: Annotated[tuple[StageCost, ...], Meta(max_length=MAX_STAGES)] = ()
     link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
     drafts: Annotated[tuple[DraftTop, ...], Meta(max_length=MAX_WINDOW_NODES)] = ()
     attestations: Annotated[tuple[Attestation, ...], Meta(max_length=MAX_STAGES)] = ()
@@ -162,7 +161,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
     settled: Annotated[tuple[NodeNumber, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
     num_live: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
     num_stale: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
-    stage_us: Annotated[tuple[Microseconds, ...], Meta(max_length=MAX_STAGES)] = ()
+    costs: Annotated[tuple[StageCost, ...], Meta(max_length=MAX_STAGES)] = ()
     link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
     num_relaxed: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
     attestations: Annotated[tuple[WindowAttestation, ...], Meta(max_length=MAX_ATTESTED_WINDOWS)] = ()

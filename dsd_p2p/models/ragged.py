@@ -1,0 +1,87 @@
+"""One pass over the nodes of several sessions: all their rows in one matrix, attention apart for each.
+
+Nothing is padded: what has a row a node (projections, MLPs, norms) sees `[1, sum n, H]`, and the attention of each session sees
+its own keys, values and mask only, exactly as if it ran alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dsd_p2p.models.cache import KvCache
+
+RAGGED = "dsd_ragged"
+"""The attention implementation's name in transformers."""
+
+_running: ContextVar["RaggedCache"] = ContextVar("dsd_ragged")
+# Not every family hands unknown keyword arguments down to its attention.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One session's rows: `[start, end)` of the pass. masks: bool `[1, 1, n, slots]` by kind of attention."""
+
+    cache: KvCache
+    start: int
+    end: int
+    masks: Mapping[str, torch.Tensor]
+
+
+class RaggedCache:
+    """What the attention layers see as their cache. kinds: of attention, by layer of the whole model."""
+
+    def __init__(self, segments: Sequence[Segment], kinds: Sequence[str]) -> None:
+        self._segments = segments
+        self._kinds = kinds
+        self._stored: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put each session's `[1, heads, n, head_dim]` into its own cache."""
+        self._stored = [
+            each.cache.update(keys[:, :, each.start : each.end], values[:, :, each.start : each.end], layer_idx)
+            for each in self._segments
+        ]
+        return keys, values
+
+    def attend(self, module: torch.nn.Module, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Return `[1, sum n, heads, head_dim]`."""
+        kind = self._kinds[int(module.layer_idx)]  # type: ignore[arg-type]
+        parts = [
+            sdpa_attention_forward(
+                module, query[:, :, each.start : each.end], keys, values, each.masks[kind], **arguments
+            )[0]
+            for each, (keys, values) in zip(self._segments, self._stored, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def run(self, model: Any, arguments: Mapping[str, Any]) -> Any:
+        """Return what transformers' module returns with this as its cache."""
+        token = _running.set(self)
+        try:
+            result = model(**arguments, past_key_values=self, use_cache=True)
+        finally:
+            _running.reset(token)
+        for each in self._segments:
+            each.cache.grow(each.end - each.start)
+        return result
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    _key: torch.Tensor,
+    _value: torch.Tensor,
+    _attention_mask: torch.Tensor | None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    return _running.get().attend(module, query, **arguments), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(RAGGED, _attention)

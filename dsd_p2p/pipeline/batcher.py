@@ -1,0 +1,210 @@
+"""Continuous batching: every pass takes in a window of each session that waits, long ones piece by piece, fairly.
+
+A pass starts as soon as the one before it is done, with whoever waits then; nobody is waited for. Who was served least comes first:
+coordinators among themselves, then the sessions of one. A long prompt is cut, so that it never holds the others' tokens up for
+longer than one piece of it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from dsd_p2p.pipeline.stage_pass import Answer, StagePass
+from dsd_p2p.session.passes import SpanPass
+from dsd_p2p.types import PeerId, StageCost
+
+_MAX_ROWS = 128
+"""Nodes of one pass: what a prompt's chunk has (`GenerateOptions.prefill_chunk`), so that one alone is not cut."""
+
+_MAX_SHARE = 32
+"""Nodes of one session in a pass that others wait for."""
+
+_MAX_REMEMBERED = 1024
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    work: StagePass
+    number: int
+    is_running: bool = False
+    is_given_up: bool = False
+    is_done: trio.Event = field(default_factory=trio.Event)
+    answer: Answer | None = None
+    error: Exception | None = None
+    seconds: float = 0.0
+    num_rows: int = 0
+
+
+class Batcher:
+    """Gives the model to the sessions' windows.
+
+    model_in_use: is held during a pass. clock: seconds. note_pass: is told the rows and the seconds of each pass, in its thread.
+    """
+
+    def __init__(
+        self, model_in_use: trio.Lock, clock: Callable[[], float], note_pass: Callable[[StagePass, int, float], None]
+    ) -> None:
+        self._model_in_use = model_in_use
+        self._clock = clock
+        self._note_pass = note_pass
+        self._waiting: list[_Entry] = []
+        self._arrived = trio.Event()
+        self._num_arrived = 0
+        self._served: OrderedDict[PeerId, int] = OrderedDict()
+        self.num_passes = 0
+        self.num_windows = 0
+        self.busy_s = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Windows that wait or are computed right now."""
+        return len(self._waiting)
+
+    async def run(self, work: StagePass) -> Answer | None:
+        """Compute one window of a session; the next one of the same session only after it.
+
+        Cancelling gives it up, but only once no pass uses the session's cache.
+
+        Raises:
+            DsdError: what is wrong with the window.
+            Exception: what the model failed with.
+        """
+        self._num_arrived += 1
+        entry = _Entry(work, self._num_arrived)
+        self._waiting.append(entry)
+        self._arrived.set()
+        try:
+            await entry.is_done.wait()
+        except trio.Cancelled:
+            entry.is_given_up = True
+            if entry.is_running:
+                with trio.CancelScope(shield=True):
+                    await entry.is_done.wait()
+            elif entry in self._waiting:
+                self._waiting.remove(entry)
+            raise
+        if entry.error is not None:
+            raise entry.error
+        return entry.answer
+
+    async def serve(self) -> None:
+        """Run passes until cancelled."""
+        while True:
+            if not self._waiting:
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+            async with self._model_in_use:
+                batch = self._choose()
+                for entry, _ in batch:
+                    entry.is_running = True
+                if batch:
+                    # Not abandoned on cancellation: caches must not be freed under a running pass.
+                    await trio.to_thread.run_sync(self._run, batch)
+            for entry, _ in batch:
+                entry.is_running = False
+                if entry.error is not None or entry.is_given_up or not entry.work.num_left:
+                    self._end(entry)
+
+    def _end(self, entry: _Entry) -> None:
+        self._waiting.remove(entry)
+        entry.is_done.set()
+
+    def _choose(self) -> list[tuple[_Entry, int]]:
+        """The entries of the next pass and how many rows each may compute."""
+        for entry in [each for each in self._waiting if each.work.is_stale]:
+            self._end(entry)
+        if not self._waiting:
+            return []
+        self._catch_up()
+        order = sorted(self._waiting, key=self._rank)
+        model = order[0].work.model
+        share = _MAX_ROWS if len(order) == 1 else _MAX_SHARE
+        batch: list[tuple[_Entry, int]] = []
+        num_left = _MAX_ROWS
+        for entry in order:
+            num_rows = min(entry.work.num_left, share, num_left)
+            if entry.work.model is model and num_rows:
+                batch.append((entry, num_rows))
+                num_left -= num_rows
+                session = entry.work.session
+                session.num_served_rows += num_rows
+                self._served[session.coordinator] += num_rows
+        return batch
+
+    def _rank(self, entry: _Entry) -> tuple[int, int, int]:
+        session = entry.work.session
+        return self._served[session.coordinator], session.num_served_rows, entry.number
+
+    def _catch_up(self) -> None:
+        """Who comes back after a pause has saved nothing up: it starts where the least served of the others stands."""
+        sessions = [entry.work.session for entry in self._waiting]
+        peers = {session.coordinator for session in sessions}
+        known = [self._served[peer] for peer in peers if peer in self._served]
+        least = min(known, default=0)
+        for peer in peers:
+            self._served[peer] = max(least, self._served.get(peer, 0))
+            self._served.move_to_end(peer)
+        while len(self._served) > max(_MAX_REMEMBERED, len(peers)):
+            self._served.popitem(last=False)
+        for peer in peers:
+            theirs = [session for session in sessions if session.coordinator == peer]
+            started = [session.num_served_rows for session in theirs if session.num_served_rows]
+            for session in theirs:
+                session.num_served_rows = max(session.num_served_rows, min(started, default=0))
+
+    # In a worker thread
+
+    def _run(self, batch: Sequence[tuple[_Entry, int]]) -> None:
+        start_s = self._clock()
+        pieces = [(entry, piece) for entry, num_rows in batch if (piece := _begin(entry, num_rows)) is not None]
+        num_rows = sum(piece.num_rows for _, piece in pieces)
+        if pieces:
+            work = pieces[0][0].work
+            try:
+                outputs = work.model.run([piece for _, piece in pieces])
+            except Exception as exc:  # a failed pass fails its sessions, which say so
+                for entry, _ in pieces:
+                    entry.error = exc
+                return
+            self._note_pass(work, num_rows, self._clock() - start_s)
+            for (entry, piece), output in zip(pieces, outputs, strict=True):
+                try:
+                    entry.work.take(piece, output)
+                except Exception as exc:
+                    entry.error = exc
+        for entry, _ in batch:
+            if entry.error is None and not entry.work.num_left:
+                self._finish(entry, start_s, num_rows, len(pieces))
+            entry.seconds += self._clock() - start_s
+            entry.num_rows += num_rows
+        self.num_passes += bool(pieces)
+        self.num_windows += len(pieces)
+        self.busy_s += self._clock() - start_s
+
+    def _finish(self, entry: _Entry, start_s: float, num_rows: int, num_sessions: int) -> None:
+        def cost() -> StageCost:
+            seconds = entry.seconds + self._clock() - start_s
+            return StageCost(
+                us=max(0, round(seconds * 1e6)),
+                num_rows=max(1, entry.num_rows + num_rows),
+                num_sessions=max(1, num_sessions),
+            )
+
+        try:
+            entry.answer = entry.work.finish(cost)
+        except Exception as exc:
+            entry.error = exc
+
+
+def _begin(entry: _Entry, max_rows: int) -> SpanPass | None:
+    """The entry's rows in this pass; None when it needs none, or is wrong."""
+    work = entry.work
+    try:
+        if not work.is_begun:
+            work.begin()
+        return work.piece(max_rows) if work.num_left else None
+    except Exception as exc:
+        entry.error = exc
+        return None
