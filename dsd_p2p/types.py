@@ -17,6 +17,9 @@ TokenId = int
 MAX_POSITIONS = 1 << 20
 """Longest text any peer accepts, tokens."""
 
+MAX_TOP_LOGPROBS = 20
+"""Likeliest tokens that can be asked for with each of the target's own."""
+
 Name = Annotated[str, Meta(max_length=128)]
 Address = Annotated[str, Meta(max_length=256)]
 Position = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
@@ -110,9 +113,17 @@ class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
     max_positions: Position = 0
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What the target thought of one of its tokens: -1000 times the ln of its probability, and the likeliest tokens with theirs."""
+
+    millinats: Annotated[int, Meta(ge=0, le=1 << 30)]
+    top: Annotated[tuple[int, ...], Meta(max_length=MAX_TOP_LOGPROBS)] = ()
+    top_millinats: Annotated[tuple[int, ...], Meta(max_length=MAX_TOP_LOGPROBS)] = ()
+
+
 class StageCost(msgspec.Struct, frozen=True, array_like=True):
     """What a window took at one stage: microseconds, nodes of all sessions computed in them, and how many sessions."""
 
-    us: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
-    num_rows: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-    num_sessions: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1
+    us: Annotated[int, Meta(ge=0, le=1 << 40)]
+    num_rows: Annotated[int, Meta(ge=1, le=1 << 24)]
+    num_sessions: Annotated[int, Meta(ge=1, le=1 << 16)] = 1

@@ -20,7 +20,7 @@ from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
 from dsd_p2p.window.wcdnn import AwcPolicy
 from node.calibration import bundled_calibration, read_calibration
-from node.config import GenerateConfig
+from node.config import DrafterFlags, GenerateConfig
 from node.weights import bundled_network
 
 _SYNC_DEPTH = 8
@@ -87,7 +87,7 @@ def make_relaxation(config: GenerateConfig) -> Relaxation | None:
             raise ConfigError(f"verify {other!r}: choose exact or relaxed")
 
 
-def make_drafter(config: GenerateConfig, target: ModelSource, vocab_size: int, progress: Progress) -> Drafter:
+def make_drafter(config: DrafterFlags, target: ModelSource, vocab_size: int, progress: Progress) -> Drafter:
     """Return the drafter of `--draft`, its model loaded.
 
     Raises:
@@ -97,7 +97,7 @@ def make_drafter(config: GenerateConfig, target: ModelSource, vocab_size: int, p
     name = config.draft
     if name == "auto":
         name = CATALOG[config.model].drafter if config.model in CATALOG else "ngram"
-    if name == "ngram" or config.mode == Mode.PLAIN:
+    if name == "ngram":
         return NgramDrafter()
     model, _, lookup = name.partition("+")
     if lookup not in ("", "ngram"):
@@ -107,7 +107,7 @@ def make_drafter(config: GenerateConfig, target: ModelSource, vocab_size: int, p
 
 
 def _make_model_drafter(
-    name: str, config: GenerateConfig, target: ModelSource, vocab_size: int, progress: Progress
+    name: str, config: DrafterFlags, target: ModelSource, vocab_size: int, progress: Progress
 ) -> Drafter:
     if name == "shadow":
         progress.step("load drafter shadow", 0, 0)

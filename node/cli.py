@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser("up", help="run a whole swarm on this machine")
     _add_model_flags(up)
     up.add_argument("--stages", type=int, help="number of stage processes (default 3)")
+    up.add_argument("--draft", help="drafter: ngram, shadow, a model; also +ngram (default: what measured best)")
+    up.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
+    up.add_argument("--window", choices=["analytic", "awc"], help="who decides how much to guess (default analytic)")
+    _add_gateway_flags(up)
 
     generate = commands.add_parser("generate", help="write text")
     _add_model_flags(generate)
@@ -93,6 +97,16 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench_commands(commands.add_parser("bench", help="measure; --receipt keeps the result in docs/benchmarks"))
     return parser
+
+
+def _add_gateway_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, help="of the OpenAI-compatible door (default 8484; 0 picks one)")
+    parser.add_argument("--host", help="address it listens on (default 127.0.0.1)")
+    parser.add_argument("--api-keys", metavar="FILE", help="TOML file of who may ask and how much")
+    parser.add_argument("--names", type=_comma_list, help="host names that clients call it by")
+    parser.add_argument("--max-running", type=int, help="answers written at once (default 16)")
+    parser.add_argument("--max-waiting", type=int, help="answers that may wait for a place (default 256)")
+    parser.add_argument("--answer-timeout", help="of a whole answer (default 1h)")
 
 
 def _add_swarm_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

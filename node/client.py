@@ -11,6 +11,7 @@ import trio
 
 from dsd_p2p import units
 from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.progress import Progress
@@ -20,7 +21,7 @@ from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import PeerId, PeerInfo, Relaxation, Span, TokenId
-from dsd_p2p.window.base import WindowPolicy
+from dsd_p2p.window.base import Mode, WindowPolicy
 from node.choices import make_drafter, make_relaxation
 from node.config import GenerateConfig, NodeConfig
 from node.local_swarm import LocalNode, local_swarm, stage_configs
@@ -97,11 +98,12 @@ class Client:
         streamer, start_s, first_s = self.text.streamer(), trio.current_time(), 0.0
         deadline_s = units.seconds(self.config.timeout)
         async with aclosing(self.swarm.thin.generate(prompt, options, deadline_s)) as answer:
-            async for token in answer:
+            async for piece in answer:
                 first_s = first_s or trio.current_time()
-                tokens.append(token)
-                if show is not None:
-                    show(streamer.step(token))
+                for token in piece.tokens:
+                    tokens.append(token)
+                    if show is not None:
+                        show(streamer.step(token))
         later_s = trio.current_time() - first_s
         return tokens, {
             "coordinator": coordinator,
@@ -130,7 +132,8 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     text = TextCodec(source.folder)
     prompt = _prompt(config, text)
     vocab_size = int(model_config.vocab_size)
-    drafter = make_drafter(config, source, vocab_size, progress)
+    is_plain = config.mode == Mode.PLAIN
+    drafter = NgramDrafter() if is_plain else make_drafter(config, source, vocab_size, progress)
     async with AsyncExitStack() as stack:
         nodes: list[LocalNode] = []
         client = None

@@ -135,14 +135,42 @@ class NodeConfig(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     namespace: str = ""
 
 
-class SwarmFlags(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DrafterFlags(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who guesses.
+
+    draft: "ngram", "shadow", a model, each also "+ngram", or "auto": what measured best for the target.
+    """
+
+    draft: str = "auto"
+    draft_dtype: str = "float32"
+
+
+class SwarmFlags(DrafterFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A swarm of processes on this machine."""
 
     stages: Positive = 3
 
 
+class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The OpenAI-compatible door.
+
+    host, port: where it listens; port 0 picks a free one. api_keys: file of who may ask (docs/api.md); without one everybody on
+    this machine may. names: further host names that clients call it by. max_running, max_waiting: answers. answer_timeout: of one.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8484
+    api_keys: str = ""
+    names: tuple[str, ...] = ()
+    max_running: Annotated[int, Meta(ge=1, le=1024)] = 16
+    max_waiting: Annotated[int, Meta(ge=0, le=65536)] = 256
+    answer_timeout: str = "1h"
+
+
 class UpConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`dsd up`."""
+    """`dsd up`. window: "analytic" or "awc"."""
+
+    window: str = "analytic"
 
 
 class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,8 +180,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     swarm: the swarm to use, by its name on this machine; its model is taken. coordinator: "self", or "auto": the peer with the
         shortest loop, when that is not here. timeout: of the whole answer, when somebody else coordinates.
     audit: have the stages sign what they compute, and spot-check them (in a swarm).
-    draft: "ngram", "shadow", a model, each also "+ngram", or "auto": what measured best for the target.
-    window: "analytic" or "static". depth, width, window_nodes, in_flight: a static window; 0 is the mode's default.
+    window: "analytic", "awc" or "static". depth, width, window_nodes, in_flight: a static window; 0 is the mode's default.
     hidden: format of hidden states between stages. verify: "exact" or "relaxed"; relaxation: a file of `dsd calibrate`, empty is
         the bundled one; tau overrides the file's.
     """
@@ -164,8 +191,6 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     timeout: str = "1h"
     audit: bool = False
     netlab: bool = False
-    draft: str = "auto"
-    draft_dtype: str = "float32"
     mode: str = "continuous"
     window: str = "analytic"
     depth: Annotated[int, Meta(ge=0, le=256)] = 0
@@ -266,13 +291,33 @@ def read_config(kind: type[Config], file: str | None, flags: dict[str, object]) 
     Raises:
         ConfigError: the file cannot be read, has an unknown key, or a value is out of range.
     """
+    return _convert(_values(file, flags), kind)
+
+
+def read_with_gateway(kind: type[Config], file: str | None, flags: dict[str, object]) -> tuple[Config, GatewayConfig]:
+    """Return a command's configuration and that of its gateway, which stand in one file and among one set of flags.
+
+    Raises:
+        ConfigError: see `read_config`.
+    """
+    values = _values(file, flags)
+    names = GatewayConfig.__struct_fields__
+    gateway = {name: value for name, value in values.items() if name in names}
+    rest = {name: value for name, value in values.items() if name not in names}
+    return _convert(rest, kind), _convert(gateway, GatewayConfig)
+
+
+def _values(file: str | None, flags: dict[str, object]) -> dict[str, object]:
     values: dict[str, object] = {}
     if file is not None:
         try:
             values = tomllib.loads(Path(file).read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
             raise ConfigError(f"config file {file}: {exc}") from exc
-    values |= flags
+    return values | flags
+
+
+def _convert(values: dict[str, object], kind: type[Config]) -> Config:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as exc:

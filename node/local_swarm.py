@@ -14,7 +14,7 @@ import trio
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.types import Span
-from node.config import NodeConfig, SwarmFlags
+from node.config import ModelFlags, NodeConfig
 from node.events import Failed, Loading, Ready, Started, parse
 
 _START_TIMEOUT_S = 180.0
@@ -59,9 +59,9 @@ async def local_swarm(nodes: Sequence[NodeConfig], progress: Progress) -> AsyncI
         await _stop(process)
 
 
-def stage_configs(config: SwarmFlags, spans: Sequence[Span]) -> list[NodeConfig]:
+def stage_configs(config: ModelFlags, spans: Sequence[Span]) -> list[NodeConfig]:
     """Return the configuration of a node for each span of the model."""
-    shared = {name: getattr(config, name) for name in SwarmFlags.__struct_fields__ if name != "stages"}
+    shared = {name: getattr(config, name) for name in ModelFlags.__struct_fields__}
     return [NodeConfig(span=f"{span.first}:{span.last}", **shared) for span in spans]
 
 

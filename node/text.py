@@ -1,9 +1,10 @@
 """Between people's text and the model's tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from tokenizers.decoders import DecodeStream
 
 from dsd_p2p.errors import ConfigError, ModelError
@@ -43,9 +44,30 @@ class TextCodec:
             return list(self._tokenizer(prompt).input_ids)
         if not self._tokenizer.chat_template:
             raise ModelError(f"{self._folder} has no chat template: add --raw to continue the prompt as it is")
-        messages = [{"role": "user", "content": prompt}]
-        encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return self.encode_chat([{"role": "user", "content": prompt}])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[TokenId]:
+        """Return a conversation's tokens in the model's chat template, up to where the answer begins.
+
+        messages: each with "role" and "content".
+
+        Raises:
+            ModelError: the model has no tokenizer, or no chat template.
+            ConfigError: the template does not take these messages.
+        """
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            raise ModelError(f"{self._folder} has no chat template: it can only continue texts as they are")
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as exc:
+            raise ConfigError(f"the model's chat template does not take these messages: {exc}") from exc
         return list(encoded["input_ids"])
+
+    def token_text(self, token: TokenId) -> str:
+        """Return one token as text, special ones too."""
+        return "" if self._tokenizer is None else str(self._tokenizer.decode([token]))
 
     def decode(self, tokens: Sequence[TokenId]) -> str:
         """Return the text of `tokens`, special ones left out; empty without a tokenizer."""

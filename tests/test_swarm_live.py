@@ -230,10 +230,11 @@ async def thin_write(client, num_tokens, after=None, sampling=None):
     after, tokens = dict(after or {}), []
     with trio.fail_after(60):
         async with aclosing(client.thin.generate(PROMPT, options, 60)) as answer:
-            async for token in answer:
-                tokens.append(token)
-                if (action := after.pop(len(tokens), None)) is not None:
-                    action()
+            async for piece in answer:
+                for token in piece.tokens:
+                    tokens.append(token)
+                    if (action := after.pop(len(tokens), None)) is not None:
+                        action()
     return tokens
 
 

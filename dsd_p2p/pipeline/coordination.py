@@ -23,10 +23,11 @@ from dsd_p2p.errors import (
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions
 from dsd_p2p.pipeline.failures import error_of, kind_of
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
+from dsd_p2p.session.effects import Emit
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, TokenId
 from dsd_p2p.window.base import WindowPolicy
-from dsd_p2p.wire.messages import MAX_WINDOW_NODES, Answer, AnswerEnd, Ask, FailureKind, StopAnswer
+from dsd_p2p.wire.messages import Answer, AnswerEnd, Ask, FailureKind, StopAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -109,18 +110,15 @@ class CoordinatorService:
             sampling=ask.sampling,
             stop_tokens=frozenset(ask.stop_tokens),
             stall_timeout_s=ask.idle_timeout_s,
+            top_logprobs=ask.top_logprobs,
         )
         start = 0
         async with self._engine.generate(ask.prompt, options, self._make_policy()) as generation:
-            async for token in generation:
-                tokens = [token]
-                while generation.waiting and len(tokens) < MAX_WINDOW_NODES:
-                    tokens.append(generation.waiting.popleft())
+            async for piece in generation.pieces():
+                answer = Answer(request=ask.request, start=start, tokens=piece.tokens, logprobs=piece.logprobs)
                 with trio.fail_after(_SEND_TIMEOUT_S):
-                    await self._engine.links.send(
-                        client, Answer(request=ask.request, start=start, tokens=tuple(tokens))
-                    )
-                start += len(tokens)
+                    await self._engine.links.send(client, answer)
+                start += len(piece.tokens)
             reason = generation.finish.reason if generation.finish else "error"
         return AnswerEnd(request=ask.request, reason=reason)
 
@@ -162,8 +160,8 @@ class ThinClient:
 
     async def generate(
         self, prompt: Sequence[TokenId], options: GenerateOptions, deadline_s: float
-    ) -> AsyncGenerator[TokenId, None]:
-        """Yield the answer's tokens. A lost coordinator is replaced by another, which goes on after what was received.
+    ) -> AsyncGenerator[Emit, None]:
+        """Yield the answer piece by piece. A lost coordinator is replaced by another, which goes on after what was received.
 
         Raises:
             CoverageLost: there is no coordinator left to ask.
@@ -182,10 +180,9 @@ class ThinClient:
                 async with aclosing(
                     self._ask(coordinator, [*prompt, *received], len(received), options, deadline_s)
                 ) as pieces:
-                    async for tokens in pieces:
-                        for token in tokens:
-                            received.append(token)
-                            yield token
+                    async for piece in pieces:
+                        received += piece.tokens
+                        yield Emit(tokens=piece.tokens, logprobs=piece.logprobs)
             except PeerError as exc:
                 logger.warning("coordinator lost peer=%s received=%d error=%s", coordinator, len(received), exc)
                 failed = [coordinator] if len(received) > num_before else [*failed, coordinator]
@@ -196,7 +193,7 @@ class ThinClient:
 
     async def _ask(
         self, coordinator: PeerId, prompt: list[TokenId], num_received: int, options: GenerateOptions, deadline_s: float
-    ) -> AsyncGenerator[tuple[TokenId, ...], None]:
+    ) -> AsyncGenerator[Answer, None]:
         request = secrets.token_bytes(8)
         queue, pieces = trio.open_memory_channel[Answer | AnswerEnd | Lost](_QUEUED_MESSAGES)
         self._waiting[request] = coordinator, queue
@@ -212,6 +209,7 @@ class ThinClient:
                     stop_tokens=tuple(sorted(options.stop_tokens)),
                     idle_timeout_s=options.stall_timeout_s,
                     deadline_s=deadline_s,
+                    top_logprobs=options.top_logprobs,
                 ),
             )
             while True:
@@ -222,13 +220,16 @@ class ThinClient:
                         f"coordinator …{coordinator[-6:]} was silent for {2 * options.stall_timeout_s:g} s"
                     )
                 match piece:
-                    case Answer(start=start, tokens=tokens):
+                    case Answer(start=start, tokens=tokens) as answer:
                         if start != num_expected or num_received + start + len(tokens) > options.max_tokens:
                             raise RemoteProtocolError(
                                 "answer start", start, f"{num_expected}, within {options.max_tokens} tokens"
                             )
+                        num_logprobs = len(tokens) if options.top_logprobs >= 0 else 0
+                        if len(answer.logprobs) != num_logprobs:
+                            raise RemoteProtocolError("logprobs", len(answer.logprobs), f"{num_logprobs} entries")
                         num_expected += len(tokens)
-                        yield tokens
+                        yield answer
                     case AnswerEnd(error=None):
                         return
                     case AnswerEnd(error=kind, text=text):

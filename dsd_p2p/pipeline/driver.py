@@ -26,7 +26,7 @@ from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
 from dsd_p2p.session.request import Route
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.types import PeerId
 from dsd_p2p.wire.messages import CloseSession, Failure, Message, OpenSession, Verdict, Window
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class RequestDriver:
         """True when `peer` is a stage of the present chain: nobody else has a say in this request."""
         return self._machine.involves(peer)
 
-    async def run(self, output: trio.MemorySendChannel[tuple[TokenId, ...]]) -> None:
+    async def run(self, output: trio.MemorySendChannel[Emit]) -> None:
         """Generate, sending each batch of committed tokens to `output`; closes it. Cancelling frees the stages' caches."""
         try:
             with self._scope, output:
@@ -216,7 +216,7 @@ class RequestDriver:
             self._check_is_over.set()
         await self.inbox.send(Checked(error=error))
 
-    async def _perform(self, output: trio.MemorySendChannel[tuple[TokenId, ...]], nursery: trio.Nursery) -> bool:
+    async def _perform(self, output: trio.MemorySendChannel[Emit], nursery: trio.Nursery) -> bool:
         """Do everything pending; False once the request is finished."""
         while self._pending:
             # Taken off only when it is done: a close that is cancelled on its way must be sent again.
@@ -230,10 +230,10 @@ class RequestDriver:
                         # One that is to close the session may be gone: that is as good.
                         if not isinstance(message, CloseSession):
                             self._pending.extend(self._machine.lost(exc, trio.current_time()))
-                case Emit(tokens=tokens):
+                case Emit() as emit:
                     # A reader that has gone stops us by `stop`; until then nobody misses these.
                     with suppress(trio.BrokenResourceError):
-                        await output.send(tokens)
+                        await output.send(emit)
                 case Draft() as draft if self._is_instant_drafter:
                     children = self._expand(draft)
                     self._pending.extend(self._machine.drafted(children, trio.current_time()))

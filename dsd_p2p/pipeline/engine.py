@@ -4,7 +4,7 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -19,11 +19,11 @@ from dsd_p2p.pipeline.links import Arrived, PeerLinks
 from dsd_p2p.pipeline.services import run_services
 from dsd_p2p.placement.route import Detour
 from dsd_p2p.session.coordinator import Coordinator
-from dsd_p2p.session.effects import Finish
+from dsd_p2p.session.effects import Emit, Finish
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.transport.base import Lost, Transport
-from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId
+from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId, TokenLogprobs
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.hidden import HiddenFormat
@@ -42,6 +42,7 @@ class GenerateOptions:
     """What one request asks for; see `dsd_p2p.session.request.Request`.
 
     audit: have the stages sign, and check them (`.audit`). experience: whose measurements of the chain it shares.
+    top_logprobs: of each token, and how many alternatives with it; -1: none. They come in `Generation.logprobs`.
     """
 
     max_tokens: int
@@ -54,19 +55,21 @@ class GenerateOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     audit: bool = False
     experience: str = ""
+    top_logprobs: int = -1
 
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
     """One request under way: iterate over it for its tokens, then read the rest."""
 
-    batches: trio.MemoryReceiveChannel[tuple[TokenId, ...]]
+    batches: trio.MemoryReceiveChannel[Emit]
     waiting: deque[TokenId] = field(default_factory=deque)
     stats: RequestStats
     machine: Coordinator
     driver: RequestDriver
     started_at_s: float
     arrivals: list[tuple[float, int]] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __aiter__(self) -> "Generation":
         return self
@@ -86,9 +89,19 @@ class Generation:
                 if self.finish.error is not None:
                     raise self.finish.error from None
                 raise StopAsyncIteration from None
-            self.arrivals.append((trio.current_time(), len(batch)))
-            self.waiting.extend(batch)
+            self.arrivals.append((trio.current_time(), len(batch.tokens)))
+            self.waiting.extend(batch.tokens)
+            self.logprobs.extend(batch.logprobs)
         return self.waiting.popleft()
+
+    async def pieces(self) -> AsyncGenerator[Emit, None]:
+        """Yield the tokens as they come, those of one verdict together. Raises as `__anext__` does."""
+        num_given = 0
+        async for token in self:
+            tokens = (token, *self.waiting)
+            self.waiting.clear()
+            yield Emit(tokens=tokens, logprobs=tuple(self.logprobs[num_given : num_given + len(tokens)]))
+            num_given += len(tokens)
 
     @property
     def finish(self) -> Finish | None:
@@ -182,6 +195,7 @@ class Engine:
             relaxation=options.relaxation,
             retry=options.retry,
             attest=options.audit,
+            top_logprobs=options.top_logprobs,
         )
         tracker = self._tracker(route, options.experience)
         machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
@@ -196,7 +210,7 @@ class Engine:
             distrust=self._distrust,
         )
         self._drivers[session] = driver
-        output, batches = trio.open_memory_channel[tuple[TokenId, ...]](_OUTPUT_BATCHES)
+        output, batches = trio.open_memory_channel[Emit](_OUTPUT_BATCHES)
         # In the engine's nursery, so that the caller's own errors do not come out wrapped in a group.
         self._nursery.start_soon(driver.run, output)
         try:

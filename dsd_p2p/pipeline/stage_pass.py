@@ -12,9 +12,10 @@ from dsd_p2p.session.attest import hash_rows, hash_tokens, signed_text
 from dsd_p2p.session.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.session.slots import Forward
 from dsd_p2p.session.tail import verdict_of
-from dsd_p2p.types import StageCost, TokenId
+from dsd_p2p.types import StageCost, TokenId, TokenLogprobs
 from dsd_p2p.verification.base import TargetView
 from dsd_p2p.verification.importance import DraftOpinion
+from dsd_p2p.verification.logprobs import token_logprobs
 from dsd_p2p.wire.hidden import pack, unpack
 from dsd_p2p.wire.messages import (
     MAX_ATTESTED_WINDOWS,
@@ -144,6 +145,7 @@ class StagePass:
         tops = {top.offset: top for top in window.drafts} if session.opened.relaxation else {}
         live = self._live
         num_relaxed = 0
+        logprobs: list[TokenLogprobs] = []
 
         def pick(row: int) -> TokenId:
             nonlocal num_relaxed
@@ -152,6 +154,8 @@ class StagePass:
                 self._views[row], window.positions[live[row]] + 1, _opinion(top) if top else None
             )
             num_relaxed += is_relaxed
+            if session.opened.top_logprobs >= 0:
+                logprobs.append(token_logprobs(self._views[row].logits(), token, session.opened.top_logprobs))
             return token
 
         committed = walk.walk(window, live, pick)
@@ -159,7 +163,14 @@ class StagePass:
             return None
         attested, session.attested = session.attested, []
         measured = self._measured(window, cost())
-        verdict = verdict_of(measured, committed, num_live=len(live), num_relaxed=num_relaxed, attestations=attested)
+        verdict = verdict_of(
+            measured,
+            committed,
+            num_live=len(live),
+            num_relaxed=num_relaxed,
+            attestations=attested,
+            logprobs=logprobs,
+        )
         return verdict, b""
 
     def _read(self) -> list[TokenId] | bytes:

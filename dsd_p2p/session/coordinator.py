@@ -357,6 +357,9 @@ class Coordinator:
             raise RemoteProtocolError("verdict epoch", verdict.epoch, f"at most {self._epoch}")
         if len(verdict.settled) != len(verdict.tokens):
             raise RemoteProtocolError("settled", len(verdict.settled), f"{len(verdict.tokens)} entries, one a token")
+        num_logprobs = len(verdict.tokens) if self._request.top_logprobs >= 0 else 0
+        if len(verdict.logprobs) != num_logprobs:
+            raise RemoteProtocolError("logprobs", len(verdict.logprobs), f"{num_logprobs} entries")
         first_new = len(self._request.prompt)
         last_start = len(self.tokens) + self._next_node
         if not first_new <= verdict.start_pos <= last_start:
@@ -373,13 +376,19 @@ class Coordinator:
         """Commit the verdict's new tokens one by one; raise the epoch at the one no window carries."""
         self._measure(verdict, now_s)
         emitted: list[TokenId] = []
-        for token in verdict.tokens[len(self.tokens) - verdict.start_pos :]:
+        num_known = len(self.tokens) - verdict.start_pos
+
+        def emit() -> Emit:
+            logprobs = verdict.logprobs[num_known : num_known + len(emitted)]
+            return Emit(tokens=tuple(emitted), logprobs=logprobs)
+
+        for token in verdict.tokens[num_known:]:
             is_sent = self._commit(token)
             emitted.append(token)
             if token in self._request.stop_tokens:
-                return [Emit(tokens=tuple(emitted)), *self._finish("stop")]
+                return [emit(), *self._finish("stop")]
             if len(self.tokens) >= self._end:
-                return [Emit(tokens=tuple(emitted)), *self._finish("length")]
+                return [emit(), *self._finish("length")]
             if not is_sent:
                 self._miss()
                 if len(verdict.tokens) + verdict.start_pos > len(self.tokens):
@@ -390,7 +399,7 @@ class Coordinator:
         self._num_failed_attempts = 0
         if self.stats.first_token_at_s is None:
             self.stats.first_token_at_s = now_s
-        effects: list[Effect] = [Emit(tokens=tuple(emitted))]
+        effects: list[Effect] = [emit()]
         if self._tree.root.number is None and self._in_flight:
             effects += [Send(to=PeerId(h.peer), message=self._cancel()) for h in self._route.hops]
             self._in_flight.clear()
@@ -487,6 +496,7 @@ class Coordinator:
             kept=kept,
             resume=passed[:2] if kept else (0, BASE),
             attest=request.attest,
+            top_logprobs=request.top_logprobs,
         )
 
     def _raise_epoch(self) -> None:

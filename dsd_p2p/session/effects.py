@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from dsd_p2p.errors import DsdError
-from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.types import PeerId, TokenId, TokenLogprobs
 from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Window
 
 NUM_CANDIDATES = 16
@@ -56,9 +56,10 @@ class Send(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Emit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Give these tokens to the user: committed, in order, never repeated."""
+    """Give these tokens to the user: committed, in order, never repeated. logprobs: one a token, where they were asked for."""
 
     tokens: tuple[TokenId, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,7 +33,7 @@ class Request:
     prefill_chunk: prompt tokens a window; chunks follow each other through the stages like an assembly line.
     stall_timeout_s: without a verdict for this long the chain counts as lost.
     hidden_formats: of each link between stages; empty is the model's own. relaxation: None is exact mode.
-    attest: stages sign what they compute.
+    attest: stages sign what they compute. top_logprobs: see `OpenSession`.
     """
 
     session: SessionId
@@ -48,6 +48,7 @@ class Request:
     relaxation: Relaxation | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     attest: bool = False
+    top_logprobs: int = -1
 
 
 _MAX_DECISIONS = 64

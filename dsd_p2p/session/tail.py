@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dsd_p2p.errors import RemoteProtocolError
-from dsd_p2p.types import TokenId
+from dsd_p2p.types import TokenId, TokenLogprobs
 from dsd_p2p.wire.messages import BASE, Verdict, Window, WindowAttestation
 
 
@@ -29,6 +29,7 @@ def verdict_of(
     num_live: int,
     num_relaxed: int = 0,
     attestations: Sequence[WindowAttestation] = (),
+    logprobs: Sequence[TokenLogprobs] = (),
 ) -> Verdict:
     """Return the verdict on `window`, with the measurements it carries. `committed` is not empty."""
     return Verdict(
@@ -44,6 +45,7 @@ def verdict_of(
         link_bytes=window.link_bytes,
         num_relaxed=num_relaxed,
         attestations=tuple(attestations),
+        logprobs=tuple(logprobs),
     )
 
 

@@ -11,7 +11,19 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from dsd_p2p.types import MAX_POSITIONS, Address, Name, PeerInfo, Position, Relaxation, Sampling, Span, StageCost
+from dsd_p2p.types import (
+    MAX_POSITIONS,
+    MAX_TOP_LOGPROBS,
+    Address,
+    Name,
+    PeerInfo,
+    Position,
+    Relaxation,
+    Sampling,
+    Span,
+    StageCost,
+    TokenLogprobs,
+)
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members
 
@@ -76,7 +88,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     formats: of the hidden states on each link between stages; empty is the model's own on all. relaxation: None is exact mode.
     kept: for each stage of the route, whether it goes on with what it holds of the session: everything given but the last token,
         which ends at node `resume` (epoch, node). The others are refilled by the stage before them. Empty: nobody keeps anything.
-    attest: every stage signs what it takes in and gives out.
+    attest: every stage signs what it takes in and gives out. top_logprobs: likeliest tokens to tell; -1: none.
     """
 
     session: SessionBytes
@@ -94,6 +106,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     kept: Annotated[tuple[bool, ...], Meta(max_length=MAX_STAGES)] = ()
     resume: tuple[Epoch, NodeNumber] = (0, BASE)
     attest: bool = False
+    top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
 
 
 class Attestation(msgspec.Struct, frozen=True, array_like=True):
@@ -150,7 +163,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
     settled: for each token the node that holds it in the tail's cache, or `BASE` where none did yet.
     num_live, num_stale: nodes of the window that descended from the tail's position, and those that did not.
     num_relaxed: of `tokens`, those that the target itself would have written differently.
-    attestations: of every window since the last verdict.
+    attestations: of every window since the last verdict. logprobs: one a token, where they were asked for.
     """
 
     session: SessionBytes
@@ -165,6 +178,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
     link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
     num_relaxed: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
     attestations: Annotated[tuple[WindowAttestation, ...], Meta(max_length=MAX_ATTESTED_WINDOWS)] = ()
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=MAX_WINDOW_NODES)] = ()
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=5):
@@ -220,6 +234,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag=12):
     stop_tokens: Annotated[tuple[Token, ...], Meta(max_length=64)]
     idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
     deadline_s: Annotated[float, Meta(gt=0, le=86400)]
+    top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):
@@ -228,6 +243,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):
     request: SessionBytes
     start: Position
     tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_WINDOW_NODES)]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=MAX_WINDOW_NODES)] = ()
 
 
 class AnswerEnd(msgspec.Struct, frozen=True, array_like=True, tag=14):

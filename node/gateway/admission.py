@@ -1,0 +1,121 @@
+"""How many answers are written at once, and whose turn it is when there is room."""
+
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from dsd_p2p.errors import CapacityError
+from dsd_p2p.pipeline.engine import GenerateOptions
+from dsd_p2p.session.effects import Emit
+from dsd_p2p.types import TokenId
+from node.gateway.door import Door, Outcome
+
+_FIRST_RETRY_S, _MAX_RETRY_S = 0.25, 4.0
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    owner: str
+    may_enter: trio.Event = field(default_factory=trio.Event)
+
+
+class Admission:
+    """Lets a bounded number in; when there is room, whoever has the least running comes first.
+
+    max_running, max_waiting: answers. timeout_s: longest wait.
+    """
+
+    def __init__(self, *, max_running: int, max_waiting: int, timeout_s: float) -> None:
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._timeout_s = timeout_s
+        self._running: Counter[str] = Counter()
+        self._waiting: list[_Waiting] = []
+
+    @property
+    def num_running(self) -> int:
+        """Answers under way."""
+        return self._running.total()
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers that wait for their turn."""
+        return len(self._waiting)
+
+    @asynccontextmanager
+    async def enter(self, owner: str) -> AsyncIterator[None]:
+        """Wait for a place and hold it until the end of the block.
+
+        Raises:
+            CapacityError: too many wait already, or it takes too long.
+        """
+        await self._wait(owner)
+        try:
+            yield
+        finally:
+            self._leave(owner)
+
+    async def _wait(self, owner: str) -> None:
+        if self.num_running < self._max_running and not self._waiting:
+            self._running[owner] += 1
+            return
+        if len(self._waiting) >= self._max_waiting:
+            raise CapacityError(f"{len(self._waiting)} requests wait here already: try again later")
+        place = _Waiting(owner)
+        self._waiting.append(place)
+        try:
+            with trio.fail_after(self._timeout_s):
+                await place.may_enter.wait()
+        except trio.TooSlowError:
+            self._give_up(place)
+            raise CapacityError(f"no place became free within {self._timeout_s:g} s: try again later") from None
+        except BaseException:
+            self._give_up(place)
+            raise
+
+    def _give_up(self, place: _Waiting) -> None:
+        if place.may_enter.is_set():
+            self._leave(place.owner)
+        else:
+            self._waiting.remove(place)
+
+    def _leave(self, owner: str) -> None:
+        self._running[owner] -= 1
+        if not self._running[owner]:
+            del self._running[owner]
+        if self._waiting and self.num_running < self._max_running:
+            chosen = min(self._waiting, key=lambda place: self._running[place.owner])
+            self._waiting.remove(chosen)
+            self._running[chosen.owner] += 1
+            chosen.may_enter.set()
+
+
+class PatientDoor:
+    """Waits where the stages have no room for another session's cache, instead of refusing at once. timeout_s: longest wait."""
+
+    def __init__(self, door: Door, timeout_s: float) -> None:
+        self._door = door
+        self._timeout_s = timeout_s
+
+    async def write(
+        self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
+    ) -> AsyncGenerator[Emit, None]:
+        """Yield an answer piece by piece. Raises as `Door.write` does."""
+        deadline_s, delay_s = trio.current_time() + self._timeout_s, _FIRST_RETRY_S
+        while True:
+            is_begun = False
+            try:
+                async with aclosing(self._door.write(prompt, options, outcome)) as pieces:
+                    async for piece in pieces:
+                        is_begun = True
+                        yield piece
+            except CapacityError:
+                if is_begun or trio.current_time() + delay_s > deadline_s:
+                    raise
+            else:
+                return
+            await trio.sleep(delay_s)
+            delay_s = min(2 * delay_s, _MAX_RETRY_S)

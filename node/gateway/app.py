@@ -1,0 +1,318 @@
+"""The gateway's routes."""
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from importlib.resources import files
+from typing import TypeVar
+
+import msgspec
+import trio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from dsd_p2p.errors import DsdError
+from dsd_p2p.pipeline.engine import GenerateOptions
+from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.types import Sampling, TokenId
+from node.gateway.admission import Admission, PatientDoor
+from node.gateway.choice import Choice
+from node.gateway.door import Door
+from node.gateway.errors import ApiError, api_error, json_response
+from node.gateway.formats import ChatFormat, TextFormat
+from node.gateway.keys import Client, Clients
+from node.gateway.openapi import openapi_document
+from node.gateway.replies import Model, ModelList
+from node.gateway.schema import MAX_CHOICES, ChatRequest, Common, CompletionRequest
+from node.gateway.writing import Writing
+from node.text import TextCodec
+
+logger = logging.getLogger(__name__)
+
+Request_ = TypeVar("Request_", ChatRequest, CompletionRequest)
+Handler = Callable[[Request], Awaitable[Response | Writing]]
+
+_DEFAULT_TEXT_TOKENS = 16
+"""What OpenAI's completions endpoint writes by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayLimits:
+    """What the gateway grants.
+
+    max_body_bytes: of a request. max_running, max_waiting: answers. wait_s: for a place. deadline_s: of a whole answer.
+    default_tokens: of a chat answer that names no number.
+    """
+
+    max_body_bytes: int = 4 << 20
+    max_running: int = 16
+    max_waiting: int = 256
+    wait_s: float = 120.0
+    deadline_s: float = 3600.0
+    default_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The model behind the gateway. name: as clients ask for it; max_positions: of its context."""
+
+    name: str
+    digest: str
+    dtype: str
+    max_positions: int
+    text: TextCodec
+
+
+@dataclass(slots=True, kw_only=True)
+class Gateway:
+    """Everything the routes use. status: a JSON-able picture of the swarm; metrics: Prometheus' text format."""
+
+    door: Door
+    served: Served
+    clients: Clients
+    status: Callable[[], object]
+    metrics: Callable[[], bytes]
+    is_ready: Callable[[], bool]
+    note: Callable[[Writing, int], None] = lambda _writing, _status: None
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    stall_timeout_s: float = 60.0
+    limits: GatewayLimits = field(default_factory=GatewayLimits)
+    admission: Admission = field(init=False)
+    started_at: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        self.admission = Admission(
+            max_running=limits.max_running, max_waiting=limits.max_waiting, timeout_s=limits.wait_s
+        )
+        self.door = PatientDoor(self.door, limits.wait_s)
+
+    def app(self, hosts: Sequence[str]) -> ASGIApp:
+        """Return the ASGI application. hosts: names it may be called by, so that no other site's name can point at it."""
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+                Route("/v1/completions", self._guarded(self._complete), methods=["POST"]),
+                Route("/v1/models", self._guarded(self._models), methods=["GET"]),
+                Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
+                Route("/v1/status", self._guarded(self._status), methods=["GET"]),
+                Route("/openapi.json", self._openapi, methods=["GET"]),
+                Route("/healthz", self._health, methods=["GET"]),
+                Route("/readyz", self._ready, methods=["GET"]),
+                Route("/metrics", self._metrics, methods=["GET"]),
+                Route("/", self._page, methods=["GET"]),
+            ],
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
+            exception_handlers={HTTPException: _http_error, Exception: _unexpected},
+        )
+
+    def _guarded(self, handler: Callable[[Request, Client], Awaitable[Response | Writing]]) -> Handler:
+        """Only for who may ask; errors as OpenAI has them."""
+
+        async def guarded(request: Request) -> Response | Writing:
+            try:
+                return await handler(request, self.clients.identify(request.headers))
+            except ApiError as exc:
+                return exc.response()
+            except DsdError as exc:
+                return api_error(exc).response()
+
+        return guarded
+
+    # Answers
+
+    async def _chat(self, request: Request, client: Client) -> Writing:
+        asked = await self._read(request, ChatRequest)
+        prompt = await trio.to_thread.run_sync(self.served.text.encode_chat, _messages(asked))
+        top_logprobs = (asked.top_logprobs or 0) if asked.logprobs else -1
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        max_tokens = asked.max_completion_tokens or asked.max_tokens
+        room = self.served.max_positions - len(prompt)
+        options = self._options(asked, max_tokens or max(1, min(self.limits.default_tokens, room)), top_logprobs)
+        return self._writing(client, asked, [prompt], options, ChatFormat(self.served.text))
+
+    async def _complete(self, request: Request, client: Client) -> Writing:
+        asked = await self._read(request, CompletionRequest)
+        prompts = await trio.to_thread.run_sync(self._prompts, asked)
+        if asked.best_of is not None and asked.best_of != (asked.n or 1):
+            raise ApiError(400, "best_of other than n is not supported", param="best_of")
+        if asked.echo and asked.logprobs is not None:
+            raise ApiError(400, "echo with logprobs is not supported: the prompt is not verified", param="echo")
+        options = self._options(
+            asked, asked.max_tokens or _DEFAULT_TEXT_TOKENS, -1 if asked.logprobs is None else asked.logprobs
+        )
+        text = self.served.text
+        echoes = [text.decode(prompt) if asked.echo else "" for prompt in prompts for _ in range(asked.n or 1)]
+        return self._writing(client, asked, prompts, options, TextFormat(text, echoes))
+
+    def _prompts(self, asked: CompletionRequest) -> list[list[TokenId]]:
+        """The prompts as tokens, from any of the four forms OpenAI takes."""
+        given = asked.prompt
+        entries: Sequence[object] = [given] if isinstance(given, str) else given
+        if all(isinstance(entry, int) for entry in entries):
+            entries = [entries]
+        if not all(isinstance(entry, str | list | tuple) for entry in entries):
+            raise ApiError(400, "prompt: give texts, or tokens, not both", param="prompt")
+        if len(entries) > MAX_CHOICES:
+            raise ApiError(400, f"prompt: at most {MAX_CHOICES} at once", param="prompt")
+        encode = self.served.text.encode
+        return [
+            encode(entry, is_raw=True) if isinstance(entry, str) else [int(token) for token in entry]  # type: ignore[attr-defined]
+            for entry in entries
+        ]
+
+    def _options(self, asked: Common, max_tokens: int, top_logprobs: int) -> GenerateOptions:
+        sampling = Sampling(
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            # OpenAI takes 0 for the likeliest token alone.
+            top_p=1.0 if asked.top_p is None else max(asked.top_p, 1e-6),
+            seed=secrets.randbits(63) if asked.seed is None else asked.seed & ((1 << 63) - 1),
+        )
+        return GenerateOptions(
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop_tokens=self.served.text.stop_tokens,
+            stall_timeout_s=self.stall_timeout_s,
+            retry=self.retry,
+            top_logprobs=top_logprobs,
+        )
+
+    def _writing(
+        self,
+        client: Client,
+        asked: Common,
+        prompts: Sequence[Sequence[TokenId]],
+        options: GenerateOptions,
+        form: ChatFormat | TextFormat,
+    ) -> Writing:
+        n = asked.n or 1
+        if len(prompts) * n > MAX_CHOICES:
+            raise ApiError(400, f"n: at most {MAX_CHOICES} answers to a request, all prompts together", param="n")
+        num_prompt_tokens = sum(map(len, prompts))
+        longest = max(map(len, prompts))
+        if longest + options.max_tokens > self.served.max_positions:
+            raise ApiError(
+                400,
+                f"the model's context is {self.served.max_positions} tokens: the prompt has {longest}, "
+                f"{options.max_tokens} more were asked for",
+                code="context_length_exceeded",
+                param="messages" if isinstance(form, ChatFormat) else "prompt",
+            )
+        client.begin(num_prompt_tokens)
+        choices = [
+            Choice(
+                door=self.door,
+                text=self.served.text,
+                prompt=prompt,
+                options=_with_seed(options, number),
+                stops=asked.stops,
+            )
+            for prompt in prompts
+            for number in range(n)
+        ]
+        return Writing(
+            choices,
+            form,
+            client=client,
+            admission=self.admission,
+            model=asked.model,
+            fingerprint=f"fp_{self.served.digest[:12]}_{self.served.dtype}",
+            num_prompt_tokens=num_prompt_tokens,
+            is_stream=bool(asked.stream),
+            with_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+            deadline_s=self.limits.deadline_s,
+            note=self.note,
+        )
+
+    async def _read(self, request: Request, kind: type[Request_]) -> Request_:
+        """The request's body, checked.
+
+        Another site's page can send no JSON here without asking first, and is not answered when it asks.
+        """
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "send the request as application/json")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.limits.max_body_bytes:
+                raise ApiError(413, f"the request is longer than {self.limits.max_body_bytes} bytes")
+        try:
+            asked = msgspec.json.decode(body, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            text = str(exc)
+            param = text.partition("`$.")[2].partition("`")[0] or None
+            raise ApiError(400, text, code="invalid_request", param=param) from exc
+        if asked.model not in (self.served.name, self.served.name.rpartition("/")[2]):
+            raise _no_model(asked.model, self.served.name)
+        return asked
+
+    # The rest
+
+    async def _models(self, _request: Request, _client: Client) -> Response:
+        return json_response(ModelList(data=[self._described()]))
+
+    async def _model(self, request: Request, _client: Client) -> Response:
+        if request.path_params["name"] != self.served.name:
+            raise _no_model(request.path_params["name"], self.served.name)
+        return json_response(self._described())
+
+    def _described(self) -> Model:
+        return Model(id=self.served.name, created=self.started_at, owned_by="dsd-p2p")
+
+    async def _status(self, _request: Request, _client: Client) -> Response:
+        return json_response(self.status())
+
+    async def _openapi(self, _request: Request) -> Response:
+        return json_response(openapi_document(version("dsd-p2p"), needs_key=self.clients.need_keys))
+
+    async def _health(self, _request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def _ready(self, _request: Request) -> Response:
+        is_ready = self.is_ready()
+        return json_response({"status": "ready" if is_ready else "no chain of stages"}, 200 if is_ready else 503)
+
+    async def _metrics(self, _request: Request) -> Response:
+        return Response(self.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _page(self, _request: Request) -> Response:
+        page = files("node").joinpath("data/page.html").read_bytes()
+        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+        headers = {"content-security-policy": policy, "x-frame-options": "DENY", "cache-control": "no-cache"}
+        return Response(page, media_type="text/html; charset=utf-8", headers=headers)
+
+
+def _messages(asked: ChatRequest) -> list[Mapping[str, str]]:
+    return [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in asked.messages
+    ]
+
+
+def _with_seed(options: GenerateOptions, number: int) -> GenerateOptions:
+    """The same settings, other dice: the `number`-th answer to a prompt."""
+    sampling = msgspec.structs.replace(options.sampling, seed=(options.sampling.seed + number) & ((1 << 63) - 1))
+    return replace(options, sampling=sampling)
+
+
+def _no_model(asked: str, served: str) -> ApiError:
+    return ApiError(404, f"there is no model {asked!r} here: ask for {served!r}", code="model_not_found", param="model")
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+
+async def _unexpected(_request: Request, _error: Exception) -> Response:
+    return ApiError(500, "the gateway failed; see its log", kind="server_error").response()

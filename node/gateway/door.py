@@ -1,0 +1,89 @@
+"""What the gateway asks of the swarm behind it."""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.pipeline.coordination import ThinClient
+from dsd_p2p.pipeline.engine import Engine, GenerateOptions
+from dsd_p2p.session.effects import Emit
+from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.window.base import WindowPolicy
+from node.summary import summarise
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """How an answer came about, filled in as it ends. coordinator: whoever wrote it for us; empty is this node."""
+
+    coordinator: str = ""
+    statistics: dict[str, object] = field(default_factory=dict)
+
+
+class Door(Protocol):
+    """A way into a swarm."""
+
+    def write(
+        self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
+    ) -> AsyncGenerator[Emit, None]:
+        """Yield an answer piece by piece; closing the generator frees the stages.
+
+        Raises:
+            DsdError: what ended it.
+        """
+        ...
+
+
+class EngineDoor:
+    """This process coordinates. make_policy: a window policy for one request."""
+
+    def __init__(self, engine: Engine, drafter: Drafter, make_policy: Callable[[], WindowPolicy]) -> None:
+        self._engine = engine
+        self._drafter = drafter
+        self._make_policy = make_policy
+
+    async def write(
+        self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
+    ) -> AsyncGenerator[Emit, None]:
+        """Yield an answer piece by piece. Raises as `Door.write` does."""
+        async with self._engine.generate(prompt, options, self._make_policy()) as generation:
+            num_tokens = 0
+            try:
+                async with aclosing(generation.pieces()) as pieces:
+                    async for piece in pieces:
+                        num_tokens += len(piece.tokens)
+                        yield piece
+            finally:
+                if num_tokens:
+                    outcome.statistics = summarise(generation, self._drafter.name, len(prompt), num_tokens)
+
+
+class SwarmDoor:
+    """The best coordinator writes, be it this node or another.
+
+    choose: the peer that should coordinate now; None for this node.
+    """
+
+    def __init__(
+        self, here: EngineDoor | None, thin: ThinClient, choose: Callable[[], PeerId | None], deadline_s: float
+    ) -> None:
+        self._here = here
+        self._thin = thin
+        self._choose = choose
+        self._deadline_s = deadline_s
+
+    async def write(
+        self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
+    ) -> AsyncGenerator[Emit, None]:
+        """Yield an answer piece by piece. Raises as `Door.write` does."""
+        coordinator = self._choose()
+        if coordinator is None and self._here is not None:
+            answer = self._here.write(prompt, options, outcome)
+        else:
+            outcome.coordinator = coordinator or ""
+            answer = self._thin.generate(prompt, options, self._deadline_s)
+        async with aclosing(answer) as pieces:
+            async for piece in pieces:
+                yield piece

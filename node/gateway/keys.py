@@ -1,0 +1,157 @@
+"""Who may ask, and how much a minute."""
+
+import hashlib
+import hmac
+import math
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from dsd_p2p.errors import ConfigError
+from node.gateway.errors import ApiError
+
+_ANYBODY = "anybody"
+
+
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of the keys' file. key or sha256: the secret, or its hex digest. A limit of 0 is none."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    key: Annotated[str, Meta(min_length=16, max_length=256)] | None = None
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    requests_per_minute: Annotated[int, Meta(ge=0, le=1 << 30)] = 0
+    tokens_per_minute: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
+
+    @property
+    def digest(self) -> str:
+        """The hex digest of the secret."""
+        return self.sha256 or hashlib.sha256((self.key or "").encode()).hexdigest()
+
+
+class _KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    key: list[ApiKey]
+
+
+def read_keys(file: Path) -> list[ApiKey]:
+    """Return the keys of a TOML file with a `[[key]]` table for each.
+
+    Raises:
+        ConfigError: it cannot be read, or an entry is wrong.
+    """
+    try:
+        keys = msgspec.convert(tomllib.loads(file.read_text()), _KeysFile).key
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as exc:
+        raise ConfigError(f"API keys {file}: {exc}") from exc
+    for key in keys:
+        if (key.key is None) == (key.sha256 is None):
+            raise ConfigError(f"API keys {file}: {key.name!r} needs either key or sha256")
+    if len({key.name for key in keys}) != len(keys):
+        raise ConfigError(f"API keys {file}: give every key a name of its own")
+    return keys
+
+
+@dataclass(slots=True)
+class Bucket:
+    """So many a minute, as many at once. limit 0: no limit. Spending below zero is a debt."""
+
+    limit: int
+    level: float = field(init=False)
+    at_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.level, self.at_s = float(self.limit), time.monotonic()
+
+    def fill(self) -> None:
+        """Take in what the time since the last call was worth."""
+        now_s = time.monotonic()
+        self.level = min(float(self.limit), self.level + (now_s - self.at_s) * self.limit / 60)
+        self.at_s = now_s
+
+    def wait_s(self, amount: float) -> float:
+        """Seconds until `amount` is there; more than the limit never is, and waits for a full bucket."""
+        if not self.limit:
+            return 0.0
+        return max(0.0, (min(amount, self.limit) - self.level) * 60 / self.limit)
+
+
+class Client:
+    """Who asks, and what of the limits is left."""
+
+    def __init__(self, name: str, requests_per_minute: int = 0, tokens_per_minute: int = 0) -> None:
+        self.name = name
+        self._requests = Bucket(requests_per_minute)
+        self._tokens = Bucket(tokens_per_minute)
+
+    def begin(self, num_tokens: int) -> None:
+        """Count a request whose prompts have `num_tokens`.
+
+        Raises:
+            ApiError: 429, with when to come back.
+        """
+        for bucket, amount, what in ((self._requests, 1, "requests"), (self._tokens, num_tokens, "tokens")):
+            bucket.fill()
+            if (wait_s := bucket.wait_s(amount)) > 0:
+                raise ApiError(
+                    429,
+                    f"{self.name} may use {bucket.limit} {what} a minute: try again in {math.ceil(wait_s)} s",
+                    kind=what,
+                    code="rate_limit_exceeded",
+                    headers={"Retry-After": str(math.ceil(wait_s)), **self.headers()},
+                )
+        self._requests.level -= 1
+        self._tokens.level -= num_tokens
+
+    def spend(self, num_tokens: int) -> None:
+        """Count tokens of an answer."""
+        self._tokens.level -= num_tokens
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's rate limit headers."""
+        headers = {}
+        for bucket, what in ((self._requests, "requests"), (self._tokens, "tokens")):
+            if bucket.limit:
+                bucket.fill()
+                headers[f"x-ratelimit-limit-{what}"] = str(bucket.limit)
+                headers[f"x-ratelimit-remaining-{what}"] = str(max(0, math.floor(bucket.level)))
+                headers[f"x-ratelimit-reset-{what}"] = f"{bucket.wait_s(bucket.limit):.3f}s"
+        return headers
+
+
+class Clients:
+    """Finds out who asks. Without keys everybody may."""
+
+    def __init__(self, keys: list[ApiKey]) -> None:
+        self._by_digest = {key.digest: Client(key.name, key.requests_per_minute, key.tokens_per_minute) for key in keys}
+        self._anybody = Client(_ANYBODY)
+
+    @property
+    def need_keys(self) -> bool:
+        """True when a request without a key is refused."""
+        return bool(self._by_digest)
+
+    def identify(self, headers: Mapping[str, str]) -> Client:
+        """Return the client of a request.
+
+        Raises:
+            ApiError: 401, no key or a wrong one.
+        """
+        if not self.need_keys:
+            return self._anybody
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(secret.strip().encode()).hexdigest()
+        known = next((client for known, client in self._by_digest.items() if hmac.compare_digest(known, digest)), None)
+        if scheme.lower() != "bearer" or known is None:
+            raise ApiError(
+                401,
+                "send the key that this gateway's operator gave you as 'Authorization: Bearer KEY'",
+                kind="authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return known

@@ -1,0 +1,195 @@
+"""What clients get, field by field as OpenAI documents it; `usage.speculation` is ours."""
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class Speculation(msgspec.Struct, frozen=True, kw_only=True):
+    """How an answer came about. coordinator: the peer that wrote it, empty for the one that was asked; times in seconds."""
+
+    mode: str = ""
+    drafter: str = ""
+    coordinator: str = ""
+    tokens_per_s: float = 0.0
+    ttft_s: float = 0.0
+    mean_accepted_length: float = 0.0
+    num_windows: int = 0
+    num_drafted: int = 0
+    num_misses: int = 0
+    num_stale: int = 0
+    num_relaxed: int = 0
+    num_replays: int = 0
+    bytes_per_token: float = 0.0
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """`usage`. speculation: one entry a choice."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    speculation: list[Speculation] = []
+
+
+class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token and the natural logarithm of its probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the answer's tokens and its likeliest alternatives."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """`logprobs` of a chat choice."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer of a chat."""
+
+    index: int
+    message: AssistantMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply of `/v1/chat/completions`."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+    object: Literal["chat.completion"] = "chat.completion"
+    service_tier: None = None
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is new of a streamed answer."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a chunk that belongs to one answer."""
+
+    index: int
+    delta: Delta
+    finish_reason: str | None = None
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of a streamed chat."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    system_fingerprint: str
+    usage: Usage | None = None
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+class TextLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """`logprobs` of a text choice: lists of the same length."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One continued text, or what is new of it."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: TextLogprobs | None = None
+
+
+class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply of `/v1/completions`, and each event of a streamed one."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    system_fingerprint: str
+    usage: Usage | None = None
+    object: Literal["text_completion"] = "text_completion"
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that can be asked for."""
+
+    id: str
+    created: int
+    owned_by: str
+    object: Literal["model"] = "model"
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply of `/v1/models`."""
+
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply to a request that failed."""
+
+    error: ErrorBody
+
+
+def speculation_of(statistics: dict[str, Any], coordinator: str) -> Speculation:
+    """Return what a client is told of `node.summary.summarise`."""
+    counts = statistics.get("counts", {})
+    return Speculation(
+        mode=str(statistics.get("mode", "")),
+        drafter=statistics.get("drafter", ""),
+        coordinator=coordinator,
+        tokens_per_s=round(statistics.get("tokens_per_s", 0.0), 3),
+        ttft_s=round(statistics.get("ttft_s", 0.0), 4),
+        mean_accepted_length=round(statistics.get("mean_accepted_length", 0.0), 3),
+        num_windows=counts.get("num_windows", 0),
+        num_drafted=counts.get("num_drafted_nodes", 0),
+        num_misses=counts.get("num_misses", 0),
+        num_stale=counts.get("num_stale_nodes", 0),
+        num_relaxed=counts.get("num_relaxed_tokens", 0),
+        num_replays=counts.get("num_replays", 0),
+        bytes_per_token=round(statistics.get("bytes_per_token", 0.0), 1),
+    )

@@ -1,0 +1,210 @@
+"""One request's answers, written side by side and told in one stream or in one piece; a client that leaves ends them."""
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Protocol
+
+import msgspec
+import trio
+from starlette.types import Receive, Scope, Send
+
+from dsd_p2p.errors import DsdError, PeerTimeout, first_cause
+from node.gateway.admission import Admission
+from node.gateway.choice import Choice, Piece
+from node.gateway.errors import ApiError, api_error, json_response
+from node.gateway.keys import Client
+from node.gateway.replies import Usage, speculation_of
+
+logger = logging.getLogger(__name__)
+
+_QUEUED_PIECES = 64
+_DONE = b"data: [DONE]\n\n"
+
+
+class Format(Protocol):
+    """How an endpoint tells an answer."""
+
+    prefix: str
+
+    def whole(self, head: "Head", choices: Sequence[tuple[Choice, list[Piece]]], usage: Usage) -> object:
+        """Return the reply in one piece."""
+        ...
+
+    def first(self, head: "Head", index: int) -> object | None:
+        """Return the event an answer begins with, if it has one."""
+        ...
+
+    def event(self, head: "Head", index: int, piece: Piece) -> object:
+        """Return the event of what is new of an answer."""
+        ...
+
+    def last(self, head: "Head", index: int, choice: Choice) -> object:
+        """Return the event that ends an answer."""
+        ...
+
+    def usage(self, head: "Head", usage: Usage) -> object:
+        """Return the event that tells what it cost."""
+        ...
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """What every reply says of itself."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+
+
+class Writing:
+    """A response of Starlette's: the answers to one request.
+
+    num_prompt_tokens: of all prompts. is_stream: as server-sent events. deadline_s: for everything.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        form: Format,
+        *,
+        client: Client,
+        admission: Admission,
+        model: str,
+        fingerprint: str,
+        num_prompt_tokens: int,
+        is_stream: bool,
+        with_usage: bool,
+        deadline_s: float,
+        note: Callable[["Writing", int], None],
+    ) -> None:
+        self.choices = choices
+        self._form = form
+        self._client = client
+        self._admission = admission
+        self._head = Head(
+            id=f"{form.prefix}-{secrets.token_hex(12)}", created=int(time.time()), model=model, fingerprint=fingerprint
+        )
+        self.num_prompt_tokens = num_prompt_tokens
+        self._is_stream = is_stream
+        self._with_usage = with_usage
+        self._deadline_s = deadline_s
+        self._note = note
+        self._is_started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer over ASGI."""
+        status = 499
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_watch, receive, nursery.cancel_scope)
+                status = await self._answer(scope, receive, send)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._note(self, status)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
+        try:
+            with trio.fail_after(self._deadline_s):
+                await (self._stream(send) if self._is_stream else self._whole(scope, receive, send))
+        except (DsdError, trio.TooSlowError, BaseExceptionGroup) as exc:
+            error = self._explain(exc)
+            if not self._is_started:
+                await error.response()(scope, receive, send)
+            else:
+                await self._send_event(send, error.body)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return error.status
+        return 200
+
+    def _explain(self, exc: BaseException) -> ApiError:
+        match first_cause(exc):
+            case DsdError() as cause:
+                return api_error(cause)
+            case trio.TooSlowError():
+                return api_error(PeerTimeout(f"the answer took longer than {self._deadline_s:g} s"))
+            case _:
+                raise exc
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pieces: list[list[Piece]] = [[] for _ in self.choices]
+        async with self._pieces() as arriving:
+            async for index, piece in arriving:
+                if piece is not None:
+                    pieces[index].append(piece)
+        reply = self._form.whole(self._head, list(zip(self.choices, pieces, strict=True)), self._usage())
+        await json_response(reply, headers=self._client.headers())(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        begun: set[int] = set()
+        async with self._pieces() as arriving:
+            async for index, piece in arriving:
+                if not self._is_started:
+                    await self._start(send)
+                if index not in begun:
+                    begun.add(index)
+                    if (first := self._form.first(self._head, index)) is not None:
+                        await self._send_event(send, first)
+                if piece is not None:
+                    await self._send_event(send, self._form.event(self._head, index, piece))
+                else:
+                    await self._send_event(send, self._form.last(self._head, index, self.choices[index]))
+        if self._with_usage:
+            await self._send_event(send, self._form.usage(self._head, self._usage()))
+        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+
+    async def _start(self, send: Send) -> None:
+        self._is_started = True
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-store",
+            "x-accel-buffering": "no",
+            **self._client.headers(),
+        }
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+    @staticmethod
+    async def _send_event(send: Send, event: object) -> None:
+        body = b"data: " + msgspec.json.encode(event) + b"\n\n"
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    @asynccontextmanager
+    async def _pieces(self) -> AsyncIterator[trio.MemoryReceiveChannel[tuple[int, Piece | None]]]:
+        """All answers' pieces as they come, with the number of the answer; None ends one."""
+        put, take = trio.open_memory_channel[tuple[int, Piece | None]](_QUEUED_PIECES)
+        async with trio.open_nursery() as nursery, take:
+            async with put:
+                for index in range(len(self.choices)):
+                    nursery.start_soon(self._write, index, put.clone())
+            yield take
+
+    async def _write(self, index: int, put: trio.MemorySendChannel[tuple[int, Piece | None]]) -> None:
+        choice = self.choices[index]
+        num_counted = 0
+        async with put, self._admission.enter(self._client.name), aclosing(choice.pieces()) as pieces:
+            async for piece in pieces:
+                self._client.spend(choice.num_tokens - num_counted)
+                num_counted = choice.num_tokens
+                await put.send((index, piece))
+            await put.send((index, None))
+
+    def _usage(self) -> Usage:
+        num_tokens = sum(choice.num_tokens for choice in self.choices)
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=num_tokens,
+            total_tokens=self.num_prompt_tokens + num_tokens,
+            speculation=[
+                speculation_of(choice.outcome.statistics, choice.outcome.coordinator) for choice in self.choices
+            ],
+        )
+
+
+async def _watch(receive: Receive, scope: trio.CancelScope) -> None:
+    """Nobody reads on: free the stages."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
