@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     node.add_argument("action", nargs="?", choices=["run", "stop", "status"], help="stop, status: of a swarm's node")
     _add_model_flags(node)
     _add_serve_flags(node)
+    _add_gateway_flags(node)
     node.add_argument("--drain", help="stop: let what is under way go on for this long (default 30s)")
     node.add_argument("--span", help="layers FIRST:LAST of this stage (default: all)")
     node.add_argument("--peers", type=_comma_list, help="addresses of other nodes, comma separated")
@@ -100,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_gateway_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, help="of the OpenAI-compatible door (default 8484; 0 picks one)")
+    parser.add_argument(
+        "--port", type=int, help="of the OpenAI-compatible door (dsd up: 8484; 0 picks a free one; else none)"
+    )
     parser.add_argument("--host", help="address it listens on (default 127.0.0.1)")
     parser.add_argument("--api-keys", metavar="FILE", help="TOML file of who may ask and how much")
     parser.add_argument("--names", type=_comma_list, help="host names that clients call it by")
@@ -119,6 +122,7 @@ def _add_swarm_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     for parser in (create, join):
         _add_compute_flags(parser)
         _add_serve_flags(parser)
+        _add_gateway_flags(parser)
 
     invite = commands.add_parser("invite", help="print a string that lets a machine in")
     invite.add_argument("--role", choices=["stage", "client"], help="stage (default) serves layers, client only asks")
@@ -298,6 +302,8 @@ def _add_compute_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", help="emulated one-way latency of every link, like 50ms")
     parser.add_argument("--rate", help="emulated bandwidth, like 100mbit")
     parser.add_argument("--jitter", help="emulated jitter, like 5ms")
+    parser.add_argument("--mqtt", metavar="URL", help="broker to tell what happens: mqtt://HOST:PORT or mqtts://…")
+    parser.add_argument("--mqtt-ca", metavar="FILE", help="certificate authority of the broker")
 
 
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:

@@ -43,11 +43,14 @@ class ComputeFlags(LinkFlags, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     threads: of torch in one process; more than one slows several processes on the same cores down.
     cache_memory: for the keys and values of all sessions of a stage.
+    mqtt: the broker that is told what happens, mqtt://… or mqtts://…; mqtt_ca: file of the certificate that signed the broker's.
     """
 
     device: str = "cpu"
     threads: Positive = 1
     cache_memory: str = "1GB"
+    mqtt: str = ""
+    mqtt_ca: str = ""
 
 
 class ModelFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,12 +157,13 @@ class SwarmFlags(DrafterFlags, frozen=True, kw_only=True, forbid_unknown_fields=
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The OpenAI-compatible door.
 
-    host, port: where it listens; port 0 picks a free one. api_keys: file of who may ask (docs/api.md); without one everybody on
-    this machine may. names: further host names that clients call it by. max_running, max_waiting: answers. answer_timeout: of one.
+    host, port: where it listens; port 0 picks a free one; no port, no door (`dsd up` takes 8484). names: further host names that
+        clients call it by. api_keys: file of who may ask (docs/api.md); without one everybody on this machine may.
+    max_running, max_waiting: answers. answer_timeout: of one.
     """
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 8484
+    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
     api_keys: str = ""
     names: tuple[str, ...] = ()
     max_running: Annotated[int, Meta(ge=1, le=1024)] = 16
@@ -168,7 +172,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class UpConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`dsd up`. window: "analytic" or "awc"."""
+    """`dsd up`. window: "analytic" or "awc". mqtt: empty starts a broker on this machine, "none" goes without."""
 
     window: str = "analytic"
 

@@ -24,6 +24,7 @@ from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.version import PROTOCOL_ID
 from node.config import NodeConfig
 from node.events import Loading, NodeEvent, Ready
+from node.telemetry import TOPICS, StatusSource, broker_of, publishing, report_forever
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,28 @@ async def run_node(config: NodeConfig, load: LoadStage, report: Callable[[NodeEv
                 links = PeerLinks(transport, me)
                 server = StageServer(links, model, StageLimits(), time.perf_counter)
                 nursery.start_soon(run_services, links, [server])
+                nursery.start_soon(_tell_broker, config, links, server, model)
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 for address in config.peers:
                     nursery.start_soon(_meet, links, address)
                 report(Ready(address=inner.addresses[0], span=str(me.span), weight_bytes=model.weight_bytes))
+
+
+async def _tell_broker(config: NodeConfig, links: PeerLinks, server: StageServer, model: LoadedSpan) -> None:
+    """Say how we are, if there is a broker to tell."""
+    if (broker := broker_of(config.mqtt, config.mqtt_ca, TOPICS)) is None:
+        return
+    async with publishing(broker, links.me.peer) as publisher:
+        assert publisher is not None, "there is a broker"
+        source = StatusSource(
+            links=links,
+            roles=("stage",),
+            server=server,
+            # A fake stage has none.
+            budget=lambda: getattr(model, "budget", None),
+            num_dropped=lambda: publisher.num_dropped,
+        )
+        await report_forever(source, publisher.tell)
 
 
 async def _meet(links: PeerLinks, address: str) -> None:

@@ -25,6 +25,7 @@ from dsd_p2p.placement.view import PlannedStage
 from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
 from dsd_p2p.session.request import Route
+from dsd_p2p.telemetry.watch import RequestWatch
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId
 from dsd_p2p.wire.messages import CloseSession, Failure, Message, OpenSession, Verdict, Window
@@ -87,6 +88,7 @@ class RequestDriver:
         find_route: Callable[[Detour], Awaitable[Route]],
         auditor: Auditor | None = None,
         distrust: Callable[[DishonestPeer], None] = lambda _error: None,
+        watch: RequestWatch | None = None,
         inbox_size: int = 1024,
     ) -> None:
         self._machine = machine
@@ -96,6 +98,7 @@ class RequestDriver:
         self._find_route = find_route
         self._auditor = auditor
         self._distrust = distrust
+        self._watch = watch
         self._is_checking = False
         self._check_is_over = trio.Event()
         self._avoided_peers: dict[str, float] = {}
@@ -124,6 +127,9 @@ class RequestDriver:
                         await self._wait_for_overdue_check()
                     nursery.cancel_scope.cancel()
         finally:
+            if self._watch is not None:
+                finish = self.finish
+                self._watch.ended(finish.reason if finish else "left", str(finish.error or "") if finish else "")
             await self._close_stages()
             self._is_over.set()
 
@@ -173,13 +179,16 @@ class RequestDriver:
         try:
             if self._auditor is not None:
                 self._auditor.heard(message)
-            return self._machine.receive(message, now_s)
+            effects = self._machine.receive(message, now_s)
         except DishonestPeer as exc:
             # Caught before its verdict counted: nothing wrong was written.
             return self._caught(exc, self._machine.lost(exc, now_s))
         except RemoteProtocolError as exc:
             self._blame(sender, exc)
             return self._machine.lost(exc, now_s)
+        if self._watch is not None:
+            self._watch.verdict(message)
+        return effects
 
     def _caught(self, error: DishonestPeer, effects: Sequence[Effect]) -> Sequence[Effect]:
         self._blame(PeerId(error.peer), error)
@@ -224,6 +233,8 @@ class RequestDriver:
                 case Send(to=to, message=message):
                     if self._auditor is not None:
                         self._follow(self._auditor, message)
+                    if self._watch is not None and isinstance(message, OpenSession):
+                        self._watch.opened(message)
                     try:
                         await self._links.send(to, message)
                     except PeerError as exc:

@@ -3,6 +3,7 @@
 import logging
 import random
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -22,6 +23,7 @@ from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Emit, Finish
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.telemetry.watch import RequestWatch, Sink
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId, TokenLogprobs
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
@@ -115,7 +117,10 @@ class Generation:
 
 
 class Engine:
-    """A coordinator: chooses a chain, drafts, streams. Made by `open_engine`; a service of `dsd_p2p.pipeline.services`."""
+    """A coordinator: chooses a chain, drafts, streams. Made by `open_engine`; a service of `dsd_p2p.pipeline.services`.
+
+    tell: is told what happens to the requests, if it is set.
+    """
 
     takes = (Verdict, Failure, Revealed, Recomputed)
 
@@ -132,6 +137,7 @@ class Engine:
         self._last_tracker = Tracker()
         self._asked: dict[tuple[PeerId, bytes], trio.MemorySendChannel[Arrived]] = {}
         self.distrusted: dict[str, float] = {}
+        self.tell: Sink | None = None
 
     def observe(self) -> Observation:
         """Return what is measured of the chain that was used last, and of the drafter."""
@@ -208,6 +214,7 @@ class Engine:
             find_route=self._find_route,
             auditor=self._auditor(request) if options.audit else None,
             distrust=self._distrust,
+            watch=None if self.tell is None else RequestWatch(machine, self.tell, time.time, self.drafter.name),
         )
         self._drivers[session] = driver
         output, batches = trio.open_memory_channel[Emit](_OUTPUT_BATCHES)

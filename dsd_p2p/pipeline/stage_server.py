@@ -117,6 +117,11 @@ class StageServer:
         """Sessions that hold cache right now."""
         return len(self._sessions)
 
+    @property
+    def work(self) -> Batcher:
+        """What is computed, and what waits for it."""
+        return self._batcher
+
     def start(self, nursery: trio.Nursery) -> None:
         """Serve as long as the nursery is open; every cache is free afterwards."""
         self._nursery = nursery

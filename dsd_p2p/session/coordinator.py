@@ -70,6 +70,7 @@ class Coordinator:
         self._next_window = 0
         self._wire_root = (0, BASE)
         self._in_flight: list[_InFlight] = []
+        self.traversal_s = 0.0
         self._early: dict[int, Verdict] = {}
         self._drafting: dict[int, DraftNode] | None = None
         self._draft_started_s = 0.0
@@ -194,6 +195,16 @@ class Coordinator:
     def involves(self, peer: PeerId) -> bool:
         """True when `peer` is a stage of the present route."""
         return any(hop.peer == peer for hop in self._route.hops)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Windows without a verdict."""
+        return len(self._in_flight)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that the text began with."""
+        return len(self._request.prompt)
 
     @property
     def is_relaxed(self) -> bool:
@@ -411,7 +422,8 @@ class Coordinator:
         self.stats.num_relaxed_tokens += verdict.num_relaxed
         for flight in self._in_flight:
             if flight.window == verdict.window:
-                self._tracker.verdict(traversal_s=now_s - flight.sent_at_s, costs=verdict.costs)
+                self.traversal_s = now_s - flight.sent_at_s
+                self._tracker.verdict(traversal_s=self.traversal_s, costs=verdict.costs)
                 self.stats.num_verdicts += 1
                 totals = self.stats.stage_s or [0.0] * len(stage_s)
                 self.stats.stage_s = [a + b for a, b in zip(totals, stage_s, strict=False)]

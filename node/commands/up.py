@@ -1,29 +1,45 @@
-"""`dsd up`: a whole swarm on this machine and the door to it, until Ctrl-C."""
+"""`dsd up`: a whole swarm on this machine, the door to it and its broker, until Ctrl-C."""
 
 import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from pathlib import Path
 
+import msgspec
 import torch
 import trio
 
-from dsd_p2p import units
 from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.source import find_model
 from dsd_p2p.pipeline.directory import StageList
 from dsd_p2p.pipeline.engine import Engine, open_engine
 from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import PeerId, Span
+from node.broker import embedded_broker
 from node.choices import make_adaptive, make_drafter
 from node.config import GatewayConfig, UpConfig, read_with_gateway
 from node.console import ConsoleProgress, console
-from node.gateway.app import Gateway, GatewayLimits, Served
+from node.gateway.app import Served
 from node.gateway.door import EngineDoor
-from node.gateway.keys import Clients, read_keys
-from node.gateway.server import check_exposure, serve_gateway
+from node.gateway.server import serve_gateway
+from node.gateway.setup import check_access, make_gateway
 from node.local_swarm import LocalNode, local_swarm, stage_configs
 from node.reach import coordinator_transport
+from node.telemetry import (
+    NO_BROKER,
+    TOPICS,
+    EventHub,
+    StatusSource,
+    broker_of,
+    hearing,
+    publishing,
+    report_forever,
+    seen_peers,
+)
 from node.text import TextCodec
+
+DEFAULT_PORT = 8484
 
 
 def run(options: dict[str, object]) -> int:
@@ -34,48 +50,74 @@ def run(options: dict[str, object]) -> int:
 
 
 async def _up(config: UpConfig, door: GatewayConfig) -> None:
-    clients = Clients(read_keys(Path(door.api_keys)) if door.api_keys else [])
-    check_exposure(door.host, needs_keys=clients.need_keys)
+    access = check_access(door)
     torch.set_num_threads(config.threads)
-    with ConsoleProgress() as progress:
+    async with AsyncExitStack() as stack:
+        progress = stack.enter_context(ConsoleProgress())
         source = find_model(config.model, progress)
         model_config = read_model_config(source.folder)
-        spans = [Span(*bounds) for bounds in even_spans(int(model_config.num_hidden_layers), config.stages)]
-        drafter = make_drafter(config, source, int(model_config.vocab_size), progress)
-        async with (
-            local_swarm(stage_configs(config, spans), progress) as nodes,
-            coordinator_transport(config.link_model()) as transport,
-            open_engine(transport, drafter, int(model_config.vocab_size)) as (engine, stages),
-            trio.open_nursery() as nursery,
-        ):
-            await _introduce(engine, stages, nodes)
-            (first, *_) = stages.stages()
-            gateway = Gateway(
-                door=EngineDoor(engine, drafter, partial(make_adaptive, config.window)),
-                served=Served(
-                    name=config.model,
-                    digest=source.digest(),
-                    dtype=config.dtype,
-                    max_positions=first.max_positions,
-                    text=TextCodec(source.folder),
-                ),
-                clients=clients,
-                status=dict,
-                metrics=lambda: b"",
-                is_ready=lambda: True,
-                limits=GatewayLimits(
-                    max_running=door.max_running,
-                    max_waiting=door.max_waiting,
-                    deadline_s=units.seconds(door.answer_timeout),
-                ),
-            )
-            url = await nursery.start(serve_gateway, gateway, door.host, door.port, door.names)
+        vocab_size, num_layers = int(model_config.vocab_size), int(model_config.num_hidden_layers)
+        drafter = make_drafter(config, source, vocab_size, progress)
+        if not config.mqtt:
+            config = msgspec.structs.replace(config, mqtt=await stack.enter_async_context(embedded_broker()))
+        spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
+        nodes = await stack.enter_async_context(local_swarm(stage_configs(config, spans), progress))
+        transport = await stack.enter_async_context(coordinator_transport(config.link_model()))
+        engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
+        await _introduce(engine, stages, nodes)
+        served = Served(
+            name=config.model,
+            digest=source.digest(),
+            dtype=config.dtype,
+            max_positions=stages.stages()[0].max_positions,
+            text=TextCodec(source.folder),
+        )
+        hub = EventHub()
+        gateway = make_gateway(
+            door,
+            access,
+            EngineDoor(engine, drafter, partial(make_adaptive, config.window)),
+            served,
+            hub,
+            is_ready=lambda: all(engine.links.is_connected(info.peer) for info in stages.stages()),
+            retry=RetryPolicy(),
+        )
+        async with _telling(config, engine, hub), trio.open_nursery() as nursery:
+            port = DEFAULT_PORT if door.port is None else door.port
+            url = await nursery.start(serve_gateway, gateway, door.host, port, door.names)
             progress.close()
             _tell(config, url, nodes)
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 async for _ in signals:
                     break
             nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _telling(config: UpConfig, engine: Engine, hub: EventHub) -> AsyncIterator[None]:
+    """Tell the hub, and the broker if there is one, what happens here; hear what the stages tell."""
+    broker = broker_of(config.mqtt, config.mqtt_ca, TOPICS)
+    me = engine.links.me.peer
+    async with publishing(broker, me) as publisher, hearing(broker, hub, me), trio.open_nursery() as nursery:
+        if publisher is not None:
+            hub.pass_on_to(publisher.tell)
+        engine.tell = hub.tell
+        source = StatusSource(
+            links=engine.links,
+            roles=("coordinator", "gateway"),
+            model=config.model,
+            num_dropped=lambda: publisher.num_dropped if publisher else 0,
+        )
+
+        def look_around() -> None:
+            """What the stages say themselves is better than what we see of them."""
+            for status in seen_peers(engine.links):
+                if status.peer not in hub.picture.peers or hub.picture.is_silent(status.peer):
+                    hub.hear(status)
+
+        nursery.start_soon(report_forever, source, hub.tell, look_around)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 async def _introduce(engine: Engine, stages: StageList, nodes: list[LocalNode]) -> None:
@@ -88,6 +130,13 @@ async def _introduce(engine: Engine, stages: StageList, nodes: list[LocalNode]) 
 
 
 def _tell(config: UpConfig, url: str, nodes: list[LocalNode]) -> None:
-    console.print(f"{config.stages} stages of {config.model} are up; Ctrl-C ends them. Open {url} in a browser, or")
-    print(f"export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none", flush=True)
-    print(f"dsd generate --model {config.model} --connect {nodes[0].address} --prompt '...'", flush=True)
+    console.print(f"{config.stages} stages of {config.model} are up; Ctrl-C ends them.")
+    print(f"chat in a browser:   {url}/")
+    print(f"an OpenAI client:    export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none")
+    print(f"watch:               dsd top {url}")
+    if config.mqtt != NO_BROKER:
+        print(f"telemetry:           {config.mqtt}  (dsd/v1/{TOPICS}/peers/#)")
+    print(
+        f"from a terminal:     dsd generate --connect {nodes[0].address} --model {config.model} --prompt '...'",
+        flush=True,
+    )

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 from dsd_p2p.errors import DsdError
 from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.telemetry.summary import describe
 from dsd_p2p.types import Sampling, TokenId
 from node.gateway.admission import Admission, PatientDoor
 from node.gateway.choice import Choice
@@ -33,13 +34,15 @@ from node.gateway.keys import Client, Clients
 from node.gateway.openapi import openapi_document
 from node.gateway.replies import Model, ModelList
 from node.gateway.schema import MAX_CHOICES, ChatRequest, Common, CompletionRequest
+from node.gateway.stream import EventStream
 from node.gateway.writing import Writing
+from node.telemetry import EventHub
 from node.text import TextCodec
 
 logger = logging.getLogger(__name__)
 
 Request_ = TypeVar("Request_", ChatRequest, CompletionRequest)
-Handler = Callable[[Request], Awaitable[Response | Writing]]
+Handler = Callable[[Request], Awaitable[Response | Writing | EventStream]]
 
 _DEFAULT_TEXT_TOKENS = 16
 """What OpenAI's completions endpoint writes by default."""
@@ -74,12 +77,12 @@ class Served:
 
 @dataclass(slots=True, kw_only=True)
 class Gateway:
-    """Everything the routes use. status: a JSON-able picture of the swarm; metrics: Prometheus' text format."""
+    """Everything the routes use. metrics: in Prometheus' text format; note: is told of every request that has ended."""
 
     door: Door
     served: Served
     clients: Clients
-    status: Callable[[], object]
+    hub: EventHub
     metrics: Callable[[], bytes]
     is_ready: Callable[[], bool]
     note: Callable[[Writing, int], None] = lambda _writing, _status: None
@@ -105,6 +108,7 @@ class Gateway:
                 Route("/v1/models", self._guarded(self._models), methods=["GET"]),
                 Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
                 Route("/v1/status", self._guarded(self._status), methods=["GET"]),
+                Route("/v1/events", self._guarded(self._events), methods=["GET"]),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
                 Route("/healthz", self._health, methods=["GET"]),
                 Route("/readyz", self._ready, methods=["GET"]),
@@ -115,10 +119,10 @@ class Gateway:
             exception_handlers={HTTPException: _http_error, Exception: _unexpected},
         )
 
-    def _guarded(self, handler: Callable[[Request, Client], Awaitable[Response | Writing]]) -> Handler:
+    def _guarded(self, handler: Callable[[Request, Client], Awaitable[Response | Writing | EventStream]]) -> Handler:
         """Only for who may ask; errors as OpenAI has them."""
 
-        async def guarded(request: Request) -> Response | Writing:
+        async def guarded(request: Request) -> Response | Writing | EventStream:
             try:
                 return await handler(request, self.clients.identify(request.headers))
             except ApiError as exc:
@@ -270,7 +274,12 @@ class Gateway:
         return Model(id=self.served.name, created=self.started_at, owned_by="dsd-p2p")
 
     async def _status(self, _request: Request, _client: Client) -> Response:
-        return json_response(self.status())
+        picture = self.hub.picture
+        picture.tick(time.time())
+        return json_response(describe(picture))
+
+    async def _events(self, request: Request, _client: Client) -> EventStream:
+        return EventStream(self.hub)
 
     async def _openapi(self, _request: Request) -> Response:
         return json_response(openapi_document(version("dsd-p2p"), needs_key=self.clients.need_keys))

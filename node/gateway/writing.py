@@ -21,6 +21,9 @@ from node.gateway.replies import Usage, speculation_of
 logger = logging.getLogger(__name__)
 
 _QUEUED_PIECES = 64
+_LEFT = 499
+"""Status, in statistics, of an answer that nobody waited for."""
+
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -93,31 +96,30 @@ class Writing:
         self._deadline_s = deadline_s
         self._note = note
         self._is_started = False
+        self._status = _LEFT
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer over ASGI."""
-        status = 499
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_watch, receive, nursery.cancel_scope)
-                status = await self._answer(scope, receive, send)
+                nursery.start_soon(watch_disconnect, receive, nursery.cancel_scope)
+                await self._answer(scope, receive, send)
                 nursery.cancel_scope.cancel()
         finally:
-            self._note(self, status)
+            self._note(self, self._status)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> int:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with trio.fail_after(self._deadline_s):
                 await (self._stream(send) if self._is_stream else self._whole(scope, receive, send))
         except (DsdError, trio.TooSlowError, BaseExceptionGroup) as exc:
             error = self._explain(exc)
+            self._status = error.status
             if not self._is_started:
                 await error.response()(scope, receive, send)
             else:
                 await self._send_event(send, error.body)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-            return error.status
-        return 200
 
     def _explain(self, exc: BaseException) -> ApiError:
         match first_cause(exc):
@@ -135,6 +137,7 @@ class Writing:
                 if piece is not None:
                     pieces[index].append(piece)
         reply = self._form.whole(self._head, list(zip(self.choices, pieces, strict=True)), self._usage())
+        self._status = 200
         await json_response(reply, headers=self._client.headers())(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
@@ -153,6 +156,7 @@ class Writing:
                     await self._send_event(send, self._form.last(self._head, index, self.choices[index]))
         if self._with_usage:
             await self._send_event(send, self._form.usage(self._head, self._usage()))
+        self._status = 200
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})
 
     async def _start(self, send: Send) -> None:
@@ -203,7 +207,7 @@ class Writing:
         )
 
 
-async def _watch(receive: Receive, scope: trio.CancelScope) -> None:
+async def watch_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
     """Nobody reads on: free the stages."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,0 +1,154 @@
+"""The events, version 1: small structs, JSON on the wire, one a line in a file (docs/telemetry.md).
+
+Every field has a default, so that a reader takes what an older or newer writer leaves out or adds. Counts are totals since the
+session or node began: an event that is lost or left out costs detail, never a sum.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA = 1
+
+Label = Annotated[str, Meta(max_length=256)]
+Sentence = Annotated[str, Meta(max_length=1024)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+Counts = Annotated[tuple[Count, ...], Meta(max_length=256)]
+
+
+class StageOf(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage of a chain: the peer and its layers `[first, last)`."""
+
+    peer: Label = ""
+    first: Count = 0
+    last: Count = 0
+
+
+class PeerStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="peer"):
+    """How a node is, about once a second; the newest is kept by the broker.
+
+    at_s: of the writer's clock, as in every event. busy_share: of the last interval, 0 to 1. queue: windows waiting.
+    links_s: round trips to other peers. num_dropped: events that this node had to leave out.
+    """
+
+    at_s: float = 0.0
+    peer: Label = ""
+    is_online: bool = True
+    roles: Annotated[tuple[Label, ...], Meta(max_length=8)] = ()
+    version: Label = ""
+    model: Label = ""
+    dtype: Label = ""
+    first: Count = 0
+    last: Count = 0
+    num_layers: Count = 0
+    state: Label = ""
+    num_sessions: Count = 0
+    queue: Count = 0
+    busy_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    cache_bytes: Count = 0
+    max_cache_bytes: Count = 0
+    num_passes: Count = 0
+    num_windows: Count = 0
+    links_s: Annotated[dict[Label, Seconds], Meta(max_length=64)] = {}
+    num_dropped: Count = 0
+
+
+class SessionStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="session_started"):
+    """A request opened its chain."""
+
+    at_s: float = 0.0
+    session: Label = ""
+    coordinator: Label = ""
+    stages: Annotated[tuple[StageOf, ...], Meta(max_length=64)] = ()
+    num_prompt_tokens: Count = 0
+    max_tokens: Count = 0
+    drafter: Label = ""
+    verification: Label = ""
+
+
+class Failover(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="failover"):
+    """A request lost its chain and goes on over another."""
+
+    at_s: float = 0.0
+    session: Label = ""
+    coordinator: Label = ""
+    stages: Annotated[tuple[StageOf, ...], Meta(max_length=64)] = ()
+    num_tokens: Count = 0
+
+
+class WindowVerified(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="window"):
+    """A verdict came in; not every one is told. Totals are of the session.
+
+    reason: of the window policy's decision. traversal_s: from sending to the verdict. stage_us: what each stage computed.
+    hits_by_depth, outcomes_by_depth: see `dsd_p2p.session.request.RequestStats`.
+    """
+
+    at_s: float = 0.0
+    session: Label = ""
+    coordinator: Label = ""
+    mode: Label = ""
+    decision: Label = ""
+    reason: Sentence = ""
+    num_tokens: Count = 0
+    num_windows: Count = 0
+    num_nodes: Count = 0
+    num_misses: Count = 0
+    num_stale: Count = 0
+    num_relaxed: Count = 0
+    num_in_flight: Count = 0
+    traversal_s: Seconds = 0.0
+    stage_us: Counts = ()
+    hits_by_depth: Counts = ()
+    outcomes_by_depth: Counts = ()
+
+
+class SessionEnded(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="session_ended"):
+    """A request is over. error: empty when it ended as asked."""
+
+    at_s: float = 0.0
+    session: Label = ""
+    coordinator: Label = ""
+    reason: Label = ""
+    error: Sentence = ""
+    num_tokens: Count = 0
+    ttft_s: Seconds = 0.0
+    total_s: Seconds = 0.0
+    num_replays: Count = 0
+
+
+Event = PeerStatus | SessionStarted | Failover | WindowVerified | SessionEnded
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """An event and the version of its schema."""
+
+    event: Event
+    schema: int = SCHEMA
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Envelope)
+
+
+def encode_event(event: Event) -> bytes:
+    """Return one JSON object, without a line end."""
+    return _encoder.encode(Envelope(event=event))
+
+
+def decode_event(data: bytes) -> Event | None:
+    """Return the event; None for what is none of this version: newer kinds, other programs' messages."""
+    try:
+        envelope = _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return envelope.event if envelope.schema == SCHEMA else None
+
+
+def read_events(lines: Iterable[bytes]) -> Iterator[Event]:
+    """Yield the events of a recording, skipping what is none."""
+    for line in lines:
+        if (event := decode_event(line)) is not None:
+            yield event

@@ -1,0 +1,198 @@
+"""What is known of a swarm from its events: who is there, what is written, what is wrong. Pure: given events and the time."""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from dsd_p2p.telemetry.events import Event, Failover, PeerStatus, SessionEnded, SessionStarted, StageOf, WindowVerified
+
+_MAX_PEERS, _MAX_SESSIONS, _MAX_HISTORY = 4096, 1024, 32
+_KEEP_ENDED_S = 10.0
+_SILENT_S = 6.0
+"""A node tells of itself every second."""
+
+_SERIES_S = 1.0
+_SERIES = 120
+_RATE_S = 5.0
+_LONG_QUEUE = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class SessionView:
+    """One request. `at_s`: of its last event."""
+
+    session: str
+    coordinator: str
+    at_s: float
+    started_at_s: float
+    stages: tuple[StageOf, ...] = ()
+    drafter: str = ""
+    num_prompt_tokens: int = 0
+    max_tokens: int = 0
+    newest: WindowVerified = field(default_factory=WindowVerified)
+    ended: SessionEnded | None = None
+    num_failovers: int = 0
+    samples: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=128))
+
+    def tokens_per_s(self, now_s: float) -> float:
+        """Tokens a second over the last seconds."""
+        recent = [(at_s, count) for at_s, count in self.samples if at_s >= now_s - _RATE_S]
+        if len(recent) < 2 or self.ended is not None:
+            return 0.0
+        return (recent[-1][1] - recent[0][1]) / max(1e-3, now_s - recent[0][0])
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """What somebody should look at. level: 2 is broken, 1 is worth a look."""
+
+    level: int
+    text: str
+
+
+class Picture:
+    """The state that events add up to; bounded, whatever comes in."""
+
+    def __init__(self) -> None:
+        self.peers: dict[str, PeerStatus] = {}
+        self.heard_at_s: dict[str, float] = {}
+        self.sessions: dict[str, SessionView] = {}
+        self.totals: Counter[str] = Counter()
+        self.hits_by_depth: list[int] = []
+        self.outcomes_by_depth: list[int] = []
+        self.failovers: deque[Failover] = deque(maxlen=_MAX_HISTORY)
+        self.errors: deque[SessionEnded] = deque(maxlen=_MAX_HISTORY)
+        self.series: deque[int] = deque(maxlen=_SERIES)
+        self.now_s = 0.0
+        self._bucket_s = 0.0
+        self.num_events = 0
+
+    def add(self, event: Event) -> None:
+        """Take an event in; the time never runs backwards."""
+        self.num_events += 1
+        self._pass_time(event.at_s)
+        match event:
+            case PeerStatus(peer=peer):
+                if peer in self.peers or len(self.peers) < _MAX_PEERS:
+                    self.peers[peer] = event
+                    self.heard_at_s[peer] = self.now_s
+            case SessionStarted():
+                self._start(event)
+            case WindowVerified():
+                self._window(event)
+            case Failover():
+                view = self._view(event.session, event.coordinator)
+                view.stages, view.num_failovers, view.at_s = event.stages, view.num_failovers + 1, self.now_s
+                self.totals["failovers"] += 1
+                self.failovers.append(event)
+            case SessionEnded():
+                self._end(event)
+
+    def tick(self, now_s: float) -> None:
+        """Let time pass without an event."""
+        self._pass_time(now_s)
+        for name in [name for name, view in self.sessions.items() if self._is_over(view)]:
+            del self.sessions[name]
+
+    @property
+    def running(self) -> list[SessionView]:
+        """The requests under way, newest first."""
+        views = [view for view in self.sessions.values() if view.ended is None]
+        return sorted(views, key=lambda view: -view.started_at_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second of all requests together."""
+        recent = list(self.series)[-int(_RATE_S) :]
+        return sum(recent) / max(1.0, len(recent) * _SERIES_S) if recent else 0.0
+
+    def acceptance(self) -> list[float]:
+        """For each depth below the root, how often a drafted level held the target's token."""
+        pairs = zip(self.hits_by_depth, self.outcomes_by_depth, strict=False)
+        return [hits / outcomes for hits, outcomes in pairs if outcomes]
+
+    def is_silent(self, peer: str) -> bool:
+        """True when a node that should be there tells nothing."""
+        return self.now_s - self.heard_at_s.get(peer, 0.0) > _SILENT_S
+
+    def alerts(self) -> list[Alert]:
+        """What somebody should look at, the worst first."""
+        alerts: list[Alert] = []
+        for peer, status in self.peers.items():
+            name = short(peer)
+            if not status.is_online:
+                alerts.append(Alert(2, f"{name} is offline"))
+            elif self.is_silent(peer):
+                alerts.append(Alert(2, f"{name} has said nothing for {self.now_s - self.heard_at_s[peer]:.0f} s"))
+            if status.queue > _LONG_QUEUE:
+                alerts.append(Alert(1, f"{name} has {status.queue} windows waiting"))
+            if status.max_cache_bytes and status.cache_bytes > 0.9 * status.max_cache_bytes:
+                alerts.append(Alert(1, f"{name} has less than a tenth of its cache free"))
+            if status.num_dropped:
+                alerts.append(Alert(1, f"{name} left {status.num_dropped} events out"))
+        recent = [each for each in self.failovers if each.at_s >= self.now_s - 30]
+        if recent:
+            alerts.append(Alert(1, f"{len(recent)} chain(s) lost in the last 30 s"))
+        failed = [each for each in self.errors if each.at_s >= self.now_s - 60]
+        if failed:
+            alerts.append(Alert(2, f"{len(failed)} request(s) failed in the last minute: {failed[-1].error}"))
+        return sorted(alerts, key=lambda alert: -alert.level)
+
+    def _pass_time(self, at_s: float) -> None:
+        if not self.now_s:
+            self._bucket_s = at_s
+        self.now_s = max(self.now_s, at_s)
+        # After a long silence only the newest buckets matter.
+        self._bucket_s = max(self._bucket_s, self.now_s - _SERIES * _SERIES_S)
+        while self.now_s >= self._bucket_s + _SERIES_S or not self.series:
+            self.series.append(0)
+            self._bucket_s += _SERIES_S if len(self.series) > 1 else 0.0
+
+    def _view(self, session: str, coordinator: str) -> SessionView:
+        if (view := self.sessions.get(session)) is None:
+            while len(self.sessions) >= _MAX_SESSIONS:
+                del self.sessions[next(iter(self.sessions))]
+            view = self.sessions[session] = SessionView(
+                session=session, coordinator=coordinator, at_s=self.now_s, started_at_s=self.now_s
+            )
+        return view
+
+    def _start(self, event: SessionStarted) -> None:
+        view = self._view(event.session, event.coordinator)
+        view.stages, view.drafter, view.max_tokens = event.stages, event.drafter, event.max_tokens
+        view.num_prompt_tokens = event.num_prompt_tokens
+        self.totals["sessions"] += 1
+
+    def _window(self, event: WindowVerified) -> None:
+        view = self._view(event.session, event.coordinator)
+        before, view.newest, view.at_s = view.newest, event, self.now_s
+        for name in ("num_tokens", "num_windows", "num_nodes", "num_misses", "num_stale", "num_relaxed"):
+            self.totals[name] += max(0, getattr(event, name) - getattr(before, name))
+        self.series[-1] += max(0, event.num_tokens - before.num_tokens)
+        view.samples.append((self.now_s, event.num_tokens))
+        _add_growth(self.hits_by_depth, event.hits_by_depth, before.hits_by_depth)
+        _add_growth(self.outcomes_by_depth, event.outcomes_by_depth, before.outcomes_by_depth)
+
+    def _end(self, event: SessionEnded) -> None:
+        view = self._view(event.session, event.coordinator)
+        num_untold = max(0, event.num_tokens - view.newest.num_tokens)
+        self.totals["num_tokens"] += num_untold
+        self.series[-1] += num_untold
+        view.ended, view.at_s = event, self.now_s
+        self.totals["ended"] += 1
+        if event.error:
+            self.totals["failed"] += 1
+            self.errors.append(event)
+
+    def _is_over(self, view: SessionView) -> bool:
+        return view.ended is not None and self.now_s - view.at_s > _KEEP_ENDED_S
+
+
+def short(peer: str) -> str:
+    """Return a peer's id as people read it."""
+    return f"…{peer[-6:]}" if len(peer) > 12 else peer or "?"
+
+
+def _add_growth(sums: list[int], new: tuple[int, ...], old: tuple[int, ...]) -> None:
+    sums.extend([0] * (len(new) - len(sums)))
+    for index, count in enumerate(new):
+        sums[index] += max(0, count - (old[index] if index < len(old) else 0))

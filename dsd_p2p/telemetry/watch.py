@@ -1,0 +1,114 @@
+"""Tells what happens to one request, live or simulated: both run the same machine, so both tell the same events."""
+
+from collections.abc import Callable, Sequence
+
+from dsd_p2p.session.coordinator import Coordinator
+from dsd_p2p.telemetry.events import Event, Failover, SessionEnded, SessionStarted, StageOf, WindowVerified
+from dsd_p2p.wire.messages import Hop, OpenSession, Verdict
+
+Sink = Callable[[Event], None]
+"""Takes an event; returns at once, whatever becomes of it."""
+
+_INTERVAL_S = 0.1
+"""Between two told windows of a request: what is skipped is in the next one's totals."""
+
+
+class RequestWatch:
+    """Follows a coordinator machine. now: of the events, seconds; drafter: its name."""
+
+    def __init__(self, machine: Coordinator, sink: Sink, now: Callable[[], float], drafter: str) -> None:
+        self._machine = machine
+        self._sink = sink
+        self._now = now
+        self._drafter = drafter
+        self._session = ""
+        self._coordinator = ""
+        self._started_at_s = now()
+        self._first_at_s: float | None = None
+        self._told_at_s = 0.0
+        self._is_ended = False
+
+    def opened(self, message: OpenSession) -> None:
+        """A chain was opened, the first or another."""
+        now_s, stages = self._now(), _stages(message.route)
+        num_tokens = len(self._machine.tokens) - self._machine.num_prompt_tokens
+        if self._session:
+            self._sink(
+                Failover(
+                    at_s=now_s,
+                    session=self._session,
+                    coordinator=self._coordinator,
+                    stages=stages,
+                    num_tokens=num_tokens,
+                )
+            )
+            return
+        self._session, self._coordinator = message.session.hex(), message.coordinator.peer
+        self._sink(
+            SessionStarted(
+                at_s=now_s,
+                session=self._session,
+                coordinator=self._coordinator,
+                stages=stages,
+                num_prompt_tokens=self._machine.num_prompt_tokens,
+                max_tokens=message.max_length - self._machine.num_prompt_tokens,
+                drafter=self._drafter,
+                verification="relaxed" if self._machine.is_relaxed else "exact",
+            )
+        )
+
+    def verdict(self, verdict: Verdict) -> None:
+        """The machine has taken a verdict in."""
+        now_s, machine = self._now(), self._machine
+        num_tokens = len(machine.tokens) - machine.num_prompt_tokens
+        if self._first_at_s is None and num_tokens:
+            self._first_at_s = now_s
+        if now_s - self._told_at_s < _INTERVAL_S or not self._session:
+            return
+        self._told_at_s = now_s
+        stats, decision = machine.stats, machine.decision
+        self._sink(
+            WindowVerified(
+                at_s=now_s,
+                session=self._session,
+                coordinator=self._coordinator,
+                mode=decision.mode,
+                decision=decision.kind,
+                reason=decision.reason,
+                num_tokens=num_tokens,
+                num_windows=stats.num_windows,
+                num_nodes=stats.num_nodes_sent,
+                num_misses=stats.num_misses,
+                num_stale=stats.num_stale_nodes,
+                num_relaxed=stats.num_relaxed_tokens,
+                num_in_flight=machine.num_in_flight,
+                traversal_s=machine.traversal_s,
+                stage_us=tuple(cost.us for cost in verdict.costs),
+                hits_by_depth=tuple(stats.hits_by_depth),
+                outcomes_by_depth=tuple(stats.outcomes_by_depth),
+            )
+        )
+
+    def ended(self, reason: str, error: str = "") -> None:
+        """The request is over; told once."""
+        if self._is_ended or not self._session:
+            return
+        self._is_ended = True
+        now_s, machine = self._now(), self._machine
+        self._sink(
+            SessionEnded(
+                at_s=now_s,
+                session=self._session,
+                coordinator=self._coordinator,
+                reason=reason,
+                error=error[:1024],
+                num_tokens=len(machine.tokens) - machine.num_prompt_tokens,
+                ttft_s=0.0 if self._first_at_s is None else self._first_at_s - self._started_at_s,
+                total_s=now_s - self._started_at_s,
+                num_replays=machine.stats.num_replays,
+            )
+        )
+
+
+def _stages(route: Sequence[Hop]) -> tuple[StageOf, ...]:
+    return tuple(StageOf(peer=hop.peer, first=hop.span.first, last=hop.span.last) for hop in route)

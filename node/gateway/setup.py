@@ -1,0 +1,64 @@
+"""Makes a gateway of its configuration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsd_p2p import units
+from dsd_p2p.session.retry import RetryPolicy
+from node.config import GatewayConfig
+from node.gateway.app import Gateway, GatewayLimits, Served
+from node.gateway.door import Door
+from node.gateway.keys import Clients, read_keys
+from node.gateway.server import check_exposure
+from node.metrics import GatewayMetrics
+from node.telemetry import EventHub
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayAccess:
+    """Who may ask, checked before anything slow begins."""
+
+    clients: Clients
+
+
+def check_access(config: GatewayConfig) -> GatewayAccess:
+    """Read the keys, and refuse to be open to the network without any.
+
+    Raises:
+        ConfigError: they cannot be read, or there are none.
+    """
+    clients = Clients(read_keys(Path(config.api_keys)) if config.api_keys else [])
+    check_exposure(config.host, needs_keys=clients.need_keys)
+    return GatewayAccess(clients=clients)
+
+
+def make_gateway(
+    config: GatewayConfig,
+    access: GatewayAccess,
+    door: Door,
+    served: Served,
+    hub: EventHub,
+    *,
+    is_ready: Callable[[], bool],
+    retry: RetryPolicy,
+) -> Gateway:
+    """Return the gateway; `node.gateway.server.serve_gateway` opens it."""
+    metrics = GatewayMetrics(hub.picture)
+    gateway = Gateway(
+        door=door,
+        served=served,
+        clients=access.clients,
+        hub=hub,
+        metrics=metrics.text,
+        is_ready=is_ready,
+        note=metrics.note,
+        retry=retry,
+        limits=GatewayLimits(
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+            deadline_s=units.seconds(config.answer_timeout),
+        ),
+    )
+    metrics.admission = gateway.admission
+    return gateway
