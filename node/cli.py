@@ -19,6 +19,7 @@ _COMMAND_MODULES = {
     "revoke": "node.commands.revoke",
     "plan": "node.commands.plan",
     "doctor": "node.commands.doctor",
+    "top": "node.commands.top",
     "generate": "node.commands.generate",
     "demo": "node.commands.demo",
     "calibrate": "node.commands.calibrate",
@@ -88,6 +89,23 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="write one answer plain and speculative, and compare")
     _add_model_flags(demo)
     _add_generate_flags(demo)
+
+    top = commands.add_parser("top", help="watch a swarm")
+    top.add_argument(
+        "target", nargs="?", help="gateway http://HOST:PORT (default http://127.0.0.1:8484), or broker mqtt://…"
+    )
+    top.add_argument("--topics", help="the swarm's name in the broker's topics (default local)")
+    top.add_argument("--mqtt-ca", metavar="FILE", help="certificate authority of the broker")
+    top.add_argument("--key", help="of a gateway that needs one (default: $OPENAI_API_KEY)")
+    top.add_argument("--record", metavar="FILE", help="also write the events down, to be replayed")
+    top.add_argument("--replay", metavar="FILE", help="a recording of a live or simulated run")
+    top.add_argument("--speed", type=float, help="of the replay (default 1)")
+    top.add_argument("--once", action="store_const", const=True, help="one look")
+    top.add_argument("--seconds", type=float, help="how long the one look takes (default 2.5)")
+    top.add_argument("--json", action="store_const", const=True, help="with --once: as one JSON object")
+    top.add_argument("--svg", metavar="FILE", help="one look, as a picture")
+    top.add_argument("--columns", type=int, help="of the picture (default 120)")
+    top.add_argument("--rows", type=int, help="of the picture (default 32)")
 
     calibrate = commands.add_parser("calibrate", help="find relaxed mode's thresholds for a quality budget")
     _add_pair_flags(calibrate)

@@ -222,6 +222,29 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
 
+class TopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd top`.
+
+    target: a gateway or a broker; topics: of the swarm at a broker. key: of a gateway that needs one (or OPENAI_API_KEY).
+    record: file to write the events to. replay, speed: a recording, and how many times as fast. once: one look, of `seconds`; json,
+        svg: as what; columns, rows: of svg.
+    """
+
+    target: str = "http://127.0.0.1:8484"
+    topics: str = "local"
+    mqtt_ca: str = ""
+    key: str = ""
+    record: str = ""
+    replay: str = ""
+    speed: Annotated[float, Meta(gt=0, le=1e12)] = 1.0
+    once: bool = False
+    seconds: Annotated[float, Meta(ge=0, le=600)] = 0.0
+    json: bool = False
+    svg: str = ""
+    columns: Annotated[int, Meta(ge=40, le=500)] = 120
+    rows: Annotated[int, Meta(ge=10, le=200)] = 32
+
+
 class CalibrateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd calibrate`, `dsd bench relaxed` and `record`.
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dsd_p2p.types import StageCost
 from dsd_p2p.window.analytic import AnalyticPolicy, predicted_tokens_per_s
 from dsd_p2p.window.base import CostLine, Mode, Observation
+from dsd_p2p.window.governor import Governor
 from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
 from dsd_p2p.window.tracker import LineFit, Tracker
 
@@ -100,3 +101,44 @@ def test_it_keeps_its_decision_while_another_is_hardly_better():
     first = policy.decide(world(links_s=0.2, agreement=0.8))
     assert policy.decide(world(links_s=0.2, agreement=0.81)) is first
     assert policy.decide(world(links_s=0.2, agreement=0.98)) is not first
+
+
+@pytest.mark.parametrize("gain", [0.4, 0.9, 1.2, 2.0])
+@pytest.mark.parametrize("num_requests", [2, 5, 16])
+def test_the_governor_keeps_what_serves_all_requests_best(gain, num_requests):
+    """Plain decoding writes 50 tokens/s in all, speculation `gain` times as many: never long at what is worse."""
+    governor, now_s, written = Governor(), 0.0, 0.0
+    for _ in range(num_requests):
+        governor.joined(now_s)
+    for _ in range(3000):
+        now_s += 0.1
+        rate = 50 * (gain if governor.allows(now_s) else 1.0)
+        written += rate * 0.1
+        governor.committed(round(rate * 0.1), now_s)
+    assert governor.allows(now_s) == (gain > 1)
+    assert written >= 0.97 * 300 * 50 * max(1.0, gain)
+    assert str(num_requests) in governor.reason()
+
+
+def test_the_governor_leaves_a_single_request_alone_and_notices_change():
+    governor, now_s = Governor(), 0.0
+    governor.joined(now_s)
+    for _ in range(100):
+        now_s += 0.1
+        governor.committed(1, now_s)
+        assert governor.allows(now_s)
+    for _ in range(15):
+        governor.joined(now_s)
+    seen = []
+    for step in range(12000):
+        now_s += 0.1
+        is_better = step > 3000
+        rate = (40 if is_better else 5) if governor.allows(now_s) else 20
+        seen.append(governor.allows(now_s))
+        governor.committed(round(rate * 0.1), now_s)
+    # First speculation is worse, then it becomes better: seen within the longest wait for another trial.
+    assert seen[:3000].count(False) > 2900
+    assert seen[-3000:].count(True) > 2900
+    for _ in range(15):
+        governor.left(now_s)
+    assert governor.allows(now_s)

@@ -113,7 +113,7 @@ class CoordinatorService:
             top_logprobs=ask.top_logprobs,
         )
         start = 0
-        async with self._engine.generate(ask.prompt, options, self._make_policy()) as generation:
+        async with self._engine.generate(ask.prompt, options, self._engine.governed(self._make_policy())) as generation:
             async for piece in generation.pieces():
                 answer = Answer(request=ask.request, start=start, tokens=piece.tokens, logprobs=piece.logprobs)
                 with trio.fail_after(_SEND_TIMEOUT_S):

@@ -75,7 +75,7 @@ class RequestDriver:
     """One request's loop: wait for an event or the deadline, tell the machine, do what it says.
 
     find_route: finds a chain of stages; called again after a chain is lost.
-    auditor: checks the stages. distrust: is told who lied.
+    auditor: checks the stages. distrust: is told who lied. watch: tells what happens. committed: is told how many tokens came.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class RequestDriver:
         auditor: Auditor | None = None,
         distrust: Callable[[DishonestPeer], None] = lambda _error: None,
         watch: RequestWatch | None = None,
+        committed: Callable[[int], None] = lambda _count: None,
         inbox_size: int = 1024,
     ) -> None:
         self._machine = machine
@@ -99,6 +100,7 @@ class RequestDriver:
         self._auditor = auditor
         self._distrust = distrust
         self._watch = watch
+        self._committed = committed
         self._is_checking = False
         self._check_is_over = trio.Event()
         self._avoided_peers: dict[str, float] = {}
@@ -242,6 +244,7 @@ class RequestDriver:
                         if not isinstance(message, CloseSession):
                             self._pending.extend(self._machine.lost(exc, trio.current_time()))
                 case Emit() as emit:
+                    self._committed(len(emit.tokens))
                     # A reader that has gone stops us by `stop`; until then nobody misses these.
                     with suppress(trio.BrokenResourceError):
                         await output.send(emit)

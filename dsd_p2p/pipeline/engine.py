@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.errors import ConfigError, DishonestPeer, LocalProtocolError, PeerDisconnected, PeerTimeout
+from dsd_p2p.drafting.base import Drafter, DraftSession
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.errors import CapacityError, ConfigError, DishonestPeer, LocalProtocolError, PeerDisconnected, PeerTimeout
 from dsd_p2p.pipeline.audit import Auditor
 from dsd_p2p.pipeline.directory import NO_DETOUR, Chain, Directory, StageList
 from dsd_p2p.pipeline.driver import RequestDriver, Told
@@ -27,6 +28,7 @@ from dsd_p2p.telemetry.watch import RequestWatch, Sink
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId, TokenLogprobs
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
+from dsd_p2p.window.governor import GovernedPolicy, Governor
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import Failure, Hop, Recompute, Recomputed, Reveal, Revealed, Verdict
@@ -37,6 +39,7 @@ _OUTPUT_BATCHES = 1024
 _ASK_TIMEOUT_S = 15.0
 _DISTRUST_S = 3600.0
 _NOWHERE = Span(0, 1)
+_LOOKUP = NgramDrafter()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,11 @@ class Engine:
         self._asked: dict[tuple[PeerId, bytes], trio.MemorySendChannel[Arrived]] = {}
         self.distrusted: dict[str, float] = {}
         self.tell: Sink | None = None
+        self._governor = Governor()
+
+    def governed(self, policy: WindowPolicy) -> WindowPolicy:
+        """Return a policy that speculates only while that helps all requests together."""
+        return GovernedPolicy(policy, self._governor, trio.current_time)
 
     def observe(self) -> Observation:
         """Return what is measured of the chain that was used last, and of the drafter."""
@@ -205,18 +213,20 @@ class Engine:
         )
         tracker = self._tracker(route, options.experience)
         machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
-        drafting = self.drafter.open(len(prompt) + options.max_tokens, options.sampling)
+        drafter, drafting = self._open_drafter(len(prompt) + options.max_tokens, options.sampling)
         driver = RequestDriver(
             machine,
             self.links,
             drafting,
-            is_instant_drafter=self.drafter.is_instant,
+            is_instant_drafter=drafter.is_instant,
             find_route=self._find_route,
             auditor=self._auditor(request) if options.audit else None,
             distrust=self._distrust,
-            watch=None if self.tell is None else RequestWatch(machine, self.tell, time.time, self.drafter.name),
+            committed=lambda count: self._governor.committed(count, trio.current_time()),
+            watch=None if self.tell is None else RequestWatch(machine, self.tell, time.time, drafter.name),
         )
         self._drivers[session] = driver
+        self._governor.joined(trio.current_time())
         output, batches = trio.open_memory_channel[Emit](_OUTPUT_BATCHES)
         # In the engine's nursery, so that the caller's own errors do not come out wrapped in a group.
         self._nursery.start_soon(driver.run, output)
@@ -233,7 +243,16 @@ class Engine:
             with trio.CancelScope(shield=True):
                 await driver.stop()
             del self._drivers[session]
+            self._governor.left(trio.current_time())
             drafting.close()
+
+    def _open_drafter(self, max_length: int, sampling: Sampling) -> tuple[Drafter, DraftSession]:
+        """The drafter, or prompt lookup where it has no room for another request: a guess is never worth the answer."""
+        try:
+            return self.drafter, self.drafter.open(max_length, sampling)
+        except CapacityError as exc:
+            logger.info("drafter has no room, looking up instead error=%s", exc)
+            return _LOOKUP, _LOOKUP.open(max_length, sampling)
 
     def start(self, nursery: trio.Nursery) -> None:
         """Requests run in the nursery that the engine was made with."""

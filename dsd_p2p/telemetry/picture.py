@@ -157,10 +157,11 @@ class Picture:
         return view
 
     def _start(self, event: SessionStarted) -> None:
+        # Told again when a listener comes back: counted once.
+        self.totals["sessions"] += event.session not in self.sessions
         view = self._view(event.session, event.coordinator)
         view.stages, view.drafter, view.max_tokens = event.stages, event.drafter, event.max_tokens
         view.num_prompt_tokens = event.num_prompt_tokens
-        self.totals["sessions"] += 1
 
     def _window(self, event: WindowVerified) -> None:
         view = self._view(event.session, event.coordinator)

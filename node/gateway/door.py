@@ -48,7 +48,7 @@ class EngineDoor:
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
         """Yield an answer piece by piece. Raises as `Door.write` does."""
-        async with self._engine.generate(prompt, options, self._make_policy()) as generation:
+        async with self._engine.generate(prompt, options, self._engine.governed(self._make_policy())) as generation:
             num_tokens = 0
             try:
                 async with aclosing(generation.pieces()) as pieces:

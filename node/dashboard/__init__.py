@@ -1,0 +1,1 @@
+"""`dsd top`: a swarm on a terminal."""

@@ -1,0 +1,34 @@
+"""Single keys from a terminal, without waiting for them."""
+
+import os
+import select
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NAMES = {b"\x1b[A": "up", b"\x1b[B": "down", b"\r": "enter", b"\n": "enter", b"\x1b": "escape", b" ": "space"}
+
+
+@contextmanager
+def raw_keys() -> Iterator[bool]:
+    """Let keys through one by one until the end of the block; yields False where there is no keyboard."""
+    if not sys.stdin.isatty():
+        yield False
+        return
+    number = sys.stdin.fileno()
+    before = termios.tcgetattr(number)
+    tty.setcbreak(number)
+    try:
+        yield True
+    finally:
+        termios.tcsetattr(number, termios.TCSADRAIN, before)
+
+
+def next_key(timeout_s: float) -> str:
+    """Return the key pressed within `timeout_s`: a letter or a name; empty for none."""
+    if not select.select([sys.stdin], [], [], timeout_s)[0]:
+        return ""
+    data = os.read(sys.stdin.fileno(), 8)
+    return _NAMES.get(data, data[:1].decode("latin-1"))
