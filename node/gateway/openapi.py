@@ -21,6 +21,13 @@ _ERRORS = {
     "504": "the swarm took too long",
 }
 
+_EVENT = {
+    "type": "object",
+    "description": "One server-sent event: a chunk as JSON, or [DONE].",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
+
 
 def openapi_document(version: str, *, needs_key: bool) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document."""
@@ -72,7 +79,7 @@ def _operation(
     }
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if asked:
-        responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        responses["200"]["content"]["text/event-stream"] = {"schema": _EVENT}
         operation["requestBody"] = {
             "required": True,
             "content": {"application/json": {"schema": named[asked]}},
