@@ -155,7 +155,7 @@ class _Connection:
 class MqttPublisher:
     """Publishes a peer's events. `tell` may be called from any thread and returns at once.
 
-    num_dropped: events that found the queue full, or no broker to answer.
+    num_dropped: events that found the queue full.
     """
 
     def __init__(self, broker: Broker, peer: str) -> None:
@@ -197,7 +197,9 @@ class MqttPublisher:
         try:
             while True:
                 while self._queue:
-                    await self._publish(client, self._queue.popleft())
+                    # Taken off only when the broker has it: one that is gone is told later.
+                    await self._publish(client, self._queue[0])
+                    self._queue.popleft()
                 self._arrived.clear()
                 if not self._queue:
                     await self._arrived.wait()
@@ -208,11 +210,7 @@ class MqttPublisher:
 
     async def _publish(self, client: aiomqtt.Client, event: Event) -> None:
         topic, qos, is_kept = topic_of(event, self._topics, self._peer)
-        try:
-            await client.publish(topic, encode_event(event), qos=qos, retain=is_kept, timeout=_ANSWER_TIMEOUT_S)
-        except (aiomqtt.MqttError, TimeoutError):
-            self.num_dropped += 1
-            raise
+        await client.publish(topic, encode_event(event), qos=qos, retain=is_kept, timeout=_ANSWER_TIMEOUT_S)
         self.num_published += 1
 
 

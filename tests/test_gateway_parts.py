@@ -1,0 +1,168 @@
+"""The gateway's parts without a swarm: stop strings, keys, limits, admission."""
+
+import re
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsd_p2p.errors import CapacityError, ConfigError
+from dsd_p2p.pipeline.engine import GenerateOptions
+from dsd_p2p.session.effects import Emit
+from node.gateway.admission import Admission, PatientDoor
+from node.gateway.choice import StopStrings
+from node.gateway.door import Outcome
+from node.gateway.errors import ApiError
+from node.gateway.keys import Client, Clients, read_keys
+from node.gateway.server import check_exposure
+
+
+@given(
+    st.lists(st.text(alphabet="ab", max_size=4), max_size=12),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=4),
+)
+def test_stop_strings_wherever_the_pieces_are_cut(pieces, stops):
+    whole = "".join(pieces)
+    found = [at for stop in stops if (at := whole.find(stop)) >= 0]
+    stopper, shown = StopStrings(stops), ""
+    for piece in pieces:
+        shown += stopper.feed(piece)
+        # Never more than may be shown, whatever comes.
+        assert whole.startswith(shown)
+        if stopper.is_found:
+            break
+    shown += stopper.rest()
+    if stopper.is_found:
+        assert found
+        assert not any(stop in shown for stop in stops)
+        assert re.match(re.escape(shown) + f"({'|'.join(map(re.escape, stops))})", whole)
+    else:
+        assert shown == whole
+        assert not found
+
+
+def write_keys(folder, text):
+    file = folder / "keys.toml"
+    file.write_text(text)
+    return file
+
+
+def test_keys_are_checked(tmp_path):
+    secret = "sk-0123456789abcdef"  # noqa: S105
+    file = write_keys(tmp_path, f'[[key]]\nname = "alice"\nkey = "{secret}"\nrequests_per_minute = 2\n')
+    clients = Clients(read_keys(file))
+    alice = clients.identify({"authorization": f"Bearer {secret}"})
+    assert alice.name == "alice"
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Basic {secret}"},
+        {"authorization": secret},
+    ):
+        with pytest.raises(ApiError) as caught:
+            clients.identify(headers)
+        assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+    assert Clients([]).identify({}).name == "anybody"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nonsense",
+        "[[key]]\nname = 'a'\n",
+        "[[key]]\nname = 'a'\nkey = 'short'\n",
+        "[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nsha256 = '" + "0" * 64 + "'\n",
+        "[[key]]\nname = 'a'\nkey = '0123456789abcdef'\n[[key]]\nname = 'a'\nkey = '0123456789abcdeg'\n",
+        "[[key]]\nname = 'a'\nkey = '0123456789abcdef'\ntypo = 1\n",
+    ],
+)
+def test_a_wrong_file_of_keys_is_named(tmp_path, text):
+    with pytest.raises(ConfigError, match="API keys"):
+        read_keys(write_keys(tmp_path, text))
+
+
+def test_limits_have_openais_headers():
+    client = Client("alice", requests_per_minute=3, tokens_per_minute=100)
+    client.begin(40)
+    headers = client.headers()
+    assert headers["x-ratelimit-limit-requests"] == "3"
+    assert headers["x-ratelimit-remaining-requests"] == "2"
+    assert headers["x-ratelimit-remaining-tokens"] == "60"
+    client.spend(80)
+    with pytest.raises(ApiError) as caught:
+        client.begin(1)
+    assert (caught.value.status, caught.value.code, caught.value.kind) == (429, "rate_limit_exceeded", "tokens")
+    assert 1 <= int(caught.value.headers["Retry-After"]) <= 60
+    other = Client("bob", requests_per_minute=1)
+    other.begin(10**6)
+    with pytest.raises(ApiError, match="requests a minute"):
+        other.begin(1)
+    assert Client("free").headers() == {}
+
+
+def test_nobody_is_let_in_from_the_network_without_keys():
+    check_exposure("127.0.0.1", needs_keys=False)
+    check_exposure("192.0.2.1", needs_keys=True)
+    with pytest.raises(ConfigError, match="--api-keys"):
+        check_exposure("192.0.2.1", needs_keys=False)
+
+
+async def test_whoever_has_least_running_comes_first():
+    admission = Admission(max_running=2, max_waiting=10, timeout_s=5)
+    order: list[str] = []
+    release = trio.Event()
+
+    async def hold(owner: str) -> None:
+        async with admission.enter(owner):
+            order.append(owner)
+            await release.wait()
+
+    async with trio.open_nursery() as nursery:
+        for owner in ("greedy", "greedy", "greedy", "greedy", "modest"):
+            nursery.start_soon(hold, owner)
+            await trio.testing.wait_all_tasks_blocked()
+        assert (admission.num_running, admission.num_waiting) == (2, 3)
+        release.set()
+    assert order[:3] == ["greedy", "greedy", "modest"]
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+async def test_waiting_is_bounded_in_number_and_time(autojump_clock):
+    admission = Admission(max_running=1, max_waiting=1, timeout_s=5)
+    async with admission.enter("a"), trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(CapacityError, match="5 s"):
+                async with admission.enter("b"):
+                    pass
+
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(CapacityError, match="wait here already"):
+            async with admission.enter("c"):
+                pass
+    # Who gives up leaves nothing behind.
+    with trio.move_on_after(1):
+        async with admission.enter("a"):
+            await trio.sleep(2)
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+class FullDoor:
+    def __init__(self, num_refusals: int) -> None:
+        self.num_refusals = num_refusals
+
+    async def write(self, prompt, options, outcome):
+        if self.num_refusals:
+            self.num_refusals -= 1
+            raise CapacityError("the cache is full")
+        yield Emit(tokens=(1, 2))
+
+
+async def test_a_full_cache_is_waited_for(autojump_clock):
+    options = GenerateOptions(max_tokens=2)
+    pieces = [piece async for piece in PatientDoor(FullDoor(4), 10).write([1], options, Outcome())]
+    assert pieces == [Emit(tokens=(1, 2))]
+    with pytest.raises(CapacityError, match="full"):
+        [piece async for piece in PatientDoor(FullDoor(99), 10).write([1], options, Outcome())]
