@@ -1,5 +1,6 @@
 """The built-in page in a real browser: type, stream, stop, reload; by keyboard alone, without an error."""
 
+import re
 import shutil
 
 import pytest
@@ -52,11 +53,9 @@ def test_the_swarm_is_drawn(page):
 def test_stop_with_the_escape_key_keeps_what_was_written(page):
     page.keyboard.type("Write a very long story about the sea, with many chapters.")
     page.keyboard.press("Enter")
-    page.wait_for_function(
-        "document.querySelectorAll('.message.assistant')[1]?.textContent.length > 20", timeout=60_000
-    )
+    expect(page.locator(".message.assistant").nth(1)).to_have_text(re.compile(".{20}", re.DOTALL), timeout=60_000)
     page.keyboard.press("Escape")
-    page.wait_for_function("document.getElementById('stop').disabled", timeout=5_000)
+    expect(page.locator("#stop")).to_be_disabled(timeout=5_000)
     written = answers(page)[1]
     page.wait_for_timeout(500)
     assert answers(page)[1] == written
