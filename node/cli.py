@@ -173,6 +173,9 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--max-layers", type=int, help="hold at most so many layers (default: what memory has room for)"
     )
     parser.add_argument("--memory", help="memory for layers and cache, like 8GB (default: 60%% of what is free)")
+    parser.add_argument(
+        "--draft", choices=["ngram", "none"], help="coordinate for others with this drafter (default ngram)"
+    )
     parser.add_argument("--heartbeat", help="interval of heartbeats (default 1s, 50ms to 10s)")
     parser.add_argument("--slowdown", type=float, help=argparse.SUPPRESS)
 

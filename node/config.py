@@ -171,6 +171,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     answer_timeout: str = "1h"
 
 
+NO_DOOR = GatewayConfig()
+
+
 class UpConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd up`. window: "analytic" or "awc". mqtt: empty starts a broker on this machine, "none" goes without."""
 

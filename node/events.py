@@ -25,13 +25,19 @@ class Ready(msgspec.Struct, tag="ready"):
     weight_bytes: int
 
 
+class DoorOpen(msgspec.Struct, tag="door"):
+    """The gateway answers at this base URL."""
+
+    url: str
+
+
 class Failed(msgspec.Struct, tag="failed"):
     """The node could not start, or has ended."""
 
     text: str
 
 
-NodeEvent = Started | Loading | Ready | Failed
+NodeEvent = Started | Loading | Ready | DoorOpen | Failed
 
 
 class Report(msgspec.Struct):

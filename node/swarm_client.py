@@ -103,7 +103,7 @@ async def open_swarm_client(
                 coverage_timeout_s=coverage_timeout_s,
             )
             engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
-            thin = ThinClient(links, partial(_next_coordinator, directory, inner.peer))
+            thin = ThinClient(links, partial(next_coordinator, directory, inner.peer))
             nursery.start_soon(run_services, links, [membership, engine, thin])
             await membership.announce(me, MemberState.SERVING)
             await _meet(membership, meet_timeout_s)
@@ -120,7 +120,8 @@ def choose_place(client: SwarmClient, drafter: str) -> PeerId | None:
     return None if chosen is None or chosen[0] == me else chosen[0]
 
 
-def _next_coordinator(directory: SwarmDirectory, me: PeerId, avoid: Collection[str]) -> PeerId | None:
+def next_coordinator(directory: SwarmDirectory, me: PeerId, avoid: Collection[str]) -> PeerId | None:
+    """Return the peer that a thin client should ask, without those to avoid; None when there is none."""
     chosen = choose_coordinator(directory.view(), me, directory.coordinators(), avoid)
     return chosen[0] if chosen else None
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import partial
 from importlib.metadata import version
 
 import msgspec
@@ -20,7 +21,7 @@ from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
 from dsd_p2p.models.architecture import read_config, shape_of
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
-from dsd_p2p.pipeline.coordination import CoordinatorService
+from dsd_p2p.pipeline.coordination import CoordinatorService, ThinClient
 from dsd_p2p.pipeline.engine import Engine
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.pipeline.membership import Load, Membership
@@ -40,14 +41,18 @@ from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState, NodeProfile
 from dsd_p2p.wire.version import PROTOCOL_ID
-from node.config import ServeFlags
+from node.config import GatewayConfig, ServeFlags
 from node.control import Answer, Ask, Done, MemberStatus, NodeStatus, Revoke, Status, Stop, serve_control
-from node.events import Loading, NodeEvent, Ready
+from node.events import DoorOpen, Loading, NodeEvent, Ready
+from node.gateway.setup import check_access
 from node.lan import neighbours
 from node.reachable import reachable_addresses
 from node.slow import slowed
 from node.stage_models import load_span
+from node.swarm_client import next_coordinator
+from node.swarm_door import NodeParts, serve_door, telling
 from node.swarm_state import Known, StoredMembership, SwarmState
+from node.telemetry import EventHub
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +79,12 @@ class SwarmNode:
         source: ModelSource,
         profile: NodeProfile,
         report: Callable[[NodeEvent], None],
+        door: GatewayConfig,
     ) -> None:
         self._config = config
+        self._door = door
+        self._access = check_access(door)
+        self._hub = EventHub()
         self._state = state
         self._stored: StoredMembership = state.membership()
         self._source = source
@@ -88,6 +97,7 @@ class SwarmNode:
         )
         self._report = report
         self._model: SpanModel | None = None
+        self._engine: Engine | None = None
         self._shape = shape_of(read_config(source.folder))
         self._scope = trio.CancelScope()
         self._digest = source.digest()
@@ -168,15 +178,43 @@ class SwarmNode:
                     await self._take_span(self._first_span())
                     inner.start_soon(self._remember_forever)
                     inner.start_soon(self._report_forever)
-                    await self._keep_placed()
+                    async with telling(self._parts(), self._hub):
+                        if self._door.port is not None:
+                            inner.start_soon(
+                                serve_door,
+                                self._parts(),
+                                self._door,
+                                self._access,
+                                self._hub,
+                                _coordinating_policy,
+                                lambda url: self._report(DoorOpen(url=url)),
+                            )
+                        await self._keep_placed()
             nursery.cancel_scope.cancel()
 
     def _services(self, nursery: trio.Nursery) -> list[Service]:
         services: list[Service] = [self._membership, self._server]
         if self._drafter is not None:
-            engine = Engine(self._links, self._drafter, self._shape.vocab_size, nursery, self._directory)
-            services += [engine, CoordinatorService(engine, _coordinating_policy)]
-        return services
+            self._engine = Engine(self._links, self._drafter, self._shape.vocab_size, nursery, self._directory)
+            services += [self._engine, CoordinatorService(self._engine, _coordinating_policy)]
+        me = self._links.transport.peer
+        self._thin = ThinClient(self._links, partial(next_coordinator, self._directory, me))
+        return [*services, self._thin]
+
+    def _parts(self) -> NodeParts:
+        return NodeParts(
+            config=self._config,
+            stored=self._stored,
+            source=self._source,
+            membership=self._membership,
+            directory=self._directory,
+            server=self._server,
+            engine=self._engine,
+            thin=self._thin,
+            budget=lambda: self._model.budget if self._model else None,
+            state=lambda: self._member_state,
+            max_positions=self._shape.max_positions,
+        )
 
     # Joining
 

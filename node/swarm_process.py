@@ -7,13 +7,13 @@ from collections.abc import Callable
 import trio
 
 from dsd_p2p.errors import DsdError, first_cause
-from node.config import ServeFlags
+from node.config import NO_DOOR, GatewayConfig, ServeFlags
 from node.console import ConsoleProgress, console
-from node.events import Failed, Loading, NodeEvent, Ready
+from node.events import DoorOpen, Failed, Loading, NodeEvent, Ready
 from node.swarm_state import SwarmState
 
 
-def serve_swarm(config: ServeFlags, report: Callable[[NodeEvent], None]) -> int:
+def serve_swarm(config: ServeFlags, report: Callable[[NodeEvent], None], door: GatewayConfig = NO_DOOR) -> int:
     """Serve until stopped; what keeps the node from it is reported. Returns the exit code."""
     from dsd_p2p.models.source import find_model
     from node.measure import measure_node
@@ -29,7 +29,7 @@ def serve_swarm(config: ServeFlags, report: Callable[[NodeEvent], None]) -> int:
             source = find_model(stored.model, progress)
         report(Loading(what="measure this machine"))
         profile = measure_node(source, config, stored.dtype)
-        trio.run(SwarmNode(config, state, source, profile, report).run)
+        trio.run(SwarmNode(config, state, source, profile, report, door).run)
     except (DsdError, BaseExceptionGroup) as exc:
         if not isinstance(cause := first_cause(exc), DsdError):
             raise
@@ -46,6 +46,8 @@ def tell_user(event: NodeEvent) -> None:
         case Ready(address=address, span=span):
             console.print(f"serving layers {span} at")
             print(address, flush=True)
+        case DoorOpen(url=url):
+            print(f"chat at {url}/, OpenAI clients at {url}/v1, dsd top {url}", flush=True)
         case Failed(text=text):
             print(f"dsd node: {text}", file=sys.stderr)
         case _:

@@ -227,7 +227,7 @@ def write(file: Path, events) -> Path:
 
 def dsd(*words: str, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "node", *words], capture_output=True, text=True, timeout=60, check=False, **options
+        [sys.executable, "-m", "node.cli", *words], capture_output=True, text=True, timeout=60, check=False, **options
     )
 
 
@@ -263,7 +263,7 @@ def test_on_a_terminal_it_draws_takes_keys_and_leaves_it_as_it_was(tmp_path):
     file = write(tmp_path / "run.jsonl", story())
     master, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "node", "top", "--replay", str(file), "--speed", "20"],
+        [sys.executable, "-m", "node.cli", "top", "--replay", str(file), "--speed", "20"],
         stdin=terminal,
         stdout=terminal,
         stderr=subprocess.PIPE,

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 
+import httpx
 import msgspec
 import pytest
 import reference
@@ -117,6 +118,43 @@ def test_from_an_invite_to_an_answer_and_back_out(tiny, tmp_path):
             wait_until(lambda: len(alive(a)) == 2)
             assert json.loads(dsd("generate", "--swarm", a, *ask).stdout)["token_ids"] == expected
             assert len([m for m in status(a).members if m.span]) == 2, "restarted, not counted twice"
+
+
+def test_any_node_can_be_the_door_and_the_best_coordinator_writes(tmp_path):
+    """The second node does not coordinate: it hands requests on, over the swarm, and a text is the same through either."""
+    a, b = folders(tmp_path, "a", "b")
+    asked = {
+        "model": "smollm2-135m",
+        "prompt": "The quick brown fox",
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": 1,
+    }
+
+    def ask(url: str) -> dict:
+        reply = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def door(process: subprocess.Popen) -> str:
+        while not (found := re.search(r"chat at (http://[^/]+)/", line := process.stdout.readline())):
+            assert line, "the node ended"
+        return found.group(1)
+
+    with running("create", "--swarm", a, "--port", 0, log=tmp_path / "a.log") as first:
+        own = door(first)
+        invite = dsd("invite", "--swarm", a).stdout.strip()
+        with running("join", invite, "--swarm", b, "--draft", "none", "--port", 0, log=tmp_path / "b.log") as second:
+            other = door(second)
+            wait_until(lambda: httpx.get(f"{other}/readyz").status_code == 200)
+            here, there = ask(own), ask(other)
+            assert here["choices"] == there["choices"]
+            assert here["usage"]["speculation"][0]["coordinator"] == ""
+            assert there["usage"]["speculation"][0]["coordinator"] == status(a).peer
+            peers = httpx.get(f"{other}/v1/status").json()["peers"]
+            assert {peer["peer"] for peer in peers} == alive(a)
+        refused = httpx.get(f"{own}/v1/models", headers={"Host": "evil.example"})
+        assert refused.status_code == 400
 
 
 def test_who_is_not_wanted_gets_a_clear_word_and_nothing_else(tiny, tmp_path):

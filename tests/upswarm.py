@@ -24,7 +24,7 @@ class Up:
 @contextmanager
 def dsd_up(*flags: str, env: dict[str, str] | None = None) -> Iterator[Up]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "node", "up", "--port", "0", *flags],
+        [sys.executable, "-m", "node.cli", "up", "--port", "0", *flags],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """`dsd create`: a new swarm, and its first node."""
 
-from node.config import CreateConfig, read_config
+from node.config import CreateConfig, read_with_gateway
 from node.console import console
 from node.swarm_process import serve_swarm, tell_user
 from node.swarm_state import SwarmState
@@ -9,7 +9,7 @@ from node.swarm_state import SwarmState
 def run(options: dict[str, object]) -> int:
     """Make the swarm and serve until stopped."""
     file = options.pop("config", None)
-    config = read_config(CreateConfig, str(file) if file else None, options)
+    config, door = read_with_gateway(CreateConfig, str(file) if file else None, options)
     SwarmState(config.swarm).create(model=config.model, dtype=config.dtype)
     console.print(f"swarm {config.swarm!r} is made; let others in with `dsd invite` on this machine")
-    return serve_swarm(config, tell_user)
+    return serve_swarm(config, tell_user, door)

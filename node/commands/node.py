@@ -10,7 +10,7 @@ import trio
 
 from dsd_p2p import units
 from dsd_p2p.errors import DsdError, first_cause
-from node.config import DEFAULT_SWARM, NodeConfig, ServeFlags, read_config
+from node.config import DEFAULT_SWARM, NodeConfig, ServeFlags, read_config, read_with_gateway
 from node.console import ConsoleProgress
 from node.control import Ask, Status, Stop, ask_node
 from node.daemon import LoadStage, run_node
@@ -33,7 +33,8 @@ def run(options: dict[str, object]) -> int:
         print(msgspec.json.encode(trio.run(ask_node, state.control_socket, ask, drain_s + 10)).decode())
         return 0
     if "swarm" in options:
-        return serve_swarm(read_config(ServeFlags, str(file) if file else None, options), tell_user)
+        config, door = read_with_gateway(ServeFlags, str(file) if file else None, options)
+        return serve_swarm(config, tell_user, door)
     return serve(read_config(NodeConfig, str(file) if file else None, options), tell_user)
 
 
