@@ -237,6 +237,19 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     wan.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags")
     wan.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
+    users = benchmarks.add_parser("users", help="many requests at once, beside one alone")
+    _add_model_flags(users)
+    users.add_argument("--stages", type=int, help="number of stages (default 3)")
+    users.add_argument("--sessions", type=int, help="requests at once (default 16)")
+    users.add_argument("--policies", type=_comma_list, help="beside plain (default analytic)")
+    users.add_argument("--draft", help="drafter (default: what measured best)")
+    users.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
+    users.add_argument("--max-tokens", type=int, help="of each answer (default 64)")
+    users.add_argument(
+        "--in-process", action="store_const", const=True, help="all stages in this process, on one device"
+    )
+    users.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
     formats = benchmarks.add_parser("formats", help="error and size of smaller hidden states on the links")
     _add_model_flags(formats)
     formats.add_argument("--stages", type=int, help="number of stages (default 3)")
@@ -253,7 +266,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
 
     benchmarks.add_parser("plots", help="draw the receipts in docs/benchmarks")
 
-    for benchmark in (overhead, ring, relaxed, wan, formats, attest, simulator):
+    for benchmark in (overhead, ring, relaxed, wan, users, formats, attest, simulator):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
 

@@ -225,6 +225,15 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
 
+class UsersConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dsd bench users`. sessions: at once. policies: run beside plain. in_process: all stages in one process, on one device."""
+
+    sessions: Positive = 16
+    policies: tuple[str, ...] = ("analytic",)
+    max_tokens: Positive = 64
+    in_process: bool = False
+
+
 class TopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd top`.
 

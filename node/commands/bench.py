@@ -8,7 +8,7 @@ import trio
 from dsd_p2p.errors import ConfigError
 from node.bench import machine, write_receipt
 from node.calibration import bundled_calibration, read_calibration
-from node.config import CalibrateConfig, GenerateConfig, RingConfig, WanConfig, read_config
+from node.config import CalibrateConfig, GenerateConfig, RingConfig, UsersConfig, WanConfig, read_config
 from node.console import ConsoleProgress
 
 
@@ -50,6 +50,11 @@ def _measure(what: str, options: dict[str, object]) -> int:
                 results = run_simulator_bench(progress, int(str(options.get("large", 0))))
         case "relaxed":
             results = _relaxed(file, options)
+        case "users":
+            from node.benches.users import run_users
+
+            with ConsoleProgress() as progress:
+                results = trio.run(run_users, read_config(UsersConfig, file, options), rounds, progress)
         case "wan":
             results = _wan(read_config(WanConfig, file, options), rounds)
         case _:
