@@ -4,6 +4,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median, quantiles
 
 import torch
@@ -115,7 +116,7 @@ async def _write(
             run.tokens[index] = [token async for token in generation]
         run.seconds[index] = trio.current_time() - start_s
         times = [at_s for at_s, _ in generation.arrivals]
-        run.gaps_s += [after - before for before, after in zip(times, times[1:], strict=False)]
+        run.gaps_s += [after - before for before, after in pairwise(times)]
 
     start_s = trio.current_time()
     async with trio.open_nursery() as nursery:
