@@ -250,6 +250,12 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     )
     users.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
+    passes = benchmarks.add_parser("passes", help="what a stage's pass costs as sessions share it")
+    _add_model_flags(passes)
+    passes.add_argument("--stages", type=int, help="number of stages (default 3)")
+    passes.add_argument("--sessions", type=int, help="at most so many (default 64)")
+    passes.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
     formats = benchmarks.add_parser("formats", help="error and size of smaller hidden states on the links")
     _add_model_flags(formats)
     formats.add_argument("--stages", type=int, help="number of stages (default 3)")
@@ -266,7 +272,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
 
     benchmarks.add_parser("plots", help="draw the receipts in docs/benchmarks")
 
-    for benchmark in (overhead, ring, relaxed, wan, users, formats, attest, simulator):
+    for benchmark in (overhead, ring, relaxed, wan, users, passes, formats, attest, simulator):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
 

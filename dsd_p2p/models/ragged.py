@@ -24,12 +24,16 @@ _running: ContextVar["RaggedCache"] = ContextVar("dsd_ragged")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """One session's rows: `[start, end)` of the pass. masks: bool `[1, 1, n, slots]` by kind of attention."""
+    """One session's rows: `[start, end)` of the pass.
+
+    masks: bool `[1, 1, n, slots]` by kind of attention; None where every row attends to every slot, as a single new token does: then
+        nothing is masked, and grouped heads are not copied out.
+    """
 
     cache: KvCache
     start: int
     end: int
-    masks: Mapping[str, torch.Tensor]
+    masks: Mapping[str, torch.Tensor | None]
 
 
 class RaggedCache:
@@ -53,6 +57,7 @@ class RaggedCache:
     def attend(self, module: torch.nn.Module, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Return `[1, sum n, heads, head_dim]`."""
         kind = self._kinds[int(module.layer_idx)]  # type: ignore[arg-type]
+        arguments |= {"is_causal": False}
         parts = [
             sdpa_attention_forward(
                 module, query[:, :, each.start : each.end], keys, values, each.masks[kind], **arguments

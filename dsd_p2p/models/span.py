@@ -191,7 +191,7 @@ class SpanModel:
             result = RaggedCache(segments, self._loaded.kinds).run(model, arguments)[0][0]
         else:
             (only,) = passes
-            masks = {kind: self._additive(mask) for kind, mask in self._masks(only.forward).items()}
+            masks = {kind: self._additive(mask, only.forward) for kind, mask in self._masks(only.forward).items()}
             arguments["attention_mask"] = self._by_kind(masks)
             result = model(**arguments, past_key_values=only.cache, use_cache=True)[0][0]
             only.cache.grow(only.num_rows)
@@ -219,24 +219,24 @@ class SpanModel:
             raise RemoteProtocolError("hidden states", "NaN or infinity", "finite values")
         return hidden.to(self._device)
 
-    def _masks(self, forward: Forward) -> dict[str, torch.Tensor]:
-        """Bool `[1, 1, n, slots]` for each kind of attention: where a node attends."""
-        masks = {}
+    def _masks(self, forward: Forward) -> dict[str, torch.Tensor | None]:
+        """Bool `[1, 1, n, slots]` for each kind of attention: where a node attends; None where each attends to all."""
+        masks: dict[str, torch.Tensor | None] = {}
         for kind in self._kinds:
             attends = forward.mask
             if kind == SLIDING:
                 attends = attends & (forward.positions[:, None] - forward.slot_positions[None] < self._sliding_window)
-            masks[kind] = torch.from_numpy(attends)[None, None].to(self._device)
+            masks[kind] = None if attends.all() else torch.from_numpy(attends)[None, None].to(self._device)
         return masks
 
     def _by_kind(self, masks: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
         """What every family takes verbatim: one mask, or one per kind where a model mixes kinds."""
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+    def _additive(self, mask: torch.Tensor | None, forward: Forward) -> torch.Tensor:
         """Eager attention adds the mask to the scores: a bool one would silently mean something else."""
-        additive = torch.zeros(mask.shape, dtype=self.torch_dtype, device=self._device)
-        return additive.masked_fill_(~mask, torch.finfo(self.torch_dtype).min)
+        additive = torch.zeros((1, 1, *forward.mask.shape), dtype=self.torch_dtype, device=self._device)
+        return additive if mask is None else additive.masked_fill_(~mask, torch.finfo(self.torch_dtype).min)
 
 
 def _split_views(logits: torch.Tensor, counts: Sequence[int]) -> list[SpanOutput]:

@@ -1,7 +1,7 @@
 """Continuous batching: every pass takes in a window of each session that waits, long ones piece by piece, fairly.
 
-A pass starts as soon as the one before it is done, with whoever waits then; nobody is waited for. Who was served least comes first:
-coordinators among themselves, then the sessions of one. A long prompt is cut, so that it never holds the others' tokens up for
+A pass starts as soon as the one before it is done, with whoever waits then; nobody is waited for. Coordinators take turns by the rows
+they want computed, the sessions of one as they come. A long prompt is cut, so that it never holds the others' tokens up for
 longer than one piece of it.
 """
 
@@ -28,6 +28,7 @@ _MAX_REMEMBERED = 1024
 class _Entry:
     work: StagePass
     number: int
+    starts_at: int
     is_running: bool = False
     is_given_up: bool = False
     is_done: trio.Event = field(default_factory=trio.Event)
@@ -52,7 +53,8 @@ class Batcher:
         self._waiting: list[_Entry] = []
         self._arrived = trio.Event()
         self._num_arrived = 0
-        self._served: OrderedDict[PeerId, int] = OrderedDict()
+        self._served_up_to = 0
+        self._ends_at: OrderedDict[PeerId, int] = OrderedDict()
         self.num_passes = 0
         self.num_windows = 0
         self.busy_s = 0.0
@@ -72,7 +74,7 @@ class Batcher:
             Exception: what the model failed with.
         """
         self._num_arrived += 1
-        entry = _Entry(work, self._num_arrived)
+        entry = _Entry(work, self._num_arrived, self._starts_at(work))
         self._waiting.append(entry)
         self._arrived.set()
         try:
@@ -117,8 +119,7 @@ class Batcher:
             self._end(entry)
         if not self._waiting:
             return []
-        self._catch_up()
-        order = sorted(self._waiting, key=self._rank)
+        order = sorted(self._waiting, key=lambda entry: (entry.starts_at, entry.number))
         model = order[0].work.model
         share = _MAX_ROWS if len(order) == 1 else _MAX_SHARE
         batch: list[tuple[_Entry, int]] = []
@@ -128,31 +129,20 @@ class Batcher:
             if entry.work.model is model and num_rows:
                 batch.append((entry, num_rows))
                 num_left -= num_rows
-                session = entry.work.session
-                session.num_served_rows += num_rows
-                self._served[session.coordinator] += num_rows
+                self._served_up_to = max(self._served_up_to, entry.starts_at)
         return batch
 
-    def _rank(self, entry: _Entry) -> tuple[int, int, int]:
-        session = entry.work.session
-        return self._served[session.coordinator], session.num_served_rows, entry.number
-
-    def _catch_up(self) -> None:
-        """Who comes back after a pause has saved nothing up: it starts where the least served of the others stands."""
-        sessions = [entry.work.session for entry in self._waiting]
-        peers = {session.coordinator for session in sessions}
-        known = [self._served[peer] for peer in peers if peer in self._served]
-        least = min(known, default=0)
-        for peer in peers:
-            self._served[peer] = max(least, self._served.get(peer, 0))
-            self._served.move_to_end(peer)
-        while len(self._served) > max(_MAX_REMEMBERED, len(peers)):
-            self._served.popitem(last=False)
-        for peer in peers:
-            theirs = [session for session in sessions if session.coordinator == peer]
-            started = [session.num_served_rows for session in theirs if session.num_served_rows]
-            for session in theirs:
-                session.num_served_rows = max(session.num_served_rows, min(started, default=0))
+    def _starts_at(self, work: StagePass) -> int:
+        """Start-time fair queueing (Goyal et al. 1996) in rows, by coordinator: after what it has waiting already, but who comes back
+        after a pause has saved nothing up.
+        """
+        peer = work.session.coordinator
+        starts_at = max(self._served_up_to, self._ends_at.get(peer, 0))
+        self._ends_at[peer] = starts_at + work.num_left
+        self._ends_at.move_to_end(peer)
+        while len(self._ends_at) > _MAX_REMEMBERED:
+            self._ends_at.popitem(last=False)
+        return starts_at
 
     # In a worker thread
 

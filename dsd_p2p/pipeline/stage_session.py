@@ -84,7 +84,6 @@ class StageSession:
     cache: SpanCache | None = None
     log: BoundaryLog | None = None
     received_bytes: int = 0
-    num_served_rows: int = 0
     queued_bytes: int = 0
     attested: list[WindowAttestation] = field(default_factory=list)
     heir_waits: bool = False

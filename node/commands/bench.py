@@ -55,6 +55,11 @@ def _measure(what: str, options: dict[str, object]) -> int:
 
             with ConsoleProgress() as progress:
                 results = trio.run(run_users, read_config(UsersConfig, file, options), rounds, progress)
+        case "passes":
+            from node.benches.passes import run_passes
+
+            with ConsoleProgress() as progress:
+                results = run_passes(read_config(UsersConfig, file, {"sessions": 64} | options), rounds, progress)
         case "wan":
             results = _wan(read_config(WanConfig, file, options), rounds)
         case _:
