@@ -26,8 +26,7 @@ _running: ContextVar["RaggedCache"] = ContextVar("dsd_ragged")
 class Segment:
     """One session's rows: `[start, end)` of the pass.
 
-    masks: bool `[1, 1, n, slots]` by kind of attention; None where every row attends to every slot, as a single new token does: then
-        nothing is masked, and grouped heads are not copied out.
+    masks: bool `[1, 1, n, slots]` by kind of attention; None where every row attends to every slot, as a single new token does.
     """
 
     cache: KvCache

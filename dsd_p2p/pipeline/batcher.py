@@ -1,8 +1,7 @@
 """Continuous batching: every pass takes in a window of each session that waits, long ones piece by piece, fairly.
 
-A pass starts as soon as the one before it is done, with whoever waits then; nobody is waited for. Coordinators take turns by the rows
-they want computed, the sessions of one as they come. A long prompt is cut, so that it never holds the others' tokens up for
-longer than one piece of it.
+A pass starts as soon as the one before it is done, with whoever waits then. Coordinators take turns by the rows they want computed,
+the sessions of one as they come. A long prompt is cut, so that it holds the others' tokens up for no longer than a piece of it.
 """
 
 from collections import OrderedDict
@@ -133,8 +132,9 @@ class Batcher:
         return batch
 
     def _starts_at(self, work: StagePass) -> int:
-        """Start-time fair queueing (Goyal et al. 1996) in rows, by coordinator: after what it has waiting already, but who comes back
-        after a pause has saved nothing up.
+        """Start-time fair queueing (Goyal et al. 1996) in rows, by coordinator: after what it has waiting already.
+
+        Who comes back after a pause has saved nothing up.
         """
         peer = work.session.coordinator
         starts_at = max(self._served_up_to, self._ends_at.get(peer, 0))
