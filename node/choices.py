@@ -4,17 +4,12 @@ from pathlib import Path
 
 import msgspec
 
+from dsd_p2p.drafting import named
 from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.drafting.combined import CombinedDrafter
-from dsd_p2p.drafting.model import ModelDrafter
-from dsd_p2p.drafting.ngram import NgramDrafter
-from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import ModelSource, find_model
-from dsd_p2p.models.span import SpanModel
-from dsd_p2p.types import Relaxation, Span
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.types import Relaxation
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
@@ -87,42 +82,8 @@ def make_relaxation(config: GenerateConfig) -> Relaxation | None:
             raise ConfigError(f"verify {other!r}: choose exact or relaxed")
 
 
-def make_drafter(config: DrafterFlags, target: ModelSource, vocab_size: int, progress: Progress) -> Drafter:
-    """Return the drafter of `--draft`, its model loaded.
-
-    Raises:
-        ConfigError: its vocabulary is not the target's.
-        ModelError: its weights cannot be loaded.
-    """
-    name = config.draft
-    if name == "auto":
-        name = CATALOG[config.model].drafter if config.model in CATALOG else "ngram"
-    if name == "ngram":
-        return NgramDrafter()
-    model, _, lookup = name.partition("+")
-    if lookup not in ("", "ngram"):
-        raise ConfigError(f"drafter {name!r}: only +ngram can be added to a drafting model")
-    drafter = _make_model_drafter(model, config, target, vocab_size, progress)
-    return CombinedDrafter(drafter) if lookup else drafter
-
-
-def _make_model_drafter(
-    name: str, config: DrafterFlags, target: ModelSource, vocab_size: int, progress: Progress
-) -> Drafter:
-    if name == "shadow":
-        progress.step("load drafter shadow", 0, 0)
-        return make_shadow(target, _all_layers(target).num_layers)
-    source = find_model(name, progress)
-    progress.step(f"load drafter {name}", 0, 0)
-    model = SpanModel(source, _all_layers(source), dtype=config.draft_dtype, device=config.device)
-    if model.shape.vocab_size != vocab_size:
-        raise ConfigError(
-            f"drafter {name} has {model.shape.vocab_size} tokens, the target {vocab_size}: they must share a tokenizer"
-        )
-    return ModelDrafter(model, name)
-
-
-def _all_layers(source: ModelSource) -> Span:
-    from dsd_p2p.models.architecture import read_config
-
-    return Span(0, int(read_config(source.folder).num_hidden_layers))
+def make_drafter(config: DrafterFlags, target: ModelSource, progress: Progress) -> Drafter:
+    """Return the drafter of `--draft`. Raises as `dsd_p2p.drafting.named.make_drafter` does."""
+    return named.make_drafter(
+        config.draft, target, progress, model=config.model, dtype=config.draft_dtype, device=config.device
+    )

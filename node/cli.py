@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return each command's parser, for the reference in the documents."""
+    actions = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(next(actions).choices)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dsd", description="Peer-to-peer LLM inference, fast over distance.")
     commands = parser.add_subparsers(dest="command", required=True)

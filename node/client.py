@@ -16,21 +16,21 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import PeerId, PeerInfo, Relaxation, Span, TokenId
 from dsd_p2p.window.base import Mode, WindowPolicy
 from node.choices import make_drafter, make_relaxation
 from node.config import GenerateConfig, NodeConfig
 from node.local_swarm import LocalNode, local_swarm, stage_configs
 from node.netlab import address, namespace, netlab
-from node.reach import coordinator_transport
 from node.summary import summarise
 from node.swarm_client import SWARM_RETRY, SwarmClient, choose_place, open_swarm_client
 from node.swarm_state import SwarmState
-from node.text import TextCodec, parse_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     prompt = _prompt(config, text)
     vocab_size = int(model_config.vocab_size)
     is_plain = config.mode == Mode.PLAIN
-    drafter = NgramDrafter() if is_plain else make_drafter(config, source, vocab_size, progress)
+    drafter = NgramDrafter() if is_plain else make_drafter(config, source, progress)
     async with AsyncExitStack() as stack:
         nodes: list[LocalNode] = []
         client = None
@@ -143,7 +143,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
             engine = client.engine
         else:
             nodes, addresses, link, host = await _stages(config, int(model_config.num_hidden_layers), progress, stack)
-            transport = await stack.enter_async_context(coordinator_transport(link, host))
+            transport = await stack.enter_async_context(open_ephemeral(link, host))
             engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
             await stages.add(addresses)
             _check_model(stages.stages()[0], source, config.dtype)
@@ -182,8 +182,20 @@ def _in_namespace(config: NodeConfig, host: int) -> NodeConfig:
 
 def _prompt(config: GenerateConfig, text: TextCodec) -> list[TokenId]:
     if config.prompt_ids:
-        return parse_ids(config.prompt_ids)
+        return _parse_ids(config.prompt_ids)
     return text.encode(sys.stdin.read() if config.prompt == "-" else config.prompt, is_raw=config.raw)
+
+
+def _parse_ids(text: str) -> list[TokenId]:
+    """Return `1,2,3` as tokens.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError as exc:
+        raise ConfigError(f"--prompt-ids {text!r}: write token ids separated by commas") from exc
 
 
 def _check_model(held: PeerInfo, source: ModelSource, dtype: str) -> None:

@@ -9,12 +9,12 @@ import torch
 
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.sim.trace import AgreementTrace, RecordedText
 from dsd_p2p.types import TokenId
 from node.asking import MAX_CENTINATS
 from node.config import CalibrateConfig
 from node.prompts import CATEGORIES, Problem, load_problems, spread
-from node.text import TextCodec
 
 _MAX_CANDIDATES = 16
 

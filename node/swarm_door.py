@@ -10,6 +10,7 @@ import trio
 
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.models.source import ModelSource
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.pipeline.coordination import ThinClient
 from dsd_p2p.pipeline.engine import Engine
 from dsd_p2p.pipeline.membership import Membership
@@ -27,7 +28,6 @@ from node.gateway.setup import GatewayAccess, make_gateway
 from node.swarm_client import SWARM_RETRY
 from node.swarm_state import StoredMembership
 from node.telemetry import EventHub, StatusSource, broker_of, hearing, publishing, report_forever
-from node.text import TextCodec
 
 _DEADLINE_S = 3600.0
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import GREEDY, Relaxation
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import Signals, is_key, signals_of
@@ -18,7 +19,6 @@ from node.calibration import Calibration
 from node.config import CalibrateConfig
 from node.pair_writer import Disagreement, PairWriter
 from node.prompts import load_problems, spread
-from node.text import TextCodec
 
 _TAUS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 _CE_RATIOS = (1.5, 2.0, 4.0, 8.0)

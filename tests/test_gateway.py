@@ -17,7 +17,7 @@ from upswarm import dsd_up
 
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
-from node.text import TextCodec
+from dsd_p2p.models.text import TextCodec
 
 MODEL = "smollm2-135m"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

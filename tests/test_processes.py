@@ -28,11 +28,11 @@ from dsd_p2p.models.span import SpanModel
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import GenerateOptions, open_engine
 from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import Sampling, Span
 from dsd_p2p.window.static import StaticPolicy
 from node.config import UpConfig
 from node.local_swarm import local_swarm, stage_configs
-from node.reach import coordinator_transport
 
 DSD = [sys.executable, "-m", "node.cli"]
 
@@ -44,7 +44,7 @@ async def write_all(config, num_layers, vocab_size, requests):
     with trio.fail_after(280):
         async with (
             local_swarm(stage_configs(config, spans), NoProgress()) as nodes,
-            coordinator_transport(LinkModel()) as transport,
+            open_ephemeral(LinkModel()) as transport,
             open_engine(transport, NgramDrafter(), vocab_size) as (engine, stages),
         ):
             await stages.add([node.address for node in nodes])

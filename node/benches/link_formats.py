@@ -10,6 +10,7 @@ from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import Span, TokenId
@@ -17,7 +18,6 @@ from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
 from node.bench import print_table
 from node.config import GenerateConfig
 from node.prompts import CATEGORIES, load_problems, spread
-from node.text import TextCodec
 
 _PROMPTS_PER_CATEGORY = 4
 

@@ -8,6 +8,7 @@ import msgspec
 
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import GREEDY
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
 from dsd_p2p.verification.base import Verifier
@@ -18,7 +19,6 @@ from node.config import CalibrateConfig
 from node.pair_writer import PairWriter, Written
 from node.prompts import Problem, load_problems, spread
 from node.sandbox import passes
-from node.text import TextCodec
 
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 _FENCE = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)

@@ -14,6 +14,7 @@ from dsd_p2p.sim.answer import RecordedAnswer
 from dsd_p2p.sim.chain import ChainModel, simulate_request
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
+from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
 from dsd_p2p.window.tracker import Tracker
@@ -22,7 +23,6 @@ from node.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, ratios_t
 from node.config import NodeConfig, RingConfig, ServiceTimes
 from node.local_swarm import local_swarm
 from node.prompts import CATEGORIES
-from node.reach import coordinator_transport
 from node.recorded import RecordedDrafter, bundled_trace
 from node.summary import summarise
 
@@ -61,7 +61,7 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
     drafter = RecordedDrafter(trace, units.seconds(config.draft_time))
     async with (
         local_swarm(nodes, progress) as local_nodes,
-        coordinator_transport(config.link_model()) as transport,
+        open_ephemeral(config.link_model()) as transport,
         open_engine(transport, drafter, trace.vocab_size) as (engine, stages),
     ):
         await stages.add([node.address for node in local_nodes])

@@ -78,7 +78,7 @@ async def _swarm(
     config: UsersConfig, source: ModelSource, num_layers: int, vocab_size: int, progress: Progress
 ) -> AsyncIterator[Engine]:
     spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
-    drafter = make_drafter(config, source, vocab_size, progress)
+    drafter = make_drafter(config, source, progress)
     if config.in_process:
         from node.benches.in_process import in_process_swarm
 
@@ -86,12 +86,12 @@ async def _swarm(
             yield engine
         return
     # Imported only here: what runs in one process needs no network.
+    from dsd_p2p.transport.ephemeral import open_ephemeral
     from node.local_swarm import local_swarm, stage_configs
-    from node.reach import coordinator_transport
 
     async with (
         local_swarm(stage_configs(config, spans), progress) as nodes,
-        coordinator_transport(config.link_model()) as transport,
+        open_ephemeral(config.link_model()) as transport,
         open_engine(transport, drafter, vocab_size) as (engine, stages),
     ):
         await stages.add([node.address for node in nodes])

@@ -11,10 +11,12 @@ import trio
 
 from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.source import find_model
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.pipeline.directory import StageList
 from dsd_p2p.pipeline.engine import Engine, open_engine
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import PeerId, Span
 from node.broker import embedded_broker
 from node.choices import make_adaptive, make_drafter
@@ -25,7 +27,6 @@ from node.gateway.door import EngineDoor
 from node.gateway.server import serve_gateway
 from node.gateway.setup import check_access, make_gateway
 from node.local_swarm import LocalNode, local_swarm, stage_configs
-from node.reach import coordinator_transport
 from node.telemetry import (
     NO_BROKER,
     TOPICS,
@@ -37,7 +38,6 @@ from node.telemetry import (
     report_forever,
     seen_peers,
 )
-from node.text import TextCodec
 
 DEFAULT_PORT = 8484
 
@@ -57,12 +57,12 @@ async def _up(config: UpConfig, door: GatewayConfig) -> None:
         source = find_model(config.model, progress)
         model_config = read_model_config(source.folder)
         vocab_size, num_layers = int(model_config.vocab_size), int(model_config.num_hidden_layers)
-        drafter = make_drafter(config, source, vocab_size, progress)
+        drafter = make_drafter(config, source, progress)
         if not config.mqtt:
             config = msgspec.structs.replace(config, mqtt=await stack.enter_async_context(embedded_broker()))
         spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
         nodes = await stack.enter_async_context(local_swarm(stage_configs(config, spans), progress))
-        transport = await stack.enter_async_context(coordinator_transport(config.link_model()))
+        transport = await stack.enter_async_context(open_ephemeral(config.link_model()))
         engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
         await _introduce(engine, stages, nodes)
         served = Served(

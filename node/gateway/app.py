@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from dsd_p2p.errors import DsdError
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.telemetry.summary import describe
@@ -37,7 +38,6 @@ from node.gateway.schema import MAX_CHOICES, ChatRequest, Common, CompletionRequ
 from node.gateway.stream import EventStream
 from node.gateway.writing import Writing
 from node.telemetry import EventHub
-from node.text import TextCodec
 
 logger = logging.getLogger(__name__)
 

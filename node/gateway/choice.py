@@ -4,10 +4,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.types import TokenId, TokenLogprobs
 from node.gateway.door import Door, Outcome
-from node.text import TextCodec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import TokenId, TokenLogprobs
 from node.gateway.choice import Choice, Piece
 from node.gateway.replies import (
@@ -20,7 +21,6 @@ from node.gateway.replies import (
     Usage,
 )
 from node.gateway.writing import Head
-from node.text import TextCodec
 
 
 class ChatFormat:

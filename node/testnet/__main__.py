@@ -133,7 +133,7 @@ def _reference(num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from node.text import TextCodec
+    from dsd_p2p.models.text import TextCodec
 
     source = find_model(_MODEL, NoProgress())
     text = TextCodec(source.folder)

@@ -90,15 +90,3 @@ class TextStreamer:
         if self._tokenizer is None:
             return ""
         return self._stream.step(self._tokenizer._tokenizer, token) or ""
-
-
-def parse_ids(text: str) -> list[TokenId]:
-    """Return `1,2,3` as tokens.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    try:
-        return [int(part) for part in text.replace(",", " ").split()]
-    except ValueError as exc:
-        raise ConfigError(f"--prompt-ids {text!r}: write token ids separated by commas") from exc

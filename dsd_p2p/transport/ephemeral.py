@@ -1,4 +1,4 @@
-"""How a coordinator of this machine reaches its stages."""
+"""A libp2p host for one run: how a coordinator of this machine reaches its stages."""
 
 import random
 import secrets
@@ -16,7 +16,7 @@ from dsd_p2p.wire.version import PROTOCOL_ID
 
 
 @asynccontextmanager
-async def coordinator_transport(link: LinkModel, host: str = "127.0.0.1") -> AsyncIterator[Transport]:
+async def open_ephemeral(link: LinkModel, host: str = "127.0.0.1") -> AsyncIterator[Transport]:
     """Open libp2p on `host` with an identity for this run only."""
     with tempfile.TemporaryDirectory(prefix="dsd-coordinator-") as scratch:
         async with open_libp2p(

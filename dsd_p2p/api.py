@@ -1,0 +1,262 @@
+"""A swarm from Python: `Swarm` for asyncio and trio, `SyncSwarm` for programs without either.
+
+The engine is trio's and runs in a thread of its own; callers wait in whatever way is theirs.
+"""
+
+import queue
+import threading
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import anyio.to_thread
+import trio
+
+from dsd_p2p.drafting.named import make_drafter
+from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerTimeout, first_cause
+from dsd_p2p.models.architecture import read_config
+from dsd_p2p.models.progress import NoProgress, Progress
+from dsd_p2p.models.source import find_model
+from dsd_p2p.models.text import TextCodec
+from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
+from dsd_p2p.transport.ephemeral import open_ephemeral
+from dsd_p2p.types import Sampling, TokenId
+from dsd_p2p.window.analytic import AnalyticPolicy
+
+_START_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 10.0
+_POLL_S = 1.0
+
+Prompt = str | Sequence[TokenId] | Sequence[Mapping[str, str]]
+"""A user's message, tokens as they are, or a conversation: messages with "role" and "content"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A piece of an answer. text: what this token completes, sometimes nothing, because a character can take several."""
+
+    id: TokenId
+    text: str
+
+
+class SyncSwarm:
+    """A coordinator of this process on a running swarm, for programs without an event loop.
+
+    connect: address of any of its nodes, or several. model: the target, for its tokenizer and drafter. draft: see
+    `dsd_p2p.drafting.named`. dtype: as the stages have it.
+
+    Use it with `with`. Several threads may generate at once.
+    """
+
+    def __init__(
+        self,
+        connect: str | Sequence[str],
+        *,
+        model: str = "smollm2-135m",
+        draft: str = "auto",
+        dtype: str = "float32",
+        progress: Progress | None = None,
+    ) -> None:
+        self._addresses = [connect] if isinstance(connect, str) else list(connect)
+        self._model, self._draft, self._dtype = model, draft, dtype
+        self._progress = progress or NoProgress()
+        self._thread = threading.Thread(target=self._run, name="dsd-swarm", daemon=True)
+        self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._scope: trio.CancelScope | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    def __enter__(self) -> Self:
+        """Connect.
+
+        Raises:
+            DsdError: the model cannot be had, or no node is reached.
+        """
+        self._thread.start()
+        try:
+            error = self._ready.get(timeout=_START_TIMEOUT_S)
+        except queue.Empty:
+            raise PeerTimeout(f"the swarm was not reached within {_START_TIMEOUT_S:g} s") from None
+        if error is not None:
+            raise error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End what is under way, and the engine's thread."""
+        if self._token is not None and self._scope is not None:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._scope.cancel)
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> Iterator[Token]:
+        """Yield an answer's tokens as they are committed; stop reading to end it.
+
+        Raises:
+            DsdError: what ended it; every token before stands.
+        """
+        answer = self._begin(prompt, max_tokens, Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
+        try:
+            while (token := answer.next(None)) is not None:
+                yield token
+        finally:
+            answer.stop()
+
+    def _begin(self, prompt: Prompt, max_tokens: int, sampling: Sampling) -> "_Answer":
+        if self._token is None:
+            raise LocalProtocolError("use the swarm with `with` or `async with`")
+        answer = _Answer(self._token)
+        options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, stop_tokens=self._text.stop_tokens)
+        try:
+            self._token.run_sync_soon(self._nursery.start_soon, self._write, self._encode(prompt), options, answer)
+        except trio.RunFinishedError:
+            raise LocalProtocolError("the swarm is closed") from None
+        return answer
+
+    def _encode(self, prompt: Prompt) -> list[TokenId]:
+        if isinstance(prompt, str):
+            return self._text.encode(prompt, is_raw=False)
+        if all(isinstance(each, int) for each in prompt):
+            return [each for each in prompt if isinstance(each, int)]
+        messages = [each for each in prompt if isinstance(each, Mapping)]
+        if len(messages) != len(prompt):
+            raise ConfigError("a prompt is a text, a list of tokens, or a list of messages")
+        return self._text.encode_chat(messages)
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._serve)
+        except BaseException as exc:
+            self._ready.put(first_cause(exc))
+
+    async def _serve(self) -> None:
+        source = find_model(self._model, self._progress)
+        vocab_size = int(read_config(source.folder).vocab_size)
+        self._text = TextCodec(source.folder)
+        drafter = make_drafter(self._draft, source, self._progress, model=self._model)
+        self._token = trio.lowlevel.current_trio_token()
+        with trio.CancelScope() as self._scope:
+            async with AsyncExitStack() as stack:
+                transport = await stack.enter_async_context(open_ephemeral(LinkModel()))
+                self._engine: Engine
+                self._engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
+                await stages.add(self._addresses)
+                held = stages.stages()[0]
+                if (held.model_digest, held.dtype) != (source.digest(), self._dtype):
+                    raise ConfigError(
+                        f"the swarm runs {held.model_name} {held.dtype}: give model and dtype as it has them"
+                    )
+                self._nursery = await stack.enter_async_context(trio.open_nursery())
+                self._ready.put(None)
+                await trio.sleep_forever()
+
+    async def _write(self, prompt: list[TokenId], options: GenerateOptions, answer: "_Answer") -> None:
+        streamer = self._text.streamer()
+        error: DsdError | None = LocalProtocolError("the swarm was closed")
+        try:
+            with answer.scope:
+                policy = self._engine.governed(AnalyticPolicy())
+                async with self._engine.generate(prompt, options, policy) as generation:
+                    async for token in generation:
+                        if token not in options.stop_tokens:
+                            answer.pieces.put(Token(token, streamer.step(token)))
+                error = None
+        except DsdError as exc:
+            error = exc
+        finally:
+            answer.pieces.put(error)
+
+
+class _Answer:
+    """An answer on its way from the engine's thread."""
+
+    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+        self.pieces: queue.SimpleQueue[Token | DsdError | None] = queue.SimpleQueue()
+        self.scope = trio.CancelScope()
+        self._token = token
+
+    def next(self, timeout_s: float | None) -> Token | None:
+        """Return the next token, None at the end.
+
+        Raises:
+            queue.Empty: there was none in time.
+            DsdError: what ended the answer.
+        """
+        piece = self.pieces.get(timeout=timeout_s)
+        if isinstance(piece, DsdError):
+            raise piece
+        return piece
+
+    def stop(self) -> None:
+        """No more is wanted."""
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self.scope.cancel)
+
+
+class Swarm:
+    """A coordinator of this process on a running swarm, for asyncio and for trio; see `SyncSwarm`. Use it with `async with`."""
+
+    def __init__(
+        self,
+        connect: str | Sequence[str],
+        *,
+        model: str = "smollm2-135m",
+        draft: str = "auto",
+        dtype: str = "float32",
+        progress: Progress | None = None,
+    ) -> None:
+        self._swarm = SyncSwarm(connect, model=model, draft=draft, dtype=dtype, progress=progress)
+
+    async def __aenter__(self) -> Self:
+        """Connect. Raises as `SyncSwarm` does."""
+        await anyio.to_thread.run_sync(self._swarm.__enter__, abandon_on_cancel=True)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End what is under way, and the engine's thread."""
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._swarm.__exit__, None, None, None)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> AsyncGenerator[Token, None]:
+        """Yield an answer's tokens as they are committed; close the generator, or be cancelled, to end it.
+
+        Raises:
+            DsdError: what ended it; every token before stands.
+        """
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        answer = self._swarm._begin(prompt, max_tokens, sampling)
+        try:
+            while True:
+                with suppress(queue.Empty):
+                    # A bounded wait: a caller that is cancelled leaves a thread behind for no longer than that.
+                    token = await anyio.to_thread.run_sync(answer.next, _POLL_S, abandon_on_cancel=True)
+                    if token is None:
+                        return
+                    yield token
+        finally:
+            answer.stop()

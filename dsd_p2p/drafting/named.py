@@ -1,0 +1,52 @@
+"""Drafters by their names."""
+
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.combined import CombinedDrafter
+from dsd_p2p.drafting.model import ModelDrafter
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.drafting.shadow import make_shadow
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.models.architecture import read_config
+from dsd_p2p.models.catalog import CATALOG
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.source import ModelSource, find_model
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.types import Span
+
+
+def make_drafter(
+    name: str, target: ModelSource, progress: Progress, *, model: str, dtype: str = "float32", device: str = "cpu"
+) -> Drafter:
+    """Return a drafter, its model loaded.
+
+    name: "ngram", "shadow", a model, each also "+ngram", or "auto": what measured best for the target, which is called `model`.
+
+    Raises:
+        ConfigError: its vocabulary is not the target's.
+        ModelError: its weights cannot be loaded.
+    """
+    if name == "auto":
+        name = CATALOG[model].drafter if model in CATALOG else "ngram"
+    if name == "ngram":
+        return NgramDrafter()
+    drafting_model, _, lookup = name.partition("+")
+    if lookup not in ("", "ngram"):
+        raise ConfigError(f"drafter {name!r}: only +ngram can be added to a drafting model")
+    drafter = _model_drafter(drafting_model, target, progress, dtype, device)
+    return CombinedDrafter(drafter) if lookup else drafter
+
+
+def _model_drafter(name: str, target: ModelSource, progress: Progress, dtype: str, device: str) -> Drafter:
+    shape = read_config(target.folder)
+    if name == "shadow":
+        progress.step("load drafter shadow", 0, 0)
+        return make_shadow(target, int(shape.num_hidden_layers))
+    source = find_model(name, progress)
+    progress.step(f"load drafter {name}", 0, 0)
+    num_layers = int(read_config(source.folder).num_hidden_layers)
+    model = SpanModel(source, Span(0, num_layers), dtype=dtype, device=device)
+    if model.shape.vocab_size != int(shape.vocab_size):
+        raise ConfigError(
+            f"drafter {name} has {model.shape.vocab_size} tokens, the target {shape.vocab_size}: they must share a tokenizer"
+        )
+    return ModelDrafter(model, name)
