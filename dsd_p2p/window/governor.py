@@ -17,6 +17,8 @@ _SETTLE_S = 0.5
 _SPAN_S = 1.5
 """Seconds that are counted before a rate is taken."""
 
+_FIRST_SPAN_S = 6.0
+
 _SHORT_S, _LOST = 0.5, 0.8
 """A trial that is far behind after this long has lost."""
 
@@ -66,7 +68,7 @@ class Governor:
         if self.num_requests < 2:
             return True
         seconds = now_s - self._counted_from_s
-        if seconds >= _SPAN_S or (seconds >= _SHORT_S and self._is_losing(self._num_tokens / seconds)):
+        if seconds >= self._span_s or (seconds >= _SHORT_S and self._is_losing(self._num_tokens / seconds)):
             self._take_rate(self._num_tokens / seconds, now_s)
         return self._is_speculating
 
@@ -85,6 +87,12 @@ class Governor:
             f"{self.num_requests} requests at once: {here.tokens_per_s:.1f} tokens/s in all, "
             f"with speculation {there.tokens_per_s:.1f}"
         )
+
+    @property
+    def _span_s(self) -> float:
+        """Seconds to count now. Few requests begin with speculation, and their policies have to find out what suits first."""
+        is_first = self._is_speculating and self.num_requests < _MANY and (self._size, True) not in self._rates
+        return _FIRST_SPAN_S if is_first else _SPAN_S
 
     @property
     def _size(self) -> int:
