@@ -183,6 +183,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--draft", choices=["ngram", "none"], help="coordinate for others with this drafter (default ngram)"
     )
     parser.add_argument("--heartbeat", help="interval of heartbeats (default 1s, 50ms to 10s)")
+    parser.add_argument("--record", metavar="FILE", help="append the node's telemetry, for dsd top --replay")
     parser.add_argument("--slowdown", type=float, help=argparse.SUPPRESS)
 
 
@@ -298,6 +299,7 @@ def _add_sim_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
             "--set", action="append", metavar="NAME=VALUE", help="change a field, like workload.rate=20"
         )
         parser.add_argument("--seed", type=int, help="instead of the scenario's")
+    once.add_argument("--record", metavar="FILE", help="write the run's telemetry, for dsd top --replay")
     trace.add_argument("--output", metavar="FILE", help="default trace.json")
     sweep.add_argument(
         "--grid",

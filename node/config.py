@@ -68,6 +68,7 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=
     through: address of a relay to be reached through. lan: find members on the local network.
     max_layers, memory: of the layers; by default what is free.
     draft: coordinate requests of thin clients with this drafter; "none" does not. heartbeat: interval.
+    record: file that the node's own telemetry is appended to.
     slowdown: for tests: passes take this many times as long. namespace: of the network, see `node.netlab`.
     """
 
@@ -81,6 +82,7 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=
     memory: str = ""
     draft: str = "ngram"
     heartbeat: str = "1s"
+    record: str = ""
     slowdown: Annotated[float, Meta(ge=1, le=1000)] = 1.0
     namespace: str = ""
 

@@ -19,6 +19,7 @@ from dsd_p2p.sim.policies import policy_maker
 from dsd_p2p.sim.report import Report, summarise
 from dsd_p2p.sim.scenario import Scenario, changed
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
+from dsd_p2p.telemetry.watch import Sink
 from node.recorded import bundled_trace
 from node.weights import bundled_network
 
@@ -26,16 +27,20 @@ Change = dict[str, Any]
 
 
 def run_scenario(
-    scenario: Scenario, *, is_recording: bool = False, progress: Callable[[int, float], None] | None = None
+    scenario: Scenario,
+    *,
+    is_recording: bool = False,
+    progress: Callable[[int, float], None] | None = None,
+    tell: Sink | None = None,
 ) -> FleetRun:
-    """Run one scenario to its end.
+    """Run one scenario to its end. tell: is told what a live swarm's telemetry tells.
 
     Raises:
         ConfigError: its trace or the policy's weights cannot be read.
     """
     network = bundled_network() if scenario.speculation.window == "awc" else None
     policy_of = policy_maker(scenario.speculation, network)
-    return Fleet(scenario, policy_of, _trace(scenario), is_recording=is_recording, progress=progress).run()
+    return Fleet(scenario, policy_of, _trace(scenario), is_recording=is_recording, progress=progress, tell=tell).run()
 
 
 def _trace(scenario: Scenario) -> AgreementTrace | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from node.gateway.server import serve_gateway
 from node.gateway.setup import GatewayAccess, make_gateway
 from node.swarm_client import SWARM_RETRY
 from node.swarm_state import StoredMembership
-from node.telemetry import EventHub, StatusSource, broker_of, hearing, publishing, report_forever
+from node.telemetry import EventHub, StatusSource, broker_of, hearing, publishing, recording, report_forever
 
 _DEADLINE_S = 3600.0
 
@@ -54,7 +54,13 @@ async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
     """Tell the hub, and the broker if there is one, how the node and its requests are."""
     me = parts.membership.links.me.peer
     broker = broker_of(parts.config.mqtt, parts.config.mqtt_ca, parts.stored.swarm.hex()[:16])
-    async with publishing(broker, me) as publisher, hearing(broker, hub, me), trio.open_nursery() as nursery:
+    async with (
+        publishing(broker, me) as publisher,
+        hearing(broker, hub, me),
+        AsyncExitStack() as stack,
+        trio.open_nursery() as nursery,
+    ):
+        hub.pass_on_to(stack.enter_context(recording(parts.config.record)))
         if publisher is not None:
             hub.pass_on_to(publisher.tell)
         if parts.engine is not None:

@@ -1,18 +1,19 @@
 """What a node tells of itself, and where to: its own picture, whoever listens over HTTP, a broker."""
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
 import trio
 
-from dsd_p2p.errors import PeerError
+from dsd_p2p.errors import ConfigError, PeerError
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.pipeline.stage_server import StageServer
-from dsd_p2p.telemetry.events import Event, PeerStatus, SessionStarted, WindowVerified
+from dsd_p2p.telemetry.events import Event, PeerStatus, SessionStarted, WindowVerified, encode_event
 from dsd_p2p.telemetry.mqtt import Broker, MqttPublisher, MqttSubscriber, parse_broker
 from dsd_p2p.telemetry.picture import Picture
 
@@ -188,6 +189,28 @@ def broker_of(url: str, ca_file: str, swarm: str) -> Broker | None:
         ConfigError: it is no broker's URL.
     """
     return None if url in ("", NO_BROKER) else parse_broker(url, swarm=swarm, ca_file=ca_file)
+
+
+@contextmanager
+def recording(file: str) -> Iterator[Callable[[Event], None]]:
+    """Append what is told to a file, each line at once, until the end of the block; without a file, to nothing.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if not file:
+        yield lambda _event: None
+        return
+    try:
+        lines = Path(file).open("ab", buffering=0)  # noqa: SIM115 - closed below
+    except OSError as exc:
+        raise ConfigError(f"recording {file}: {exc.strerror}") from exc
+    with lines:
+
+        def tell(event: Event) -> None:
+            lines.write(encode_event(event) + b"\n")
+
+        yield tell
 
 
 @asynccontextmanager

@@ -14,7 +14,11 @@ from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError
 
 PROMPT = "What is the capital of France?"
 
-pytestmark = pytest.mark.xdist_group("gateway")
+pytestmark = [
+    pytest.mark.xdist_group("gateway"),
+    # py-libp2p leaves the sockets of a host that stops to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,17 @@ from dsd_p2p.sim.service import Dedicated, Processor, SharedCores
 from dsd_p2p.sim.target import StageModel, Target
 from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.sim.workload import Arrival, arrivals
+from dsd_p2p.telemetry.events import PeerStatus
+from dsd_p2p.telemetry.watch import RequestWatch, Sink
 from dsd_p2p.types import SessionId, Span
 from dsd_p2p.window.base import WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.messages import MAX_TOKEN, Hop
 
 PolicyOf = Callable[[], WindowPolicy]
+
+_STATUS_S = 1.0
+"""Between two words of a stage, as live ones have it."""
 
 
 @dataclass(slots=True)
@@ -72,7 +77,7 @@ class Fleet:
     """A scenario at work. Call `run` once.
 
     policy_of: makes the window policy of one request. trace: recorded answers, instead of parametric ones.
-    is_recording: keep every request's arrivals and every pass, for a timeline.
+    is_recording: keep every request's arrivals and every pass, for a timeline. tell: is told what a live swarm's telemetry tells.
     """
 
     def __init__(
@@ -83,9 +88,11 @@ class Fleet:
         *,
         is_recording: bool = False,
         progress: Callable[[int, float], None] | None = None,
+        tell: Sink | None = None,
     ) -> None:
         self._scenario, self._policy_of, self._trace = scenario, policy_of, trace
-        self._is_recording, self._progress = is_recording, progress
+        self._is_recording, self._progress, self._tell = is_recording, progress, tell
+        self._busy_s: dict[tuple[str, int], float] = {}
         self.clock = Clock()
         # One source each: a change of the links leaves the texts and arrivals as they are.
         self._rng = {
@@ -200,6 +207,8 @@ class Fleet:
                 self._next_closed(self._drafters[number % len(self._drafters)])
         else:
             self._next_open()
+        if self._tell is not None:
+            self.clock.after(_STATUS_S, self._tell_stages, self._tell)
         if self._scenario.churn.up:
             for target in self._targets:
                 self._schedule_failure(target)
@@ -233,6 +242,34 @@ class Fleet:
             num_served=stage.num_served,
             num_passes=stage.num_passes,
         )
+
+    def _tell_stages(self, tell: Sink) -> None:
+        """How each stage is, as a live one says it."""
+        for target in self._targets:
+            for index, stage in enumerate(target.stages):
+                name = (target.name, index)
+                busy_s = stage.busy_s - self._busy_s.get(name, 0.0)
+                self._busy_s[name] = stage.busy_s
+                tell(
+                    PeerStatus(
+                        at_s=self.clock.now_s,
+                        peer=f"{target.name}/{index}",
+                        is_online=target.is_up,
+                        roles=("stage",),
+                        model="simulated",
+                        first=index,
+                        last=index + 1,
+                        num_layers=len(target.stages),
+                        state="serving" if target.is_up else "down",
+                        num_sessions=len(target.sessions),
+                        queue=stage.num_waiting,
+                        busy_share=max(0.0, min(1.0, busy_s / _STATUS_S)),
+                        num_passes=stage.num_passes,
+                        num_windows=stage.num_served,
+                    )
+                )
+        if not self._is_over():
+            self.clock.after(_STATUS_S, self._tell_stages, tell)
 
     def _next_arrival(self) -> Arrival | None:
         arrival = next(self._source, None)
@@ -290,8 +327,14 @@ class Fleet:
             is_at_target=speculation.placement == "target",
             finished=partial(self._ended, drafter),
             moved=self._moved,
+            told=self._watch_of(machine),
         )
         run.start(path)
+
+    def _watch_of(self, machine: Coordinator) -> RequestWatch | None:
+        if self._tell is None:
+            return None
+        return RequestWatch(machine, self._tell, lambda: self.clock.now_s, "simulated")
 
     def _answer(self, number: int, arrival: Arrival) -> tuple[Answer, int]:
         if self._trace is None:

@@ -15,6 +15,7 @@ from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.service import PassCost, Processor
 from dsd_p2p.sim.target import Target, TargetSession, window_bytes
+from dsd_p2p.telemetry.watch import RequestWatch
 from dsd_p2p.types import UniformRng
 from dsd_p2p.window.base import Mode
 from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Verdict, Window
@@ -118,6 +119,7 @@ class RequestRun:
     choose_path: the way to a target that is up, None when there is none; asked again when one is lost.
     is_fusing: while the policy decides not to speculate the coordinator sits at the target, and only committed tokens travel.
     is_at_target: drafter and coordinator sit there from the start. notice_s: until a target that is down is given up.
+    told: tells what happens, as a live one does.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class RequestRun:
         is_at_target: bool,
         finished: Callable[["RequestRun"], None],
         moved: Callable[[Target | None, Target | None], None],
+        told: RequestWatch | None = None,
     ) -> None:
         self.machine, self.answer, self.log, self.deadline_s = machine, answer, log, deadline_s
         self._device, self._choose_path, self._clock, self._rng = device, choose_path, clock, rng
@@ -145,6 +148,7 @@ class RequestRun:
         self._is_at_target = is_at_target
         self._finished = finished
         self._moved = moved
+        self._told = told
         self.path: Path | None = None
         self._session: TargetSession | None = None
         self._timer_s = math.inf
@@ -221,7 +225,9 @@ class RequestRun:
             case Window() as window if session is not None:
                 self._device.handle_message()
                 self._clock.after(self._up_s(window_bytes(window)), path.target.put, session, window)
-            case OpenSession(epoch=epoch, num_given=num_given):
+            case OpenSession(epoch=epoch, num_given=num_given) as opened:
+                if self._told is not None:
+                    self._told.opened(opened)
                 self._session = path.target.open(self, epoch, num_given)
             case Cancel(epoch=epoch) if session is not None:
                 self._clock.after(self._up_s(32), _cancel, session, epoch)
@@ -253,6 +259,8 @@ class RequestRun:
     def _finish(self, finish: Finish) -> None:
         log = self.log
         log.error = str(finish.error or "")
+        if self._told is not None:
+            self._told.ended(finish.reason, log.error)
         stats = self.machine.stats
         log.counts = {name: getattr(stats, name) for name in _KEPT_COUNTS}
         log.counts["draft_s"] = stats.draft_s
@@ -274,7 +282,10 @@ class RequestRun:
         self._device.handle_message()
         decision = self.machine.decision
         self.log.decisions[f"{decision.mode.value} {decision.depth}"] += 1
-        self._perform(self.machine.receive(verdict, self._clock.now_s))
+        effects = self.machine.receive(verdict, self._clock.now_s)
+        if self._told is not None:
+            self._told.verdict(verdict)
+        self._perform(effects)
 
     def lost(self, error: DsdError, session: TargetSession) -> None:
         """The session's target is gone, and we have noticed."""

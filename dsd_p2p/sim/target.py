@@ -122,6 +122,11 @@ class Stage:
         self.num_passes = 0
         self.log: Callable[[int, float, float, list[Flight]], None] | None = None
 
+    @property
+    def num_waiting(self) -> int:
+        """Windows in the queue."""
+        return len(self._queue)
+
     def put(self, flight: Flight) -> None:
         """Take a window in."""
         flight.queued_at_s = self._clock.now_s

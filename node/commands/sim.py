@@ -15,6 +15,7 @@ from node.calibrated import Comparison, compare
 from node.config import CalibrateConfig, read_config
 from node.console import ConsoleProgress
 from node.simulation import Cell, assignment, draw, flat, grid, run_scenario, sweep, write_csv
+from node.telemetry import recording
 
 
 def run(options: dict[str, object]) -> int:
@@ -34,9 +35,13 @@ def run(options: dict[str, object]) -> int:
 
 def _run(options: dict[str, object]) -> int:
     scenario = _scenario(options)
-    with ConsoleProgress() as progress:
+    with ConsoleProgress() as progress, recording(str(options.get("record", ""))) as tell:
         total = scenario.workload.requests
-        fleet_run = run_scenario(scenario, progress=lambda done, _now_s: progress.step("simulate", done, total))
+        fleet_run = run_scenario(
+            scenario,
+            progress=lambda done, _now_s: progress.step("simulate", done, total),
+            tell=tell if "record" in options else None,
+        )
     report = summarise(fleet_run)
     if options.get("csv"):
         write_csv(Path(str(options["csv"])), rows(fleet_run))

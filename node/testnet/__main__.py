@@ -13,6 +13,7 @@ import trio
 from dsd_p2p.errors import DsdError, first_cause
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
+from dsd_p2p.telemetry.events import encode_event, read_events
 from node.bench import machine, write_receipt
 from node.testnet.chaos import Chaos, Plan
 from node.testnet.placement import measure_placement
@@ -42,6 +43,7 @@ def main() -> int:
     chaos.add_argument("--minutes", type=float, default=10.0)
     chaos.add_argument("--clients", type=int, default=4)
     chaos.add_argument("--tokens", type=int, default=48)
+    chaos.add_argument("--record", metavar="FILE", help="write everybody's telemetry, for dsd top --replay")
     chaos.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
     siege = commands.add_parser("siege", help="attack a node while an honest client writes (needs no root)")
     siege.add_argument("--frames", type=int, default=1_000_000)
@@ -107,9 +109,22 @@ async def _up(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 async def _chaos(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts, expected = await trio.to_thread.run_sync(_reference, options.tokens)
-    async with open_testnet(_layout(options, options.clients), folder) as net:
+    recordings = folder / "recordings"
+    recordings.mkdir()
+    layout = dataclasses.replace(_layout(options, options.clients), record=str(recordings) if options.record else "")
+    async with open_testnet(layout, folder) as net:
         plan = Plan(minutes=options.minutes, seed=options.seed, prompts=prompts, expected=expected)
-        return (await Chaos(net, plan).run()).as_dict()
+        outcome = (await Chaos(net, plan).run()).as_dict()
+    if options.record:
+        _merge(recordings, Path(options.record))
+    return outcome
+
+
+def _merge(folder: Path, file: Path) -> None:
+    """Everybody's events in the order of their times."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().splitlines()]
+    events = sorted(read_events(lines), key=lambda event: event.at_s)
+    file.write_bytes(b"".join(encode_event(event) + b"\n" for event in events))
 
 
 async def _siege(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

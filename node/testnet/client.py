@@ -4,6 +4,7 @@ import logging
 import random
 import signal
 import sys
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from dsd_p2p.window.static import StaticPolicy, continuous_tree
 from node.events import Failed, Ready
 from node.swarm_client import SWARM_RETRY, SwarmClient, open_swarm_client
 from node.swarm_state import SwarmState
+from node.telemetry import recording
 from node.testnet.events import Answered, Asking, StartClient, report
 
 _STALL_S = 15.0
@@ -50,8 +52,10 @@ async def _ask_forever(command: StartClient) -> None:
         open_swarm_client(
             state, source, NgramDrafter(), heartbeat_s=command.heartbeat_s, listen=command.listen, meet_timeout_s=60
         ) as client,
+        AsyncExitStack() as stack,
         trio.open_nursery() as nursery,
     ):
+        client.engine.tell = stack.enter_context(recording(command.record))
         nursery.start_soon(_note_signal, is_over)
         report(command.index, Ready(address="", span="", weight_bytes=0))
         while not is_over.is_set():

@@ -19,6 +19,7 @@ class StartClient(msgspec.Struct, tag="client"):
     """Write answers one after another until told to stop.
 
     prompts: token ids. deadline_s: of one answer, after which it counts as hung. namespace: of the network.
+    record: file that the client's telemetry is appended to.
     """
 
     index: int
@@ -30,6 +31,7 @@ class StartClient(msgspec.Struct, tag="client"):
     deadline_s: float
     heartbeat_s: float
     listen: str
+    record: str = ""
 
 
 Command = StartNode | StartClient

@@ -50,6 +50,7 @@ class Process:
 class Layout:
     """How large a testnet is. slowdowns: of some nodes, by index. max_layers: of every node, or of each.
 
+    record: folder for each process's telemetry.
     is_loopback: everything on 127.0.0.1 from `base_port` on instead of in namespaces; needs no root, has no links to change.
     """
 
@@ -62,6 +63,11 @@ class Layout:
     slowdowns: dict[int, float] = field(default_factory=dict)
     is_loopback: bool = False
     base_port: int = _LOOPBACK_PORT
+    record: str = ""
+
+    def recording(self, index: int) -> str:
+        """The file of a process's telemetry, empty for none."""
+        return f"{self.record}/{index}.jsonl" if self.record else ""
 
     def ip(self, index: int) -> str:
         """The address of a process."""
@@ -139,6 +145,7 @@ class Testnet:
             slowdown=layout.slowdowns.get(index, 1.0),
             namespace=layout.namespace(index),
             lan=False,
+            record=layout.recording(index),
         )
         await self.launch(StartNode(index=index, config=config))
 
@@ -178,6 +185,7 @@ class Testnet:
             deadline_s=deadline_s,
             heartbeat_s=self.layout.heartbeat_s,
             listen=f"/ip4/{self.layout.ip(index)}/tcp/{port}",
+            record=self.layout.recording(index),
         )
 
     async def all_ready(self, processes: list[Process]) -> None:
