@@ -1,5 +1,6 @@
 """The dashboard: what it shows at three sizes, what it survives, what it costs, and its keys."""
 
+import gzip
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from dsd_p2p.telemetry.events import (
     StageOf,
     WindowVerified,
     encode_event,
+    read_events,
 )
 from dsd_p2p.telemetry.picture import Picture
 from node.dashboard.screen import press
@@ -297,3 +299,19 @@ def test_on_a_terminal_it_draws_takes_keys_and_leaves_it_as_it_was(tmp_path):
         process.wait(5)
         os.close(master)
         process.stderr.close()
+
+
+def test_a_recorded_chaos_run_is_shown_from_its_first_event_to_its_last():
+    """Of `scripts/testnet chaos --minutes 1.2 --nodes 5 --clients 2 --seed 3`: peers frozen, cut off, leaving, coming back."""
+    lines = gzip.decompress((Path(__file__).parent / "data/chaos.jsonl.gz").read_bytes()).splitlines()
+    picture, choices = Picture(), Choices(source="chaos")
+    for number, event in enumerate(read_events(lines)):
+        picture.add(event)
+        if number % 25 == 0:
+            picture.tick(picture.now_s)
+            choices.cursor, choices.is_drilled = number // 25 % 9, number // 25 % 2 == 1
+            for width, height in ((80, 24), (200, 60)):
+                assert screen(picture, width, height, choices)
+    assert len(picture.peers) == 5
+    assert picture.totals["failovers"] == 14
+    assert picture.totals["num_tokens"] >= 384

@@ -27,6 +27,8 @@ from dsd_p2p.sim.service import PassCost, SharedCores
 from dsd_p2p.sim.target import Batching
 from dsd_p2p.sim.trace import read_trace
 from dsd_p2p.sim.workload import arrivals
+from dsd_p2p.telemetry.events import decode_event, encode_event
+from dsd_p2p.telemetry.picture import Picture
 from dsd_p2p.types import Span
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
 from dsd_p2p.window.tracker import Tracker
@@ -103,7 +105,7 @@ class VirtualWork:
     def _with_clock(self, original):
         def init(server, *arguments, **options):
             original(server, *arguments, **options)
-            server._clock = lambda: trio.current_time() + self.pending_s
+            server.work._clock = lambda: trio.current_time() + self.pending_s
 
         return init
 
@@ -119,9 +121,9 @@ class VirtualSpan(RecordedSpan):
         super().__init__(*arguments)
         self._work, self._stage_s = work, stage_s
 
-    def _pass(self, cache, forward, inputs):
-        self._work.pending_s += self._stage_s + NODE_S * len(forward.positions)
-        return super()._pass(cache, forward, inputs)
+    def run(self, passes):
+        self._work.pending_s += self._stage_s + NODE_S * sum(each.num_rows for each in passes)
+        return super().run(passes)
 
 
 class VirtualDrafter(RecordedDrafter):
@@ -468,3 +470,19 @@ def test_every_scenario_of_the_docs_is_read():
     assert files
     for file in files:
         parse_scenario(file.read_text(), str(file))
+
+
+def test_a_simulated_run_tells_what_a_live_one_does():
+    events = []
+    scenario = changed(parse_scenario(SCENARIO, "test.toml"), {"workload.requests": 40})
+    told = Fleet(scenario, policy_maker(scenario.speculation), tell=events.append).run()
+    untold = Fleet(scenario, policy_maker(scenario.speculation)).run()
+    assert [log.finished_s for log in told.logs] == [log.finished_s for log in untold.logs]
+    picture = Picture()
+    for event in events:
+        picture.add(decode_event(encode_event(event)))
+    picture.tick(told.duration_s)
+    assert picture.totals["sessions"] == picture.totals["ended"] == 40
+    assert picture.totals["num_tokens"] == sum(log.num_tokens for log in told.logs)
+    assert {peer.split("/")[0] for peer in picture.peers} == {"target-0", "target-1"}
+    assert [event.at_s for event in events] == sorted(event.at_s for event in events)
