@@ -3,6 +3,7 @@
 The engine is trio's and runs in a thread of its own; callers wait in whatever way is theirs.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import Sampling, TokenId
 from dsd_p2p.window.analytic import AnalyticPolicy
+
+logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 10.0
@@ -67,6 +70,7 @@ class SyncSwarm:
         self._ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._scope: trio.CancelScope | None = None
         self._token: trio.lowlevel.TrioToken | None = None
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         """Connect.
@@ -75,11 +79,16 @@ class SyncSwarm:
             DsdError: the model cannot be had, or no node is reached.
         """
         self._thread.start()
+        error: BaseException | None
         try:
             error = self._ready.get(timeout=_START_TIMEOUT_S)
         except queue.Empty:
-            raise PeerTimeout(f"the swarm was not reached within {_START_TIMEOUT_S:g} s") from None
+            error = PeerTimeout(f"the swarm was not reached within {_START_TIMEOUT_S:g} s")
+        except BaseException:
+            self.close()
+            raise
         if error is not None:
+            self.close()
             raise error
         return self
 
@@ -87,10 +96,15 @@ class SyncSwarm:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End what is under way, and the engine's thread."""
+        self.close()
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Let the engine end, also one that is still starting; returns at once."""
+        self._is_closed = True
         if self._token is not None and self._scope is not None:
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self._scope.cancel)
-        self._thread.join(_STOP_TIMEOUT_S)
 
     def generate(
         self,
@@ -119,8 +133,9 @@ class SyncSwarm:
             raise LocalProtocolError("use the swarm with `with` or `async with`")
         answer = _Answer(self._token)
         options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, stop_tokens=self._text.stop_tokens)
+        tokens = self._encode(prompt)
         try:
-            self._token.run_sync_soon(self._nursery.start_soon, self._write, self._encode(prompt), options, answer)
+            self._token.run_sync_soon(self._start_writing, tokens, options, answer)
         except trio.RunFinishedError:
             raise LocalProtocolError("the swarm is closed") from None
         return answer
@@ -150,6 +165,8 @@ class SyncSwarm:
         drafter = make_drafter(self._draft, source, self._progress, model=self._model)
         self._token = trio.lowlevel.current_trio_token()
         with trio.CancelScope() as self._scope:
+            if self._is_closed:
+                return
             async with AsyncExitStack() as stack:
                 transport = await stack.enter_async_context(open_ephemeral(LinkModel()))
                 self._engine: Engine
@@ -164,6 +181,12 @@ class SyncSwarm:
                 self._ready.put(None)
                 await trio.sleep_forever()
 
+    def _start_writing(self, prompt: list[TokenId], options: GenerateOptions, answer: "_Answer") -> None:
+        try:
+            self._nursery.start_soon(self._write, prompt, options, answer)
+        except RuntimeError:
+            answer.pieces.put(LocalProtocolError("the swarm is closed"))
+
     async def _write(self, prompt: list[TokenId], options: GenerateOptions, answer: "_Answer") -> None:
         streamer = self._text.streamer()
         error: DsdError | None = LocalProtocolError("the swarm was closed")
@@ -177,6 +200,9 @@ class SyncSwarm:
                 error = None
         except DsdError as exc:
             error = exc
+        except Exception as exc:  # task boundary: one answer that goes wrong must not end the others
+            logger.exception("answer failed")
+            error = LocalProtocolError(f"the answer failed: {exc!r}")
         finally:
             answer.pieces.put(error)
 
@@ -223,7 +249,11 @@ class Swarm:
 
     async def __aenter__(self) -> Self:
         """Connect. Raises as `SyncSwarm` does."""
-        await anyio.to_thread.run_sync(self._swarm.__enter__, abandon_on_cancel=True)
+        try:
+            await anyio.to_thread.run_sync(self._swarm.__enter__, abandon_on_cancel=True)
+        except BaseException:
+            self._swarm.close()
+            raise
         return self
 
     async def __aexit__(
@@ -250,11 +280,15 @@ class Swarm:
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         answer = self._swarm._begin(prompt, max_tokens, sampling)
+        # One of its own: answers that wait must not use up the threads that everybody shares.
+        limiter = anyio.CapacityLimiter(1)
         try:
             while True:
                 with suppress(queue.Empty):
                     # A bounded wait: a caller that is cancelled leaves a thread behind for no longer than that.
-                    token = await anyio.to_thread.run_sync(answer.next, _POLL_S, abandon_on_cancel=True)
+                    token = await anyio.to_thread.run_sync(
+                        answer.next, _POLL_S, abandon_on_cancel=True, limiter=limiter
+                    )
                     if token is None:
                         return
                     yield token

@@ -1,10 +1,13 @@
 """The nouns that flow through every layer."""
 
+import math
 from enum import StrEnum
 from typing import Annotated, NewType, Protocol
 
 import msgspec
 from msgspec import Meta
+
+from dsd_p2p.errors import ConfigError
 
 PeerId = NewType("PeerId", str)
 """A peer's public identity, as libp2p prints it."""
@@ -62,6 +65,20 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return self.temperature == 0.0
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse settings that no stage would take.
+
+    Raises:
+        ConfigError: which of them, and why.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(sampling), Sampling)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"sampling: {exc}") from exc
+    if not math.isfinite(sampling.temperature):
+        raise ConfigError(f"temperature {sampling.temperature}: a finite number")
+
+
 class RelaxationRule(StrEnum):
     """By what a drafted token may stand that the target would not have written."""
 
@@ -117,8 +134,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the target thought of one of its tokens: -1000 times the ln of its probability, and the likeliest tokens with theirs."""
 
     millinats: Annotated[int, Meta(ge=0, le=1 << 30)]
-    top: Annotated[tuple[int, ...], Meta(max_length=MAX_TOP_LOGPROBS)] = ()
-    top_millinats: Annotated[tuple[int, ...], Meta(max_length=MAX_TOP_LOGPROBS)] = ()
+    top: Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_length=MAX_TOP_LOGPROBS)] = ()
+    top_millinats: Annotated[tuple[Annotated[int, Meta(ge=0, le=1 << 30)], ...], Meta(max_length=MAX_TOP_LOGPROBS)] = ()
+
+    def is_of(self, num_top: int, vocab_size: int) -> bool:
+        """True when it is what was asked for: so many tokens at most, of that vocabulary, each with its value."""
+        tokens = self.top
+        return len(tokens) == len(self.top_millinats) <= num_top and max(tokens, default=0) < vocab_size
 
 
 class StageCost(msgspec.Struct, frozen=True, array_like=True):

@@ -42,6 +42,10 @@ class GatewayMetrics:
             if isinstance(later_s, float) and isinstance(num_later, int) and num_later > 0:
                 self._tpot.observe(later_s / num_later)
 
+    def note_refused(self, status: int) -> None:
+        """Count a request that was refused before anything was written."""
+        self._requests.labels(str(status)).inc()
+
     def text(self) -> bytes:
         """Return all of it in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -103,7 +103,7 @@ async def open_swarm_client(
                 coverage_timeout_s=coverage_timeout_s,
             )
             engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
-            thin = ThinClient(links, partial(next_coordinator, directory, inner.peer))
+            thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
             nursery.start_soon(run_services, links, [membership, engine, thin])
             await membership.announce(me, MemberState.SERVING)
             await _meet(membership, meet_timeout_s)

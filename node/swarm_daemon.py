@@ -198,7 +198,8 @@ class SwarmNode:
             self._engine = Engine(self._links, self._drafter, self._shape.vocab_size, nursery, self._directory)
             services += [self._engine, CoordinatorService(self._engine, _coordinating_policy)]
         me = self._links.transport.peer
-        self._thin = ThinClient(self._links, partial(next_coordinator, self._directory, me))
+        choose = partial(next_coordinator, self._directory, me)
+        self._thin = ThinClient(self._links, choose, self._shape.vocab_size)
         return [*services, self._thin]
 
     def _parts(self) -> NodeParts:

@@ -75,7 +75,7 @@ async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
             model=parts.stored.model,
             num_dropped=lambda: publisher.num_dropped if publisher else 0,
         )
-        nursery.start_soon(report_forever, source, hub.tell, partial(_hear_members, parts.membership, hub))
+        nursery.start_soon(report_forever, source, hub.tell, partial(_hear_members, parts.membership, hub), hub.tick)
         yield
         nursery.cancel_scope.cancel()
 
@@ -85,8 +85,7 @@ def _hear_members(membership: Membership, hub: EventHub) -> None:
     me = membership.links.me.peer
     for member in membership.registry.members():
         info, picture = member.record.info, hub.picture
-        known = picture.peers.get(member.peer)
-        says_itself = known is not None and known.num_passes > 0 and not picture.is_silent(member.peer)
+        says_itself = member.peer in hub.speaking and not picture.is_silent(member.peer)
         if member.peer == me or says_itself:
             continue
         hub.hear(

@@ -1,5 +1,6 @@
 """What a node tells of itself, and where to: its own picture, whoever listens over HTTP, a broker."""
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -13,9 +14,11 @@ from dsd_p2p.errors import ConfigError, PeerError
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.pipeline.stage_server import StageServer
-from dsd_p2p.telemetry.events import Event, PeerStatus, SessionStarted, WindowVerified, encode_event
+from dsd_p2p.telemetry.events import Event, PeerStatus, SessionStarted, WindowVerified, arrived, encode_event
 from dsd_p2p.telemetry.mqtt import Broker, MqttPublisher, MqttSubscriber, parse_broker
 from dsd_p2p.telemetry.picture import Picture
+
+logger = logging.getLogger(__name__)
 
 NO_BROKER = "none"
 TOPICS = "local"
@@ -27,20 +30,25 @@ _PING_TIMEOUT_S = 4.0
 _MAX_PINGED = 32
 _MAX_LISTENERS = 64
 _QUEUED_EVENTS = 1024
+_MAX_SPEAKING = 4096
 
 
 class EventHub:
-    """Adds events up to a picture and passes them on; of one trio loop."""
+    """Adds events up to a picture and passes them on; of one trio loop. speaking: peers that tell of themselves."""
 
     def __init__(self) -> None:
         self.picture = Picture()
         self._listeners: set[trio.MemorySendChannel[Event]] = set()
         self._sinks: list[Callable[[Event], None]] = []
-        self.num_dropped = 0
+        self.speaking: set[str] = set()
 
     def pass_on_to(self, sink: Callable[[Event], None]) -> None:
         """From now on hand our own events to `sink`, too."""
         self._sinks.append(sink)
+
+    def tick(self) -> None:
+        """Let time pass, so that what is over is forgotten."""
+        self.picture.tick(time.time())
 
     def tell(self, event: Event) -> None:
         """Take in an event of our own."""
@@ -48,14 +56,19 @@ class EventHub:
         for sink in self._sinks:
             sink(event)
 
+    def hear_from(self, author: str, event: Event) -> None:
+        """Take in what a peer says itself."""
+        if len(self.speaking) < _MAX_SPEAKING:
+            self.speaking.add(author)
+        self.hear(event)
+
     def hear(self, event: Event) -> None:
         """Take in an event, whoever told it."""
         self.picture.add(event)
         for listener in self._listeners:
-            try:
+            # One that does not keep up misses some; totals make up for it.
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):
                 listener.send_nowait(event)
-            except (trio.WouldBlock, trio.BrokenResourceError):
-                self.num_dropped += 1
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[tuple[list[Event], trio.MemoryReceiveChannel[Event]] | None]:
@@ -138,14 +151,18 @@ class StatusSource:
 
 
 async def report_forever(
-    source: StatusSource, tell: Callable[[Event], None], others: Callable[[], None] = lambda: None
+    source: StatusSource,
+    tell: Callable[[Event], None],
+    others: Callable[[], None] = lambda: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Tell the node's status every second, and measure its links now and then. others: called beside it."""
+    """Tell the node's status every second, and measure its links now and then. others, tick: called beside it."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_measure_links, source)
         while True:
             tell(source.status())
             others()
+            tick()
             await trio.sleep(_STATUS_S)
 
 
@@ -206,9 +223,17 @@ def recording(file: str) -> Iterator[Callable[[Event], None]]:
     except OSError as exc:
         raise ConfigError(f"recording {file}: {exc.strerror}") from exc
     with lines:
+        is_broken = False
 
         def tell(event: Event) -> None:
-            lines.write(encode_event(event) + b"\n")
+            nonlocal is_broken
+            if is_broken:
+                return
+            try:
+                lines.write(encode_event(event) + b"\n")
+            except OSError as exc:
+                is_broken = True
+                logger.warning("recording ends file=%s error=%s", file, exc)
 
         yield tell
 
@@ -240,7 +265,7 @@ async def hearing(broker: Broker | None, hub: EventHub, me: str) -> AsyncIterato
         author = event.peer if isinstance(event, PeerStatus) else event.coordinator
         if author != me:
             with suppress(trio.RunFinishedError):
-                token.run_sync_soon(hub.hear, event)
+                token.run_sync_soon(hub.hear_from, author, arrived(event, time.time()))
 
     subscriber = MqttSubscriber(broker, heard)
     subscriber.start()

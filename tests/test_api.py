@@ -1,6 +1,7 @@
 """`from dsd_p2p import Swarm`: under asyncio, under trio, and without either, on real processes."""
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -19,6 +20,13 @@ pytestmark = [
     # py-libp2p leaves the sockets of a host that stops to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _collect():
+    """So that what is left to the garbage collector is found here, and not in another test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +97,13 @@ def test_mistakes_are_typed_errors(address):
     with swarm:
         with pytest.raises(ConfigError, match="context"):
             next(swarm.generate(PROMPT, max_tokens=10**6))
+        for wrong in ({"seed": -1}, {"top_k": -1}, {"top_p": 0.0}, {"temperature": float("nan")}):
+            with pytest.raises(ConfigError, match=r"sampling|temperature"):
+                next(swarm.generate(PROMPT, **wrong))
+        with pytest.raises(LocalProtocolError, match="failed"):
+            next(swarm.generate(PROMPT, max_tokens=None))
+        # What was wrong with one has cost the others nothing.
+        assert next(swarm.generate(PROMPT, max_tokens=2)).text
         with pytest.raises(ConfigError, match="prompt"):
             next(swarm.generate(["a", 1]))
     with pytest.raises(LocalProtocolError, match="closed"):

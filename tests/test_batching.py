@@ -15,6 +15,7 @@ from toy import plain_text
 from toy_model import ToySpanModel
 
 from dsd_p2p.drafting.model import ModelDrafter
+from dsd_p2p.errors import ModelError
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
@@ -127,6 +128,68 @@ async def test_a_coordinator_with_many_sessions_gets_as_much_as_one_with_few():
     assert 0.9 < served["greedy"] / served["modest"] < 1.1
     assert sum(served.values()) == 60 * 128
     assert batcher.num_waiting == 0
+
+
+async def test_a_single_row_is_soon_served_beside_many_long_prompts():
+    class Session:
+        def __init__(self, peer: str) -> None:
+            self.coordinator = peer
+
+    class Work:
+        is_stale, model, is_begun = False, "model", True
+
+        def __init__(self, peer: str, num_rows: int) -> None:
+            self.session, self.num_left = Session(peer), num_rows
+
+    batcher = Batcher(trio.Lock(), lambda: 0.0, lambda *_: None)
+    async with trio.open_nursery() as nursery:
+        for number in range(16):
+            nursery.start_soon(batcher.run, Work(f"long{number}", 128))
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(2):
+            _serve(batcher)
+        nursery.start_soon(batcher.run, Work("short", 1))
+        await trio.testing.wait_all_tasks_blocked()
+        passes = 1
+        while not any(work.session.coordinator == "short" for work in _serve(batcher)):
+            passes += 1
+        assert passes <= 5
+        nursery.cancel_scope.cancel()
+
+
+def _serve(batcher: Batcher) -> list:
+    """One pass without a model; returns what was in it."""
+    batch = batcher._choose()
+    for entry, num_rows in batch:
+        entry.work.num_left -= num_rows
+    batcher._settle(batch)
+    return [entry.work for entry, _ in batch]
+
+
+async def test_a_pass_that_fails_as_a_whole_fails_only_who_is_to_blame():
+    models = [ToySpanModel(span, NUM_STAGES) for span in SPANS]
+    run = models[0].run
+
+    def fragile(passes):
+        if any(each.num_rows > 15 for each in passes):
+            raise RuntimeError("out of memory")
+        return run(passes)
+
+    models[0].run = fragile
+    texts, errors = {}, []
+    async with toy_swarm(stages=models, limits=LIMITS) as swarm, trio.open_nursery() as nursery:
+
+        async def write(name: int, prompt: list[int]) -> None:
+            try:
+                texts[name], _ = await swarm.write(prompt, 12, PLAIN)
+            except ModelError as exc:
+                errors.append(str(exc))
+
+        for number in range(6):
+            nursery.start_soon(write, number, [number, 1, *range(6)])
+        nursery.start_soon(write, 99, [3] * 20)
+    assert len(errors) == 1
+    assert texts == {number: plain_text([number, 1, *range(6)], 12) for number in range(6)}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

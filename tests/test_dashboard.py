@@ -199,6 +199,19 @@ def test_nothing_is_needed_and_nothing_is_too_much():
     assert sparkline([0, 1, 2, 4], 3) == "▃▅█"
 
 
+def test_what_peers_say_does_not_steer_the_terminal():
+    picture = Picture()
+    picture.add(
+        PeerStatus(at_s=5.0, peer="p\x1b[2J", state="[/x] [red]", version="\x1b]0;owned\x07", roles=("[b]",), last=3)
+    )
+    picture.add(WindowVerified(at_s=5.0, session="[/]\x1b", coordinator="c", decision="[/x]", reason="\x1b[31m[/]"))
+    for choices in (Choices(), Choices(is_drilled=True), Choices(is_drilled=True, cursor=1)):
+        for width, height in ((80, 24), (200, 60)):
+            shown = screen(picture, width, height, choices)
+            assert "\x1b" not in shown
+            assert "\x07" not in shown
+
+
 def test_two_hundred_peers_at_ten_updates_a_second_cost_less_than_two_fifths_of_a_core():
     """Counted in processor time of this process, four frames a second as on a screen."""
     picture, choices = Picture(), Choices()

@@ -70,6 +70,7 @@ def test_keys_are_checked(tmp_path):
     "text",
     [
         "nonsense",
+        "key = []\n",
         "[[key]]\nname = 'a'\n",
         "[[key]]\nname = 'a'\nkey = 'short'\n",
         "[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nsha256 = '" + "0" * 64 + "'\n",
@@ -84,20 +85,22 @@ def test_a_wrong_file_of_keys_is_named(tmp_path, text):
 
 def test_limits_have_openais_headers():
     client = Client("alice", requests_per_minute=3, tokens_per_minute=100)
-    client.begin(40)
+    client.begin()
+    client.take(40)
     headers = client.headers()
     assert headers["x-ratelimit-limit-requests"] == "3"
     assert headers["x-ratelimit-remaining-requests"] == "2"
     assert headers["x-ratelimit-remaining-tokens"] == "60"
     client.spend(80)
     with pytest.raises(ApiError) as caught:
-        client.begin(1)
+        client.take(1)
     assert (caught.value.status, caught.value.code, caught.value.kind) == (429, "rate_limit_exceeded", "tokens")
     assert 1 <= int(caught.value.headers["Retry-After"]) <= 60
     other = Client("bob", requests_per_minute=1)
-    other.begin(10**6)
+    other.begin()
+    other.take(10**6)
     with pytest.raises(ApiError, match="requests a minute"):
-        other.begin(1)
+        other.begin()
     assert Client("free").headers() == {}
 
 
@@ -124,7 +127,9 @@ async def test_whoever_has_least_running_comes_first():
             await trio.testing.wait_all_tasks_blocked()
         assert (admission.num_running, admission.num_waiting) == (2, 3)
         release.set()
-    assert order[:3] == ["greedy", "greedy", "modest"]
+    # The two that became free at the same moment start in any order.
+    assert order[:2] == ["greedy", "greedy"]
+    assert "modest" in order[2:4]
     assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 

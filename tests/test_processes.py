@@ -361,7 +361,7 @@ def established(pids):
 def test_up_serves_whoever_knows_one_address(tiny):
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [*DSD, "up", "--model", str(tiny("qwen3")), "--stages", "2"],
+        [*DSD, "up", "--model", str(tiny("qwen3")), "--stages", "2", "--port", "0"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -369,7 +369,11 @@ def test_up_serves_whoever_knows_one_address(tiny):
         env={**os.environ, "DSD_TEST_MARK": mark},
     )
     try:
-        line = process.stdout.readline().split()
+        line: list[str] = []
+        while "--connect" not in line:
+            text = process.stdout.readline()
+            assert text, "it ended"
+            line = text.split()
         address = line[line.index("--connect") + 1]
         flags = ["--model", str(tiny("qwen3")), "--connect", address, "--max-tokens", "15", "--json"]
         for mode in ("plain", "continuous"):

@@ -1,5 +1,6 @@
 """Events, the picture they add up to, and brokers: real ones, dead ones, and such that never answer."""
 
+import gc
 import json
 import shutil
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import trio
@@ -33,6 +35,14 @@ from dsd_p2p.telemetry.summary import describe
 
 # paho leaves the socket of a connection that did not come about to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collect():
+    """So that it is found here, and not in another test."""
+    yield
+    gc.collect()
+
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
 
@@ -99,6 +109,30 @@ def test_any_events_in_any_order_make_a_picture(events):
         picture.tick(picture.now_s + 1)
         picture.alerts()
     json.dumps(describe(picture))
+
+
+def test_a_time_that_is_none_is_no_event_and_a_pause_of_years_costs_nothing():
+    assert decode_event(b'{"event":{"type":"peer","at_s":1e17},"schema":1}') is None
+    assert decode_event(b'{"event":{"type":"peer","at_s":-1},"schema":1}') is None
+    picture = Picture()
+    for at_s in (0.0, 1.0, 9e10, 1e11):
+        picture.add(PeerStatus(at_s=at_s, peer="p"))
+    assert len(picture.series) <= 120
+
+
+def test_the_speed_is_that_of_the_last_seconds_also_for_who_comes_late():
+    early, late = Picture(), Picture()
+    early.add(SessionStarted(at_s=0.0, session="s", coordinator="c"))
+    for tenth in range(1, 400):
+        event = window(tenth / 10, tenth)
+        early.add(event)
+        if tenth > 300:
+            late.add(event)
+    for picture in (early, late):
+        assert picture.tokens_per_s == pytest.approx(10, abs=0.5)
+        assert picture.sessions["s"].tokens_per_s(picture.now_s) == pytest.approx(10, abs=0.5)
+        picture.tick(picture.now_s + 400)
+        assert picture.sessions == {}, "a coordinator that is gone takes its requests along"
 
 
 @given(st.binary(max_size=80))
@@ -214,7 +248,7 @@ def test_events_go_through_a_broker_that_dies_and_comes_back(tmp_path):
             wait_for(lambda: len(heard) >= 2)
         # A node tells its status every second, and so notices.
         publisher.tell(PeerStatus(peer="me", state="unheard"))
-        wait_for(lambda: not publisher.is_connected)
+        wait_for(lambda: not publisher.is_connected, 40)
         start_s = time.perf_counter()
         for number in range(6000):
             publisher.tell(window(0.0, number))
@@ -318,6 +352,13 @@ def test_over_tls_with_passwords_a_node_writes_its_own_topics_only(tmp_path):
             forger.tell(PeerStatus(peer="alice", state="forged"))
             stranger.tell(PeerStatus(peer="alice", state="forged"))
             unverified.tell(PeerStatus(peer="alice", state="forged"))
+            # Below her own topics the broker lets her write: she is not believed there either.
+            below = parse_broker(f"mqtts://mallory:mallory-secret@127.0.0.1:{port}", swarm="x", ca_file=ca_file)
+            nested = MqttPublisher(replace(below, topics="dsd/v1/test/peers/mallory"), "alice")
+            nested._topics = "dsd/v1/test/peers/mallory/x"
+            clients.append(nested)
+            nested.start()
+            nested.tell(PeerStatus(peer="alice", state="forged"))
             time.sleep(1.0)
             honest.tell(PeerStatus(peer="alice", state="true"))
             wait_for(lambda: any(event.state == "true" for event in heard))

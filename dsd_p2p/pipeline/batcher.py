@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import trio
 
+from dsd_p2p.pipeline.span_model import SpanModel
 from dsd_p2p.pipeline.stage_pass import Answer, StagePass
-from dsd_p2p.session.passes import SpanPass
+from dsd_p2p.session.passes import SpanOutput, SpanPass
 from dsd_p2p.types import PeerId, StageCost
 
 _MAX_ROWS = 128
@@ -72,6 +73,8 @@ class Batcher:
             DsdError: what is wrong with the window.
             Exception: what the model failed with.
         """
+        if work.is_stale:
+            return None
         self._num_arrived += 1
         entry = _Entry(work, self._num_arrived, self._starts_at(work))
         self._waiting.append(entry)
@@ -100,13 +103,19 @@ class Batcher:
                 batch = self._choose()
                 for entry, _ in batch:
                     entry.is_running = True
-                if batch:
-                    # Not abandoned on cancellation: caches must not be freed under a running pass.
-                    await trio.to_thread.run_sync(self._run, batch)
-            for entry, _ in batch:
-                entry.is_running = False
-                if entry.error is not None or entry.is_given_up or not entry.work.num_left:
-                    self._end(entry)
+                # Shielded: a session that is cancelled waits for its pass, whose cache must not be freed under it.
+                with trio.CancelScope(shield=True):
+                    if batch:
+                        await trio.to_thread.run_sync(self._run, batch)
+                self._settle(batch)
+
+    def _settle(self, batch: Sequence[tuple[_Entry, int]]) -> None:
+        for entry, num_rows in batch:
+            entry.is_running = False
+            # Each piece takes its turn.
+            entry.starts_at += num_rows
+            if entry.error is not None or entry.is_given_up or not entry.work.num_left:
+                self._end(entry)
 
     def _end(self, entry: _Entry) -> None:
         self._waiting.remove(entry)
@@ -152,15 +161,12 @@ class Batcher:
         num_rows = sum(piece.num_rows for _, piece in pieces)
         if pieces:
             work = pieces[0][0].work
-            try:
-                outputs = work.model.run([piece for _, piece in pieces])
-            except Exception as exc:  # a failed pass fails its sessions, which say so
-                for entry, _ in pieces:
-                    entry.error = exc
-                return
+            outputs = _outputs([piece for _, piece in pieces], work.model)
             self._note_pass(work, num_rows, self._clock() - start_s)
             for (entry, piece), output in zip(pieces, outputs, strict=True):
                 try:
+                    if isinstance(output, Exception):
+                        raise output  # noqa: TRY301 - caught where every error of this entry is
                     entry.work.take(piece, output)
                 except Exception as exc:
                     entry.error = exc
@@ -186,6 +192,16 @@ class Batcher:
             entry.answer = entry.work.finish(cost)
         except Exception as exc:
             entry.error = exc
+
+
+def _outputs(pieces: Sequence[SpanPass], model: SpanModel) -> Sequence[SpanOutput | Exception]:
+    """What comes of each piece. A pass that fails as a whole is done again one by one, so that who is to blame fails alone."""
+    try:
+        return model.run(pieces)
+    except Exception as exc:  # raised again where the session waits
+        if len(pieces) == 1:
+            return [exc]
+        return [_outputs([piece], model)[0] for piece in pieces]
 
 
 def _begin(entry: _Entry, max_rows: int) -> SpanPass | None:

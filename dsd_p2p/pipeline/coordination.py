@@ -27,7 +27,7 @@ from dsd_p2p.session.effects import Emit
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, TokenId
 from dsd_p2p.window.base import WindowPolicy
-from dsd_p2p.wire.messages import Answer, AnswerEnd, Ask, FailureKind, StopAnswer
+from dsd_p2p.wire.messages import MAX_TOKEN, Answer, AnswerEnd, Ask, FailureKind, StopAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -126,13 +126,16 @@ class CoordinatorService:
 class ThinClient:
     """Asks coordinators; a service of `dsd_p2p.pipeline.services`.
 
-    choose: the peer to ask next, without those to avoid; None when there is none.
+    choose: the peer to ask next, without those to avoid; None when there is none. vocab_size: of the model.
     """
 
     takes = (Answer, AnswerEnd)
 
-    def __init__(self, links: PeerLinks, choose: Callable[[Collection[str]], PeerId | None]) -> None:
+    def __init__(
+        self, links: PeerLinks, choose: Callable[[Collection[str]], PeerId | None], vocab_size: int = MAX_TOKEN
+    ) -> None:
         self._links = links
+        self._vocab_size = vocab_size
         self._choose = choose
         self._waiting: dict[bytes, tuple[PeerId, trio.MemorySendChannel[Answer | AnswerEnd | Lost]]] = {}
 
@@ -226,7 +229,8 @@ class ThinClient:
                                 "answer start", start, f"{num_expected}, within {options.max_tokens} tokens"
                             )
                         num_logprobs = len(tokens) if options.top_logprobs >= 0 else 0
-                        if len(answer.logprobs) != num_logprobs:
+                        fits = all(each.is_of(options.top_logprobs, self._vocab_size) for each in answer.logprobs)
+                        if len(answer.logprobs) != num_logprobs or not fits:
                             raise RemoteProtocolError("logprobs", len(answer.logprobs), f"{num_logprobs} entries")
                         num_expected += len(tokens)
                         yield answer

@@ -129,11 +129,13 @@ class RequestDriver:
                         await self._wait_for_overdue_check()
                     nursery.cancel_scope.cancel()
         finally:
+            try:
+                await self._close_stages()
+            finally:
+                self._is_over.set()
             if self._watch is not None:
                 finish = self.finish
                 self._watch.ended(finish.reason if finish else "left", str(finish.error or "") if finish else "")
-            await self._close_stages()
-            self._is_over.set()
 
     async def stop(self) -> None:
         """End the request if it still goes on; returns once nothing of it runs."""

@@ -26,7 +26,18 @@ from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.telemetry.watch import RequestWatch, Sink
 from dsd_p2p.transport.base import Lost, Transport
-from dsd_p2p.types import GREEDY, PeerId, PeerInfo, Relaxation, Sampling, SessionId, Span, TokenId, TokenLogprobs
+from dsd_p2p.types import (
+    GREEDY,
+    PeerId,
+    PeerInfo,
+    Relaxation,
+    Sampling,
+    SessionId,
+    Span,
+    TokenId,
+    TokenLogprobs,
+    check_sampling,
+)
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.governor import GovernedPolicy, Governor
 from dsd_p2p.window.tracker import Tracker
@@ -193,6 +204,7 @@ class Engine:
                 f"prompt of {len(prompt)} and {options.max_tokens} new tokens exceed the model's context of {limit}: "
                 "shorten the prompt or lower --max-tokens"
             )
+        check_sampling(options.sampling)
         if options.audit and (options.hidden_format is not HiddenFormat.MODEL or options.relaxation is not None):
             raise ConfigError("--audit compares exact rows: leave out --hidden and --verify relaxed")
         session = SessionId(secrets.token_bytes(8))
@@ -214,6 +226,7 @@ class Engine:
         tracker = self._tracker(route, options.experience)
         machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
         drafter, drafting = self._open_drafter(len(prompt) + options.max_tokens, options.sampling)
+        share = _Share(self._governor)
         driver = RequestDriver(
             machine,
             self.links,
@@ -222,11 +235,10 @@ class Engine:
             find_route=self._find_route,
             auditor=self._auditor(request) if options.audit else None,
             distrust=self._distrust,
-            committed=lambda count: self._governor.committed(count, trio.current_time()),
+            committed=share.committed,
             watch=None if self.tell is None else RequestWatch(machine, self.tell, time.time, drafter.name),
         )
         self._drivers[session] = driver
-        self._governor.joined(trio.current_time())
         output, batches = trio.open_memory_channel[Emit](_OUTPUT_BATCHES)
         # In the engine's nursery, so that the caller's own errors do not come out wrapped in a group.
         self._nursery.start_soon(driver.run, output)
@@ -243,7 +255,7 @@ class Engine:
             with trio.CancelScope(shield=True):
                 await driver.stop()
             del self._drivers[session]
-            self._governor.left(trio.current_time())
+            share.left()
             drafting.close()
 
     def _open_drafter(self, max_length: int, sampling: Sampling) -> tuple[Drafter, DraftSession]:
@@ -328,6 +340,26 @@ class Engine:
             driver.inbox.send_nowait(event)
         except trio.WouldBlock:
             logger.exception("request overrun: event dropped, the stall deadline will end it")
+
+
+class _Share:
+    """A request in the governor's count: from its first token on, because its prompt writes none."""
+
+    def __init__(self, governor: Governor) -> None:
+        self._governor = governor
+        self._is_counted = False
+
+    def committed(self, num_tokens: int) -> None:
+        """It got tokens."""
+        if not self._is_counted:
+            self._is_counted = True
+            self._governor.joined(trio.current_time())
+        self._governor.committed(num_tokens, trio.current_time())
+
+    def left(self) -> None:
+        """It is over."""
+        if self._is_counted:
+            self._governor.left(trio.current_time())
 
 
 def _formats(hidden_format: HiddenFormat, num_links: int) -> tuple[HiddenFormat, ...]:

@@ -371,6 +371,9 @@ class Coordinator:
         num_logprobs = len(verdict.tokens) if self._request.top_logprobs >= 0 else 0
         if len(verdict.logprobs) != num_logprobs:
             raise RemoteProtocolError("logprobs", len(verdict.logprobs), f"{num_logprobs} entries")
+        num_top, vocab_size = self._request.top_logprobs, self._request.vocab_size
+        if not all(each.is_of(num_top, vocab_size) for each in verdict.logprobs):
+            raise RemoteProtocolError("logprobs", verdict.logprobs, f"{num_top} of {vocab_size} tokens each")
         first_new = len(self._request.prompt)
         last_start = len(self.tokens) + self._next_node
         if not first_new <= verdict.start_pos <= last_start:

@@ -14,6 +14,7 @@ SCHEMA = 1
 
 Label = Annotated[str, Meta(max_length=256)]
 Sentence = Annotated[str, Meta(max_length=1024)]
+Time = Annotated[float, Meta(ge=0, le=1e11)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Counts = Annotated[tuple[Count, ...], Meta(max_length=256)]
@@ -34,7 +35,7 @@ class PeerStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
     links_s: round trips to other peers. num_dropped: events that this node had to leave out.
     """
 
-    at_s: float = 0.0
+    at_s: Time = 0.0
     peer: Label = ""
     is_online: bool = True
     roles: Annotated[tuple[Label, ...], Meta(max_length=8)] = ()
@@ -59,7 +60,7 @@ class PeerStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 class SessionStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="session_started"):
     """A request opened its chain."""
 
-    at_s: float = 0.0
+    at_s: Time = 0.0
     session: Label = ""
     coordinator: Label = ""
     stages: Annotated[tuple[StageOf, ...], Meta(max_length=64)] = ()
@@ -72,7 +73,7 @@ class SessionStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
 class Failover(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="failover"):
     """A request lost its chain and goes on over another."""
 
-    at_s: float = 0.0
+    at_s: Time = 0.0
     session: Label = ""
     coordinator: Label = ""
     stages: Annotated[tuple[StageOf, ...], Meta(max_length=64)] = ()
@@ -86,7 +87,7 @@ class WindowVerified(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
     hits_by_depth, outcomes_by_depth: see `dsd_p2p.session.request.RequestStats`.
     """
 
-    at_s: float = 0.0
+    at_s: Time = 0.0
     session: Label = ""
     coordinator: Label = ""
     mode: Label = ""
@@ -108,7 +109,7 @@ class WindowVerified(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
 class SessionEnded(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="session_ended"):
     """A request is over. error: empty when it ended as asked."""
 
-    at_s: float = 0.0
+    at_s: Time = 0.0
     session: Label = ""
     coordinator: Label = ""
     reason: Label = ""
@@ -145,6 +146,11 @@ def decode_event(data: bytes) -> Event | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return envelope.event if envelope.schema == SCHEMA else None
+
+
+def arrived(event: Event, now_s: float) -> Event:
+    """Return a live event as of our own clock: other machines' are not ours to tell the time by."""
+    return msgspec.structs.replace(event, at_s=now_s)
 
 
 def read_events(lines: Iterable[bytes]) -> Iterator[Event]:

@@ -168,7 +168,6 @@ class MqttPublisher:
         self._queue: deque[Event] = deque()
         self._arrived: asyncio.Event | None = None
         self.num_dropped = 0
-        self.num_published = 0
 
     @property
     def is_connected(self) -> bool:
@@ -211,7 +210,6 @@ class MqttPublisher:
     async def _publish(self, client: aiomqtt.Client, event: Event) -> None:
         topic, qos, is_kept = topic_of(event, self._topics, self._peer)
         await client.publish(topic, encode_event(event), qos=qos, retain=is_kept, timeout=_ANSWER_TIMEOUT_S)
-        self.num_published += 1
 
 
 class MqttSubscriber:
@@ -248,7 +246,8 @@ class MqttSubscriber:
                 continue
             event = decode_event(payload)
             # What a peer says counts under its own topics only: there a broker lets nobody else write.
-            if event is not None and _author(event) == message.topic.value.split("/")[-2]:
+            own = message.topic.value.removeprefix(f"{self._topics}/peers/").split("/")
+            if event is not None and len(own) == 2 and own[0] == _author(event):
                 self._heard(event)
 
 

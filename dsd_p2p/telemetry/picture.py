@@ -7,6 +7,7 @@ from dsd_p2p.telemetry.events import Event, Failover, PeerStatus, SessionEnded, 
 
 _MAX_PEERS, _MAX_SESSIONS, _MAX_HISTORY = 4096, 1024, 32
 _KEEP_ENDED_S = 10.0
+_KEEP_SILENT_S = 300.0
 _SILENT_S = 6.0
 """A node tells of itself every second."""
 
@@ -31,6 +32,7 @@ class SessionView:
     newest: WindowVerified = field(default_factory=WindowVerified)
     ended: SessionEnded | None = None
     num_failovers: int = 0
+    is_from_its_start: bool = False
     samples: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=128))
 
     def tokens_per_s(self, now_s: float) -> float:
@@ -63,7 +65,7 @@ class Picture:
         self.errors: deque[SessionEnded] = deque(maxlen=_MAX_HISTORY)
         self.series: deque[int] = deque(maxlen=_SERIES)
         self.now_s = 0.0
-        self._bucket_s = 0.0
+        self._bucket: int | None = None
         self.num_events = 0
 
     def add(self, event: Event) -> None:
@@ -101,9 +103,9 @@ class Picture:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second of all requests together."""
-        recent = list(self.series)[-int(_RATE_S) :]
-        return sum(recent) / max(1.0, len(recent) * _SERIES_S) if recent else 0.0
+        """Tokens a second of all requests together, over the last whole seconds."""
+        recent = list(self.series)[-1 - int(_RATE_S) : -1]
+        return sum(recent) / (len(recent) * _SERIES_S) if recent else 0.0
 
     def acceptance(self) -> list[float]:
         """For each depth below the root, how often a drafted level held the target's token."""
@@ -138,19 +140,18 @@ class Picture:
         return sorted(alerts, key=lambda alert: -alert.level)
 
     def _pass_time(self, at_s: float) -> None:
-        if not self.now_s:
-            self._bucket_s = at_s
         self.now_s = max(self.now_s, at_s)
+        bucket = int(self.now_s / _SERIES_S)
         # After a long silence only the newest buckets matter.
-        self._bucket_s = max(self._bucket_s, self.now_s - _SERIES * _SERIES_S)
-        while self.now_s >= self._bucket_s + _SERIES_S or not self.series:
-            self.series.append(0)
-            self._bucket_s += _SERIES_S if len(self.series) > 1 else 0.0
+        num_new = 1 if self._bucket is None else min(_SERIES, bucket - self._bucket)
+        self.series.extend([0] * num_new)
+        self._bucket = bucket
 
     def _view(self, session: str, coordinator: str) -> SessionView:
         if (view := self.sessions.get(session)) is None:
             while len(self.sessions) >= _MAX_SESSIONS:
-                del self.sessions[next(iter(self.sessions))]
+                ended = (name for name, known in self.sessions.items() if known.ended is not None)
+                del self.sessions[next(ended, next(iter(self.sessions)))]
             view = self.sessions[session] = SessionView(
                 session=session, coordinator=coordinator, at_s=self.now_s, started_at_s=self.now_s
             )
@@ -162,13 +163,16 @@ class Picture:
         view = self._view(event.session, event.coordinator)
         view.stages, view.drafter, view.max_tokens = event.stages, event.drafter, event.max_tokens
         view.num_prompt_tokens = event.num_prompt_tokens
+        view.is_from_its_start = self.now_s - event.at_s < _SERIES_S
 
     def _window(self, event: WindowVerified) -> None:
         view = self._view(event.session, event.coordinator)
         before, view.newest, view.at_s = view.newest, event, self.now_s
         for name in ("num_tokens", "num_windows", "num_nodes", "num_misses", "num_stale", "num_relaxed"):
             self.totals[name] += max(0, getattr(event, name) - getattr(before, name))
-        self.series[-1] += max(0, event.num_tokens - before.num_tokens)
+        # Of a request that was under way before we listened, what it has written is no speed of now.
+        if view.samples or view.is_from_its_start:
+            self.series[-1] += max(0, event.num_tokens - before.num_tokens)
         view.samples.append((self.now_s, event.num_tokens))
         _add_growth(self.hits_by_depth, event.hits_by_depth, before.hits_by_depth)
         _add_growth(self.outcomes_by_depth, event.outcomes_by_depth, before.outcomes_by_depth)
@@ -185,7 +189,8 @@ class Picture:
             self.errors.append(event)
 
     def _is_over(self, view: SessionView) -> bool:
-        return view.ended is not None and self.now_s - view.at_s > _KEEP_ENDED_S
+        # One that falls silent without an end has lost its coordinator.
+        return self.now_s - view.at_s > (_KEEP_ENDED_S if view.ended is not None else _KEEP_SILENT_S)
 
 
 def short(peer: str) -> str:

@@ -26,6 +26,7 @@ class RequestWatch:
         self._started_at_s = now()
         self._first_at_s: float | None = None
         self._told_at_s = 0.0
+        self._stage_us: tuple[int, ...] = ()
         self._is_ended = False
 
     def opened(self, message: OpenSession) -> None:
@@ -63,9 +64,14 @@ class RequestWatch:
         num_tokens = len(machine.tokens) - machine.num_prompt_tokens
         if self._first_at_s is None and num_tokens:
             self._first_at_s = now_s
-        if now_s - self._told_at_s < _INTERVAL_S or not self._session:
-            return
+        self._stage_us = tuple(cost.us for cost in verdict.costs)
+        if now_s - self._told_at_s >= _INTERVAL_S and self._session:
+            self._tell_window(now_s)
+
+    def _tell_window(self, now_s: float) -> None:
         self._told_at_s = now_s
+        machine = self._machine
+        num_tokens = len(machine.tokens) - machine.num_prompt_tokens
         stats, decision = machine.stats, machine.decision
         self._sink(
             WindowVerified(
@@ -83,7 +89,7 @@ class RequestWatch:
                 num_relaxed=stats.num_relaxed_tokens,
                 num_in_flight=machine.num_in_flight,
                 traversal_s=machine.traversal_s,
-                stage_us=tuple(cost.us for cost in verdict.costs),
+                stage_us=self._stage_us,
                 hits_by_depth=tuple(stats.hits_by_depth),
                 outcomes_by_depth=tuple(stats.outcomes_by_depth),
             )
@@ -95,6 +101,8 @@ class RequestWatch:
             return
         self._is_ended = True
         now_s, machine = self._now(), self._machine
+        # The last totals: what was skipped since the last told window is in them.
+        self._tell_window(now_s)
         self._sink(
             SessionEnded(
                 at_s=now_s,

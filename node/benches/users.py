@@ -61,7 +61,7 @@ async def run_users(config: UsersConfig, rounds: int, progress: Progress) -> dic
     async with _swarm(config, source, int(shape.num_hidden_layers), int(shape.vocab_size), progress) as engine:
         for number in range(-1, rounds):
             for arm in arms:
-                one = await _write(engine, config, prompts[max(0, number) :][:1], _policy(engine, arm))
+                one = await _write(engine, config, [prompts[max(0, number) % len(prompts)]], _policy(engine, arm))
                 progress.step(f"{arm}, round {number + 1}", number + 1, rounds)
                 many = await _write(engine, config, prompts, _policy(engine, arm))
                 # The first, number -1, warms up: kernels, and what policies must find out.

@@ -112,10 +112,10 @@ async def _telling(config: UpConfig, engine: Engine, hub: EventHub) -> AsyncIter
         def look_around() -> None:
             """What the stages say themselves is better than what we see of them."""
             for status in seen_peers(engine.links):
-                if status.peer not in hub.picture.peers or hub.picture.is_silent(status.peer):
+                if status.peer not in hub.speaking or hub.picture.is_silent(status.peer):
                     hub.hear(status)
 
-        nursery.start_soon(report_forever, source, hub.tell, look_around)
+        nursery.start_soon(report_forever, source, hub.tell, look_around, hub.tick)
         yield
         nursery.cancel_scope.cancel()
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import httpx
 
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.telemetry.events import Event, decode_event, encode_event, read_events
+from dsd_p2p.telemetry.events import Event, arrived, decode_event, encode_event, read_events
 from dsd_p2p.telemetry.mqtt import Broker, MqttSubscriber
 
 _MAX_WAITING = 100_000
@@ -47,7 +47,7 @@ class Source(Protocol):
 
 
 class GatewaySource:
-    """A node's own stream of events. Each connection begins with all that is running: `is_anew` tells to start over."""
+    """A node's own stream of events. Each connection begins with all that is running."""
 
     is_over = False
 
@@ -81,7 +81,7 @@ class GatewaySource:
         while not self._is_closed:
             try:
                 self._listen()
-            except httpx.HTTPError as exc:
+            except (httpx.HTTPError, httpx.InvalidURL) as exc:
                 self._trouble = f"{type(exc).__name__}: trying again"
             time.sleep(_RETRY_S)
 
@@ -99,7 +99,7 @@ class GatewaySource:
                 if self._is_closed:
                     return
                 if line.startswith("data: ") and (event := decode_event(line[6:].encode())) is not None:
-                    self._events.append(event)
+                    self._events.append(arrived(event, time.time()))
         self._trouble = "the node ended the stream: trying again"
 
 
@@ -111,7 +111,7 @@ class BrokerSource:
     def __init__(self, broker: Broker) -> None:
         self.name = f"mqtt://{broker.host}:{broker.port}"
         self._events: deque[Event] = deque(maxlen=_MAX_WAITING)
-        self._subscriber = MqttSubscriber(broker, self._events.append)
+        self._subscriber = MqttSubscriber(broker, lambda event: self._events.append(arrived(event, time.time())))
         self._subscriber.start()
 
     @property

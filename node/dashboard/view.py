@@ -179,7 +179,7 @@ def _peer_table(picture: Picture, peers: Sequence[PeerStatus], num_all: int, cho
         ]
         if is_wide:
             cells += [_bar(peer.busy_share, 10), peer.version or "-", ",".join(peer.roles), str(peer.num_passes)]
-        table.add_row(*cells, style="red" if state in ("offline", "silent") else None)
+        table.add_row(*map(_cell, cells), style="red" if state in ("offline", "silent") else None)
     return table
 
 
@@ -198,7 +198,7 @@ def _session_table(
     table.add_column("why", no_wrap=True, overflow="ellipsis", ratio=1)
     for index, view in enumerate(views):
         newest = view.newest
-        table.add_row(
+        cells = (
             _mark(first + index == choices.cursor) + view.session[:8],
             f"{newest.num_tokens}/{view.max_tokens or '?'}",
             f"{view.tokens_per_s(picture.now_s):.1f}",
@@ -206,6 +206,7 @@ def _session_table(
             newest.decision or newest.mode or "-",
             newest.reason + (f" ({view.num_failovers} failovers)" if view.num_failovers else ""),
         )
+        table.add_row(*map(_cell, cells))
     return table
 
 
@@ -259,9 +260,18 @@ def _table(title: str, width: int) -> Table:
 
 
 def _line(text: str, width: int, style: str = "") -> Text:
-    line = Text(text, style=style, no_wrap=True, overflow="ellipsis")
+    line = Text(_plain(text), style=style, no_wrap=True, overflow="ellipsis")
     line.truncate(width, overflow="ellipsis")
     return line
+
+
+def _cell(text: str) -> Text:
+    return Text(_plain(text))
+
+
+def _plain(text: str) -> str:
+    """What peers say must not steer the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _mark(is_chosen: bool) -> str:

@@ -29,7 +29,7 @@ from dsd_p2p.types import Sampling, TokenId
 from node.gateway.admission import Admission, PatientDoor
 from node.gateway.choice import Choice
 from node.gateway.door import Door
-from node.gateway.errors import ApiError, api_error, json_response
+from node.gateway.errors import ApiError, api_error, json_response, unexpected
 from node.gateway.formats import ChatFormat, TextFormat
 from node.gateway.keys import Client, Clients
 from node.gateway.openapi import openapi_document
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 Request_ = TypeVar("Request_", ChatRequest, CompletionRequest)
 Handler = Callable[[Request], Awaitable[Response | Writing | EventStream]]
 
+_BODY_TIMEOUT_S = 60.0
 _DEFAULT_TEXT_TOKENS = 16
 """What OpenAI's completions endpoint writes by default."""
 
@@ -77,7 +78,7 @@ class Served:
 
 @dataclass(slots=True, kw_only=True)
 class Gateway:
-    """Everything the routes use. metrics: in Prometheus' text format; note: is told of every request that has ended."""
+    """Everything the routes use. metrics: in Prometheus' text format; note, note_refused: are told of requests that ended."""
 
     door: Door
     served: Served
@@ -86,6 +87,7 @@ class Gateway:
     metrics: Callable[[], bytes]
     is_ready: Callable[[], bool]
     note: Callable[[Writing, int], None] = lambda _writing, _status: None
+    note_refused: Callable[[int], None] = lambda _status: None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     stall_timeout_s: float = 60.0
     limits: GatewayLimits = field(default_factory=GatewayLimits)
@@ -112,7 +114,7 @@ class Gateway:
                 Route("/openapi.json", self._openapi, methods=["GET"]),
                 Route("/healthz", self._health, methods=["GET"]),
                 Route("/readyz", self._ready, methods=["GET"]),
-                Route("/metrics", self._metrics, methods=["GET"]),
+                Route("/metrics", self._guarded(self._metrics), methods=["GET"]),
                 Route("/", self._page, methods=["GET"]),
             ],
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
@@ -126,15 +128,18 @@ class Gateway:
             try:
                 return await handler(request, self.clients.identify(request.headers))
             except ApiError as exc:
-                return exc.response()
+                error = exc
             except DsdError as exc:
-                return api_error(exc).response()
+                error = api_error(exc)
+            self.note_refused(error.status)
+            return error.response()
 
         return guarded
 
     # Answers
 
     async def _chat(self, request: Request, client: Client) -> Writing:
+        client.begin()
         asked = await self._read(request, ChatRequest)
         prompt = await trio.to_thread.run_sync(self.served.text.encode_chat, _messages(asked))
         top_logprobs = (asked.top_logprobs or 0) if asked.logprobs else -1
@@ -146,6 +151,7 @@ class Gateway:
         return self._writing(client, asked, [prompt], options, ChatFormat(self.served.text))
 
     async def _complete(self, request: Request, client: Client) -> Writing:
+        client.begin()
         asked = await self._read(request, CompletionRequest)
         prompts = await trio.to_thread.run_sync(self._prompts, asked)
         if asked.best_of is not None and asked.best_of != (asked.n or 1):
@@ -156,7 +162,9 @@ class Gateway:
             asked, asked.max_tokens or _DEFAULT_TEXT_TOKENS, -1 if asked.logprobs is None else asked.logprobs
         )
         text = self.served.text
-        echoes = [text.decode(prompt) if asked.echo else "" for prompt in prompts for _ in range(asked.n or 1)]
+        self._check_length(prompts, options, "prompt")
+        echoed = [text.decode(prompt) if asked.echo else "" for prompt in prompts]
+        echoes = [echo for echo in echoed for _ in range(asked.n or 1)]
         return self._writing(client, asked, prompts, options, TextFormat(text, echoes))
 
     def _prompts(self, asked: CompletionRequest) -> list[list[TokenId]]:
@@ -203,16 +211,8 @@ class Gateway:
         if len(prompts) * n > MAX_CHOICES:
             raise ApiError(400, f"n: at most {MAX_CHOICES} answers to a request, all prompts together", param="n")
         num_prompt_tokens = sum(map(len, prompts))
-        longest = max(map(len, prompts))
-        if longest + options.max_tokens > self.served.max_positions:
-            raise ApiError(
-                400,
-                f"the model's context is {self.served.max_positions} tokens: the prompt has {longest}, "
-                f"{options.max_tokens} more were asked for",
-                code="context_length_exceeded",
-                param="messages" if isinstance(form, ChatFormat) else "prompt",
-            )
-        client.begin(num_prompt_tokens)
+        self._check_length(prompts, options, "messages" if isinstance(form, ChatFormat) else "prompt")
+        client.take(num_prompt_tokens)
         choices = [
             Choice(
                 door=self.door,
@@ -238,6 +238,17 @@ class Gateway:
             note=self.note,
         )
 
+    def _check_length(self, prompts: Sequence[Sequence[TokenId]], options: GenerateOptions, param: str) -> None:
+        longest = max(map(len, prompts))
+        if longest + options.max_tokens > self.served.max_positions:
+            raise ApiError(
+                400,
+                f"the model's context is {self.served.max_positions} tokens: the prompt has {longest}, "
+                f"{options.max_tokens} more were asked for",
+                code="context_length_exceeded",
+                param=param,
+            )
+
     async def _read(self, request: Request, kind: type[Request_]) -> Request_:
         """The request's body, checked.
 
@@ -246,10 +257,14 @@ class Gateway:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the request as application/json")
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.limits.max_body_bytes:
-                raise ApiError(413, f"the request is longer than {self.limits.max_body_bytes} bytes")
+        try:
+            with trio.fail_after(_BODY_TIMEOUT_S):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.limits.max_body_bytes:
+                        raise ApiError(413, f"the request is longer than {self.limits.max_body_bytes} bytes")
+        except trio.TooSlowError:
+            raise ApiError(408, f"the request did not arrive within {_BODY_TIMEOUT_S:g} s") from None
         try:
             asked = msgspec.json.decode(body, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -291,7 +306,7 @@ class Gateway:
         is_ready = self.is_ready()
         return json_response({"status": "ready" if is_ready else "no chain of stages"}, 200 if is_ready else 503)
 
-    async def _metrics(self, _request: Request) -> Response:
+    async def _metrics(self, _request: Request, _client: Client) -> Response:
         return Response(self.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _page(self, _request: Request) -> Response:
@@ -323,5 +338,6 @@ async def _http_error(_request: Request, error: Exception) -> Response:
     return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
 
-async def _unexpected(_request: Request, _error: Exception) -> Response:
-    return ApiError(500, "the gateway failed; see its log", kind="server_error").response()
+async def _unexpected(request: Request, error: Exception) -> Response:
+    logger.error("request failed path=%s", request.url.path, exc_info=error)
+    return unexpected().response()

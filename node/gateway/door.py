@@ -5,6 +5,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import trio
+
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.pipeline.coordination import ThinClient
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions
@@ -84,6 +86,19 @@ class SwarmDoor:
         else:
             outcome.coordinator = coordinator or ""
             answer = self._thin.generate(prompt, options, self._deadline_s)
+        start_s, first_s, first_size, num_tokens = trio.current_time(), 0.0, 0, 0
         async with aclosing(answer) as pieces:
             async for piece in pieces:
+                if not num_tokens:
+                    first_s, first_size = trio.current_time(), len(piece.tokens)
+                num_tokens += len(piece.tokens)
+                if outcome.coordinator:
+                    # What can be seen from here; the rest is the coordinator's.
+                    later_s, num_later = trio.current_time() - first_s, num_tokens - first_size
+                    outcome.statistics = {
+                        "ttft_s": first_s - start_s,
+                        "later_s": later_s,
+                        "num_later_tokens": num_later,
+                        "tokens_per_s": num_later / later_s if later_s > 0 else 0.0,
+                    }
                 yield piece

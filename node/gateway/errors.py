@@ -42,6 +42,11 @@ class ApiError(Exception):
         return json_response(self.body, self.status, self.headers)
 
 
+def unexpected() -> ApiError:
+    """Return what a client is told of a failure that nobody foresaw; whoever catches it logs it."""
+    return ApiError(500, "the gateway failed; see its log", kind="server_error")
+
+
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return `body` as JSON."""
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")

@@ -105,6 +105,7 @@ class TextFormat:
     def __init__(self, text: TextCodec, echoes: Sequence[str]) -> None:
         self._text = text
         self._echoes = echoes
+        self._offsets = [len(echo) for echo in echoes]
 
     def whole(self, head: Head, choices: Sequence[tuple[Choice, list[Piece]]], usage: Usage) -> object:
         """Return the reply in one piece."""
@@ -126,7 +127,8 @@ class TextFormat:
 
     def event(self, head: Head, index: int, piece: Piece) -> object:
         """Return the event of what is new of an answer."""
-        logprobs = self._logprobs([piece], 0) if piece.logprobs else None
+        logprobs = self._logprobs([piece], self._offsets[index]) if piece.logprobs else None
+        self._offsets[index] += sum(len(self._text.token_text(token)) for token in piece.tokens)
         return self._completion(head, [TextChoice(index=index, text=piece.text, finish_reason=None, logprobs=logprobs)])
 
     def last(self, head: Head, index: int, choice: Choice) -> object:

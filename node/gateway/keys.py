@@ -48,6 +48,8 @@ def read_keys(file: Path) -> list[ApiKey]:
         keys = msgspec.convert(tomllib.loads(file.read_text()), _KeysFile).key
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as exc:
         raise ConfigError(f"API keys {file}: {exc}") from exc
+    if not keys:
+        raise ConfigError(f"API keys {file}: there is none in it, and nobody could ask")
     for key in keys:
         if (key.key is None) == (key.sha256 is None):
             raise ConfigError(f"API keys {file}: {key.name!r} needs either key or sha256")
@@ -88,24 +90,29 @@ class Client:
         self._requests = Bucket(requests_per_minute)
         self._tokens = Bucket(tokens_per_minute)
 
-    def begin(self, num_tokens: int) -> None:
-        """Count a request whose prompts have `num_tokens`.
+    def begin(self) -> None:
+        """Count a request, before anything is done for it, whatever becomes of it.
 
         Raises:
             ApiError: 429, with when to come back.
         """
-        for bucket, amount, what in ((self._requests, 1, "requests"), (self._tokens, num_tokens, "tokens")):
-            bucket.fill()
-            if (wait_s := bucket.wait_s(amount)) > 0:
-                raise ApiError(
-                    429,
-                    f"{self.name} may use {bucket.limit} {what} a minute: try again in {math.ceil(wait_s)} s",
-                    kind=what,
-                    code="rate_limit_exceeded",
-                    headers={"Retry-After": str(math.ceil(wait_s)), **self.headers()},
-                )
-        self._requests.level -= 1
-        self._tokens.level -= num_tokens
+        self._spend(self._requests, 1, "requests")
+
+    def take(self, num_tokens: int) -> None:
+        """Count the tokens of a request's prompts. Raises as `begin` does."""
+        self._spend(self._tokens, num_tokens, "tokens")
+
+    def _spend(self, bucket: Bucket, amount: int, what: str) -> None:
+        bucket.fill()
+        if (wait_s := bucket.wait_s(amount)) > 0:
+            raise ApiError(
+                429,
+                f"{self.name} may use {bucket.limit} {what} a minute: try again in {math.ceil(wait_s)} s",
+                kind=what,
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(math.ceil(wait_s)), **self.headers()},
+            )
+        bucket.level -= amount
 
     def spend(self, num_tokens: int) -> None:
         """Count tokens of an answer."""

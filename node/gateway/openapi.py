@@ -13,6 +13,7 @@ _ERRORS = {
     "401": "a key is needed",
     "404": "there is no such model",
     "405": "not this method",
+    "408": "the request did not arrive in time",
     "413": "the request is too long",
     "415": "not JSON",
     "429": "too much, or too busy: `Retry-After` tells when to come back",

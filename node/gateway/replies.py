@@ -6,7 +6,10 @@ import msgspec
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):
-    """How an answer came about. coordinator: the peer that wrote it, empty for the one that was asked; times in seconds."""
+    """How an answer came about; times in seconds.
+
+    coordinator: the peer that was asked to write, empty for this one; of its answers only speed and `ttft_s` are known here.
+    """
 
     mode: str = ""
     drafter: str = ""

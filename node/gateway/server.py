@@ -1,6 +1,7 @@
 """Serves the gateway over HTTP until cancelled."""
 
 import errno
+import socket
 from typing import Protocol
 
 import hypercorn.trio
@@ -21,6 +22,7 @@ class TaskStatus(Protocol):
 
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _KEEP_ALIVE_S = 75.0
+_UNREAD_MS = 30_000
 
 
 def check_exposure(host: str, *, needs_keys: bool) -> None:
@@ -45,21 +47,41 @@ async def serve_gateway(
     Raises:
         ConfigError: the port cannot be used.
     """
+    listener = _listen(host, port)
     config = Config()
-    config.bind = [f"{host}:{port}"]
     config.accesslog = None
     config.errorlog = None
     config.keep_alive_timeout = _KEEP_ALIVE_S
     config.graceful_timeout = 1.0
     config.shutdown_timeout = 1.0
     config.include_server_header = False
-    hosts = ["*"] if gateway.clients.need_keys and not names and host == "0.0.0.0" else [*_LOCAL_NAMES, host, *names]  # noqa: S104
-    app = gateway.app(hosts)
+    bound_host, bound_port = listener.getsockname()[:2]
+    config.bind = [f"fd://{listener.detach()}"]
+    is_everywhere = bound_host in ("0.0.0.0", "::")  # noqa: S104 - only compared
+    # Bound to every address and asked for with keys: whatever name it is called by is ours, unless names are given.
+    hosts = ["*"] if is_everywhere and not names else [*_LOCAL_NAMES, host, bound_host, *names]
+    shown = "127.0.0.1" if is_everywhere else f"[{bound_host}]" if ":" in bound_host else bound_host
+    async with trio.open_nursery() as nursery:
+        await nursery.start(hypercorn.trio.serve, gateway.app(hosts), config)
+        task_status.started(f"http://{shown}:{bound_port}")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind; a connection whose other end takes nothing in for half a minute is ended by the system.
+
+    Hypercorn sends without a deadline, and shields it: without this one stopped reader would keep us from stopping.
+    """
     try:
-        async with trio.open_nursery() as nursery:
-            (address,) = await nursery.start(hypercorn.trio.serve, app, config)
-            task_status.started(address.replace("0.0.0.0", "127.0.0.1"))  # noqa: S104
-    except* OSError as group:
-        first = group.exceptions[0]
-        reason = "is in use" if getattr(first, "errno", 0) == errno.EADDRINUSE else str(first)
-        raise ConfigError(f"port {port} of {host} {reason}: choose another with --port") from group
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
+        listener.bind(address)
+    except OSError as exc:
+        reason = "is in use" if exc.errno == errno.EADDRINUSE else str(exc)
+        raise ConfigError(f"port {port} of {host} {reason}: choose another with --port") from exc
+    listener.setblocking(False)
+    return listener

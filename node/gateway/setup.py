@@ -53,6 +53,7 @@ def make_gateway(
         metrics=metrics.text,
         is_ready=is_ready,
         note=metrics.note,
+        note_refused=metrics.note_refused,
         retry=retry,
         limits=GatewayLimits(
             max_running=config.max_running,

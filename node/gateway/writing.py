@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from dsd_p2p.errors import DsdError, PeerTimeout, first_cause
 from node.gateway.admission import Admission
 from node.gateway.choice import Choice, Piece
-from node.gateway.errors import ApiError, api_error, json_response
+from node.gateway.errors import ApiError, api_error, json_response, unexpected
 from node.gateway.keys import Client
 from node.gateway.replies import Usage, speculation_of
 
@@ -112,7 +112,7 @@ class Writing:
         try:
             with trio.fail_after(self._deadline_s):
                 await (self._stream(send) if self._is_stream else self._whole(scope, receive, send))
-        except (DsdError, trio.TooSlowError, BaseExceptionGroup) as exc:
+        except Exception as exc:  # task boundary: whatever goes wrong with one answer, its client is told
             error = self._explain(exc)
             self._status = error.status
             if not self._is_started:
@@ -127,8 +127,9 @@ class Writing:
                 return api_error(cause)
             case trio.TooSlowError():
                 return api_error(PeerTimeout(f"the answer took longer than {self._deadline_s:g} s"))
-            case _:
-                raise exc
+            case cause:
+                logger.error("answer failed", exc_info=cause)
+                return unexpected()
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces: list[list[Piece]] = [[] for _ in self.choices]
