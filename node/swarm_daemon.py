@@ -44,7 +44,7 @@ from dsd_p2p.wire.version import PROTOCOL_ID
 from node.config import GatewayConfig, ServeFlags
 from node.control import Answer, Ask, Done, MemberStatus, NodeStatus, Revoke, Status, Stop, serve_control
 from node.events import DoorOpen, Loading, NodeEvent, Ready
-from node.gateway.setup import check_access
+from node.gateway.setup import read_clients
 from node.lan import neighbours
 from node.reachable import reachable_addresses
 from node.slow import slowed
@@ -83,7 +83,7 @@ class SwarmNode:
     ) -> None:
         self._config = config
         self._door = door
-        self._access = check_access(door)
+        self._clients = read_clients(door)
         self._hub = EventHub()
         self._state = state
         self._stored: StoredMembership = state.membership()
@@ -184,7 +184,7 @@ class SwarmNode:
                                 serve_door,
                                 self._parts(),
                                 self._door,
-                                self._access,
+                                self._clients,
                                 self._hub,
                                 _coordinating_policy,
                                 lambda url: self._report(DoorOpen(url=url)),

@@ -8,6 +8,7 @@ from functools import partial
 
 import trio
 
+from dsd_p2p import units
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.text import TextCodec
@@ -23,13 +24,12 @@ from dsd_p2p.window.base import WindowPolicy
 from node.config import GatewayConfig, ServeFlags
 from node.gateway.app import Served
 from node.gateway.door import EngineDoor, SwarmDoor
+from node.gateway.keys import Clients
 from node.gateway.server import serve_gateway
-from node.gateway.setup import GatewayAccess, make_gateway
+from node.gateway.setup import make_gateway
 from node.swarm_client import SWARM_RETRY
 from node.swarm_state import StoredMembership
 from node.telemetry import EventHub, StatusSource, broker_of, hearing, publishing, recording, report_forever
-
-_DEADLINE_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ def _hear_members(membership: Membership, hub: EventHub) -> None:
 async def serve_door(
     parts: NodeParts,
     config: GatewayConfig,
-    access: GatewayAccess,
+    clients: Clients,
     hub: EventHub,
     make_policy: Callable[[], WindowPolicy],
     opened: Callable[[str], None],
@@ -126,8 +126,8 @@ async def serve_door(
     here = EngineDoor(engine, engine.drafter, make_policy) if engine else None
     gateway = make_gateway(
         config,
-        access,
-        SwarmDoor(here, parts.thin, partial(_coordinator, parts), _DEADLINE_S),
+        clients,
+        SwarmDoor(here, parts.thin, partial(_coordinator, parts), units.seconds(config.answer_timeout)),
         Served(
             name=parts.stored.model,
             digest=source.digest(),

@@ -261,7 +261,7 @@ def test_sixteen_at_once_get_what_each_gets_alone(client):
     assert len(together) == 16
 
 
-def test_the_published_schema_holds(up):
+def test_the_published_schema_holds(up, tmp_path):
     """Every endpoint, with requests that the schema allows and such that it does not."""
     operations = httpx.get(f"{up.url}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}"} <= operations.keys()
@@ -273,7 +273,7 @@ def test_the_published_schema_holds(up):
         *("--exclude-checks", "positive_data_acceptance"),
     ]
     env = os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     answered = httpx.get(f"{up.url}/metrics").text
     assert float(re.search(r'dsd_requests_total{status="200"} (\S+)', answered).group(1)) > 10

@@ -25,7 +25,7 @@ from node.console import ConsoleProgress, console
 from node.gateway.app import Served
 from node.gateway.door import EngineDoor
 from node.gateway.server import serve_gateway
-from node.gateway.setup import check_access, make_gateway
+from node.gateway.setup import make_gateway, read_clients
 from node.local_swarm import LocalNode, local_swarm, stage_configs
 from node.telemetry import (
     NO_BROKER,
@@ -50,7 +50,7 @@ def run(options: dict[str, object]) -> int:
 
 
 async def _up(config: UpConfig, door: GatewayConfig) -> None:
-    access = check_access(door)
+    clients = read_clients(door)
     torch.set_num_threads(config.threads)
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(ConsoleProgress())
@@ -75,7 +75,7 @@ async def _up(config: UpConfig, door: GatewayConfig) -> None:
         hub = EventHub()
         gateway = make_gateway(
             door,
-            access,
+            clients,
             EngineDoor(engine, drafter, partial(make_adaptive, config.window)),
             served,
             hub,

@@ -1,7 +1,6 @@
 """Makes a gateway of its configuration."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from dsd_p2p import units
@@ -15,27 +14,20 @@ from node.metrics import GatewayMetrics
 from node.telemetry import EventHub
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayAccess:
-    """Who may ask, checked before anything slow begins."""
-
-    clients: Clients
-
-
-def check_access(config: GatewayConfig) -> GatewayAccess:
-    """Read the keys, and refuse to be open to the network without any.
+def read_clients(config: GatewayConfig) -> Clients:
+    """Return who may ask, and refuse to be open to the network without any.
 
     Raises:
         ConfigError: they cannot be read, or there are none.
     """
     clients = Clients(read_keys(Path(config.api_keys)) if config.api_keys else [])
     check_exposure(config.host, needs_keys=clients.need_keys)
-    return GatewayAccess(clients=clients)
+    return clients
 
 
 def make_gateway(
     config: GatewayConfig,
-    access: GatewayAccess,
+    clients: Clients,
     door: Door,
     served: Served,
     hub: EventHub,
@@ -48,7 +40,7 @@ def make_gateway(
     gateway = Gateway(
         door=door,
         served=served,
-        clients=access.clients,
+        clients=clients,
         hub=hub,
         metrics=metrics.text,
         is_ready=is_ready,
