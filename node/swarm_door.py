@@ -75,13 +75,14 @@ async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
             model=parts.stored.model,
             num_dropped=lambda: publisher.num_dropped if publisher else 0,
         )
-        nursery.start_soon(report_forever, source, hub.tell, partial(_hear_members, parts.membership, hub), hub.tick)
+        nursery.start_soon(report_forever, source, hub.tell, partial(_hear_members, parts.membership, hub))
         yield
         nursery.cancel_scope.cancel()
 
 
 def _hear_members(membership: Membership, hub: EventHub) -> None:
     """What heartbeats tell of the others, unless they tell it better themselves."""
+    hub.tick()
     me = membership.links.me.peer
     for member in membership.registry.members():
         info, picture = member.record.info, hub.picture

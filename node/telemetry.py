@@ -117,6 +117,7 @@ class StatusSource:
     state: Callable[[], str] = lambda: "serving"
     num_dropped: Callable[[], int] = lambda: 0
     model: str = ""
+    version: str = field(default_factory=lambda: version("dsd-p2p"))
     links_s: dict[str, float] = field(default_factory=dict)
     _busy_s: float = 0.0
     _at_s: float = field(default_factory=time.perf_counter)
@@ -131,7 +132,7 @@ class StatusSource:
             at_s=time.time(),
             peer=me.peer,
             roles=self.roles,
-            version=version("dsd-p2p"),
+            version=self.version,
             model=self.model or me.model_name,
             dtype=me.dtype,
             first=me.span.first if me.span else 0,
@@ -151,18 +152,14 @@ class StatusSource:
 
 
 async def report_forever(
-    source: StatusSource,
-    tell: Callable[[Event], None],
-    others: Callable[[], None] = lambda: None,
-    tick: Callable[[], None] = lambda: None,
+    source: StatusSource, tell: Callable[[Event], None], look_around: Callable[[], None] = lambda: None
 ) -> None:
-    """Tell the node's status every second, and measure its links now and then. others, tick: called beside it."""
+    """Tell the node's status every second, and measure its links now and then. look_around: called beside it."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_measure_links, source)
         while True:
             tell(source.status())
-            others()
-            tick()
+            look_around()
             await trio.sleep(_STATUS_S)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from upswarm import dsd_up
 
@@ -179,6 +180,25 @@ def test_a_client_that_leaves_before_the_first_token_frees_them_too(up):
         httpx.post(f"{up.url}/v1/chat/completions", json=body, timeout=0.7)
     # Asked too early, no stage has told yet that it was opened.
     wait_for_sessions(up, 0)
+
+
+def test_a_lost_stage_is_no_fault_of_the_client():
+    """The node says it is not ready, and an answer is refused as the swarm's doing."""
+    with dsd_up("--stages", "2", "--draft", "ngram") as up:
+        assert httpx.get(f"{up.url}/readyz").status_code == 200
+        launcher = next(
+            child for child in psutil.Process(up.pid).children() if "node.stage_processes" in child.cmdline()
+        )
+        launcher.children()[0].kill()
+        deadline = time.monotonic() + 30
+        while (ready := httpx.get(f"{up.url}/readyz")).status_code == 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert ready.status_code == 503
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 2}
+        reply = httpx.post(f"{up.url}/v1/completions", json=body, timeout=60)
+        assert reply.status_code == 503, reply.text
+        assert reply.json()["error"]["code"] == "swarm_unavailable"
 
 
 def test_curl(up):

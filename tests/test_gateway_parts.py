@@ -1,21 +1,28 @@
 """The gateway's parts without a swarm: stop strings, keys, limits, admission."""
 
 import re
+from contextlib import asynccontextmanager
 
+import httpx
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from test_stage_server import PROMPT, toy_swarm
+from toy import plain_text
 
 from dsd_p2p.errors import CapacityError, ConfigError
 from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.session.effects import Emit
+from dsd_p2p.window.static import StaticPolicy, sync_chain
 from node.gateway.admission import Admission, PatientDoor
+from node.gateway.app import Gateway, GatewayLimits, Served
 from node.gateway.choice import StopStrings
-from node.gateway.door import Outcome
+from node.gateway.door import EngineDoor, Outcome
 from node.gateway.errors import ApiError
-from node.gateway.keys import Client, Clients, read_keys
+from node.gateway.keys import ApiKey, Client, Clients, read_keys
 from node.gateway.server import check_exposure
+from node.telemetry import EventHub
 
 
 @given(
@@ -152,6 +159,113 @@ async def test_waiting_is_bounded_in_number_and_time(autojump_clock):
         async with admission.enter("a"):
             await trio.sleep(2)
     assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    stop_tokens = frozenset()
+
+    def encode(self, text, *, is_raw):
+        return [ord(letter) for letter in text]
+
+    def encode_chat(self, messages):
+        return [ord(letter) for message in messages for letter in message["content"]]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+    def token_text(self, token):
+        return chr(token)
+
+    def streamer(self):
+        return self
+
+    def step(self, token):
+        return chr(token)
+
+
+class EchoDoor:
+    async def write(self, prompt, options, outcome):
+        yield Emit(tokens=tuple(prompt[: options.max_tokens]))
+
+
+@asynccontextmanager
+async def http(keys=(), **limits):
+    gateway = Gateway(
+        door=EchoDoor(),
+        served=Served(name="echo", digest="0" * 64, dtype="float32", max_positions=64, text=Letters()),
+        clients=Clients(list(keys)),
+        hub=EventHub(),
+        metrics=lambda: b"",
+        is_ready=lambda: True,
+        limits=GatewayLimits(**limits),
+    )
+    transport = httpx.ASGITransport(gateway.app(["test"]))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        client.gateway = gateway
+        yield client
+
+
+ASKED = {"model": "echo", "prompt": "hello", "max_tokens": 5}
+
+
+async def test_without_a_key_nothing_is_told_and_with_one_no_more_than_its_limit():
+    key = ApiKey(name="alice", key="0123456789abcdef", requests_per_minute=3, tokens_per_minute=12)
+    refused: list[int] = []
+    async with http([key]) as client:
+        client.gateway.note_refused = refused.append
+        for path in ("/v1/models", "/v1/status", "/v1/events", "/metrics"):
+            reply = await client.get(path)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert (await client.post("/v1/completions", json=ASKED)).status_code == 401
+        client.headers["Authorization"] = "Bearer 0123456789abcdef"
+        reply = await client.post("/v1/completions", json=ASKED)
+        assert reply.json()["choices"][0]["text"] == "hello"
+        assert reply.headers["x-ratelimit-remaining-requests"] == "2"
+        assert reply.headers["x-ratelimit-remaining-tokens"] == "2"
+        # Five tokens asked and five written leave two of twelve: not enough for another five.
+        reply = await client.post("/v1/completions", json=ASKED)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (429, "tokens")
+        assert int(reply.headers["retry-after"]) >= 1
+        # What is refused counts, too: the third request is the last.
+        assert (await client.post("/v1/completions", json={"nonsense": 1})).status_code == 400
+        reply = await client.post("/v1/completions", json={"nonsense": 1})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (429, "requests")
+    assert refused == [401] * 5 + [429, 400, 429]
+
+
+async def test_a_failure_that_nobody_foresaw_is_logged_told_and_counted(caplog):
+    statuses: list[int] = []
+
+    class BrokenDoor:
+        async def write(self, prompt, options, outcome):
+            yield Emit(tokens=(104,))
+            raise KeyError("unforeseen")
+
+    async with http() as client:
+        client.gateway.door = BrokenDoor()
+        client.gateway.note = lambda _writing, status: statuses.append(status)
+        whole = await client.post("/v1/completions", json=ASKED)
+        assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
+        streamed = await client.post("/v1/completions", json=ASKED | {"stream": True})
+        *_, last = streamed.text.strip().split("\n\n")
+        assert "the gateway failed" in last
+    assert statuses == [500, 500]
+    assert "unforeseen" in caplog.text
+
+
+async def test_the_door_speculates_only_where_that_helps_all():
+    async with toy_swarm() as swarm:
+        door = EngineDoor(swarm.engine, swarm.engine.drafter, lambda: StaticPolicy(sync_chain(4)))
+        modes = []
+        for allows in (True, False):
+            swarm.engine._governor.allows = lambda _now_s, allows=allows: allows
+            outcome = Outcome()
+            pieces = [piece async for piece in door.write(PROMPT, GenerateOptions(max_tokens=12), outcome)]
+            assert [token for piece in pieces for token in piece.tokens] == plain_text(PROMPT, 12)
+            modes.append(outcome.statistics["mode"])
+    assert modes == ["sync", "plain"]
 
 
 class FullDoor:

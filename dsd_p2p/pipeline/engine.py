@@ -193,20 +193,7 @@ class Engine:
         """
         chain = await self._directory.find(self._without_liars(NO_DETOUR))
         route, limit = self._route(chain), chain.max_positions
-        if not prompt:
-            raise ConfigError("the prompt is empty: give at least one token")
-        if max(prompt) >= self._vocab_size or min(prompt) < 0:
-            raise ConfigError(f"a prompt token is outside the model's vocabulary of {self._vocab_size}")
-        if options.max_tokens < 1:
-            raise ConfigError(f"--max-tokens is {options.max_tokens}: ask for at least 1")
-        if len(prompt) + options.max_tokens > limit:
-            raise ConfigError(
-                f"prompt of {len(prompt)} and {options.max_tokens} new tokens exceed the model's context of {limit}: "
-                "shorten the prompt or lower --max-tokens"
-            )
-        check_sampling(options.sampling)
-        if options.audit and (options.hidden_format is not HiddenFormat.MODEL or options.relaxation is not None):
-            raise ConfigError("--audit compares exact rows: leave out --hidden and --verify relaxed")
+        self._check(prompt, options, limit)
         session = SessionId(secrets.token_bytes(8))
         request = Request(
             session=session,
@@ -257,6 +244,23 @@ class Engine:
             del self._drivers[session]
             share.left()
             drafting.close()
+
+    def _check(self, prompt: Sequence[TokenId], options: GenerateOptions, limit: int) -> None:
+        """Refuse what no chain could do. limit: longest text of this one."""
+        if not prompt:
+            raise ConfigError("the prompt is empty: give at least one token")
+        if max(prompt) >= self._vocab_size or min(prompt) < 0:
+            raise ConfigError(f"a prompt token is outside the model's vocabulary of {self._vocab_size}")
+        if options.max_tokens < 1:
+            raise ConfigError(f"--max-tokens is {options.max_tokens}: ask for at least 1")
+        if len(prompt) + options.max_tokens > limit:
+            raise ConfigError(
+                f"prompt of {len(prompt)} and {options.max_tokens} new tokens exceed the model's context of {limit}: "
+                "shorten the prompt or lower --max-tokens"
+            )
+        check_sampling(options.sampling)
+        if options.audit and (options.hidden_format is not HiddenFormat.MODEL or options.relaxation is not None):
+            raise ConfigError("--audit compares exact rows: leave out --hidden and --verify relaxed")
 
     def _open_drafter(self, max_length: int, sampling: Sampling) -> tuple[Drafter, DraftSession]:
         """The drafter, or prompt lookup where it has no room for another request: a guess is never worth the answer."""

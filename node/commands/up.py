@@ -9,6 +9,7 @@ import msgspec
 import torch
 import trio
 
+from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.text import TextCodec
@@ -79,7 +80,7 @@ async def _up(config: UpConfig, door: GatewayConfig) -> None:
             EngineDoor(engine, drafter, partial(make_adaptive, config.window)),
             served,
             hub,
-            is_ready=lambda: all(engine.links.is_connected(info.peer) for info in stages.stages()),
+            is_ready=partial(_has_chain, stages),
             retry=RetryPolicy(),
         )
         async with _telling(config, engine, hub), trio.open_nursery() as nursery:
@@ -111,13 +112,21 @@ async def _telling(config: UpConfig, engine: Engine, hub: EventHub) -> AsyncIter
 
         def look_around() -> None:
             """What the stages say themselves is better than what we see of them."""
+            hub.tick()
             for status in seen_peers(engine.links):
                 if status.peer not in hub.speaking or hub.picture.is_silent(status.peer):
                     hub.hear(status)
 
-        nursery.start_soon(report_forever, source, hub.tell, look_around, hub.tick)
+        nursery.start_soon(report_forever, source, hub.tell, look_around)
         yield
         nursery.cancel_scope.cancel()
+
+
+def _has_chain(stages: StageList) -> bool:
+    try:
+        return bool(stages.stages())
+    except ConfigError:
+        return False
 
 
 async def _introduce(engine: Engine, stages: StageList, nodes: list[LocalNode]) -> None:

@@ -289,9 +289,8 @@ class Gateway:
         return Model(id=self.served.name, created=self.started_at, owned_by="dsd-p2p")
 
     async def _status(self, _request: Request, _client: Client) -> Response:
-        picture = self.hub.picture
-        picture.tick(time.time())
-        return json_response(describe(picture))
+        self.hub.tick()
+        return json_response(describe(self.hub.picture))
 
     async def _events(self, request: Request, _client: Client) -> EventStream:
         return EventStream(self.hub)

@@ -8,6 +8,7 @@ from typing import Protocol
 import trio
 
 from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.errors import ConfigError, PeerDisconnected
 from dsd_p2p.pipeline.coordination import ThinClient
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions
 from dsd_p2p.session.effects import Emit
@@ -50,16 +51,21 @@ class EngineDoor:
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
         """Yield an answer piece by piece. Raises as `Door.write` does."""
-        async with self._engine.generate(prompt, options, self._engine.governed(self._make_policy())) as generation:
-            num_tokens = 0
-            try:
-                async with aclosing(generation.pieces()) as pieces:
-                    async for piece in pieces:
-                        num_tokens += len(piece.tokens)
-                        yield piece
-            finally:
-                if num_tokens:
-                    outcome.statistics = summarise(generation, self._drafter.name, len(prompt), num_tokens)
+        policy = self._engine.governed(self._make_policy())
+        try:
+            async with self._engine.generate(prompt, options, policy) as generation:
+                num_tokens = 0
+                try:
+                    async with aclosing(generation.pieces()) as pieces:
+                        async for piece in pieces:
+                            num_tokens += len(piece.tokens)
+                            yield piece
+                finally:
+                    if num_tokens:
+                        outcome.statistics = summarise(generation, self._drafter.name, len(prompt), num_tokens)
+        except ConfigError as exc:
+            # What was asked is checked by now: it is the swarm that cannot.
+            raise PeerDisconnected(str(exc)) from exc
 
 
 class SwarmDoor:
