@@ -17,6 +17,7 @@ from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.pipeline.services import run_services
 from dsd_p2p.pipeline.span_model import SpanModel as StageModel
 from dsd_p2p.pipeline.stage_server import StageLimits, StageServer
+from dsd_p2p.telemetry.mqtt import Broker
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.libp2p import open_libp2p
 from dsd_p2p.types import PeerInfo
@@ -49,6 +50,7 @@ async def run_node(config: NodeConfig, load: LoadStage, report: Callable[[NodeEv
     Raises:
         ConfigError, ModelError: it cannot start as configured.
     """
+    broker = broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     with tempfile.TemporaryDirectory(prefix="dsd-node-") as scratch:
         identity = Path(config.identity or f"{scratch}/identity")
         async with open_libp2p(
@@ -61,17 +63,16 @@ async def run_node(config: NodeConfig, load: LoadStage, report: Callable[[NodeEv
                 links = PeerLinks(transport, me)
                 server = StageServer(links, model, StageLimits(), time.perf_counter)
                 nursery.start_soon(run_services, links, [server])
-                nursery.start_soon(_tell_broker, config, links, server, model)
+                if broker is not None:
+                    nursery.start_soon(_tell_broker, broker, links, server, model)
                 nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
                 for address in config.peers:
                     nursery.start_soon(_meet, links, address)
                 report(Ready(address=inner.addresses[0], span=str(me.span), weight_bytes=model.weight_bytes))
 
 
-async def _tell_broker(config: NodeConfig, links: PeerLinks, server: StageServer, model: LoadedSpan) -> None:
-    """Say how we are, if there is a broker to tell."""
-    if (broker := broker_of(config.mqtt, config.mqtt_ca, TOPICS)) is None:
-        return
+async def _tell_broker(broker: Broker, links: PeerLinks, server: StageServer, model: LoadedSpan) -> None:
+    """Say how we are."""
     async with publishing(broker, links.me.peer) as publisher:
         assert publisher is not None, "there is a broker"
         source = StatusSource(

@@ -49,11 +49,16 @@ class NodeParts:
     max_positions: int
 
 
+def swarm_topics(stored: StoredMembership) -> str:
+    """Return what a swarm's topics are under at a broker."""
+    return stored.swarm.hex()[:16]
+
+
 @asynccontextmanager
 async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
     """Tell the hub, and the broker if there is one, how the node and its requests are."""
     me = parts.membership.links.me.peer
-    broker = broker_of(parts.config.mqtt, parts.config.mqtt_ca, parts.stored.swarm.hex()[:16])
+    broker = broker_of(parts.config.mqtt, parts.config.mqtt_ca, swarm_topics(parts.stored))
     async with (
         publishing(broker, me) as publisher,
         hearing(broker, hub, me),

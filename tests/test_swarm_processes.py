@@ -231,6 +231,9 @@ def test_a_second_node_of_the_same_swarm_on_a_machine_is_refused(tiny, tmp_path)
         (["generate", "--swarm", "nowhere", "--prompt", "x"], "dsd create"),
         (["generate", "--audit", "--prompt", "x"], "--swarm"),
         (["join", "dsd1"], "damaged"),
+        (["up", "--mqtt", "http://x"], "mqtt://HOST:PORT"),
+        (["up", "--mqtt", "mqtts://x", "--mqtt-ca", "nowhere"], "no such file"),
+        (["up", "--host", "192.0.2.1"], "--api-keys"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import aiomqtt
@@ -45,7 +46,7 @@ def parse_broker(url: str, *, swarm: str, ca_file: str = "") -> Broker:
     """Return the broker of `mqtt://user:password@host:port` or `mqtts://…`.
 
     Raises:
-        ConfigError: it is no such URL.
+        ConfigError: it is no such URL, or there is no such file.
     """
     parts = urlsplit(url)
     try:
@@ -54,6 +55,8 @@ def parse_broker(url: str, *, swarm: str, ca_file: str = "") -> Broker:
         raise ConfigError(f"broker {url!r}: {exc}") from exc
     if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
         raise ConfigError(f"broker {url!r}: write mqtt://HOST:PORT, or mqtts://USER:PASSWORD@HOST:PORT")
+    if ca_file and not Path(ca_file).is_file():
+        raise ConfigError(f"--mqtt-ca {ca_file}: there is no such file")
     is_tls = parts.scheme == "mqtts"
     return Broker(
         host=parts.hostname,

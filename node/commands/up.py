@@ -52,6 +52,8 @@ def run(options: dict[str, object]) -> int:
 
 async def _up(config: UpConfig, door: GatewayConfig) -> None:
     clients = read_clients(door)
+    # Before anything slow: the stages would only die of it.
+    broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     torch.set_num_threads(config.threads)
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(ConsoleProgress())
