@@ -215,7 +215,7 @@ class SwarmNode:
             thin=self._thin,
             budget=lambda: self._model.budget if self._model else None,
             state=lambda: self._member_state,
-            max_positions=self._shape.max_positions,
+            shape=self._shape,
         )
 
     # Joining

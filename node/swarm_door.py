@@ -9,6 +9,7 @@ from functools import partial
 import trio
 
 from dsd_p2p import units
+from dsd_p2p.models.architecture import ModelShape
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.text import TextCodec
@@ -46,7 +47,7 @@ class NodeParts:
     thin: ThinClient
     budget: Callable[[], CacheBudget | None]
     state: Callable[[], str]
-    max_positions: int
+    shape: ModelShape
 
 
 def swarm_topics(stored: StoredMembership) -> str:
@@ -138,7 +139,8 @@ async def serve_door(
             name=parts.stored.model,
             digest=source.digest(),
             dtype=parts.stored.dtype,
-            max_positions=parts.max_positions,
+            max_positions=parts.shape.max_positions,
+            vocab_size=parts.shape.vocab_size,
             text=await trio.to_thread.run_sync(TextCodec, source.folder),
         ),
         hub,

@@ -194,7 +194,7 @@ class EchoDoor:
 async def http(keys=(), **limits):
     gateway = Gateway(
         door=EchoDoor(),
-        served=Served(name="echo", digest="0" * 64, dtype="float32", max_positions=64, text=Letters()),
+        served=Served(name="echo", digest="0" * 64, dtype="float32", max_positions=64, vocab_size=128, text=Letters()),
         clients=Clients(list(keys)),
         hub=EventHub(),
         metrics=lambda: b"",
@@ -233,6 +233,14 @@ async def test_without_a_key_nothing_is_told_and_with_one_no_more_than_its_limit
         reply = await client.post("/v1/completions", json={"nonsense": 1})
         assert (reply.status_code, reply.json()["error"]["type"]) == (429, "requests")
     assert refused == [401] * 5 + [429, 400, 429]
+
+
+@pytest.mark.parametrize("prompt", ["", ["hello", ""], [[]], [128], [[1, 2], [3, 1 << 40]], "\N{SNOWMAN}"])
+async def test_a_prompt_of_no_tokens_or_of_none_of_the_models_is_the_clients_mistake(prompt):
+    async with http() as client:
+        reply = await client.post("/v1/completions", json=ASKED | {"prompt": prompt, "echo": True})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert "prompt" in reply.json()["error"]["message"]
 
 
 async def test_a_failure_that_nobody_foresaw_is_logged_told_and_counted(caplog):

@@ -73,6 +73,7 @@ async def _up(config: UpConfig, door: GatewayConfig) -> None:
             digest=source.digest(),
             dtype=config.dtype,
             max_positions=stages.stages()[0].max_positions,
+            vocab_size=vocab_size,
             text=TextCodec(source.folder),
         )
         hub = EventHub()

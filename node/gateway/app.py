@@ -67,12 +67,13 @@ class GatewayLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """The model behind the gateway. name: as clients ask for it; max_positions: of its context."""
+    """The model behind the gateway. name: as clients ask for it; max_positions: of its context; vocab_size: tokens."""
 
     name: str
     digest: str
     dtype: str
     max_positions: int
+    vocab_size: int
     text: TextCodec
 
 
@@ -162,7 +163,7 @@ class Gateway:
             asked, asked.max_tokens or _DEFAULT_TEXT_TOKENS, -1 if asked.logprobs is None else asked.logprobs
         )
         text = self.served.text
-        self._check_length(prompts, options, "prompt")
+        self._check_prompts(prompts, options, "prompt")
         echoed = [text.decode(prompt) if asked.echo else "" for prompt in prompts]
         echoes = [echo for echo in echoed for _ in range(asked.n or 1)]
         return self._writing(client, asked, prompts, options, TextFormat(text, echoes))
@@ -211,7 +212,7 @@ class Gateway:
         if len(prompts) * n > MAX_CHOICES:
             raise ApiError(400, f"n: at most {MAX_CHOICES} answers to a request, all prompts together", param="n")
         num_prompt_tokens = sum(map(len, prompts))
-        self._check_length(prompts, options, "messages" if isinstance(form, ChatFormat) else "prompt")
+        self._check_prompts(prompts, options, "messages" if isinstance(form, ChatFormat) else "prompt")
         client.take(num_prompt_tokens)
         choices = [
             Choice(
@@ -238,7 +239,11 @@ class Gateway:
             note=self.note,
         )
 
-    def _check_length(self, prompts: Sequence[Sequence[TokenId]], options: GenerateOptions, param: str) -> None:
+    def _check_prompts(self, prompts: Sequence[Sequence[TokenId]], options: GenerateOptions, param: str) -> None:
+        if not all(prompts):
+            raise ApiError(400, f"{param}: empty, give at least one token", param=param)
+        if max(map(max, prompts)) >= self.served.vocab_size or min(map(min, prompts)) < 0:
+            raise ApiError(400, f"{param}: the model's tokens are 0 to {self.served.vocab_size - 1}", param=param)
         longest = max(map(len, prompts))
         if longest + options.max_tokens > self.served.max_positions:
             raise ApiError(
