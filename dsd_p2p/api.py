@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 10.0
 _POLL_S = 1.0
+_OWNER = "api"
+"""Conversations of one program go on from what the stages hold of them."""
 
 Prompt = str | Sequence[TokenId] | Sequence[Mapping[str, str]]
 """A user's message, tokens as they are, or a conversation: messages with "role" and "content"."""
@@ -132,7 +134,9 @@ class SyncSwarm:
         if self._token is None:
             raise LocalProtocolError("use the swarm with `with` or `async with`")
         answer = _Answer(self._token)
-        options = GenerateOptions(max_tokens=max_tokens, sampling=sampling, stop_tokens=self._text.stop_tokens)
+        options = GenerateOptions(
+            max_tokens=max_tokens, sampling=sampling, stop_tokens=self._text.stop_tokens, owner=_OWNER
+        )
         tokens = self._encode(prompt)
         try:
             self._token.run_sync_soon(self._start_writing, tokens, options, answer)

@@ -10,6 +10,7 @@
         ├── PeerDisconnected       the connection is gone
         ├── PeerTimeout            the peer did not answer before the deadline
         ├── DishonestPeer          the peer computed something else than it was asked, and signed it
+        ├── PrefixLost             a stage no longer holds the text that a session was to go on from
         └── CoverageLost           nobody who is alive and reachable serves some of the layers
 
 The text of each says what to do next.
@@ -64,6 +65,10 @@ class DishonestPeer(PeerError):  # noqa: N818 - reads as what it reports
     def __init__(self, peer: str, text: str) -> None:
         super().__init__(f"peer {peer} is not to be trusted: {text}")
         self.peer = peer
+
+
+class PrefixLost(PeerError):  # noqa: N818 - reads as the event it reports
+    """A stage no longer holds the text that a session was to go on from."""
 
 
 class CoverageLost(PeerError):  # noqa: N818 - reads as the event it reports

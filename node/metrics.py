@@ -21,6 +21,9 @@ class GatewayMetrics:
         self._registry = CollectorRegistry()
         self._requests = Counter("dsd_requests_total", "Requests by HTTP status", ["status"], registry=self._registry)
         self._prompt = Counter("dsd_prompt_tokens_total", "Prompt tokens", registry=self._registry)
+        self._cached = Counter(
+            "dsd_prompt_tokens_cached_total", "Prompt tokens that stages still held", registry=self._registry
+        )
         self._tokens = Counter("dsd_generation_tokens_total", "Tokens written", registry=self._registry)
         self._ttft = Histogram("dsd_time_to_first_token_seconds", "TTFT", buckets=_SECONDS, registry=self._registry)
         self._tpot = Histogram(
@@ -32,6 +35,7 @@ class GatewayMetrics:
         """Count a request that has ended."""
         self._requests.labels(str(status)).inc()
         self._prompt.inc(writing.num_prompt_tokens)
+        self._cached.inc(writing.num_cached_tokens)
         for choice in writing.choices:
             self._tokens.inc(choice.num_tokens)
             statistics = choice.outcome.statistics

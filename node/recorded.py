@@ -69,6 +69,13 @@ class RecordedCache:
     def edit(self, edit: CacheEdit) -> None:
         """Nothing to move."""
 
+    def copy(self, other: "RecordedCache", num_slots: int) -> None:
+        """Go on with the other's text."""
+        self.text = other.text
+
+    def shrink(self) -> None:
+        """Nothing to give back."""
+
     def free(self) -> None:
         """Nothing to free."""
 

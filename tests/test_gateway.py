@@ -62,6 +62,22 @@ def test_streamed_or_whole_the_answer_is_the_same_and_says_how_it_came_about(cli
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
+def test_the_next_turn_computes_only_what_is_new(up, client):
+    first = chat(client)
+    turn = [*QUESTION, {"role": "assistant", "content": first.choices[0].message.content}]
+    turn.append({"role": "user", "content": "And of Spain?"})
+    second = chat(client, messages=turn)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    # All but the answer's last token, and what the template and the new message add.
+    assert first.usage.total_tokens - 2 <= cached < second.usage.prompt_tokens
+    with dsd_up("--stages", "2") as cold, openai.OpenAI(base_url=f"{cold.url}/v1", api_key="none") as fresh:
+        alone = chat(fresh, messages=turn)
+        assert alone.usage.prompt_tokens_details.cached_tokens == 0
+        assert alone.choices[0].message.content == second.choices[0].message.content
+    counted = httpx.get(f"{up.url}/metrics").text
+    assert float(re.search(r"^dsd_prompt_tokens_cached_total (\S+)", counted, re.MULTILINE).group(1)) >= cached
+
+
 def test_a_stop_string_ends_the_answer_before_it(client):
     text = chat(client).choices[0].message.content
     stopped = chat(client, stop=["Paris", "never"])

@@ -261,6 +261,53 @@ async def test_a_lost_coordinator_is_taken_over_from_what_was_received():
         await all_free(nodes)
 
 
+async def test_the_next_turn_of_a_thin_client_is_not_computed_from_its_start():
+    rows = 0
+
+    async with toy_swarm(*SPANS[:3]) as (_, _, nodes, client):
+        client.coordinators = [nodes[1].peer]
+        run = nodes[0].model.run
+
+        def counted(passes):
+            nonlocal rows
+            rows += sum(each.num_rows for each in passes)
+            return run(passes)
+
+        nodes[0].model.run = counted
+
+        async def turn(owner, prompt):
+            nonlocal rows
+            options, rows = GenerateOptions(max_tokens=1, stall_timeout_s=5, owner=owner), 0
+            async with aclosing(client.thin.generate(prompt, options, 60)) as answer:
+                tokens = [token async for piece in answer for token in piece.tokens]
+            assert tokens == plain_text(prompt, 1)
+            while any(node.server.num_sessions for node in nodes):  # noqa: ASYNC110 - many
+                await trio.sleep(0.01)
+            return rows
+
+        long = [1, 2, 3] * 40
+        assert await turn("alice", long) == len(long)
+        assert await turn("alice", [*long, 4, 5]) <= 3
+        assert await turn("bob", [*long, 4, 5]) == len(long) + 2, "nobody else's is used"
+
+
+async def test_a_stage_lost_in_a_later_turn_costs_no_token():
+    async with toy_swarm(*SPANS) as (_, _, nodes, client):
+        prompt, owned = [1, 2, 3] * 10, {"owner": "alice", "stall_timeout_s": 5, "retry": RETRY}
+        for number in range(2):
+            options, tokens = GenerateOptions(max_tokens=60, **owned), []
+            with trio.fail_after(60):
+                async with client.engine.generate(prompt, options, StaticPolicy(TREE)) as generation:
+                    async for token in generation:
+                        tokens.append(token)
+                        if number and len(tokens) == 20:
+                            (middle,) = [node for node in nodes if node.peer == generation.machine.route.hops[1].peer]
+                            middle.scope.cancel()
+            assert tokens == plain_text(prompt, 60)
+            assert generation.stats.num_replays == number
+            prompt = [*prompt, *tokens, 5]
+
+
 async def test_a_reader_that_leaves_frees_the_chain():
     async with toy_swarm(*SPANS[:3]) as (_, _, nodes, client):
         client.coordinators = [nodes[0].peer]

@@ -19,6 +19,13 @@ class ToySpanCache(ToyCache):
         self._model = model
         self._is_free = False
 
+    def copy(self, other: "ToySpanCache", num_slots: int) -> None:
+        assert not self.slots
+        self.slots = other.slots[:num_slots]
+
+    def shrink(self) -> None:
+        pass
+
     def free(self) -> None:
         if not self._is_free:
             self._is_free = True

@@ -79,12 +79,36 @@ class KvCache:
                     tensor[:, :, edit.num_kept : edit.num_slots] = moved
         self.num_slots = edit.num_slots
 
+    @torch.inference_mode()
+    def copy(self, other: "KvCache", num_slots: int) -> None:
+        """Begin with the first slots of another session's cache at the same layers; this one must be empty."""
+        self._keys = [_copied(tensor, num_slots, self._max_slots) for tensor in other._keys]
+        self._values = [_copied(tensor, num_slots, self._max_slots) for tensor in other._values]
+        self.num_slots = num_slots
+
+    @torch.inference_mode()
+    def shrink(self) -> None:
+        """Give back the room that is not in use: nothing more will be put in."""
+        self._keys = [_copied(tensor, self.num_slots, self.num_slots) for tensor in self._keys]
+        self._values = [_copied(tensor, self.num_slots, self.num_slots) for tensor in self._values]
+        num_bytes = self._num_bytes * self.num_slots // self._max_slots
+        self._budget.release(self._num_bytes - num_bytes)
+        self._num_bytes, self._max_slots = num_bytes, self.num_slots
+
     def free(self) -> None:
         """Give the memory back to the budget; twice is harmless."""
         self._keys.clear()
         self._values.clear()
         self._budget.release(self._num_bytes)
         self._num_bytes = 0
+
+
+def _copied(tensor: torch.Tensor | None, num_used: int, num_slots: int) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    copied = _buffer(tensor, num_slots)
+    copied[:, :, :num_used] = tensor[:, :, :num_used]
+    return copied
 
 
 def _buffer(like: torch.Tensor, num_slots: int) -> torch.Tensor:

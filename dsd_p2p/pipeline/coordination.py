@@ -111,6 +111,7 @@ class CoordinatorService:
             stop_tokens=frozenset(ask.stop_tokens),
             stall_timeout_s=ask.idle_timeout_s,
             top_logprobs=ask.top_logprobs,
+            owner=f"{client} {ask.owner}" if ask.owner else "",
         )
         start = 0
         async with self._engine.generate(ask.prompt, options, self._engine.governed(self._make_policy())) as generation:
@@ -213,6 +214,7 @@ class ThinClient:
                     idle_timeout_s=options.stall_timeout_s,
                     deadline_s=deadline_s,
                     top_logprobs=options.top_logprobs,
+                    owner=options.owner,
                 ),
             )
             while True:

@@ -15,6 +15,7 @@ from dsd_p2p.errors import (
     PeerDisconnected,
     PeerError,
     PeerTimeout,
+    PrefixLost,
     RemoteProtocolError,
 )
 from dsd_p2p.pipeline.audit import Auditor, Turn
@@ -177,7 +178,7 @@ class RequestDriver:
             error = error_of(message.kind, message.text)
             if message.peer:
                 self._avoided_links[sender, message.peer] = now_s + _BLAME_LINK_S
-            elif not isinstance(error, PeerDisconnected | PeerTimeout):
+            elif not isinstance(error, PeerDisconnected | PeerTimeout | PrefixLost):
                 self._blame(sender, error)
             return self._machine.failed(message.epoch, error, now_s)
         try:
@@ -297,7 +298,7 @@ class RequestDriver:
         detour = Detour(
             peers=frozenset(peer for peer, until_s in self._avoided_peers.items() if until_s > now_s),
             links=frozenset(link for link, until_s in self._avoided_links.items() if until_s > now_s),
-            kept=frozenset(PlannedStage(peer=PeerId(hop.peer), span=hop.span) for hop in self._machine.hops),
+            kept=frozenset(PlannedStage(peer=PeerId(hop.peer), span=hop.span) for hop in self._machine.route.hops),
         )
         try:
             result = Rerouted(route=await self._find_route(detour))

@@ -13,11 +13,20 @@ import trio
 
 from dsd_p2p.drafting.base import Drafter, DraftSession
 from dsd_p2p.drafting.ngram import NgramDrafter
-from dsd_p2p.errors import CapacityError, ConfigError, DishonestPeer, LocalProtocolError, PeerDisconnected, PeerTimeout
+from dsd_p2p.errors import (
+    CapacityError,
+    ConfigError,
+    DishonestPeer,
+    LocalProtocolError,
+    PeerDisconnected,
+    PeerError,
+    PeerTimeout,
+)
 from dsd_p2p.pipeline.audit import Auditor
 from dsd_p2p.pipeline.directory import NO_DETOUR, Chain, Directory, StageList
 from dsd_p2p.pipeline.driver import RequestDriver, Told
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
+from dsd_p2p.pipeline.prefixes import PrefixIndex, scope_of
 from dsd_p2p.pipeline.services import run_services
 from dsd_p2p.placement.route import Detour
 from dsd_p2p.session.coordinator import Coordinator
@@ -42,7 +51,17 @@ from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.governor import GovernedPolicy, Governor
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.hidden import HiddenFormat
-from dsd_p2p.wire.messages import Failure, Hop, Recompute, Recomputed, Reveal, Revealed, Verdict
+from dsd_p2p.wire.messages import (
+    MAX_EPOCH,
+    CloseSession,
+    Failure,
+    Hop,
+    Recompute,
+    Recomputed,
+    Reveal,
+    Revealed,
+    Verdict,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +78,7 @@ class GenerateOptions:
 
     audit: have the stages sign, and check them (`.audit`). experience: whose measurements of the chain it shares.
     top_logprobs: of each token, and how many alternatives with it; -1: none. They come in `Generation.logprobs`.
+    owner: who shares text: answers of one owner go on from what the stages still hold of one another's; "" holds nothing.
     """
 
     max_tokens: int
@@ -72,6 +92,7 @@ class GenerateOptions:
     audit: bool = False
     experience: str = ""
     top_logprobs: int = -1
+    owner: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,6 +174,7 @@ class Engine:
         self.distrusted: dict[str, float] = {}
         self.tell: Sink | None = None
         self._governor = Governor()
+        self._prefixes = PrefixIndex()
 
     def governed(self, policy: WindowPolicy) -> WindowPolicy:
         """Return a policy that speculates only while that helps all requests together."""
@@ -195,6 +217,8 @@ class Engine:
         route, limit = self._route(chain), chain.max_positions
         self._check(prompt, options, limit)
         session = SessionId(secrets.token_bytes(8))
+        shares = bool(options.owner) and not options.audit
+        scope = scope_of(options.owner, route, options.hidden_format)
         request = Request(
             session=session,
             prompt=prompt,
@@ -209,6 +233,8 @@ class Engine:
             retry=options.retry,
             attest=options.audit,
             top_logprobs=options.top_logprobs,
+            prefix=self._prefixes.find(scope, prompt) if shares else None,
+            is_parked=shares,
         )
         tracker = self._tracker(route, options.experience)
         machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
@@ -241,9 +267,27 @@ class Engine:
             batches.close()
             with trio.CancelScope(shield=True):
                 await driver.stop()
+            self._note_parked(request, machine, options)
             del self._drivers[session]
             share.left()
             drafting.close()
+
+    def _note_parked(self, request: Request, machine: Coordinator, options: GenerateOptions) -> None:
+        """Remember what the stages hold of a finished answer, and that they do not hold what they were thought to."""
+        if request.prefix is not None and machine.prefix is None:
+            self._prefixes.forget(request.prefix.session)
+        if machine.parked is None:
+            return
+        scope = scope_of(options.owner, machine.route, options.hidden_format)
+        tokens = machine.tokens[: machine.parked.num_tokens]
+        for session, route in self._prefixes.add(scope, machine.route, request.session, tokens):
+            self._nursery.start_soon(self._discard, session, route)
+
+    async def _discard(self, session: bytes, route: Route) -> None:
+        """Have a parked text thrown away."""
+        for hop in route.hops:
+            with suppress(PeerError), trio.move_on_after(_ASK_TIMEOUT_S):
+                await self.links.send(PeerId(hop.peer), CloseSession(session=session, epoch=MAX_EPOCH))
 
     def _check(self, prompt: Sequence[TokenId], options: GenerateOptions, limit: int) -> None:
         """Refuse what no chain could do. limit: longest text of this one."""

@@ -9,6 +9,7 @@ from dsd_p2p.errors import (
     PeerDisconnected,
     PeerError,
     PeerTimeout,
+    PrefixLost,
     RemoteProtocolError,
 )
 from dsd_p2p.wire.messages import FailureKind
@@ -23,6 +24,8 @@ def kind_of(error: DsdError) -> FailureKind:
             return FailureKind.PROTOCOL
         case PeerTimeout():
             return FailureKind.TIMEOUT
+        case PrefixLost():
+            return FailureKind.PREFIX
         case CoverageLost():
             return FailureKind.COVERAGE
         case PeerError():
@@ -46,6 +49,8 @@ def error_of(kind: FailureKind, text: str) -> DsdError:
             return PeerTimeout(text)
         case FailureKind.COVERAGE:
             return CoverageLost(text)
+        case FailureKind.PREFIX:
+            return PrefixLost(text)
         case FailureKind.REQUEST:
             return ConfigError(text)
         case FailureKind.PROTOCOL:

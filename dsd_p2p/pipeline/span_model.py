@@ -1,7 +1,7 @@
 """What a stage server asks of the layers it serves."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from dsd_p2p.session.passes import SpanOutput, SpanPass
 from dsd_p2p.session.slots import CacheEdit
@@ -13,6 +13,14 @@ class SpanCache(Protocol):
 
     def edit(self, edit: CacheEdit) -> None:
         """Keep and move slots."""
+        ...
+
+    def copy(self, other: Self, num_slots: int) -> None:
+        """Begin with the first slots of another session's cache at the same layers; this one must be empty."""
+        ...
+
+    def shrink(self) -> None:
+        """Give back the room that is not in use: nothing more will be put in."""
         ...
 
     def free(self) -> None:

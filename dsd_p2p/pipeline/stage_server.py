@@ -24,8 +24,9 @@ from dsd_p2p.errors import (
 from dsd_p2p.pipeline.batcher import Batcher
 from dsd_p2p.pipeline.failures import kind_of
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
+from dsd_p2p.pipeline.parking import Parked, ParkedTexts
 from dsd_p2p.pipeline.recompute import Recomputer
-from dsd_p2p.pipeline.span_model import SpanModel
+from dsd_p2p.pipeline.span_model import SpanCache, SpanModel
 from dsd_p2p.pipeline.stage_pass import StagePass
 from dsd_p2p.pipeline.stage_session import BoundaryLog, StageSession
 from dsd_p2p.session.stage import StageState
@@ -46,6 +47,7 @@ from dsd_p2p.wire.messages import (
     Hop,
     Message,
     OpenSession,
+    Prefix,
     Recompute,
     Reveal,
     Revealed,
@@ -69,6 +71,7 @@ class StageLimits:
     max_boundary_bytes: of the hidden states that all sessions together keep to refill a neighbour.
     dials_routes: connect to the next stage by the address in the route; in a swarm, only members that are connected are sent to.
     orphan_s: what a session holds waits this long for another route after a neighbour was lost.
+    max_parked: texts of closed sessions, as long as nobody needs their room. parked_s: and so long after they were parked.
     """
 
     max_sessions: int = 64
@@ -79,6 +82,8 @@ class StageLimits:
     max_boundary_bytes: int = 256 << 20
     dials_routes: bool = True
     orphan_s: float = 15.0
+    max_parked: int = 256
+    parked_s: float = 1800.0
 
 
 class StageServer:
@@ -106,6 +111,7 @@ class StageServer:
         self._recomputer = Recomputer(links, self._model_in_use)
         self._batcher = Batcher(self._model_in_use, clock, self._note_pass)
         self._sessions: dict[bytes, StageSession] = {}
+        self._parked = ParkedTexts(limits.max_parked)
         self._closed: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         self._nursery: trio.Nursery | None = None
         self._is_draining = False
@@ -134,6 +140,7 @@ class StageServer:
             session.end(PeerDisconnected("this stage takes other layers"))
         for session in sessions:
             await session.is_over.wait()
+        self._parked.clear()
         self._model = model
         self._parts = {}
 
@@ -145,6 +152,7 @@ class StageServer:
                 await session.is_over.wait()
         for session in list(self._sessions.values()):
             session.end(PeerDisconnected("this stage is shutting down"))
+        self._parked.clear()
 
     def measured_layer_s(self) -> tuple[float, float] | None:
         """Return the seconds of one layer's pass over 1 and over 16 positions, as lately measured; None before enough passes."""
@@ -173,8 +181,14 @@ class StageServer:
             case Cancel(session=name, epoch=epoch):
                 if (owned := self._owned(name, event.sender)) is not None:
                     owned.state.cancel(epoch)
-            case CloseSession(session=name, epoch=epoch):
-                if (owned := self._owned(name, event.sender)) is not None and epoch >= owned.opened.epoch:
+            case CloseSession(session=name, epoch=epoch, park=park):
+                is_parked = park is None and self._parked.discard(event.sender, name)
+                if (
+                    not is_parked
+                    and (owned := self._owned(name, event.sender)) is not None
+                    and epoch >= owned.opened.epoch
+                ):
+                    owned.park = park
                     owned.end()
                 self._remember_closed(event.sender, name, epoch)
             case Reveal(session=name, end=end):
@@ -219,7 +233,10 @@ class StageServer:
             previous=_previous(opened, index),
             onward=None if is_tail else opened.route[index + 1],
             state=StageState(
-                epoch=opened.epoch, max_length=opened.max_length, max_speculative=self._limits.max_draft_slots
+                epoch=opened.epoch,
+                max_length=opened.max_length,
+                max_speculative=self._limits.max_draft_slots,
+                num_held=opened.prefix.num_tokens if opened.prefix else 0,
             ),
             walk=_walk(opened, is_kept=is_kept) if is_tail else None,
             verifier=_verifier(opened),
@@ -273,6 +290,11 @@ class StageServer:
         if me.span is None or not me.span.first <= span.first < span.last <= me.span.last:
             raise RemoteProtocolError("span", str(span), f"inside this stage's {me.span}")
         bounds = [0, *(hop.span.last for hop in route)]
+        prefix, is_whole = opened.prefix, not any(opened.kept) and not opened.attest
+        if prefix is not None and (prefix.num_tokens >= opened.num_given or not is_whole):
+            raise RemoteProtocolError(
+                "prefix", prefix.num_tokens, f"below {opened.num_given}, nothing kept or attested"
+            )
         if [hop.span.first for hop in route] != bounds[:-1] or bounds[-1] != me.num_layers:
             raise RemoteProtocolError("route spans", [str(hop.span) for hop in route], f"layers 0..{me.num_layers}")
 
@@ -306,6 +328,7 @@ class StageServer:
 
     def lost(self, event: Lost) -> None:
         """End what a lost coordinator opened; what goes through a lost neighbour waits for another route."""
+        self._parked.forget(event.peer)
         for session in list(self._sessions.values()):
             if event.peer == session.coordinator:
                 session.end()
@@ -362,7 +385,7 @@ class StageServer:
             logger.exception("pass failed session=%s", name.hex())
             session.error = ModelError(f"a stage failed: {type(exc).__name__}; see its log")
         finally:
-            if session.cache is not None and not session.heir_waits:
+            if session.cache is not None and not session.heir_waits and not self._park(session, session.cache):
                 session.cache.free()
             session.is_over.set()
             if self._sessions.get(name) is session:
@@ -380,8 +403,11 @@ class StageServer:
             # Its last pass may still run in its thread; only then is its cache free.
             await old.is_over.wait()
         if old is None or not session.is_kept:
-            session.cache = session.model.new_cache(session.max_slots)
-            session.log = None if session.walk else BoundaryLog(self._written_row_bytes(session))
+            session.cache = await self._new_cache(session)
+            if session.opened.prefix is not None:
+                await self._copy_prefix(session, session.cache, session.opened.prefix)
+            elif session.walk is None:
+                session.log = BoundaryLog(self._written_row_bytes(session))
             return
         session.cache, session.log, old.cache = old.cache, old.log, None
         assert session.cache is not None
@@ -390,6 +416,54 @@ class StageServer:
         edits = session.state.resume(epoch=old_state.epoch, at=opened.resume, num_kept=opened.num_given - 1)
         for edit in edits:
             session.edit(edit)
+
+    async def _new_cache(self, session: StageSession) -> SpanCache:
+        """An empty cache; what is parked makes room for it."""
+        with suppress(CapacityError):
+            return session.model.new_cache(session.max_slots)
+        # Nobody copies what is parked meanwhile, so that it is free once it is evicted.
+        async with self._model_in_use:
+            while True:
+                try:
+                    return session.model.new_cache(session.max_slots)
+                except CapacityError:
+                    if not self._parked.evict():
+                        raise
+
+    async def _copy_prefix(self, session: StageSession, cache: SpanCache, prefix: Prefix) -> None:
+        async with self._model_in_use:
+            parked = self._parked.find(session.coordinator, prefix, session.opened.route[session.index].span)
+            with parked.in_use() as held:
+                await trio.to_thread.run_sync(cache.copy, held, prefix.num_tokens)
+
+    def _park(self, session: StageSession, cache: SpanCache) -> bool:
+        """Hold the text of a session that is over, if its coordinator wishes it; False when the cache is to be freed."""
+        park, opened = session.park, session.opened
+        if park is None or session.error is not None or self._is_draining or self._nursery is None:
+            return False
+        try:
+            for edit in session.state.resume(epoch=opened.epoch, at=park.at, num_kept=park.num_tokens):
+                cache.edit(edit)
+        except RemoteProtocolError as exc:
+            logger.warning("text not parked session=%s error=%s", opened.session.hex(), exc)
+            return False
+        parked = Parked(
+            coordinator=session.coordinator,
+            session=opened.session,
+            span=opened.route[session.index].span,
+            cache=cache,
+            num_tokens=park.num_tokens,
+        )
+        self._parked.add(parked)
+        self._nursery.start_soon(self._hold, parked)
+        return True
+
+    async def _hold(self, parked: Parked) -> None:
+        async with self._model_in_use:
+            with parked.in_use() as cache:
+                await trio.to_thread.run_sync(cache.shrink)
+        await trio.sleep(self._limits.parked_s)
+        self._parked.discard(parked.coordinator, parked.session)
 
     def _written_row_bytes(self, session: StageSession) -> int:
         return packed_row_bytes(session.model.row_bytes, session.opened.dtype, session.write_format)
@@ -496,7 +570,8 @@ def _is_same_part(old: StageSession, opened: OpenSession) -> bool:
 
 
 def _walk(opened: OpenSession, *, is_kept: bool) -> TailWalk:
-    at = opened.num_given - 2 if is_kept else BASE
+    num_held = opened.num_given - 1 if is_kept else opened.prefix.num_tokens if opened.prefix else 0
+    at = num_held - 1 if num_held else BASE
     return TailWalk(epoch=opened.epoch, num_given=opened.num_given, at=at)
 
 

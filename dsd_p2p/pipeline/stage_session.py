@@ -14,7 +14,7 @@ from dsd_p2p.session.tail import TailWalk
 from dsd_p2p.types import PeerId
 from dsd_p2p.verification.base import Verifier
 from dsd_p2p.wire.hidden import HiddenFormat
-from dsd_p2p.wire.messages import Hop, OpenSession, Window, WindowAttestation
+from dsd_p2p.wire.messages import Hop, OpenSession, Park, Window, WindowAttestation
 
 
 class BoundaryLog:
@@ -63,6 +63,7 @@ class StageSession:
     is_orphan: a neighbour is gone and the coordinator knows; what is held waits a while for another route.
     error, about: what ended it, and which neighbour that is about.
     attested: at the tail, what the chain signed of the windows since the last verdict.
+    park: what of the text to hold after the end.
     """
 
     opened: OpenSession
@@ -90,6 +91,7 @@ class StageSession:
     is_orphan: bool = False
     is_over: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    park: Park | None = None
     error: DsdError | None = None
     about: str = ""
 

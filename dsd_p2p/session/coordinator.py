@@ -7,7 +7,15 @@ import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerError, PeerTimeout, RemoteProtocolError
+from dsd_p2p.errors import (
+    ConfigError,
+    DsdError,
+    LocalProtocolError,
+    PeerError,
+    PeerTimeout,
+    PrefixLost,
+    RemoteProtocolError,
+)
 from dsd_p2p.session.effects import NUM_CANDIDATES, Candidate, Draft, Effect, Emit, Finish, Replay, Send, Stem
 from dsd_p2p.session.growth import choose_stems, choose_unsent, has_unsent
 from dsd_p2p.session.request import Request, RequestStats, Route
@@ -22,8 +30,8 @@ from dsd_p2p.wire.messages import (
     Cancel,
     CloseSession,
     DraftTop,
-    Hop,
     OpenSession,
+    Park,
     Verdict,
     Window,
 )
@@ -43,14 +51,16 @@ class _InFlight:
 class Coordinator:
     """One request. Call `start` once, then report what happens; stop at the `Finish` effect.
 
+    route: the present chain of stages.
     carried: committed tokens that a window carried already, as (position, epoch, node); whoever audits the stages takes them out.
+    prefix: what of the prompt the stages have parked, as far as is known. parked: what they were told to park.
     """
 
     def __init__(self, request: Request, route: Route, policy: WindowPolicy, tracker: Tracker, rng: UniformRng) -> None:
         if not request.prompt:
             raise LocalProtocolError("a request needs at least one prompt token")
         self._request = request
-        self._route = route
+        self.route = route
         self._policy = policy
         self._tracker = tracker
         self._rng = rng
@@ -81,6 +91,8 @@ class Coordinator:
         self._gone: set[str] = set()
         self._passed: tuple[int, int, int] | None = None
         self.carried: list[tuple[int, int, int]] = []
+        self.prefix = request.prefix
+        self.parked: Park | None = None
         self.is_finished = False
 
     # What the driver reports
@@ -151,9 +163,10 @@ class Coordinator:
         Stages of both chains go on with what they hold where they can (docs/protocol.md, rule 9); everything else is given again.
         """
         kept = self._kept(route)
-        gone = [hop for hop in self._route.hops if hop.peer not in {hop.peer for hop in route.hops}]
+        self.prefix = None
+        gone = [hop for hop in self.route.hops if hop.peer not in {hop.peer for hop in route.hops}]
         effects: list[Effect] = [Send(to=PeerId(hop.peer), message=self._close_message()) for hop in gone]
-        self._route = route
+        self.route = route
         self._gone.clear()
         self._is_waiting_for_chain = False
         self.stats.num_replays += 1
@@ -168,13 +181,18 @@ class Coordinator:
         is_sound = is_sound and not self._request.attest
         if not is_sound or not is_first_try or self._passed is None or self._passed[2] != len(self.tokens) - 2:
             return ()
-        held = {(hop.peer, hop.span) for hop in self._route.hops if hop.peer not in self._gone}
+        held = {(hop.peer, hop.span) for hop in self.route.hops if hop.peer not in self._gone}
         kept = tuple((hop.peer, hop.span) in held for hop in route.hops)
         return kept if any(kept) else ()
 
     def failed(self, epoch: int, error: DsdError, now_s: float) -> list[Effect]:
         """A stage gave up the session it had opened at `epoch`; what it says of an earlier opening is old news."""
-        return self.lost(error, now_s) if epoch >= self._opened_epoch else []
+        if self.is_finished or self._is_waiting_for_chain or epoch < self._opened_epoch:
+            return []
+        if isinstance(error, PrefixLost) and self.prefix is not None:
+            self.prefix = None
+            return [*self._open(now_s, ()), *self._pump(now_s)]
+        return self.lost(error, now_s)
 
     def chain_not_found(self, error: DsdError, now_s: float) -> list[Effect]:
         """There was no chain to go on with: try again later, or finish.
@@ -187,14 +205,9 @@ class Coordinator:
             return self._finish("error", loss)
         return self.lost(error, now_s)
 
-    @property
-    def hops(self) -> tuple[Hop, ...]:
-        """The stages of the present route."""
-        return self._route.hops
-
     def involves(self, peer: PeerId) -> bool:
         """True when `peer` is a stage of the present route."""
-        return any(hop.peer == peer for hop in self._route.hops)
+        return any(hop.peer == peer for hop in self.route.hops)
 
     @property
     def num_in_flight(self) -> int:
@@ -415,7 +428,7 @@ class Coordinator:
             self.stats.first_token_at_s = now_s
         effects: list[Effect] = [emit()]
         if self._tree.root.number is None and self._in_flight:
-            effects += [Send(to=PeerId(h.peer), message=self._cancel()) for h in self._route.hops]
+            effects += [Send(to=PeerId(h.peer), message=self._cancel()) for h in self.route.hops]
             self._in_flight.clear()
         return effects
 
@@ -475,7 +488,7 @@ class Coordinator:
         self._wire_root = (self._epoch, BASE)
         self._progress_at_s = now_s
         given = self.tokens[:-1]
-        effects: list[Effect] = [Send(to=self._route.head, message=self._open_message(kept))]
+        effects: list[Effect] = [Send(to=self.route.head, message=self._open_message(kept))]
         if kept and kept[0]:
             self._next_node = len(given)
             self._wire_root = (self._epoch, len(given) - 1)
@@ -483,17 +496,27 @@ class Coordinator:
             self._next_window = max(self._next_window, -(-len(given) // FILL_NODES))
             return effects
         chunk = self._request.prefill_chunk
-        for start in range(0, len(given), chunk):
+        num_held = self._take_prefix()
+        for start in range(num_held, len(given), chunk):
             tokens = given[start : start + chunk]
             positions = range(start, start + len(tokens))
             effects.append(self._window(tokens, [pos - 1 for pos in positions], positions, start, now_s))
             self._next_node = start + len(tokens)
             self._wire_root = (self._epoch, self._next_node - 1)
-        self.stats.num_prefill_tokens += len(given)
+        self.stats.num_prefill_tokens += len(given) - num_held
         return effects
 
+    def _take_prefix(self) -> int:
+        """Number on behind the tokens that the stages have parked; returns how many."""
+        num_held = self.prefix.num_tokens if self.prefix is not None else 0
+        if num_held:
+            self._next_node = num_held
+            self._wire_root = (self._epoch, num_held - 1)
+        self.stats.num_prefix_tokens = num_held
+        return num_held
+
     def _open_message(self, kept: tuple[bool, ...]) -> OpenSession:
-        request, route = self._request, self._route
+        request, route = self._request, self.route
         passed = self._passed or (0, BASE, 0)
         return OpenSession(
             session=request.session,
@@ -512,6 +535,7 @@ class Coordinator:
             resume=passed[:2] if kept else (0, BASE),
             attest=request.attest,
             top_logprobs=request.top_logprobs,
+            prefix=self.prefix,
         )
 
     def _raise_epoch(self) -> None:
@@ -548,20 +572,23 @@ class Coordinator:
         self.stats.num_windows += 1
         self.stats.num_nodes_sent += len(tokens)
         self.stats.max_windows_in_flight = max(self.stats.max_windows_in_flight, len(self._in_flight))
-        return Send(to=self._route.head, message=window)
+        return Send(to=self.route.head, message=window)
 
     def _cancel(self) -> Cancel:
         return Cancel(session=self._request.session, epoch=self._epoch)
 
     def _close_message(self) -> CloseSession:
-        return CloseSession(session=self._request.session, epoch=max(self._epoch, 0))
+        return CloseSession(session=self._request.session, epoch=max(self._epoch, 0), park=self.parked)
 
     def _close(self) -> list[Effect]:
         self._in_flight.clear()
-        return [Send(to=PeerId(hop.peer), message=self._close_message()) for hop in self._route.hops]
+        return [Send(to=PeerId(hop.peer), message=self._close_message()) for hop in self.route.hops]
 
     def _finish(self, reason: str, error: DsdError | None = None) -> list[Effect]:
         self.is_finished = True
+        if self._request.is_parked and error is None and reason != "cancelled" and self._passed is not None:
+            *at, position = self._passed
+            self.parked = Park(at=(at[0], at[1]), num_tokens=position + 1)
         return [*self._close(), Finish(reason=reason, error=error)]
 
 

@@ -7,7 +7,7 @@ from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import GREEDY, PeerId, Relaxation, Sampling, SessionId, TokenId
 from dsd_p2p.window.base import Decision
 from dsd_p2p.wire.hidden import HiddenFormat
-from dsd_p2p.wire.messages import Hop
+from dsd_p2p.wire.messages import Hop, Prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class Request:
     stall_timeout_s: without a verdict for this long the chain counts as lost.
     hidden_formats: of each link between stages; empty is the model's own. relaxation: None is exact mode.
     attest: stages sign what they compute. top_logprobs: see `OpenSession`.
+    prefix: what of the prompt the route's stages have parked. is_parked: they are to park the text when it is finished.
     """
 
     session: SessionId
@@ -49,6 +50,8 @@ class Request:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     attest: bool = False
     top_logprobs: int = -1
+    prefix: Prefix | None = None
+    is_parked: bool = False
 
 
 _MAX_DECISIONS = 64
@@ -60,6 +63,7 @@ class RequestStats:
 
     num_misses: verdicts that named a token no window carried: each costs a traversal. Plain decoding counts every token.
     link_bytes: bytes of window frames that all stages together have received, as the newest verdict told.
+    num_prefix_tokens: prompt tokens that the stages had parked and that were not sent.
     num_epochs: committed tokens over epochs is the mean accepted length (in sync mode: tokens a window, as in the papers).
     num_replays, num_resumes: chains opened after the first; of those, with stages that went on with what they held.
     hits_by_depth, outcomes_by_depth: for d = 1, 2, ...: of the committed tokens whose parent was drafted d - 1 below the root and
@@ -72,6 +76,7 @@ class RequestStats:
     num_windows: int = 0
     num_nodes_sent: int = 0
     num_prefill_tokens: int = 0
+    num_prefix_tokens: int = 0
     num_misses: int = 0
     num_epochs: int = 0
     num_stale_nodes: int = 0

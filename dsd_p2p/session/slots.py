@@ -57,8 +57,8 @@ class Forward:
 class SlotTable:
     """The bookkeeping of one session's cache. Nodes are named by integers that are never used twice."""
 
-    def __init__(self) -> None:
-        self.prefix_length = 0
+    def __init__(self, prefix_length: int = 0) -> None:
+        self.prefix_length = prefix_length
         self._nodes: dict[int, int] = {}
         self._positions = np.empty(0, np.int64)
         self._attends = np.empty((0, 0), np.bool_)

@@ -25,16 +25,17 @@ class StageState:
     epoch: the first epoch, from `OpenSession`.
     max_length: no position at or past this one is accepted.
     max_speculative: the most nodes that may wait below the root; what bounds the cache and the masks.
+    num_held: positions that the cache holds from the start, as if nodes 0 to `num_held` - 1 had been sent.
     """
 
-    def __init__(self, *, epoch: int, max_length: int, max_speculative: int) -> None:
+    def __init__(self, *, epoch: int, max_length: int, max_speculative: int, num_held: int = 0) -> None:
         self.epoch = epoch
         self._cancelled_below = epoch
         self._max_length = max_length
         self._max_speculative = max_speculative
-        self._slots = SlotTable()
-        self._root = BASE
-        self._next_node = 0
+        self._slots = SlotTable(num_held)
+        self._root = num_held - 1 if num_held else BASE
+        self._next_node = num_held
         self._last_window = -1
 
     @property

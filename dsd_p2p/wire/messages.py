@@ -41,7 +41,8 @@ FILL_NODES = 128
 """Nodes of each window, numbered from 0, with which a stage refills the one after it."""
 
 SessionBytes = Annotated[bytes, Meta(min_length=8, max_length=8)]
-Epoch = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+MAX_EPOCH = (1 << 31) - 1
+Epoch = Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
 WindowNumber = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 NodeNumber = Annotated[int, Meta(ge=-1, le=MAX_POSITIONS)]
 Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
@@ -61,6 +62,7 @@ class FailureKind(StrEnum):
     TIMEOUT = "timeout"
     COVERAGE = "coverage"
     REQUEST = "request"
+    PREFIX = "prefix"
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -80,6 +82,20 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
     span: Span
 
 
+class Prefix(msgspec.Struct, frozen=True, array_like=True):
+    """The first tokens of a text that the stages have parked: those of `session`, which its coordinator closed."""
+
+    session: SessionBytes
+    num_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
+
+
+class Park(msgspec.Struct, frozen=True, array_like=True):
+    """What a stage is to hold of a session that closes: the text up to the node `at` (epoch, node), `num_tokens` long."""
+
+    at: tuple[Epoch, NodeNumber]
+    num_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
+
+
 class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """Opens a session at `epoch` on every stage of `route`; travels down the chain ahead of the windows.
 
@@ -89,6 +105,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     kept: for each stage of the route, whether it goes on with what it holds of the session: everything given but the last token,
         which ends at node `resume` (epoch, node). The others are refilled by the stage before them. Empty: nobody keeps anything.
     attest: every stage signs what it takes in and gives out. top_logprobs: likeliest tokens to tell; -1: none.
+    prefix: parked text that the prompt begins with; only what follows is sent.
     """
 
     session: SessionBytes
@@ -107,6 +124,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     resume: tuple[Epoch, NodeNumber] = (0, BASE)
     attest: bool = False
     top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
+    prefix: Prefix | None = None
 
 
 class Attestation(msgspec.Struct, frozen=True, array_like=True):
@@ -189,10 +207,14 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
 
 class CloseSession(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """Coordinator → every stage: free the session's cache now; the session may be opened again at a later epoch only."""
+    """Coordinator → every stage: free the session's cache now; the session may be opened again at a later epoch only.
+
+    park: what of it to hold as long as nobody needs the room, for other sessions of the same coordinator.
+    """
 
     session: SessionBytes
     epoch: Epoch
+    park: Park | None = None
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag=7):
@@ -224,6 +246,7 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=9):
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag=12):
     """Thin client → coordinator: write for me. What was received of an earlier answer is part of `prompt`.
 
+    owner: as whom; answers of one owner share parked text, those of no name ("") share none.
     idle_timeout_s: give a silent chain up after so long. deadline_s: of the whole answer, from its arrival.
     """
 
@@ -235,6 +258,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag=12):
     idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
     deadline_s: Annotated[float, Meta(gt=0, le=86400)]
     top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
+    owner: Name = ""
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):

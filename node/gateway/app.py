@@ -148,7 +148,8 @@ class Gateway:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         max_tokens = asked.max_completion_tokens or asked.max_tokens
         room = self.served.max_positions - len(prompt)
-        options = self._options(asked, max_tokens or max(1, min(self.limits.default_tokens, room)), top_logprobs)
+        max_tokens = max_tokens or max(1, min(self.limits.default_tokens, room))
+        options = self._options(client, asked, max_tokens, top_logprobs)
         return self._writing(client, asked, [prompt], options, ChatFormat(self.served.text))
 
     async def _complete(self, request: Request, client: Client) -> Writing:
@@ -159,9 +160,8 @@ class Gateway:
             raise ApiError(400, "best_of other than n is not supported", param="best_of")
         if asked.echo and asked.logprobs is not None:
             raise ApiError(400, "echo with logprobs is not supported: the prompt is not verified", param="echo")
-        options = self._options(
-            asked, asked.max_tokens or _DEFAULT_TEXT_TOKENS, -1 if asked.logprobs is None else asked.logprobs
-        )
+        top_logprobs = -1 if asked.logprobs is None else asked.logprobs
+        options = self._options(client, asked, asked.max_tokens or _DEFAULT_TEXT_TOKENS, top_logprobs)
         text = self.served.text
         self._check_prompts(prompts, options, "prompt")
         echoed = [text.decode(prompt) if asked.echo else "" for prompt in prompts]
@@ -184,7 +184,7 @@ class Gateway:
             for entry in entries
         ]
 
-    def _options(self, asked: Common, max_tokens: int, top_logprobs: int) -> GenerateOptions:
+    def _options(self, client: Client, asked: Common, max_tokens: int, top_logprobs: int) -> GenerateOptions:
         sampling = Sampling(
             temperature=1.0 if asked.temperature is None else asked.temperature,
             # OpenAI takes 0 for the likeliest token alone.
@@ -198,6 +198,7 @@ class Gateway:
             stall_timeout_s=self.stall_timeout_s,
             retry=self.retry,
             top_logprobs=top_logprobs,
+            owner=client.name,
         )
 
     def _writing(

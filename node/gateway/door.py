@@ -19,9 +19,13 @@ from node.summary import summarise
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """How an answer came about, filled in as it ends. coordinator: whoever wrote it for us; empty is this node."""
+    """How an answer came about, filled in as it ends.
+
+    coordinator: whoever wrote it for us; empty is this node. num_cached_tokens: of the prompt, that the stages still held.
+    """
 
     coordinator: str = ""
+    num_cached_tokens: int = 0
     statistics: dict[str, object] = field(default_factory=dict)
 
 
@@ -61,6 +65,7 @@ class EngineDoor:
                             num_tokens += len(piece.tokens)
                             yield piece
                 finally:
+                    outcome.num_cached_tokens = generation.stats.num_prefix_tokens
                     if num_tokens:
                         outcome.statistics = summarise(generation, self._drafter.name, len(prompt), num_tokens)
         except ConfigError as exc:

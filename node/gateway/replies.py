@@ -26,12 +26,19 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_token: float = 0.0
 
 
+class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """`usage.prompt_tokens_details`. cached_tokens: that the stages still held; not known of what another node wrote."""
+
+    cached_tokens: int = 0
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """`usage`. speculation: one entry a choice."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
     speculation: list[Speculation] = []
 
 

@@ -16,7 +16,7 @@ from node.gateway.admission import Admission
 from node.gateway.choice import Choice, Piece
 from node.gateway.errors import ApiError, api_error, json_response, unexpected
 from node.gateway.keys import Client
-from node.gateway.replies import Usage, speculation_of
+from node.gateway.replies import PromptTokensDetails, Usage, speculation_of
 
 logger = logging.getLogger(__name__)
 
@@ -196,12 +196,22 @@ class Writing:
                 await put.send((index, piece))
             await put.send((index, None))
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the stages still held, as far as is known; a prompt of several answers counts once."""
+        cached: dict[int, int] = {}
+        for choice in self.choices:
+            prompt = id(choice.prompt)
+            cached[prompt] = max(cached.get(prompt, 0), choice.outcome.num_cached_tokens)
+        return sum(cached.values())
+
     def _usage(self) -> Usage:
         num_tokens = sum(choice.num_tokens for choice in self.choices)
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=num_tokens,
             total_tokens=self.num_prompt_tokens + num_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.num_cached_tokens),
             speculation=[
                 speculation_of(choice.outcome.statistics, choice.outcome.coordinator) for choice in self.choices
             ],

@@ -1,0 +1,97 @@
+"""Text that a stage still holds of closed sessions, so that the next turn of a conversation need not be computed from its start."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dsd_p2p.errors import PrefixLost
+from dsd_p2p.pipeline.span_model import SpanCache
+from dsd_p2p.types import PeerId, Span
+from dsd_p2p.wire.messages import Prefix
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Parked:
+    """The text of one closed session. num_users: who copies from it right now; is_unwanted: free it after them."""
+
+    coordinator: PeerId
+    session: bytes
+    span: Span
+    cache: SpanCache
+    num_tokens: int
+    num_users: int = 0
+    is_unwanted: bool = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[SpanCache]:
+        """Keep the cache alive until the end of the block."""
+        self.num_users += 1
+        try:
+            yield self.cache
+        finally:
+            self.num_users -= 1
+            self._free_if_done()
+
+    def discard(self) -> None:
+        """Free the cache as soon as nobody uses it."""
+        self.is_unwanted = True
+        self._free_if_done()
+
+    def _free_if_done(self) -> None:
+        if self.is_unwanted and not self.num_users:
+            self.cache.free()
+
+
+class ParkedTexts:
+    """All that is parked at a stage; it never keeps a session from its room. max_texts: in all."""
+
+    def __init__(self, max_texts: int) -> None:
+        self._max_texts = max_texts
+        self._texts: OrderedDict[tuple[PeerId, bytes], Parked] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def add(self, parked: Parked) -> None:
+        """Hold one more text, the one unused for longest may go for it."""
+        self._texts[parked.coordinator, parked.session] = parked
+        if len(self._texts) > self._max_texts:
+            self.evict()
+
+    def find(self, coordinator: PeerId, prefix: Prefix, span: Span) -> Parked:
+        """Return the parked text that a session is to go on from; its coordinator must have parked it.
+
+        Raises:
+            PrefixLost: it is not here, or no longer, or shorter, or of other layers.
+        """
+        parked = self._texts.get((coordinator, prefix.session))
+        if parked is None or parked.span != span or parked.num_tokens < prefix.num_tokens:
+            raise PrefixLost(f"{prefix.num_tokens} tokens of session {prefix.session.hex()} are not parked here")
+        self._texts.move_to_end((coordinator, prefix.session))
+        return parked
+
+    def evict(self) -> bool:
+        """Discard the text unused for longest; False when there is none."""
+        if not self._texts:
+            return False
+        _, parked = self._texts.popitem(last=False)
+        parked.discard()
+        return True
+
+    def discard(self, coordinator: PeerId, session: bytes) -> bool:
+        """Discard one text; False when it is not here."""
+        parked = self._texts.pop((coordinator, session), None)
+        if parked is not None:
+            parked.discard()
+        return parked is not None
+
+    def forget(self, coordinator: PeerId) -> None:
+        """Discard all that a coordinator has parked."""
+        for owner, session in [key for key in self._texts if key[0] == coordinator]:
+            self.discard(owner, session)
+
+    def clear(self) -> None:
+        """Discard everything."""
+        while self.evict():
+            pass
