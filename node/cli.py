@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--draft", help="drafter: ngram, shadow, a model; also +ngram (default: what measured best)")
     up.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
     up.add_argument("--window", choices=["analytic", "awc"], help="who decides how much to guess (default analytic)")
+    _add_trace_flag(up)
     _add_gateway_flags(up)
 
     generate = commands.add_parser("generate", help="write text")
@@ -184,6 +185,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--heartbeat", help="interval of heartbeats (default 1s, 50ms to 10s)")
     parser.add_argument("--record", metavar="FILE", help="append the node's telemetry, for dsd top --replay")
+    _add_trace_flag(parser)
     parser.add_argument("--slowdown", type=float, help=argparse.SUPPRESS)
 
 
@@ -352,6 +354,10 @@ def _add_compute_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jitter", help="emulated jitter, like 5ms")
     parser.add_argument("--mqtt", metavar="URL", help="broker to tell what happens: mqtt://HOST:PORT or mqtts://…")
     parser.add_argument("--mqtt-ca", metavar="FILE", help="certificate authority of the broker")
+
+
+def _add_trace_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--otlp", metavar="URL", help="OpenTelemetry collector for traces, like http://127.0.0.1:4318")
 
 
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:

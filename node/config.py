@@ -68,7 +68,7 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=
     through: address of a relay to be reached through. lan: find members on the local network.
     max_layers, memory: of the layers; by default what is free.
     draft: coordinate requests of thin clients with this drafter; "none" does not. heartbeat: interval.
-    record: file that the node's own telemetry is appended to.
+    record: file that the node's own telemetry is appended to. otlp: collector that traces of requests go to.
     slowdown: for tests: passes take this many times as long. namespace: of the network, see `node.netlab`.
     """
 
@@ -83,6 +83,7 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=
     draft: str = "ngram"
     heartbeat: str = "1s"
     record: str = ""
+    otlp: str = ""
     slowdown: Annotated[float, Meta(ge=1, le=1000)] = 1.0
     namespace: str = ""
 
@@ -177,9 +178,14 @@ NO_DOOR = GatewayConfig()
 
 
 class UpConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`dsd up`. window: "analytic" or "awc". mqtt: empty starts a broker on this machine, "none" goes without."""
+    """`dsd up`.
+
+    window: "analytic" or "awc". mqtt: empty starts a broker on this machine, "none" goes without. otlp: collector that traces of
+        requests go to.
+    """
 
     window: str = "analytic"
+    otlp: str = ""
 
 
 class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):

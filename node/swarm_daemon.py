@@ -52,7 +52,7 @@ from node.stage_models import load_span
 from node.swarm_client import next_coordinator
 from node.swarm_door import NodeParts, serve_door, swarm_topics, telling
 from node.swarm_state import Known, StoredMembership, SwarmState
-from node.telemetry import EventHub, broker_of
+from node.telemetry import EventHub, broker_of, check_collector
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class SwarmNode:
         if not 0.05 <= units.seconds(config.heartbeat) <= 10:
             raise ConfigError(f"--heartbeat {config.heartbeat}: 50ms to 10s")
         broker_of(config.mqtt, config.mqtt_ca, swarm_topics(stored))
+        check_collector(config.otlp)
         check_grants(stored.grants, swarm=stored.swarm, peer=self._state.node_key().peer, now_s=time.time())
         async with open_libp2p(
             identity=self._state.identity,

@@ -30,7 +30,7 @@ from node.gateway.server import serve_gateway
 from node.gateway.setup import make_gateway
 from node.swarm_client import SWARM_RETRY
 from node.swarm_state import StoredMembership
-from node.telemetry import EventHub, StatusSource, broker_of, hearing, publishing, recording, report_forever
+from node.telemetry import EventHub, StatusSource, broker_of, hearing, publishing, recording, report_forever, tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +63,11 @@ async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
     async with (
         publishing(broker, me) as publisher,
         hearing(broker, hub, me),
+        tracing(parts.config.otlp, me) as trace,
         AsyncExitStack() as stack,
         trio.open_nursery() as nursery,
     ):
+        hub.pass_on_to(trace)
         hub.pass_on_to(stack.enter_context(recording(parts.config.record)))
         if publisher is not None:
             hub.pass_on_to(publisher.tell)

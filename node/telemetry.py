@@ -5,8 +5,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import trio
 
@@ -17,6 +20,9 @@ from dsd_p2p.pipeline.stage_server import StageServer
 from dsd_p2p.telemetry.events import Event, PeerStatus, SessionStarted, WindowVerified, arrived, encode_event
 from dsd_p2p.telemetry.mqtt import Broker, MqttPublisher, MqttSubscriber, parse_broker
 from dsd_p2p.telemetry.picture import Picture
+
+if TYPE_CHECKING:
+    from dsd_p2p.telemetry.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -233,6 +239,49 @@ def recording(file: str) -> Iterator[Callable[[Event], None]]:
                 logger.warning("recording ends file=%s error=%s", file, exc)
 
         yield tell
+
+
+@asynccontextmanager
+async def tracing(url: str, peer: str) -> AsyncIterator[Callable[[Event], None]]:
+    """Send OpenTelemetry traces of a peer's requests to a collector until the end of the block; without one, nowhere.
+
+    Raises:
+        ConfigError: the extra is not installed, or `url` is none of a collector.
+    """
+    if not url:
+        yield lambda _event: None
+        return
+    traces = _open_traces(url, peer)
+    try:
+        yield traces.tell
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(traces.close)
+
+
+def _open_traces(url: str, peer: str) -> "Traces":
+    check_collector(url)
+    from dsd_p2p.telemetry.traces import Traces, export_to
+
+    # Each failed batch is an error of its own; its retries are not worth a line.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    return Traces(export_to(url), peer, version("dsd-p2p"))
+
+
+def check_collector(url: str) -> None:
+    """Say what is wrong with `--otlp` before anything slow begins.
+
+    Raises:
+        ConfigError: the extra is not installed, or `url` is none of a collector.
+    """
+    if not url:
+        return
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise ConfigError(f"--otlp {url!r}: give a collector's address, like http://127.0.0.1:4318")
+    try:
+        import_module("dsd_p2p.telemetry.traces")
+    except ImportError as exc:
+        raise ConfigError("--otlp needs an extra: .venv/bin/pip install -c constraints.txt -e '.[otel]'") from exc
 
 
 @asynccontextmanager

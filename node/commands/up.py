@@ -34,10 +34,12 @@ from node.telemetry import (
     EventHub,
     StatusSource,
     broker_of,
+    check_collector,
     hearing,
     publishing,
     report_forever,
     seen_peers,
+    tracing,
 )
 
 DEFAULT_PORT = 8484
@@ -54,6 +56,7 @@ async def _up(config: UpConfig, door: GatewayConfig) -> None:
     clients = read_clients(door)
     # Before anything slow: the stages would only die of it.
     broker_of(config.mqtt, config.mqtt_ca, TOPICS)
+    check_collector(config.otlp)
     torch.set_num_threads(config.threads)
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(ConsoleProgress())
@@ -102,7 +105,13 @@ async def _telling(config: UpConfig, engine: Engine, hub: EventHub) -> AsyncIter
     """Tell the hub, and the broker if there is one, what happens here; hear what the stages tell."""
     broker = broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     me = engine.links.me.peer
-    async with publishing(broker, me) as publisher, hearing(broker, hub, me), trio.open_nursery() as nursery:
+    async with (
+        publishing(broker, me) as publisher,
+        hearing(broker, hub, me),
+        tracing(config.otlp, me) as trace,
+        trio.open_nursery() as nursery,
+    ):
+        hub.pass_on_to(trace)
         if publisher is not None:
             hub.pass_on_to(publisher.tell)
         engine.tell = hub.tell
