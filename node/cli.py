@@ -265,6 +265,14 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     passes.add_argument("--sessions", type=int, help="at most so many (default 64)")
     passes.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
+    brokers = benchmarks.add_parser("brokers", help="decoding beside a broker that lives, was killed, or never answers")
+    _add_model_flags(brokers)
+    brokers.add_argument("--stages", type=int, help="number of stages (default 3)")
+    brokers.add_argument("--sessions", type=int, help="requests at once (default 1)")
+    brokers.add_argument("--draft", help="drafter (default: what measured best)")
+    brokers.add_argument("--max-tokens", type=int, help="of each answer (default 64)")
+    brokers.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
+
     formats = benchmarks.add_parser("formats", help="error and size of smaller hidden states on the links")
     _add_model_flags(formats)
     formats.add_argument("--stages", type=int, help="number of stages (default 3)")
@@ -281,7 +289,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
 
     benchmarks.add_parser("plots", help="draw the receipts in docs/benchmarks")
 
-    for benchmark in (overhead, ring, relaxed, wan, users, passes, formats, attest, simulator):
+    for benchmark in (overhead, ring, relaxed, wan, users, passes, brokers, formats, attest, simulator):
         benchmark.add_argument("--rounds", type=int, help="repetitions of every arm (default 5; ring: 1)")
         benchmark.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
 

@@ -55,6 +55,13 @@ def _measure(what: str, options: dict[str, object]) -> int:
 
             with ConsoleProgress() as progress:
                 results = trio.run(run_users, read_config(UsersConfig, file, options), rounds, progress)
+        case "brokers":
+            from node.benches.brokers import run_brokers
+
+            with ConsoleProgress() as progress:
+                results = trio.run(
+                    run_brokers, read_config(UsersConfig, file, {"sessions": 1} | options), rounds, progress
+                )
         case "passes":
             from node.benches.passes import run_passes
 
