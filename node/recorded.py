@@ -65,6 +65,7 @@ class RecordedCache:
 
     def __init__(self) -> None:
         self.text: TokenId = -1
+        self.num_bytes = 0
 
     def edit(self, edit: CacheEdit) -> None:
         """Nothing to move."""

@@ -355,7 +355,7 @@ class SwarmNode:
         )
 
     def _load(self) -> Load:
-        cache_bytes = self._model.budget.used_bytes if self._model else 0
+        cache_bytes = self._model.budget.used_bytes - self._server.parked_bytes if self._model else 0
         return Load(num_sessions=self._server.num_sessions, cache_bytes=cache_bytes)
 
     def _info(self, span: Span | None) -> PeerInfo:

@@ -148,7 +148,7 @@ class StatusSource:
             num_sessions=server.num_sessions if server else 0,
             queue=server.work.num_waiting if server else 0,
             busy_share=min(1.0, max(0.0, share)),
-            cache_bytes=budget.used_bytes if budget else 0,
+            cache_bytes=budget.used_bytes - (server.parked_bytes if server else 0) if budget else 0,
             max_cache_bytes=budget.max_bytes if budget else 0,
             num_passes=server.work.num_passes if server else 0,
             num_windows=server.work.num_windows if server else 0,
@@ -255,6 +255,7 @@ async def tracing(url: str, peer: str) -> AsyncIterator[Callable[[Event], None]]
     try:
         yield traces.tell
     finally:
+        traces.end()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(traces.close)
 
@@ -276,7 +277,12 @@ def check_collector(url: str) -> None:
     """
     if not url:
         return
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise ConfigError(f"--otlp {url!r}: give a collector's address, like http://127.0.0.1:4318")
     try:
         import_module("dsd_p2p.telemetry.traces")

@@ -1,7 +1,8 @@
 """Teaches the window policy in the simulator: `scripts/train_wcdnn` (docs/simulator.md).
 
-Each scenario is a random chain, drafter and kind of text. Every window of the catalogue writes the same texts there; the label is
-the logarithm of its speed over plain decoding's, the inputs are what the live tracker had observed under each of the windows.
+Each scenario is a random chain, drafter and kind of text; in some of them several drafters share one target's passes. Every window
+of the catalogue writes the same texts there; the label is the logarithm of its speed over plain decoding's, the inputs are what the
+live tracker had observed under each of the windows.
 """
 
 import argparse
@@ -12,19 +13,34 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsd_p2p.errors import ConfigError
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.sim.answer import Agreement, Answer, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.chain import ChainModel, simulate_request
+from dsd_p2p.sim.fleet import Fleet
+from dsd_p2p.sim.scenario import (
+    Acceptance,
+    Cost,
+    DrafterPool,
+    Length,
+    Link,
+    Scenario,
+    Seconds,
+    TargetPool,
+    Workload,
+)
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
+from dsd_p2p.telemetry.events import DecisionMade, decode_event
 from dsd_p2p.window.base import Mode
 from dsd_p2p.window.catalogue import CATALOGUE
-from dsd_p2p.window.static import StaticPolicy
+from dsd_p2p.window.static import PLAIN, StaticPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.window.wcdnn.features import NAMES, features
 from dsd_p2p.window.wcdnn.network import NUM_BLOCKS, VERSION
@@ -34,11 +50,17 @@ _TOKENS = 40
 _PLAIN_TOKENS = 12
 _TEXTS = 2
 _WIDTH = 48
+_CROWDED_SHARE = 0.12
+"""Scenarios in which drafters share a target; the others have the chain for themselves."""
+
+_CROWD_TOKENS = 40
+_MIN_LIVE_TOKENS = 12
+"""Fewer measure a live window too badly to learn from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One scenario: inputs `[n, features]` and the label `[arms]` they share."""
+    """One scenario, or one recorded decision: inputs `[n, features]` and the label `[arms]` they share, NaN where it is unknown."""
 
     inputs: NDArray[np.float32]
     label: NDArray[np.float32]
@@ -47,19 +69,51 @@ class Sample:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sweep, train, write the weights; returns the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/train_wcdnn", description=__doc__)
-    parser.add_argument("--scenarios", type=int, default=2100)
+    parser.add_argument("--scenarios", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--live", type=Path, nargs="*", default=[], help="recordings of live runs to learn from, too")
     parser.add_argument("--output", type=Path, default=Path("node/data/wcdnn.npz"))
     options = parser.parse_args(arguments)
     samples = sweep(options.scenarios, options.seed, options.processes)
+    samples += [sample for path in options.live for sample in read_live(path)]
     weights, losses = train(samples, options.epochs, options.seed)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **weights)
     print(f"{options.output}: {len(samples)} scenarios, loss {losses[0]:.3f} trained, {losses[1]:.3f} held out")
     return 0
+
+
+def read_live(path: Path) -> list[Sample]:
+    """Return what a recording (`--record`) tells of decisions: the speeds of the windows that were measured beside plain decoding.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as exc:
+        raise ConfigError(f"recording {path}: {exc.strerror}") from exc
+    samples = []
+    for line in lines:
+        event = decode_event(line)
+        if isinstance(event, DecisionMade) and len(event.features) == len(NAMES):
+            label = _live_label(event)
+            if np.isfinite(label).sum() > 1:
+                samples.append(Sample(inputs=np.array([event.features], np.float32), label=label))
+    return samples
+
+
+def _live_label(event: DecisionMade) -> NDArray[np.float32]:
+    rates = {rate.kind: rate.tokens_per_s for rate in event.measured if rate.num_tokens >= _MIN_LIVE_TOKENS}
+    label = np.full(len(CATALOGUE), np.nan, np.float32)
+    if (plain := rates.get(PLAIN.kind, 0.0)) > 0:
+        for index, decision in enumerate(CATALOGUE.values()):
+            if (tokens_per_s := rates.get(decision.kind, 0.0)) > 0:
+                label[index] = math.log(tokens_per_s / plain)
+    return label
 
 
 def sweep(num_scenarios: int, seed: int, num_processes: int) -> list[Sample]:
@@ -86,6 +140,10 @@ def _load_trace() -> None:
 
 def _simulate(seed: str) -> Sample:
     rng = random.Random(seed)  # noqa: S311 - a simulation
+    return _crowded(rng) if rng.random() < _CROWDED_SHARE else _alone(rng)
+
+
+def _alone(rng: random.Random) -> Sample:
     chain, answers = _random_chain(rng), _random_answers(rng)
     inputs: list[NDArray[np.float32]] = []
     speeds: list[float] = []
@@ -99,8 +157,55 @@ def _simulate(seed: str) -> Sample:
             seconds += request.arrivals[-1][0] - request.arrivals[0][0]
             inputs.append(features(tracker.observe(), decision))
         speeds.append(num_tokens / max(seconds, 1e-9))
+    return _sample(inputs, speeds)
+
+
+def _crowded(rng: random.Random) -> Sample:
+    """Several drafters at one target, all with the same window: what one gains at the others' cost is no gain."""
+    scenario = _random_crowd(rng)
+    inputs: list[NDArray[np.float32]] = []
+    speeds: list[float] = []
+    for decision in CATALOGUE.values():
+        fleet = Fleet(scenario, partial(StaticPolicy, decision), _trace if scenario.acceptance.trace else None)
+        logs = fleet.run().logs
+        num_tokens = sum(log.num_tokens - log.first_size for log in logs)
+        speeds.append(num_tokens / max(sum(log.finished_s - log.first_s for log in logs), 1e-9))
+        inputs += [features(tracker.observe(), decision) for tracker in fleet.trackers[:_TEXTS]]
+    return _sample(inputs, speeds)
+
+
+def _sample(inputs: Sequence[NDArray[np.float32]], speeds: Sequence[float]) -> Sample:
     label = np.log(np.array(speeds, np.float32) / speeds[0])
     return Sample(inputs=np.stack(inputs), label=label.astype(np.float32))
+
+
+def _random_crowd(rng: random.Random) -> Scenario:
+    count = rng.choice((2, 4, 6, 8))
+    stage_s = _log_uniform(rng, 0.01, 0.06)
+    is_recorded = rng.random() < 0.4
+    return Scenario(
+        seed=rng.getrandbits(32),
+        links={"edge": Link(latency=Seconds(_log_uniform(rng, 0.001, 0.06)), jitter=Seconds(0.001))},
+        drafters=(DrafterPool(count=count, link="edge", step=Cost(fixed=Seconds(_log_uniform(rng, 0.001, 0.03)))),),
+        targets=(
+            TargetPool(
+                stages=rng.choice((1, 1, 1, 2)),
+                stage=Cost(fixed=Seconds(stage_s), per_node=Seconds(stage_s * rng.choice((0.0, 0.005, 0.02, 0.08)))),
+                max_batch=count,
+            ),
+        ),
+        # All are at work most of the time, and come in at any moment of the others' passes.
+        workload=Workload(
+            requests=count, rate=count / (8 * stage_s), prompt=Length(mean=20), answer=Length(mean=_CROWD_TOKENS)
+        ),
+        acceptance=Acceptance(
+            rate=rng.uniform(0.3, 0.98),
+            persistence=rng.uniform(0, 0.9),
+            num_candidates=rng.choice((2, 12)),
+            trace="bundled" if is_recorded else "",
+            category=rng.choice(("chat", "maths", "code")) if is_recorded else "",
+        ),
+    )
 
 
 def _log_uniform(rng: random.Random, low: float, high: float) -> float:
@@ -184,6 +289,11 @@ def train(
         labels = np.concatenate([np.repeat(sample.label[None], len(sample.inputs), axis=0) for sample in part])
         return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels)
 
+    def loss_of(ratings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """How far off the known speeds are."""
+        known = torch.isfinite(labels)
+        return nn.functional.l1_loss(ratings[known], labels[known])
+
     train_inputs, train_labels = tensors(samples[num_held_out:])
     test_inputs, test_labels = tensors(samples[:num_held_out])
     network = Rater()
@@ -193,7 +303,7 @@ def train(
     for epoch in range(num_epochs):
         for chosen in torch.split(torch.randperm(len(train_inputs)), batch):
             optimizer.zero_grad()
-            loss = nn.functional.l1_loss(network(train_inputs[chosen]), train_labels[chosen])
+            loss = loss_of(network(train_inputs[chosen]), train_labels[chosen])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         schedule.step()
@@ -201,7 +311,7 @@ def train(
             print(f"epoch {epoch}: {loss.item():.3f}", file=sys.stderr, flush=True)
     with torch.inference_mode():
         losses = tuple(
-            nn.functional.l1_loss(network(inputs), labels).item()
+            loss_of(network(inputs), labels).item()
             for inputs, labels in ((train_inputs, train_labels), (test_inputs, test_labels))
         )
     weights: dict[str, NDArray[np.generic]] = {

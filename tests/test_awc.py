@@ -1,13 +1,16 @@
 """The learned window policy: what it sees, what it says, that it changes no token and never costs much."""
 
 import io
+import math
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from test_sim import CHAINS, Perfect, Useless, chain_of, tokens_per_s, write
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.sim.trace import read_trace
+from dsd_p2p.telemetry.events import DecisionMade, RateOf, SessionEnded, encode_event
 from dsd_p2p.window.base import CostLine, MeasuredRate, Mode, Observation
 from dsd_p2p.window.catalogue import CATALOGUE
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
@@ -15,6 +18,7 @@ from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.window.wcdnn import AwcPolicy, Network
 from dsd_p2p.window.wcdnn.features import NAMES, features
 from node.recorded import bundled_trace
+from node.training import Sample, read_live, train
 from node.weights import bundled_network
 
 
@@ -179,3 +183,39 @@ def test_it_is_close_to_the_best_window_of_the_catalogue(trace):
         tokens_per_s(trace, chain, awc, texts=(1,), tracker=tracker)
         regrets.append(1 - tokens_per_s(trace, chain, awc, tracker=tracker) / max(fixed))
     assert sorted(regrets)[len(regrets) // 2] <= 0.25
+
+
+def test_recordings_of_live_runs_are_labels_of_what_was_measured(tmp_path):
+    fast, slow = CATALOGUE["sync-4"], CATALOGUE["continuous-2x8-6"]
+    told = DecisionMade(
+        decision=fast.kind,
+        features=(0.25,) * len(NAMES),
+        measured=(
+            RateOf(kind=PLAIN.kind, tokens_per_s=2.0, num_tokens=50),
+            RateOf(kind=fast.kind, tokens_per_s=8.0, num_tokens=50),
+            RateOf(kind=slow.kind, tokens_per_s=1.0, num_tokens=3),
+            RateOf(kind="of another version", tokens_per_s=9.0, num_tokens=99),
+        ),
+    )
+    useless = [replace(told, measured=told.measured[1:]), replace(told, features=(1.0,)), SessionEnded()]
+    file = tmp_path / "run.jsonl"
+    file.write_bytes(b"\n".join([encode_event(event) for event in (told, *useless)] + [b"junk"]))
+    (sample,) = read_live(file)
+    arms = list(CATALOGUE)
+    assert sample.inputs.shape == (1, len(NAMES))
+    assert sample.label[arms.index("plain")] == 0.0
+    assert sample.label[arms.index("sync-4")] == pytest.approx(math.log(4))
+    assert np.isfinite(sample.label).sum() == 2, "three tokens measure nothing"
+    whole = [
+        Sample(
+            inputs=np.random.default_rng(seed).normal(size=(2, len(NAMES))).astype(np.float32),
+            label=np.zeros(len(arms), np.float32),
+        )
+        for seed in range(20)
+    ]
+    weights, losses = train([*whole, *([sample] * 20)], num_epochs=120, seed=0)
+    assert all(map(math.isfinite, losses))
+    rated = Network(weights).rate(sample.inputs[0])
+    assert rated[arms.index("sync-4")] > 0.2 + abs(rated[arms.index("plain")]), "learned where it is known"
+    with pytest.raises(ConfigError, match="recording"):
+        read_live(tmp_path / "nothing")

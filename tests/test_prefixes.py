@@ -10,15 +10,19 @@ from swarms import load_stages, model_swarm
 from test_core import TREE
 from test_stage_server import NUM_STAGES, TappedNetwork, toy_swarm, toys
 from toy import plain_text, toy_route
+from toy_model import ToySpanModel
 
 from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.errors import LocalProtocolError, PrefixLost
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.pipeline.engine import GenerateOptions
+from dsd_p2p.pipeline.parking import Parked, ParkedTexts
 from dsd_p2p.pipeline.prefixes import PrefixIndex, scope_of
 from dsd_p2p.pipeline.stage_server import StageLimits
-from dsd_p2p.session.slots import SlotTable
+from dsd_p2p.session.slots import CacheEdit, SlotTable
+from dsd_p2p.telemetry.events import Failover, SessionEnded
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import Span
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
@@ -181,10 +185,11 @@ async def test_it_goes_with_its_coordinator_with_other_layers_and_with_time():
     ("change", "kind"),
     [
         ({"prefix": Prefix(session=b"unknown!", num_tokens=20)}, FailureKind.PREFIX),
-        ({"prefix": Prefix(session=b"unknown!", num_tokens=len(PROMPT))}, FailureKind.ROUTE),
-        ({"prefix": Prefix(session=b"unknown!", num_tokens=3), "attest": True}, FailureKind.ROUTE),
+        ({"prefix": Prefix(session=b"unknown!", num_tokens=len(PROMPT))}, FailureKind.PROTOCOL),
+        ({"prefix": Prefix(session=b"unknown!", num_tokens=3), "attest": True}, FailureKind.PROTOCOL),
+        ({"max_length": 5}, FailureKind.PROTOCOL),
     ],
-    ids=["not parked", "whole prompt", "attested"],
+    ids=["not parked", "whole prompt", "attested", "longer than allowed"],
 )
 async def test_a_prefix_that_cannot_be_is_refused(change, kind):
     network = TappedNetwork()
@@ -194,7 +199,7 @@ async def test_a_prefix_that_cannot_be_is_refused(change, kind):
         network.log.clear()
         await swarm.engine.links.send("stage0", replace(opened, session=b"new-sess", **change))
         await until(lambda: failures(network))
-        assert failures(network)[0].kind in (kind, FailureKind.PROTOCOL)
+        assert failures(network)[0].kind is kind
         assert swarm.servers[0].num_sessions == 0
 
 
@@ -229,24 +234,127 @@ async def test_more_than_there_is_cannot_be_parked(park):
         await all_free(models)
 
 
+async def test_one_name_parked_twice_is_held_once():
+    models = toys()
+    network = TappedNetwork()
+    async with toy_swarm(stages=models, network=network) as swarm:
+        await write(swarm, PROMPT, 8)
+        opened = next(message for *_, message, _ in network.log if isinstance(message, OpenSession))
+        closed = next(message for *_, message, _ in network.log if isinstance(message, CloseSession))
+        prefix = Prefix(session=opened.session, num_tokens=20)
+        for epoch in range(1, 5):
+            again = replace(opened, epoch=closed.epoch + epoch, prefix=prefix, num_given=22)
+            park = Park(at=(again.epoch, 19), num_tokens=20)
+            await swarm.engine.links.send("stage0", again)
+            await until(lambda: swarm.servers[0]._sessions and swarm.servers[0]._sessions[opened.session].cache)
+            close = CloseSession(session=opened.session, epoch=again.epoch, park=park)
+            for name in ("stage0", "stage1", "stage2"):
+                await swarm.engine.links.send(name, close)
+            await swarm.all_closed()
+        assert num_parked(swarm)[0] == 1
+        for server in swarm.servers:
+            server._parked.clear()
+        await all_free(models)
+
+
+async def test_what_was_never_copied_is_not_parked():
+    models = toys()
+    network = TappedNetwork()
+    async with toy_swarm(stages=models, network=network) as swarm:
+        await write(swarm, PROMPT, 8)
+        opened = next(message for *_, message, _ in network.log if isinstance(message, OpenSession))
+        server = swarm.servers[0]
+        async with server._model_in_use:
+            prefix = Prefix(session=opened.session, num_tokens=20)
+            await swarm.engine.links.send("stage0", replace(opened, session=b"new-sess", prefix=prefix))
+            await until(lambda: server._sessions)
+            park = Park(at=(opened.epoch, 19), num_tokens=20)
+            await swarm.engine.links.send("stage0", CloseSession(session=b"new-sess", epoch=9, park=park))
+            await until(lambda: not server._sessions)
+        assert [name for _, name in server._parked._texts] == [opened.session]
+        server._parked.clear()
+        await until(lambda: models[0].num_caches == 0)
+
+
+async def test_a_text_of_a_coordinator_that_went_is_not_parked():
+    models = toys()
+    network = TappedNetwork()
+    async with toy_swarm(stages=models, network=network) as swarm:
+        options = GenerateOptions(max_tokens=200)
+        async with swarm.engine.generate(PROMPT, options, StaticPolicy(PLAIN)) as generation:
+            await generation.__anext__()
+            server = swarm.servers[1]
+            (session,) = server._sessions.values()
+            session.park = Park(at=(session.state.epoch, 0), num_tokens=1)
+            server.lost(Lost(peer="coordinator", reason="gone"))
+            await session.is_over.wait()
+            assert len(server._parked) == 0
+
+
+async def test_a_text_that_cannot_be_shrunk_is_lost_and_nothing_else():
+    models = toys()
+    async with toy_swarm(stages=models) as swarm:
+        cache_of = models[1].new_cache
+
+        def spoiled(max_slots):
+            cache = cache_of(max_slots)
+            cache.shrink = lambda: 1 / 0
+            return cache
+
+        models[1].new_cache = spoiled
+        await write(swarm, PROMPT, 8)
+        await until(lambda: num_parked(swarm) == [1, 0, 1])
+        tokens, stats = await write(swarm, [*PROMPT, 1], 8)
+        assert (tokens, stats.num_prefix_tokens) == (plain_text([*PROMPT, 1], 8), 0)
+
+
+async def test_a_second_opening_is_no_failover():
+    told = []
+    async with toy_swarm() as swarm:
+        swarm.engine.tell = told.append
+        await write(swarm, PROMPT, 8)
+        swarm.servers[1]._parked.clear()
+        await write(swarm, [*PROMPT, 1], 8)
+    assert not [event for event in told if isinstance(event, Failover)]
+    assert len([event for event in told if isinstance(event, SessionEnded)]) == 2
+
+
+def test_who_has_the_most_gives_way_first():
+    texts = ParkedTexts(3)
+    for coordinator, name in (("small", b"1"), ("greedy", b"2"), ("greedy", b"3"), ("greedy", b"4")):
+        texts.add(
+            Parked(
+                coordinator=coordinator,
+                session=name,
+                span=Span(0, 1),
+                cache=ToySpanModel(Span(0, 1), 1).new_cache(1),
+                num_tokens=1,
+            )
+        )
+    assert [name for _, name in texts._texts] == [b"1", b"3", b"4"]
+
+
 def test_the_longest_common_beginning_is_found_and_the_index_stays_small():
     index, route = PrefixIndex(), toy_route(2)
     alice, bob = (scope_of(owner, route, HiddenFormat.MODEL) for owner in ("alice", "bob"))
     text = list(range(100))
-    assert index.find(alice, text) is None
-    assert index.add(alice, route, b"a", text[:20]) == []
-    assert [name for name, _ in index.add(alice, route, b"b", [*text[:40], 7])] == [b"a"], "all of it is in the new one"
-    assert index.find(alice, text) == Prefix(session=b"b", num_tokens=40)
-    assert index.find(alice, text[:30]) == Prefix(session=b"b", num_tokens=29)
-    assert index.find(alice, text[:10]) is None, "too little to be worth it"
-    assert index.find(bob, text) is None
-    assert index.find(scope_of("alice", route, HiddenFormat.BF16), text) is None, "computed from other values"
-    assert index.find(scope_of("alice", toy_route(3), HiddenFormat.MODEL), text) is None
-    assert index.add(alice, route, b"c", text) == []
-    assert index.find(alice, text) == Prefix(session=b"c", num_tokens=99)
-    index.forget(b"c")
-    assert index.find(alice, text) == Prefix(session=b"b", num_tokens=40)
-    dropped = [name for number in range(200) for name, _ in index.add(bob, route, b"%d" % number, [number] * 50)]
+    assert index.find(alice, text, 0) is None
+    assert index.add(alice, route, b"a", text[:20], 0) == []
+    assert [name for name, _ in index.add(alice, route, b"b", [*text[:40], 7], 0)] == [b"a"], (
+        "all of it is in the new one"
+    )
+    assert index.find(alice, text, 0) == Prefix(session=b"b", num_tokens=40)
+    assert index.find(alice, text[:30], 0) == Prefix(session=b"b", num_tokens=29)
+    assert index.find(alice, text[:10], 0) is None, "too little to be worth it"
+    assert index.find(bob, text, 0) is None
+    assert index.find(scope_of("alice", route, HiddenFormat.BF16), text, 0) is None, "computed from other values"
+    assert index.find(scope_of("alice", toy_route(3), HiddenFormat.MODEL), text, 0) is None
+    assert index.add(alice, route, b"c", text, 0) == []
+    assert index.find(alice, text, 0) == Prefix(session=b"c", num_tokens=99)
+    assert index.forget(b"c") is route
+    assert index.forget(b"c") is None
+    assert index.find(alice, text, 0) == Prefix(session=b"b", num_tokens=40)
+    dropped = [name for number in range(200) for name, _ in index.add(bob, route, b"%d" % number, [number] * 50, 0)]
     assert dropped[0] == b"b"
     assert len(dropped) == len(set(dropped)) == 200 + 1 - 64
 
@@ -313,7 +421,13 @@ def test_a_copy_of_a_cache_holds_its_beginning_and_a_shrunk_one_no_more_than_it_
     whole.free()
     assert model.budget.used_bytes == 50 * slot_bytes
     assert np.array_equal(run(copied, SlotTable(6), 6, 10), expected)
+    with pytest.raises(PrefixLost):
+        model.new_cache(50).copy(copied, 11)
+    with pytest.raises(LocalProtocolError):
+        copied.edit(CacheEdit(num_kept=11, gathered=np.empty(0, np.int64)))
+    with pytest.raises(LocalProtocolError):
+        copied.edit(CacheEdit(num_kept=2, gathered=np.array([10])))
     copied.free()
     copied.shrink()
     copied.free()
-    assert model.budget.used_bytes == 0
+    assert model.budget.used_bytes == 50 * slot_bytes, "the one that could not be filled"

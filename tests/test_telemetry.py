@@ -20,6 +20,7 @@ from toy import plain_text
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.telemetry.events import (
+    DecisionMade,
     Failover,
     PeerStatus,
     SessionEnded,
@@ -32,6 +33,7 @@ from dsd_p2p.telemetry.events import (
 from dsd_p2p.telemetry.mqtt import MqttPublisher, MqttSubscriber, parse_broker
 from dsd_p2p.telemetry.picture import Picture
 from dsd_p2p.telemetry.summary import describe
+from dsd_p2p.window.wcdnn.features import NAMES
 
 # paho leaves the socket of a connection that did not come about to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -95,6 +97,7 @@ EVENTS = st.one_of(
         hits_by_depth=st.lists(st.integers(0, 99), max_size=9).map(tuple),
         outcomes_by_depth=st.lists(st.integers(0, 99), max_size=9).map(tuple),
     ),
+    st.builds(DecisionMade, at_s=st.floats(0, 1e9), decision=st.text(max_size=8), features=st.just((0.5,) * 9)),
     st.builds(Failover, at_s=st.floats(0, 1e9), session=st.text(max_size=8)),
     st.builds(SessionEnded, at_s=st.floats(0, 1e9), session=st.text(max_size=8), error=st.text(max_size=20)),
 )
@@ -156,7 +159,11 @@ async def test_a_live_request_tells_its_story():
         swarm.engine.tell = events.append
         tokens, _ = await swarm.write(PROMPT, 40, TREE)
         assert tokens == plain_text(PROMPT, 40)
-    started, *windows, ended = events
+    started, *windows, ended = [event for event in events if not isinstance(event, DecisionMade)]
+    decisions = [event for event in events if isinstance(event, DecisionMade)]
+    assert {event.decision for event in decisions} == {TREE.kind}, "it never changes its mind"
+    assert all(len(event.features) == len(NAMES) for event in decisions)
+    assert sum(rate.num_tokens for rate in decisions[-1].measured) > 30
     assert isinstance(started, SessionStarted)
     assert [stage.peer for stage in started.stages] == ["stage0", "stage1", "stage2"]
     assert (started.num_prompt_tokens, started.max_tokens) == (len(PROMPT), 40)

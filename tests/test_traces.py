@@ -88,6 +88,7 @@ def test_failovers_errors_and_what_never_ended():
         traces.tell(SessionEnded(at_s=103.0, session="lost", reason="error", error="no chain", num_tokens=9))
         traces.tell(SessionEnded(at_s=103.0, session="never begun"))
         traces.tell(WindowVerified(at_s=103.0, session="never begun"))
+        traces.end()
         traces.close()
     assert len(named(spans, "generate")) == 2
     (lost,) = [span for span in named(spans, "generate") if span.events]
@@ -119,7 +120,7 @@ def test_a_collector_that_does_not_answer_holds_nobody_up(kind):
 def test_what_is_no_collector_is_said_at_once(monkeypatch):
     check_collector("")
     check_collector("https://collector.example:4318")
-    for url in ("collector:4318", "mqtt://host", "http://", "x"):
+    for url in ("collector:4318", "mqtt://host", "http://", "x", "http://[x"):
         with pytest.raises(ConfigError, match="--otlp"):
             check_collector(url)
     monkeypatch.delitem(sys.modules, "dsd_p2p.telemetry.traces")

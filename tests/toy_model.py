@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from toy import VOCAB, ToyCache, next_token
 
-from dsd_p2p.errors import CapacityError, ConfigError, RemoteProtocolError
+from dsd_p2p.errors import CapacityError, ConfigError, PrefixLost, RemoteProtocolError
 from dsd_p2p.session.passes import SpanOutput, SpanPass
 from dsd_p2p.types import Span
 
@@ -18,13 +18,17 @@ class ToySpanCache(ToyCache):
         super().__init__()
         self._model = model
         self._is_free = False
+        self.num_bytes = 0
 
     def copy(self, other: "ToySpanCache", num_slots: int) -> None:
         assert not self.slots
+        assert not other._is_free
+        if len(other.slots) < num_slots:
+            raise PrefixLost("fewer are parked")
         self.slots = other.slots[:num_slots]
 
     def shrink(self) -> None:
-        pass
+        assert not self._is_free
 
     def free(self) -> None:
         if not self._is_free:

@@ -2,7 +2,7 @@
 
 import torch
 
-from dsd_p2p.errors import CapacityError
+from dsd_p2p.errors import CapacityError, LocalProtocolError, PrefixLost
 from dsd_p2p.session.slots import CacheEdit
 
 
@@ -34,7 +34,7 @@ class CacheBudget:
 class KvCache:
     """What transformers' attention layers see as their cache: they only ever call `update`.
 
-    Layer by layer `[1, heads, max_slots, head_dim]`, allocated on first use; `num_slots` of it are in use.
+    Layer by layer `[1, heads, max_slots, head_dim]`, on first use; `num_slots` are in use, `num_bytes` reserved.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class KvCache:
     ) -> None:
         budget.reserve(num_bytes)
         self._budget = budget
-        self._num_bytes = num_bytes
+        self.num_bytes = num_bytes
         self._first_layer = first_layer
         self._max_slots = max_slots
         self._keys: list[torch.Tensor | None] = [None] * num_layers
@@ -69,7 +69,14 @@ class KvCache:
 
     @torch.inference_mode()
     def edit(self, edit: CacheEdit) -> None:
-        """Keep the first slots and move the gathered ones behind them."""
+        """Keep the first slots and move the gathered ones behind them.
+
+        Raises:
+            LocalProtocolError: some of them were never filled.
+        """
+        num_needed = int(edit.gathered[-1]) + 1 if len(edit.gathered) else edit.num_kept
+        if num_needed > self.num_slots:
+            raise LocalProtocolError(f"{edit.num_slots} slots are to be kept, {self.num_slots} are filled")
         if len(edit.gathered):
             index = torch.from_numpy(edit.gathered)
             for tensor in (*self._keys, *self._values):
@@ -81,7 +88,13 @@ class KvCache:
 
     @torch.inference_mode()
     def copy(self, other: "KvCache", num_slots: int) -> None:
-        """Begin with the first slots of another session's cache at the same layers; this one must be empty."""
+        """Begin with the first slots of another session's cache at the same layers; this one must be empty.
+
+        Raises:
+            PrefixLost: the other holds fewer.
+        """
+        if other.num_slots < num_slots:
+            raise PrefixLost(f"{num_slots} tokens are asked for, {other.num_slots} are parked here")
         self._keys = [_copied(tensor, num_slots, self._max_slots) for tensor in other._keys]
         self._values = [_copied(tensor, num_slots, self._max_slots) for tensor in other._values]
         self.num_slots = num_slots
@@ -89,18 +102,20 @@ class KvCache:
     @torch.inference_mode()
     def shrink(self) -> None:
         """Give back the room that is not in use: nothing more will be put in."""
-        self._keys = [_copied(tensor, self.num_slots, self.num_slots) for tensor in self._keys]
-        self._values = [_copied(tensor, self.num_slots, self.num_slots) for tensor in self._values]
-        num_bytes = self._num_bytes * self.num_slots // self._max_slots
-        self._budget.release(self._num_bytes - num_bytes)
-        self._num_bytes, self._max_slots = num_bytes, self.num_slots
+        for tensors in (self._keys, self._values):
+            # One by one: both copies of all of them might be more than there is.
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = _copied(tensor, self.num_slots, self.num_slots)
+        num_bytes = self.num_bytes * self.num_slots // self._max_slots
+        self._budget.release(self.num_bytes - num_bytes)
+        self.num_bytes, self._max_slots = num_bytes, self.num_slots
 
     def free(self) -> None:
         """Give the memory back to the budget; twice is harmless."""
         self._keys.clear()
         self._values.clear()
-        self._budget.release(self._num_bytes)
-        self._num_bytes = 0
+        self._budget.release(self.num_bytes)
+        self.num_bytes = 0
 
 
 def _copied(tensor: torch.Tensor | None, num_used: int, num_slots: int) -> torch.Tensor | None:

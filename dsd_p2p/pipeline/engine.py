@@ -233,7 +233,7 @@ class Engine:
             retry=options.retry,
             attest=options.audit,
             top_logprobs=options.top_logprobs,
-            prefix=self._prefixes.find(scope, prompt) if shares else None,
+            prefix=self._prefixes.find(scope, prompt, trio.current_time()) if shares else None,
             is_parked=shares,
         )
         tracker = self._tracker(route, options.experience)
@@ -274,13 +274,14 @@ class Engine:
 
     def _note_parked(self, request: Request, machine: Coordinator, options: GenerateOptions) -> None:
         """Remember what the stages hold of a finished answer, and that they do not hold what they were thought to."""
-        if request.prefix is not None and machine.prefix is None:
-            self._prefixes.forget(request.prefix.session)
+        lost = request.prefix.session if request.prefix is not None and machine.prefix is None else b""
+        if lost and (chain := self._prefixes.forget(lost)) is not None:
+            self._nursery.start_soon(self._discard, lost, chain)
         if machine.parked is None:
             return
         scope = scope_of(options.owner, machine.route, options.hidden_format)
         tokens = machine.tokens[: machine.parked.num_tokens]
-        for session, route in self._prefixes.add(scope, machine.route, request.session, tokens):
+        for session, route in self._prefixes.add(scope, machine.route, request.session, tokens, trio.current_time()):
             self._nursery.start_soon(self._discard, session, route)
 
     async def _discard(self, session: bytes, route: Route) -> None:

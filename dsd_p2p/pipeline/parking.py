@@ -1,19 +1,27 @@
 """Text that a stage still holds of closed sessions, so that the next turn of a conversation need not be computed from its start."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import trio
 
 from dsd_p2p.errors import PrefixLost
 from dsd_p2p.pipeline.span_model import SpanCache
 from dsd_p2p.types import PeerId, Span
 from dsd_p2p.wire.messages import Prefix
 
+PARKED_S = 1800.0
+"""How long a text is held at most."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Parked:
-    """The text of one closed session. num_users: who copies from it right now; is_unwanted: free it after them."""
+    """The text of one closed session. num_users: who copies from it right now; is_unwanted: free it after them.
+
+    scope: of the task that holds it, which ends with it.
+    """
 
     coordinator: PeerId
     session: bytes
@@ -22,6 +30,7 @@ class Parked:
     num_tokens: int
     num_users: int = 0
     is_unwanted: bool = False
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     @contextmanager
     def in_use(self) -> Iterator[SpanCache]:
@@ -36,6 +45,7 @@ class Parked:
     def discard(self) -> None:
         """Free the cache as soon as nobody uses it."""
         self.is_unwanted = True
+        self.scope.cancel()
         self._free_if_done()
 
     def _free_if_done(self) -> None:
@@ -53,8 +63,14 @@ class ParkedTexts:
     def __len__(self) -> int:
         return len(self._texts)
 
+    @property
+    def num_bytes(self) -> int:
+        """Cache that they take."""
+        return sum(parked.cache.num_bytes for parked in self._texts.values())
+
     def add(self, parked: Parked) -> None:
-        """Hold one more text, the one unused for longest may go for it."""
+        """Hold one more text; another may go for it."""
+        self.discard(parked.coordinator, parked.session)
         self._texts[parked.coordinator, parked.session] = parked
         if len(self._texts) > self._max_texts:
             self.evict()
@@ -72,12 +88,12 @@ class ParkedTexts:
         return parked
 
     def evict(self) -> bool:
-        """Discard the text unused for longest; False when there is none."""
+        """Discard the text unused for longest, of the coordinator that has the most; False when there is none."""
         if not self._texts:
             return False
-        _, parked = self._texts.popitem(last=False)
-        parked.discard()
-        return True
+        ((greediest, _),) = Counter(coordinator for coordinator, _ in self._texts).most_common(1)
+        session = next(session for coordinator, session in self._texts if coordinator == greediest)
+        return self.discard(greediest, session)
 
     def discard(self, coordinator: PeerId, session: bytes) -> bool:
         """Discard one text; False when it is not here."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dsd_p2p.pipeline.parking import PARKED_S
 from dsd_p2p.session.request import Route
 from dsd_p2p.types import TokenId
 from dsd_p2p.wire.hidden import HiddenFormat
@@ -31,6 +32,7 @@ class _Text:
     scope: Scope
     route: Route
     tokens: NDArray[np.int64]
+    at_s: float
 
 
 def scope_of(owner: str, route: Route, hidden_format: HiddenFormat) -> Scope:
@@ -45,8 +47,10 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._texts: OrderedDict[bytes, _Text] = OrderedDict()
 
-    def find(self, scope: Scope, prompt: Sequence[TokenId]) -> Prefix | None:
+    def find(self, scope: Scope, prompt: Sequence[TokenId], now_s: float) -> Prefix | None:
         """Return the longest parked text that `prompt` begins with; its last token is always left to send."""
+        for name in [name for name, text in self._texts.items() if now_s - text.at_s > PARKED_S]:
+            del self._texts[name]
         tokens = np.asarray(prompt[:-1], np.int64)
         lengths = {name: _common(text.tokens, tokens) for name, text in self._texts.items() if text.scope == scope}
         if not lengths:
@@ -57,9 +61,11 @@ class PrefixIndex:
         self._texts.move_to_end(longest)
         return Prefix(session=longest, num_tokens=lengths[longest])
 
-    def add(self, scope: Scope, route: Route, session: bytes, tokens: Sequence[TokenId]) -> list[tuple[bytes, Route]]:
+    def add(
+        self, scope: Scope, route: Route, session: bytes, tokens: Sequence[TokenId], now_s: float
+    ) -> list[tuple[bytes, Route]]:
         """Take in a text that the stages of `route` have parked; returns those that are of no use beside it, or too many."""
-        added = _Text(scope=scope, route=route, tokens=np.asarray(tokens, np.int64))
+        added = _Text(scope=scope, route=route, tokens=np.asarray(tokens, np.int64), at_s=now_s)
         needless = [
             name
             for name, text in self._texts.items()
@@ -69,9 +75,10 @@ class PrefixIndex:
         surplus = [name for name in self._texts if name not in needless][:-_MAX_TEXTS]
         return [(name, self._texts.pop(name).route) for name in [*needless, *surplus]]
 
-    def forget(self, session: bytes) -> None:
-        """The stages no longer hold it."""
-        self._texts.pop(session, None)
+    def forget(self, session: bytes) -> Route | None:
+        """A stage no longer holds it; returns over which chain others might."""
+        text = self._texts.pop(session, None)
+        return text.route if text is not None else None
 
 
 def _common(left: NDArray[np.int64], right: NDArray[np.int64]) -> int:

@@ -1,11 +1,12 @@
 """Computing part of our span over somebody's text, for one that checks another stage (`dsd_p2p.pipeline.audit`)."""
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 import trio
 
-from dsd_p2p.errors import DsdError, ModelError, PeerError, RemoteProtocolError
+from dsd_p2p.errors import CapacityError, DsdError, ModelError, PeerError, RemoteProtocolError
 from dsd_p2p.pipeline.links import PeerLinks
 from dsd_p2p.pipeline.span_model import SpanModel
 from dsd_p2p.session.passes import SpanPass, hidden_of, views_of
@@ -21,11 +22,15 @@ _SEND_TIMEOUT_S = 10.0
 
 
 class Recomputer:
-    """Answers checks, one at a time for each peer. model_in_use: is held while the model runs."""
+    """Answers checks, one at a time for each peer.
 
-    def __init__(self, links: PeerLinks, model_in_use: trio.Lock) -> None:
+    model_in_use: is held while the model runs. make_room: frees cache that can be done without; False when there is none.
+    """
+
+    def __init__(self, links: PeerLinks, model_in_use: trio.Lock, make_room: Callable[[], bool]) -> None:
         self._links = links
         self._model_in_use = model_in_use
+        self._make_room = make_room
         self._busy_for: set[PeerId] = set()
 
     async def answer(self, model: SpanModel | None, sender: PeerId, asked: Recompute, payload: bytes) -> None:
@@ -35,8 +40,7 @@ class Recomputer:
             return
         self._busy_for.add(sender)
         try:
-            async with self._model_in_use:
-                picks, gaps, rows = await trio.to_thread.run_sync(_compute, model, self._links.me, asked, payload)
+            picks, gaps, rows = await self._run(model, asked, payload)
             await self._send(sender, Recomputed(request=asked.request, picks=picks, gaps=gaps), rows)
         except DsdError as exc:
             await self._send(sender, Recomputed(request=asked.request, error=str(exc)[:512]), b"")
@@ -45,6 +49,17 @@ class Recomputer:
             await self._send(sender, Recomputed(request=asked.request, error=type(exc).__name__), b"")
         finally:
             self._busy_for.discard(sender)
+
+    async def _run(
+        self, model: SpanModel | None, asked: Recompute, payload: bytes
+    ) -> tuple[tuple[TokenId, ...], tuple[int, ...], bytes]:
+        async with self._model_in_use:
+            while True:
+                try:
+                    return await trio.to_thread.run_sync(_compute, model, self._links.me, asked, payload)
+                except CapacityError:
+                    if not self._make_room():
+                        raise
 
     async def _send(self, to: PeerId, message: Recomputed, payload: bytes) -> None:
         with suppress(PeerError), trio.move_on_after(_SEND_TIMEOUT_S):

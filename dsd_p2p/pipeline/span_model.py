@@ -11,12 +11,21 @@ from dsd_p2p.types import Span
 class SpanCache(Protocol):
     """The keys and values of one session at one stage."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes of the budget."""
+        ...
+
     def edit(self, edit: CacheEdit) -> None:
         """Keep and move slots."""
         ...
 
     def copy(self, other: Self, num_slots: int) -> None:
-        """Begin with the first slots of another session's cache at the same layers; this one must be empty."""
+        """Begin with the first slots of another session's cache at the same layers; this one must be empty.
+
+        Raises:
+            PrefixLost: the other holds fewer.
+        """
         ...
 
     def shrink(self) -> None:

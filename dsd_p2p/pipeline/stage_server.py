@@ -24,7 +24,7 @@ from dsd_p2p.errors import (
 from dsd_p2p.pipeline.batcher import Batcher
 from dsd_p2p.pipeline.failures import kind_of
 from dsd_p2p.pipeline.links import Arrived, PeerLinks
-from dsd_p2p.pipeline.parking import Parked, ParkedTexts
+from dsd_p2p.pipeline.parking import PARKED_S, Parked, ParkedTexts
 from dsd_p2p.pipeline.recompute import Recomputer
 from dsd_p2p.pipeline.span_model import SpanCache, SpanModel
 from dsd_p2p.pipeline.stage_pass import StagePass
@@ -47,7 +47,6 @@ from dsd_p2p.wire.messages import (
     Hop,
     Message,
     OpenSession,
-    Prefix,
     Recompute,
     Reveal,
     Revealed,
@@ -83,7 +82,7 @@ class StageLimits:
     dials_routes: bool = True
     orphan_s: float = 15.0
     max_parked: int = 256
-    parked_s: float = 1800.0
+    parked_s: float = PARKED_S
 
 
 class StageServer:
@@ -108,10 +107,12 @@ class StageServer:
         self._limits = limits
         self._sign = sign
         self._model_in_use = trio.Lock()
-        self._recomputer = Recomputer(links, self._model_in_use)
+        # Copies of parked texts take turns before they wait for the model, so that a pass comes between two of them.
+        self._parking_in_use = trio.Lock()
+        self._parked = ParkedTexts(limits.max_parked)
+        self._recomputer = Recomputer(links, self._model_in_use, self._parked.evict)
         self._batcher = Batcher(self._model_in_use, clock, self._note_pass)
         self._sessions: dict[bytes, StageSession] = {}
-        self._parked = ParkedTexts(limits.max_parked)
         self._closed: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         self._nursery: trio.Nursery | None = None
         self._is_draining = False
@@ -122,6 +123,11 @@ class StageServer:
     def num_sessions(self) -> int:
         """Sessions that hold cache right now."""
         return len(self._sessions)
+
+    @property
+    def parked_bytes(self) -> int:
+        """Cache that parked texts take until it is needed."""
+        return self._parked.num_bytes
 
     @property
     def work(self) -> Batcher:
@@ -291,6 +297,8 @@ class StageServer:
             raise RemoteProtocolError("span", str(span), f"inside this stage's {me.span}")
         bounds = [0, *(hop.span.last for hop in route)]
         prefix, is_whole = opened.prefix, not any(opened.kept) and not opened.attest
+        if opened.num_given > opened.max_length:
+            raise RemoteProtocolError("num_given", opened.num_given, f"at most the {opened.max_length} of max_length")
         if prefix is not None and (prefix.num_tokens >= opened.num_given or not is_whole):
             raise RemoteProtocolError(
                 "prefix", prefix.num_tokens, f"below {opened.num_given}, nothing kept or attested"
@@ -331,6 +339,7 @@ class StageServer:
         self._parked.forget(event.peer)
         for session in list(self._sessions.values()):
             if event.peer == session.coordinator:
+                session.park = None
                 session.end()
             elif event.peer == session.previous or (session.onward and event.peer == session.onward.peer):
                 self._orphan(
@@ -403,10 +412,14 @@ class StageServer:
             # Its last pass may still run in its thread; only then is its cache free.
             await old.is_over.wait()
         if old is None or not session.is_kept:
-            session.cache = await self._new_cache(session)
-            if session.opened.prefix is not None:
-                await self._copy_prefix(session, session.cache, session.opened.prefix)
-            elif session.walk is None:
+            cache = await self._new_cache(session)
+            try:
+                await self._copy_prefix(session, cache)
+            except BaseException:
+                cache.free()
+                raise
+            session.cache = cache
+            if session.walk is None and session.opened.prefix is None:
                 session.log = BoundaryLog(self._written_row_bytes(session))
             return
         session.cache, session.log, old.cache = old.cache, old.log, None
@@ -422,7 +435,7 @@ class StageServer:
         with suppress(CapacityError):
             return session.model.new_cache(session.max_slots)
         # Nobody copies what is parked meanwhile, so that it is free once it is evicted.
-        async with self._model_in_use:
+        async with self._parking_in_use, self._model_in_use:
             while True:
                 try:
                     return session.model.new_cache(session.max_slots)
@@ -430,8 +443,10 @@ class StageServer:
                     if not self._parked.evict():
                         raise
 
-    async def _copy_prefix(self, session: StageSession, cache: SpanCache, prefix: Prefix) -> None:
-        async with self._model_in_use:
+    async def _copy_prefix(self, session: StageSession, cache: SpanCache) -> None:
+        if (prefix := session.opened.prefix) is None:
+            return
+        async with self._parking_in_use, self._model_in_use:
             parked = self._parked.find(session.coordinator, prefix, session.opened.route[session.index].span)
             with parked.in_use() as held:
                 await trio.to_thread.run_sync(cache.copy, held, prefix.num_tokens)
@@ -444,7 +459,7 @@ class StageServer:
         try:
             for edit in session.state.resume(epoch=opened.epoch, at=park.at, num_kept=park.num_tokens):
                 cache.edit(edit)
-        except RemoteProtocolError as exc:
+        except Exception as exc:  # task boundary: whatever its coordinator made up, the session ends
             logger.warning("text not parked session=%s error=%s", opened.session.hex(), exc)
             return False
         parked = Parked(
@@ -459,11 +474,16 @@ class StageServer:
         return True
 
     async def _hold(self, parked: Parked) -> None:
-        async with self._model_in_use:
-            with parked.in_use() as cache:
-                await trio.to_thread.run_sync(cache.shrink)
-        await trio.sleep(self._limits.parked_s)
-        self._parked.discard(parked.coordinator, parked.session)
+        with parked.scope:
+            try:
+                async with self._parking_in_use, self._model_in_use:
+                    with parked.in_use() as cache:
+                        await trio.to_thread.run_sync(cache.shrink)
+            except Exception:  # task boundary: a text that cannot be held is no reason to stop serving
+                logger.exception("parked text lost session=%s", parked.session.hex())
+            else:
+                await trio.sleep(self._limits.parked_s)
+            self._parked.discard(parked.coordinator, parked.session)
 
     def _written_row_bytes(self, session: StageSession) -> int:
         return packed_row_bytes(session.model.row_bytes, session.opened.dtype, session.write_format)

@@ -21,7 +21,7 @@ from dsd_p2p.session.growth import choose_stems, choose_unsent, has_unsent
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.tree import DraftNode, DraftTree
 from dsd_p2p.types import PeerId, TokenId, UniformRng
-from dsd_p2p.window.base import Mode, WindowPolicy
+from dsd_p2p.window.base import Mode, Observation, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.messages import (
     BASE,
@@ -208,6 +208,10 @@ class Coordinator:
     def involves(self, peer: PeerId) -> bool:
         """True when `peer` is a stage of the present route."""
         return any(hop.peer == peer for hop in self.route.hops)
+
+    def observe(self) -> Observation:
+        """Return what the window policy decides by."""
+        return self._tracker.observe()
 
     @property
     def num_in_flight(self) -> int:

@@ -123,6 +123,11 @@ class Fleet:
         self._logs: list[RequestLog] = []
         self._passes: list[tuple[str, int, float, float, int, int]] = []
 
+    @property
+    def trackers(self) -> list[Tracker]:
+        """What each drafter has measured of each target."""
+        return [tracker for drafter in self._drafters for tracker in drafter.trackers.values()]
+
     # Building
 
     def _add_target(self, pool: TargetPool) -> None:

@@ -106,6 +106,29 @@ class WindowVerified(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
     outcomes_by_depth: Counts = ()
 
 
+class RateOf(msgspec.Struct, frozen=True, kw_only=True):
+    """What one kind of window (`Decision.kind`) was measured to write: tokens a second, tokens in all."""
+
+    kind: Label = ""
+    tokens_per_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    num_tokens: Count = 0
+
+
+class DecisionMade(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="decision"):
+    """The window policy changed its mind, or the request is over: what it saw, and what each kind of window wrote so far.
+
+    Recordings teach the policy (`scripts/train_wcdnn --live`). decision: its kind. features: `dsd_p2p.window.wcdnn.features.NAMES`.
+    """
+
+    at_s: Time = 0.0
+    session: Label = ""
+    coordinator: Label = ""
+    decision: Label = ""
+    reason: Sentence = ""
+    features: Annotated[tuple[float, ...], Meta(max_length=256)] = ()
+    measured: Annotated[tuple[RateOf, ...], Meta(max_length=64)] = ()
+
+
 class SessionEnded(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="session_ended"):
     """A request is over. error: empty when it ended as asked."""
 
@@ -120,7 +143,7 @@ class SessionEnded(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     num_replays: Count = 0
 
 
-Event = PeerStatus | SessionStarted | Failover | WindowVerified | SessionEnded
+Event = PeerStatus | SessionStarted | Failover | WindowVerified | DecisionMade | SessionEnded
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import aiomqtt
 
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.telemetry.events import Event, PeerStatus, WindowVerified, decode_event, encode_event
+from dsd_p2p.telemetry.events import DecisionMade, Event, PeerStatus, WindowVerified, decode_event, encode_event
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def topic_of(event: Event, topics: str, peer: str) -> tuple[str, int, bool]:
     match event:
         case PeerStatus():
             return f"{topics}/peers/{peer}/status", 1, True
-        case WindowVerified():
+        case WindowVerified() | DecisionMade():
             return f"{topics}/peers/{peer}/windows", 0, False
         case _:
             return f"{topics}/peers/{peer}/sessions", 1, False

@@ -48,11 +48,14 @@ class Traces:
             case _:
                 pass
 
-    def close(self) -> None:
-        """Send what waits, for seconds at most."""
-        for span in self._open.values():
+    def end(self) -> None:
+        """End what is under way."""
+        spans, self._open = self._open, OrderedDict()
+        for span in spans.values():
             span.end()
-        self._open.clear()
+
+    def close(self) -> None:
+        """Send what waits, for seconds at most; in a worker thread."""
         # The SDK waits for as long as a collector that does not answer makes it.
         last_try = threading.Thread(target=self._provider.shutdown, daemon=True)
         last_try.start()

@@ -3,7 +3,17 @@
 from collections.abc import Callable, Sequence
 
 from dsd_p2p.session.coordinator import Coordinator
-from dsd_p2p.telemetry.events import Event, Failover, SessionEnded, SessionStarted, StageOf, WindowVerified
+from dsd_p2p.telemetry.events import (
+    DecisionMade,
+    Event,
+    Failover,
+    RateOf,
+    SessionEnded,
+    SessionStarted,
+    StageOf,
+    WindowVerified,
+)
+from dsd_p2p.window.wcdnn.features import features
 from dsd_p2p.wire.messages import Hop, OpenSession, Verdict
 
 Sink = Callable[[Event], None]
@@ -27,6 +37,8 @@ class RequestWatch:
         self._first_at_s: float | None = None
         self._told_at_s = 0.0
         self._stage_us: tuple[int, ...] = ()
+        self._decision = ""
+        self._num_replays = 0
         self._is_ended = False
 
     def opened(self, message: OpenSession) -> None:
@@ -34,6 +46,10 @@ class RequestWatch:
         now_s, stages = self._now(), _stages(message.route)
         num_tokens = len(self._machine.tokens) - self._machine.num_prompt_tokens
         if self._session:
+            # A stage that no longer held what was parked costs a second opening, and is no failover.
+            if self._machine.stats.num_replays == self._num_replays:
+                return
+            self._num_replays = self._machine.stats.num_replays
             self._sink(
                 Failover(
                     at_s=now_s,
@@ -65,8 +81,33 @@ class RequestWatch:
         if self._first_at_s is None and num_tokens:
             self._first_at_s = now_s
         self._stage_us = tuple(cost.us for cost in verdict.costs)
-        if now_s - self._told_at_s >= _INTERVAL_S and self._session:
+        if not self._session:
+            return
+        if machine.decision.kind != self._decision:
+            self._tell_decision(now_s)
+        if now_s - self._told_at_s >= _INTERVAL_S:
             self._tell_window(now_s)
+
+    def _tell_decision(self, now_s: float) -> None:
+        decision, observation = self._machine.decision, self._machine.observe()
+        if not observation.stages:
+            return
+        self._decision = decision.kind
+        measured = observation.measured
+        self._sink(
+            DecisionMade(
+                at_s=now_s,
+                session=self._session,
+                coordinator=self._coordinator,
+                decision=decision.kind,
+                reason=decision.reason,
+                features=tuple(round(float(value), 5) for value in features(observation, decision)),
+                measured=tuple(
+                    RateOf(kind=kind, tokens_per_s=rate.tokens_per_s, num_tokens=rate.num_tokens)
+                    for kind, rate in measured.items()
+                ),
+            )
+        )
 
     def _tell_window(self, now_s: float) -> None:
         self._told_at_s = now_s
@@ -103,6 +144,7 @@ class RequestWatch:
         now_s, machine = self._now(), self._machine
         # The last totals: what was skipped since the last told window is in them.
         self._tell_window(now_s)
+        self._tell_decision(now_s)
         self._sink(
             SessionEnded(
                 at_s=now_s,

@@ -48,7 +48,7 @@ def predicted_tokens_per_s(decision: Decision, observation: Observation) -> floa
         return 1 / observation.traversal_s(1)
     if decision.mode is Mode.SYNC:
         mean_committed = (1 - agreement ** (decision.depth + 1)) / (1 - agreement)
-        round_s = decision.depth * observation.draft_step_s + observation.traversal_s(decision.depth + 1)
+        round_s = decision.depth * observation.draft_step_s + observation.traversal_s(decision.window_nodes)
         return mean_committed / round_s
     run_tokens = 1 / (1 - agreement)
     nodes_per_level = min(decision.width, decision.window_nodes)

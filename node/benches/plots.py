@@ -1,5 +1,6 @@
-"""`dsd bench plots`: draws the receipts of `dsd bench wan` and `ring`."""
+"""`dsd bench plots`: draws the receipts of `dsd bench wan` and `simulator`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -39,21 +40,59 @@ class _Results(msgspec.Struct):
     cells: list[_Cell]
 
 
+class _Scale(msgspec.Struct):
+    drafters: int
+    requests: float
+    cpu_s: float
+
+
+class _SimulatorResults(msgspec.Struct):
+    scaling: list[_Scale]
+
+
 class _Receipt(msgspec.Struct):
     benchmark: str
     results: msgspec.Raw
 
 
 def draw_plots() -> list[Path]:
-    """Draw tokens a second against link latency, one picture per model, number of stages and device; return the files.
+    """Draw what there are receipts of; return the files.
 
     Raises:
         ConfigError: matplotlib is missing, or there are no receipts.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise ConfigError("plots need matplotlib: pip install 'dsd-p2p[bench]'") from exc
+    if find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib: pip install 'dsd-p2p[bench]'")
+    return [*_draw_links(), *_draw_scaling()]
+
+
+def _draw_scaling() -> list[Path]:
+    """CPU time of the simulator, for one request of each drafter, against the number of drafters."""
+    from matplotlib.figure import Figure
+
+    written = []
+    for path in sorted(RECEIPTS.glob("*.json")):
+        receipt = msgspec.json.decode(path.read_bytes(), type=_Receipt)
+        if receipt.benchmark != "simulator":
+            continue
+        scales = msgspec.json.decode(receipt.results, type=_SimulatorResults).scaling
+        drafters = [scale.drafters for scale in scales]
+        seconds = [scale.cpu_s / scale.requests * scale.drafters for scale in scales]
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(drafters, seconds, marker="o", label="measured")
+        axes.plot(drafters, [seconds[0] / drafters[0] * count for count in drafters], linestyle=":", label="linear")
+        axes.set(xlabel="drafters", ylabel="CPU seconds for a request of each", xscale="log", yscale="log")
+        axes.legend()
+        figure.savefig(written_to := path.with_suffix(".svg"))
+        written.append(written_to)
+    return written
+
+
+def _draw_links() -> list[Path]:
+    """Tokens a second against link latency, one picture per model, number of stages and device."""
+    from matplotlib.figure import Figure
+
     groups: dict[tuple[str, int, str], list[_Cell]] = {}
     for path in sorted(RECEIPTS.glob("*.json")):
         receipt = msgspec.json.decode(path.read_bytes(), type=_Receipt)
