@@ -319,19 +319,27 @@ async def test_a_second_opening_is_no_failover():
     assert len([event for event in told if isinstance(event, SessionEnded)]) == 2
 
 
+def parked(coordinator, name):
+    cache = ToySpanModel(Span(0, 1), 1).new_cache(1)
+    return Parked(coordinator=coordinator, session=name, span=Span(0, 1), cache=cache, num_tokens=1)
+
+
 def test_who_has_the_most_gives_way_first():
     texts = ParkedTexts(3)
     for coordinator, name in (("small", b"1"), ("greedy", b"2"), ("greedy", b"3"), ("greedy", b"4")):
-        texts.add(
-            Parked(
-                coordinator=coordinator,
-                session=name,
-                span=Span(0, 1),
-                cache=ToySpanModel(Span(0, 1), 1).new_cache(1),
-                num_tokens=1,
-            )
-        )
+        texts.add(parked(coordinator, name))
     assert [name for _, name in texts._texts] == [b"1", b"3", b"4"]
+
+
+def test_what_holds_an_old_text_does_not_end_the_new_one_of_its_name():
+    texts, old, new = ParkedTexts(3), parked("alice", b"1"), parked("alice", b"1")
+    texts.add(old)
+    texts.add(new)
+    assert old.cache._is_free
+    texts.remove(old)
+    assert len(texts) == 1
+    texts.remove(new)
+    assert new.cache._is_free
 
 
 def test_the_longest_common_beginning_is_found_and_the_index_stays_small():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dsd_p2p.types import StageCost
 from dsd_p2p.window.analytic import AnalyticPolicy, predicted_tokens_per_s
-from dsd_p2p.window.base import CostLine, Mode, Observation
+from dsd_p2p.window.base import CostLine, MeasuredRate, Mode, Observation
 from dsd_p2p.window.governor import Governor
 from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
 from dsd_p2p.window.tracker import LineFit, Tracker
@@ -142,3 +142,22 @@ def test_the_governor_leaves_a_single_request_alone_and_notices_change():
     for _ in range(15):
         governor.left(now_s)
     assert governor.allows(now_s)
+
+
+def test_speculation_that_was_never_measured_is_tried_once_whatever_it_promises():
+    policy = AnalyticPolicy()
+    dear = (CostLine(fixed_s=0.01, per_node_s=0.5),)
+
+    def seen(num_plain, **others):
+        rate = MeasuredRate(decision=PLAIN, tokens_per_s=2.0, num_tokens=num_plain)
+        return Observation(
+            stages=dear, draft_step_s=0.01, hit_rate_by_rank=(0.5,), measured={PLAIN.kind: rate, **others}
+        )
+
+    assert policy.decide(seen(10)).mode is Mode.PLAIN
+    trial = policy.decide(seen(24))
+    assert trial.mode is not Mode.PLAIN
+    assert "never measured" in trial.reason
+    tried = MeasuredRate(decision=trial, tokens_per_s=0.5, num_tokens=14)
+    assert policy.decide(seen(24, **{trial.kind: tried})).mode is Mode.PLAIN, "it was no better"
+    assert policy.decide(seen(90, **{trial.kind: tried})).mode is Mode.PLAIN, "and is not tried again soon"

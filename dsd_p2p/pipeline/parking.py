@@ -102,6 +102,11 @@ class ParkedTexts:
             parked.discard()
         return parked is not None
 
+    def remove(self, parked: Parked) -> None:
+        """Discard this very text, if it is still here: another may have come under its name."""
+        if self._texts.get((parked.coordinator, parked.session)) is parked:
+            self.discard(parked.coordinator, parked.session)
+
     def forget(self, coordinator: PeerId) -> None:
         """Discard all that a coordinator has parked."""
         for owner, session in [key for key in self._texts if key[0] == coordinator]:

@@ -479,11 +479,11 @@ class StageServer:
                 async with self._parking_in_use, self._model_in_use:
                     with parked.in_use() as cache:
                         await trio.to_thread.run_sync(cache.shrink)
+                await trio.sleep(self._limits.parked_s)
             except Exception:  # task boundary: a text that cannot be held is no reason to stop serving
                 logger.exception("parked text lost session=%s", parked.session.hex())
-            else:
-                await trio.sleep(self._limits.parked_s)
-            self._parked.discard(parked.coordinator, parked.session)
+            finally:
+                self._parked.remove(parked)
 
     def _written_row_bytes(self, session: StageSession) -> int:
         return packed_row_bytes(session.model.row_bytes, session.opened.dtype, session.write_format)

@@ -31,6 +31,9 @@ _TRIAL_TOKENS = 6
 _FORGETTING = 0.99
 """What is left of the trust in a measured rate after each token that other windows wrote: texts differ."""
 
+_FIRST_TRIAL_TOKENS = 24
+"""Plain tokens after which speculation is tried for the first time, whatever it promises, and for twice as long as otherwise."""
+
 _FIRST_RETRY_TOKENS = 256
 _MAX_RETRY_TOKENS = 4096
 
@@ -146,7 +149,8 @@ class Trials:
             is_due = num_plain < _TRIAL_TOKENS or total > 64 * num_plain
             is_tried = lead < _SURE_MARGIN and is_due and total >= _TRIAL_TOKENS
             self._trial = replace(PLAIN, reason=f"trial: speculation leads by {lead:.2f} only") if is_tried else None
-        self._ends_at = total + _TRIAL_TOKENS + 1
+        is_first = total == num_plain
+        self._ends_at = total + (2 * _TRIAL_TOKENS if is_first else _TRIAL_TOKENS) + 1
         return self._trial
 
 
@@ -154,11 +158,15 @@ def _retry(rates: Mapping[str, float], candidates: Sequence[Decision], num_plain
     # Trials so far, each `_TRIAL_TOKENS` long: the wait doubles with every one that failed.
     num_trials = (total - num_plain) // _TRIAL_TOKENS
     wait = min(_FIRST_RETRY_TOKENS * 2 ** min(num_trials, 10), _MAX_RETRY_TOKENS)
-    if num_plain < wait:
+    speculative = [each for each in candidates if each.mode is not Mode.PLAIN]
+    best = max(speculative, key=lambda each: rates[each.kind], default=None)
+    if best is None:
         return None
-    best = max(candidates, key=lambda each: rates[each.kind], default=None)
-    is_promising = best is not None and best.mode is not Mode.PLAIN and rates[best.kind] > rates[PLAIN.kind]
-    return replace(best, reason="trial: it may have become faster") if best is not None and is_promising else None
+    if total == num_plain and num_plain >= _FIRST_TRIAL_TOKENS:
+        # What the first few passes cost may mislead; what was never tried stays unknown.
+        return replace(best, reason="trial: it was never measured")
+    is_promising = rates[best.kind] > rates[PLAIN.kind]
+    return replace(best, reason="trial: it may have become faster") if num_plain >= wait and is_promising else None
 
 
 def _num_tokens(observation: Observation) -> int:
