@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import trio
@@ -20,9 +19,6 @@ from dsd_p2p.pipeline.stage_server import StageServer
 from dsd_p2p.telemetry.events import Event, PeerStatus, SessionStarted, WindowVerified, arrived, encode_event
 from dsd_p2p.telemetry.mqtt import Broker, MqttPublisher, MqttSubscriber, parse_broker
 from dsd_p2p.telemetry.picture import Picture
-
-if TYPE_CHECKING:
-    from dsd_p2p.telemetry.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -245,28 +241,22 @@ def recording(file: str) -> Iterator[Callable[[Event], None]]:
 async def tracing(url: str, peer: str) -> AsyncIterator[Callable[[Event], None]]:
     """Send OpenTelemetry traces of a peer's requests to a collector until the end of the block; without one, nowhere.
 
-    Raises:
-        ConfigError: the extra is not installed, or `url` is none of a collector.
+    url: what `check_collector` has accepted.
     """
     if not url:
         yield lambda _event: None
         return
-    traces = _open_traces(url, peer)
+    from dsd_p2p.telemetry.traces import Traces, export_to
+
+    # Each failed batch is an error of its own; its retries are not worth a line.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    traces = Traces(export_to(url), peer, version("dsd-p2p"))
     try:
         yield traces.tell
     finally:
         traces.end()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(traces.close)
-
-
-def _open_traces(url: str, peer: str) -> "Traces":
-    check_collector(url)
-    from dsd_p2p.telemetry.traces import Traces, export_to
-
-    # Each failed batch is an error of its own; its retries are not worth a line.
-    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
-    return Traces(export_to(url), peer, version("dsd-p2p"))
 
 
 def check_collector(url: str) -> None:

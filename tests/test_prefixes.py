@@ -47,6 +47,10 @@ async def write(swarm, *args, **options):
     return written
 
 
+def first(network, kind):
+    return next(message for *_, message, _ in network.log if isinstance(message, kind))
+
+
 def failures(network):
     return [message for *_, message, _ in network.log if isinstance(message, Failure)]
 
@@ -195,7 +199,7 @@ async def test_a_prefix_that_cannot_be_is_refused(change, kind):
     network = TappedNetwork()
     async with toy_swarm(network=network) as swarm:
         await write(swarm, PROMPT, 8)
-        opened = next(message for *_, message, _ in network.log if isinstance(message, OpenSession))
+        opened = first(network, OpenSession)
         network.log.clear()
         await swarm.engine.links.send("stage0", replace(opened, session=b"new-sess", **change))
         await until(lambda: failures(network))
@@ -207,7 +211,7 @@ async def test_another_coordinators_text_is_not_there_for_us():
     network = TappedNetwork()
     async with toy_swarm(network=network) as swarm:
         await write(swarm, PROMPT, 8)
-        opened = next(message for *_, message, _ in network.log if isinstance(message, OpenSession))
+        opened = first(network, OpenSession)
         server = swarm.servers[0]
         thief = replace(opened.coordinator, peer="thief")
         stolen = Prefix(session=opened.session, num_tokens=20)
@@ -227,7 +231,7 @@ async def test_more_than_there_is_cannot_be_parked(park):
         options = GenerateOptions(max_tokens=200)
         async with swarm.engine.generate(PROMPT, options, StaticPolicy(PLAIN)) as generation:
             await generation.__anext__()
-            opened = next(message for *_, message, _ in network.log if isinstance(message, OpenSession))
+            opened = first(network, OpenSession)
             await swarm.engine.links.send("stage1", CloseSession(session=opened.session, epoch=9, park=park))
         await swarm.all_closed()
         assert num_parked(swarm) == [0, 0, 0]
@@ -239,8 +243,8 @@ async def test_one_name_parked_twice_is_held_once():
     network = TappedNetwork()
     async with toy_swarm(stages=models, network=network) as swarm:
         await write(swarm, PROMPT, 8)
-        opened = next(message for *_, message, _ in network.log if isinstance(message, OpenSession))
-        closed = next(message for *_, message, _ in network.log if isinstance(message, CloseSession))
+        opened = first(network, OpenSession)
+        closed = first(network, CloseSession)
         prefix = Prefix(session=opened.session, num_tokens=20)
         for epoch in range(1, 5):
             again = replace(opened, epoch=closed.epoch + epoch, prefix=prefix, num_given=22)
@@ -262,7 +266,7 @@ async def test_what_was_never_copied_is_not_parked():
     network = TappedNetwork()
     async with toy_swarm(stages=models, network=network) as swarm:
         await write(swarm, PROMPT, 8)
-        opened = next(message for *_, message, _ in network.log if isinstance(message, OpenSession))
+        opened = first(network, OpenSession)
         server = swarm.servers[0]
         async with server._model_in_use:
             prefix = Prefix(session=opened.session, num_tokens=20)

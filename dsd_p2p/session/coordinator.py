@@ -591,8 +591,8 @@ class Coordinator:
     def _finish(self, reason: str, error: DsdError | None = None) -> list[Effect]:
         self.is_finished = True
         if self._request.is_parked and error is None and reason != "cancelled" and self._passed is not None:
-            *at, position = self._passed
-            self.parked = Park(at=(at[0], at[1]), num_tokens=position + 1)
+            epoch, node, position = self._passed
+            self.parked = Park(at=(epoch, node), num_tokens=position + 1)
         return [*self._close(), Finish(reason=reason, error=error)]
 
 
