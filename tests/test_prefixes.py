@@ -256,6 +256,13 @@ async def test_one_name_parked_twice_is_held_once():
                 await swarm.engine.links.send(name, close)
             await swarm.all_closed()
         assert num_parked(swarm)[0] == 1
+        # Without `park` a close ends both, the text that is held and the session that goes on from it.
+        await swarm.engine.links.send("stage0", replace(opened, epoch=99, prefix=prefix, num_given=22))
+        await until(lambda: swarm.servers[0]._sessions)
+        for name in ("stage0", "stage1", "stage2"):
+            await swarm.engine.links.send(name, CloseSession(session=opened.session, epoch=99))
+        await swarm.all_closed()
+        assert num_parked(swarm)[0] == 0
         for server in swarm.servers:
             server._parked.clear()
         await all_free(models)

@@ -189,11 +189,9 @@ class StageServer:
                     owned.state.cancel(epoch)
             case CloseSession(session=name, epoch=epoch, park=park):
                 is_parked = park is None and self._parked.discard(event.sender, name)
-                if (
-                    not is_parked
-                    and (owned := self._owned(name, event.sender)) is not None
-                    and epoch >= owned.opened.epoch
-                ):
+                is_known = name in self._sessions or not is_parked
+                owned = self._owned(name, event.sender) if is_known else None
+                if owned is not None and epoch >= owned.opened.epoch:
                     owned.park = park
                     owned.end()
                 self._remember_closed(event.sender, name, epoch)
