@@ -15,6 +15,6 @@ def make_shadow(target: ModelSource, num_layers: int) -> ModelDrafter:
     Raises:
         ModelError: the weights cannot be loaded.
     """
-    model = SpanModel(target, Span(0, num_layers), dtype="float32")
+    model = SpanModel(target, Span(0, num_layers), dtype="float32", is_packed=False)
     round_linear_layers(model.model)
     return ModelDrafter(model, "shadow")

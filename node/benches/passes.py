@@ -1,4 +1,4 @@
-"""`dsd bench passes`: what a stage's pass costs as sessions share it."""
+"""`dsd bench passes`: what a stage's pass costs as sessions share it, and what packing its weights gains (CPU)."""
 
 import time
 
@@ -6,8 +6,9 @@ import torch
 
 from dsd_p2p import units
 from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.packed import can_pack
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import find_model
+from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.passes import SpanPass
@@ -19,6 +20,7 @@ from node.config import UsersConfig
 _CONTEXT = 128
 _SESSIONS = (1, 2, 4, 8, 16, 32, 64)
 _ROWS = (1, 4)
+_WINDOWS = (1, 2, 3, 4, 5, 8, 12, 16)
 
 
 def run_passes(config: UsersConfig, rounds: int, progress: Progress) -> dict[str, object]:
@@ -51,7 +53,40 @@ def run_passes(config: UsersConfig, rounds: int, progress: Progress) -> dict[str
         names[arm]: {"pass_ms": sample([1000 * value for value in seconds[arm]]), "passes_alone": shares[arm]}
         for arm in arms
     }
-    return {"model": config.model, "span": str(span), "dtype": config.dtype, "device": config.device, "arms": results}
+    packing = []
+    if can_pack(model.torch_dtype, config.device):
+        spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
+        packing = [_compare_packing(config, source, each, rounds) for each in dict.fromkeys((spans[0], spans[-1]))]
+    return {
+        "model": config.model,
+        "span": str(span),
+        "dtype": config.dtype,
+        "device": config.device,
+        "arms": results,
+        "packing": packing,
+    }
+
+
+def _compare_packing(config: UsersConfig, source: ModelSource, span: Span, rounds: int) -> dict[str, object]:
+    """Passes of one window, with torch's linear layers and with packed ones, in turns."""
+    cache_bytes = units.num_bytes(config.cache_memory)
+    models = {
+        name: SpanModel(source, span, dtype=config.dtype, cache_bytes=cache_bytes, is_packed=name == "packed")
+        for name in ("torch", "packed")
+    }
+    samples: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in _WINDOWS} for name in models}
+    for number in range(-1, rounds):
+        for rows in _WINDOWS:
+            for name, model in models.items():
+                taken = _time(model, 1, rows)
+                if number >= 0:
+                    samples[name][rows].append(1000 * taken)
+    pass_ms = {name: {rows: sample(values) for rows, values in of.items()} for name, of in samples.items()}
+    print_table(
+        (f"layers {span}, ms of a window of", *map(str, _WINDOWS)),
+        [(name, *(f"{of[rows].median:.1f}" for rows in _WINDOWS)) for name, of in pass_ms.items()],
+    )
+    return {"span": str(span), "pass_ms": pass_ms}
 
 
 def _time(model: SpanModel, num_sessions: int, num_rows: int) -> float:
@@ -62,11 +97,15 @@ def _time(model: SpanModel, num_sessions: int, num_rows: int) -> float:
     try:
         for cache, table in zip(caches, tables, strict=True):
             filling = table.append(range(_CONTEXT), [None, *range(_CONTEXT - 1)], range(_CONTEXT))
-            model.run([SpanPass(cache=cache, forward=filling, inputs=row * _CONTEXT)])
+            inputs = [0] * _CONTEXT if model.is_head else row * _CONTEXT
+            model.run([SpanPass(cache=cache, forward=filling, inputs=inputs)])
         nodes = range(_CONTEXT, _CONTEXT + num_rows)
         passes = [
             SpanPass(
-                cache=cache, forward=table.append(nodes, [node - 1 for node in nodes], nodes), inputs=row * num_rows
+                cache=cache,
+                forward=table.append(nodes, [node - 1 for node in nodes], nodes),
+                inputs=[0] * num_rows if model.is_head else row * num_rows,
+                wanted=range(num_rows) if model.is_tail else (),
             )
             for cache, table in zip(caches, tables, strict=True)
         ]
