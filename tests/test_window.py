@@ -26,16 +26,33 @@ def world(*, links_s, stage=STAGE, num_stages=3, draft_s=0.005, agreement=0.8):
     )
 
 
-@given(fixed=st.floats(0, 0.1), slope=st.floats(0, 0.01), sizes=st.lists(st.integers(1, 32), min_size=3, max_size=60))
-def test_a_line_is_found_again(fixed, slope, sizes):
-    fit = LineFit()
-    for size in sizes:
+@given(fixed=st.floats(0.001, 0.1), slope=st.floats(0, 0.01), seed=st.integers(0, 1000))
+def test_a_line_is_found_again(fixed, slope, seed):
+    fit, rng = LineFit(), random.Random(seed)
+    for _ in range(80):
+        size = rng.choice((1, 32))
         fit.add(size, fixed + slope * size)
     line = fit.line()
-    assert line.at(sum(sizes) / len(sizes)) == pytest.approx(fixed + slope * sum(sizes) / len(sizes), abs=1e-2)
-    if len(set(sizes[-10:])) > 1:
-        assert line.per_node_s == pytest.approx(slope, abs=1e-4)
-        assert line.fixed_s == pytest.approx(fixed, abs=1e-3)
+    assert line.per_node_s == pytest.approx(slope, abs=0.03 * (0.03 * fixed + slope))
+    assert line.fixed_s == pytest.approx(fixed, abs=0.03 * 17 * (0.03 * fixed + slope))
+
+
+@given(cost=st.floats(0.001, 0.1), size=st.integers(1, 32))
+def test_passes_of_one_size_tell_their_cost_and_leave_the_usual_slope(cost, size):
+    fit = LineFit()
+    for _ in range(5):
+        fit.add(size, cost)
+    line = fit.line()
+    assert line.at(size) == pytest.approx(cost)
+    assert line.per_node_s == pytest.approx(0.03 * line.fixed_s)
+
+
+def test_a_slope_that_one_disturbed_pass_suggested_is_forgotten():
+    fit = LineFit()
+    fit.add(8, 0.4)
+    for _ in range(150):
+        fit.add(1, 0.02)
+    assert fit.line().at(8) == pytest.approx(0.02 * (1 + 7 * 0.03), rel=0.05)
 
 
 def test_the_tracker_measures_what_it_is_shown():
@@ -49,8 +66,8 @@ def test_the_tracker_measures_what_it_is_shown():
         tracker.draft_step(0.007)
         tracker.outcome(rng.choices([0, 1, None], weights=[7, 2, 1])[0], (-0.4, -1.6))
     observation = tracker.observe()
-    assert [round(line.fixed_s, 4) for line in observation.stages] == [0.01, 0.02]
-    assert [round(line.per_node_s, 5) for line in observation.stages] == [0.001, 0.002]
+    assert [line.fixed_s for line in observation.stages] == pytest.approx([0.01, 0.02], rel=0.1)
+    assert [line.per_node_s for line in observation.stages] == pytest.approx([0.001, 0.002], rel=0.1)
     assert observation.links_s == pytest.approx(0.2, abs=0.02)
     assert observation.draft_step_s == pytest.approx(0.007)
     assert observation.hit_rate_by_rank[0] == pytest.approx(0.7, abs=0.08)

@@ -23,26 +23,40 @@ _PRIOR_WEIGHT = 2.0
 """Tokens after which measurement and prior count the same."""
 
 
+_USUAL_SLOPE = 0.03
+"""Of a pass's fixed part, what one more node costs: 3 to 4 % on a CPU (docs/benchmarks.md), less on a GPU."""
+
+_SLOPE_PRIOR = 64.0
+"""Squared nodes; about twenty passes of which every other one is four nodes larger weigh the same as the prior."""
+
+
 class LineFit:
-    """Least squares of `fixed + slope * n`, old samples fading; the slope never negative."""
+    """Least squares of `fixed + slope * n`, old samples fading, drawn towards a usual slope; never a negative one.
+
+    Passes of one size tell nothing of the slope, and those of a shared machine scatter by more than a few nodes cost: without a
+    prior a stage was seen to be rated at ten times its cost a node, and the rating outlived what it came from.
+    """
+
+    __slots__ = ("_n", "_nn", "_ny", "_weight", "_y")
 
     def __init__(self) -> None:
         self._weight = self._n = self._nn = self._y = self._ny = 0.0
 
     def add(self, num_nodes: int, seconds: float) -> None:
         """Take in one pass over `num_nodes`."""
-        for name, value in (("_weight", 1.0), ("_n", num_nodes), ("_nn", num_nodes**2), ("_y", seconds)):
-            setattr(self, name, getattr(self, name) * _DECAY + value)
+        self._weight = self._weight * _DECAY + 1
+        self._n = self._n * _DECAY + num_nodes
+        self._nn = self._nn * _DECAY + num_nodes * num_nodes
+        self._y = self._y * _DECAY + seconds
         self._ny = self._ny * _DECAY + num_nodes * seconds
 
     def line(self) -> CostLine:
-        """Return the fit; where all samples have one size, the whole cost is taken as fixed."""
-        mean_n, mean_y = self._n / self._weight, self._y / self._weight
-        variance = self._nn / self._weight - mean_n**2
-        if variance < 1e-9:
-            return CostLine(fixed_s=mean_y, per_node_s=0.0)
-        slope = max(0.0, (self._ny / self._weight - mean_n * mean_y) / variance)
-        return CostLine(fixed_s=max(0.0, mean_y - slope * mean_n), per_node_s=slope)
+        """Return the fit."""
+        mean_n, mean_s = self._n / self._weight, self._y / self._weight
+        deviation, covariation = self._nn - self._n * mean_n, self._ny - self._n * mean_s
+        usual_slope = _USUAL_SLOPE * mean_s / (1 + _USUAL_SLOPE * mean_n)
+        slope = max(0.0, (covariation + _SLOPE_PRIOR * usual_slope) / (deviation + _SLOPE_PRIOR))
+        return CostLine(fixed_s=max(0.0, mean_s - slope * mean_n), per_node_s=slope)
 
 
 class Calibration:
