@@ -50,7 +50,7 @@ _TOKENS = 40
 _PLAIN_TOKENS = 12
 _TEXTS = 2
 _WIDTH = 48
-_CROWDED_SHARE = 0.12
+_CROWDED_SHARE = 0.15
 """Scenarios in which drafters share a target; the others have the chain for themselves."""
 
 _CROWD_TOKENS = 40
@@ -69,7 +69,7 @@ class Sample:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sweep, train, write the weights; returns the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/train_wcdnn", description=__doc__)
-    parser.add_argument("--scenarios", type=int, default=2400)
+    parser.add_argument("--scenarios", type=int, default=2100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -180,7 +180,7 @@ def _sample(inputs: Sequence[NDArray[np.float32]], speeds: Sequence[float]) -> S
 
 
 def _random_crowd(rng: random.Random) -> Scenario:
-    count = rng.choice((2, 4, 6, 8))
+    count = rng.choice((2, 4, 8, 8, 16, 24))
     stage_s = _log_uniform(rng, 0.01, 0.06)
     is_recorded = rng.random() < 0.4
     return Scenario(
@@ -191,12 +191,17 @@ def _random_crowd(rng: random.Random) -> Scenario:
             TargetPool(
                 stages=rng.choice((1, 1, 1, 2)),
                 stage=Cost(fixed=Seconds(stage_s), per_node=Seconds(stage_s * rng.choice((0.0, 0.005, 0.02, 0.08)))),
-                max_batch=count,
+                max_batch=rng.choice((count, max(2, count // 2))),
             ),
         ),
         # All are at work most of the time, and come in at any moment of the others' passes.
         workload=Workload(
-            requests=count, rate=count / (8 * stage_s), prompt=Length(mean=20), answer=Length(mean=_CROWD_TOKENS)
+            arrivals="closed",
+            concurrency=count,
+            requests=2 * count,
+            think=Seconds(stage_s),
+            prompt=Length(mean=20, variation=0.5),
+            answer=Length(mean=_CROWD_TOKENS, variation=0.4),
         ),
         acceptance=Acceptance(
             rate=rng.uniform(0.3, 0.98),

@@ -24,6 +24,7 @@ from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.pipeline.stage_server import StageLimits
 from dsd_p2p.types import Sampling, Span
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
+from dsd_p2p.window.tracker import Tracker
 
 LIMITS = StageLimits(max_sessions=64, max_sessions_per_peer=64)
 
@@ -69,6 +70,32 @@ async def test_sixteen_sessions_share_passes_and_write_what_each_writes_alone(de
     assert max(models[0].batches[:2]) >= 15
     assert max(models[2].batches) > 1
     assert all(model.num_caches == 0 for model in models)
+
+
+async def test_verdicts_tell_how_long_their_windows_waited(monkeypatch):
+    models = [ToySpanModel(span, NUM_STAGES) for span in SPANS]
+    gate = Gate()
+    models[0].before_pass = gate
+    waited: list[list[int]] = []
+    take_in = Tracker.verdict
+
+    def verdict(tracker, *, traversal_s, costs):
+        waited.append([cost.waited_us for cost in costs])
+        take_in(tracker, traversal_s=traversal_s, costs=costs)
+
+    monkeypatch.setattr(Tracker, "verdict", verdict)
+    async with toy_swarm(stages=models, limits=LIMITS) as swarm:
+        gate.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(swarm.write, [1, 2, 3], 4, PLAIN)
+            await trio.sleep(0.2)
+            # The first one's pass is under way.
+            nursery.start_soon(swarm.write, [4, 5, 6], 4, PLAIN)
+            await trio.sleep(0.4)
+            gate.open()
+    # The two roots, behind the pass over the tokens given with the first.
+    assert sum(first >= 300_000 for first, *_ in waited) == 2
+    assert max(max(later) for _, *later in waited) < 300_000
 
 
 async def test_a_long_prompt_holds_nobody_up_for_longer_than_a_piece_of_it():

@@ -349,6 +349,18 @@ def test_a_heavy_job_takes_a_core_of_its_own():
 # What changes what
 
 
+def test_attention_takes_longer_the_longer_the_text():
+    text = SCENARIO.replace('per_node = "0.1ms" }', 'per_node = "0.1ms", per_context = "20us" }')
+
+    def tpot(text, prompt):
+        changes = {"speculation__window": "plain", "workload__prompt": {"mean": prompt}, "workload__requests": 4}
+        return summarise(simulate(text, workload__rate=0.1, **changes)).tpot_s.mean
+
+    # One at a time, 30 tokens: 20 us for each of the positions behind, half of the answer's among them in the mean.
+    assert tpot(SCENARIO, 1000) == pytest.approx(tpot(SCENARIO, 10))
+    assert tpot(text, 1000) - tpot(text, 10) == pytest.approx(990 * 20e-6, rel=0.01)
+
+
 def test_fused_decoding_does_not_mind_the_distance_and_distributed_does():
     def tpot(mode, latency):
         return summarise(simulate(speculation__mode=mode, links__edge__latency=latency)).tpot_s.mean
@@ -356,6 +368,48 @@ def test_fused_decoding_does_not_mind_the_distance_and_distributed_does():
     assert tpot("fused", "100ms") == pytest.approx(tpot("fused", "2ms"), rel=0.05)
     assert tpot("distributed", "2ms") < 0.8 * tpot("fused", "2ms")
     assert tpot("distributed", "100ms") > tpot("fused", "100ms")
+
+
+class _Script:
+    """Decides what it is told, in order, and the last of it from then on."""
+
+    def __init__(self, decisions):
+        self._decisions = list(decisions)
+
+    def decide(self, observation):
+        self.seen = observation
+        return self._decisions.pop(0) if len(self._decisions) > 1 else self._decisions[0]
+
+
+@pytest.mark.parametrize(
+    ("decisions", "switches"),
+    [
+        ([PLAIN, sync_chain(4)], 0),
+        ([PLAIN, PLAIN, sync_chain(4), PLAIN, sync_chain(4)], 0),
+        ([PLAIN, PLAIN, PLAIN, PLAIN], 1),
+        ([sync_chain(4), PLAIN, PLAIN, sync_chain(4), sync_chain(4), PLAIN], 3),
+    ],
+)
+def test_a_request_moves_to_its_target_after_two_decisions_not_to_speculate(decisions, switches):
+    """And what it measures there is what it would be where the drafter is."""
+    scripts = []
+
+    def policy():
+        scripts.append(_Script(decisions))
+        return scripts[-1]
+
+    changes = {
+        "speculation.mode": "auto",
+        "links.edge.latency": "40ms",
+        "links.edge.jitter": 0,
+        "workload.requests": 1,
+        "drafters.count": 1,
+        "targets.count": 1,
+    }
+    scenario = changed(parse_scenario(SCENARIO, "test"), changes)
+    (log,) = Fleet(scenario, policy).run().logs
+    assert log.num_switches == switches
+    assert scripts[0].seen.links_s == pytest.approx(0.08, rel=0.05)
 
 
 def test_sharded_targets_pay_for_their_own_links_either_way():

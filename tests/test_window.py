@@ -1,5 +1,7 @@
 """The tracker's estimates and the analytic policy's choices against a world whose costs are known."""
 
+import itertools
+import math
 import random
 
 import pytest
@@ -10,7 +12,7 @@ from dsd_p2p.types import StageCost
 from dsd_p2p.window.analytic import AnalyticPolicy, predicted_tokens_per_s
 from dsd_p2p.window.base import CostLine, MeasuredRate, Mode, Observation
 from dsd_p2p.window.governor import Governor
-from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
+from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain, sync_tree
 from dsd_p2p.window.tracker import LineFit, Tracker
 
 STAGE = CostLine(fixed_s=0.01, per_node_s=0.001)
@@ -61,14 +63,19 @@ def test_the_tracker_measures_what_it_is_shown():
         size = rng.randrange(1, 16)
         stage_s = [0.01 + 0.001 * size, 0.02 + 0.002 * size]
         queueing_s = rng.random() * 0.05
-        costs = [StageCost(us=round(seconds * 1e6), num_rows=size) for seconds in stage_s]
+        waited_us = [round(queueing_s * 1e6), 0]
+        costs = [
+            StageCost(us=round(seconds * 1e6), num_rows=size, waited_us=waited)
+            for seconds, waited in zip(stage_s, waited_us, strict=True)
+        ]
         tracker.verdict(traversal_s=0.2 + sum(stage_s) + queueing_s, costs=costs)
         tracker.draft_step(0.007)
         tracker.outcome(rng.choices([0, 1, None], weights=[7, 2, 1])[0], (-0.4, -1.6))
     observation = tracker.observe()
     assert [line.fixed_s for line in observation.stages] == pytest.approx([0.01, 0.02], rel=0.1)
     assert [line.per_node_s for line in observation.stages] == pytest.approx([0.001, 0.002], rel=0.1)
-    assert observation.links_s == pytest.approx(0.2, abs=0.02)
+    assert observation.links_s == pytest.approx(0.2, abs=1e-3)
+    assert observation.queue_s == pytest.approx(0.025, abs=0.015)
     assert observation.draft_step_s == pytest.approx(0.007)
     assert observation.hit_rate_by_rank[0] == pytest.approx(0.7, abs=0.08)
     assert observation.hit_rate_by_rank[1] == pytest.approx(0.2, abs=0.08)
@@ -161,7 +168,60 @@ def test_the_governor_leaves_a_single_request_alone_and_notices_change():
     assert governor.allows(now_s)
 
 
-def test_speculation_that_was_never_measured_is_tried_once_whatever_it_promises():
+def test_a_frame_that_was_lost_once_does_not_lengthen_the_links():
+    tracker = Tracker()
+    for number in range(60):
+        tracker.verdict(traversal_s=0.05 + 0.01 + (number == 40), costs=[StageCost(us=10_000, num_rows=1, waited_us=0)])
+    assert tracker.observe().links_s == pytest.approx(0.05, rel=0.05)
+
+
+def test_two_early_misses_condemn_no_drafter():
+    tracker = Tracker()
+    for _ in range(2):
+        tracker.outcome(None, (-0.4, -1.6))
+    assert tracker.observe().hit_rate_by_rank[0] > 0.5
+    for _ in range(60):
+        tracker.outcome(None, (-0.4, -1.6))
+    assert tracker.observe().hit_rate_by_rank[0] < 0.1
+
+
+@pytest.mark.parametrize(
+    "decision", [sync_tree(4, depth=2), sync_tree(8, depth=4), sync_tree(16, depth=6), sync_chain(5)]
+)
+def test_a_synchronous_window_is_rated_by_the_paths_that_it_can_hold(decision):
+    """The likeliest nodes of the tree of all candidates, by brute force."""
+    rates = (0.6, 0.2, 0.1, 0.05)[: decision.width]
+    observation = Observation(
+        stages=(CostLine(fixed_s=0.01, per_node_s=0.001),), links_s=0.1, draft_step_s=0.01, hit_rate_by_rank=rates
+    )
+    paths = [
+        math.prod(path) for depth in range(1, decision.depth + 1) for path in itertools.product(rates, repeat=depth)
+    ]
+    best = sorted(paths, reverse=True)[: decision.window_nodes - 1]
+    num_nodes = decision.window_nodes
+    seconds = decision.depth * 0.01 + 0.1 + 0.01 + 0.001 * num_nodes
+    assert predicted_tokens_per_s(decision, observation) == pytest.approx((1 + sum(best)) / seconds)
+
+
+def test_at_a_busy_stage_a_round_is_a_whole_number_of_passes():
+    def seconds(draft_s, num_sharing):
+        observation = Observation(
+            stages=(CostLine(fixed_s=0.04, per_node_s=0.0),),
+            num_sharing=num_sharing,
+            links_s=0.01,
+            draft_step_s=draft_s,
+            hit_rate_by_rank=(0.0,),
+        )
+        return 1 / predicted_tokens_per_s(sync_chain(4), observation)
+
+    # Four drafts of 6 ms and 10 ms on the way come back before the next pass has begun to end; four of 9 ms do not.
+    assert seconds(0.006, 1e9) == pytest.approx(0.08, rel=0.02)
+    assert seconds(0.009, 1e9) == pytest.approx(0.12, rel=0.02)
+    assert seconds(0.006, 1) == pytest.approx(0.074)
+    assert seconds(0.006, 1) < seconds(0.006, 2) < seconds(0.006, 1e9)
+
+
+def test_speculation_that_was_hardly_measured_is_tried_whatever_it_promises():
     policy = AnalyticPolicy()
     dear = (CostLine(fixed_s=0.01, per_node_s=0.5),)
 
@@ -174,7 +234,11 @@ def test_speculation_that_was_never_measured_is_tried_once_whatever_it_promises(
     assert policy.decide(seen(10)).mode is Mode.PLAIN
     trial = policy.decide(seen(24))
     assert trial.mode is not Mode.PLAIN
-    assert "never measured" in trial.reason
+    assert "hardly measured" in trial.reason
+    unlucky = MeasuredRate(decision=trial, tokens_per_s=0.5, num_tokens=3)
+    assert AnalyticPolicy().decide(seen(24, **{trial.kind: unlucky})).mode is not Mode.PLAIN, (
+        "three tokens tell nothing"
+    )
     tried = MeasuredRate(decision=trial, tokens_per_s=0.5, num_tokens=14)
     assert policy.decide(seen(24, **{trial.kind: tried})).mode is Mode.PLAIN, "it was no better"
     assert policy.decide(seen(90, **{trial.kind: tried})).mode is Mode.PLAIN, "and is not tried again soon"

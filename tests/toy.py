@@ -148,6 +148,7 @@ class ToyNetwork:
         choose: Callable[[int], int],
         rng: Callable[[], float] = lambda: 0.5,
         prefill_chunk: int = 3,
+        tracker: Tracker | None = None,
     ) -> None:
         self.route = toy_route(num_stages)
         rng_object = type("Rng", (), {"random": staticmethod(rng)})()
@@ -157,7 +158,7 @@ class ToyNetwork:
             ),
             self.route,
             StaticPolicy(decision),
-            Tracker(),
+            tracker or Tracker(),
             rng_object,
         )
         self.drafts = drafts

@@ -181,11 +181,13 @@ class Batcher:
 
     def _finish(self, entry: _Entry, start_s: float, num_rows: int, num_sessions: int) -> None:
         def cost() -> StageCost:
-            seconds = entry.seconds + self._clock() - start_s
+            now_s = self._clock()
+            seconds = entry.seconds + now_s - start_s
             return StageCost(
                 us=max(0, round(seconds * 1e6)),
                 num_rows=max(1, entry.num_rows + num_rows),
                 num_sessions=max(1, num_sessions),
+                waited_us=max(0, round((now_s - entry.work.arrived_s - seconds) * 1e6)),
             )
 
         try:

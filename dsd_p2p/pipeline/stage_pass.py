@@ -7,7 +7,7 @@ import numpy as np
 
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.pipeline.span_model import SpanModel
-from dsd_p2p.pipeline.stage_session import StageSession
+from dsd_p2p.pipeline.stage_session import Queued, StageSession
 from dsd_p2p.session.attest import hash_rows, hash_tokens, signed_text
 from dsd_p2p.session.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.session.slots import Forward
@@ -37,12 +37,11 @@ class StagePass:
     sign: with the peer's own key, for sessions that ask for it.
     """
 
-    def __init__(
-        self, session: StageSession, window: Window, payload: bytes, sign: Callable[[bytes], bytes] | None
-    ) -> None:
+    def __init__(self, session: StageSession, queued: Queued, sign: Callable[[bytes], bytes] | None) -> None:
         self.session = session
-        self.window = window
-        self._payload = payload
+        self.window = queued.window
+        self.arrived_s = queued.arrived_s
+        self._payload = queued.payload
         self._sign = sign
         self._live: list[int] = []
         self._forward: Forward | None = None

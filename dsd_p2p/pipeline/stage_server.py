@@ -28,7 +28,7 @@ from dsd_p2p.pipeline.parking import PARKED_S, Parked, ParkedTexts
 from dsd_p2p.pipeline.recompute import Recomputer
 from dsd_p2p.pipeline.span_model import SpanCache, SpanModel
 from dsd_p2p.pipeline.stage_pass import StagePass
-from dsd_p2p.pipeline.stage_session import BoundaryLog, StageSession
+from dsd_p2p.pipeline.stage_session import BoundaryLog, Queued, StageSession
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk
 from dsd_p2p.transport.base import Lost
@@ -105,6 +105,7 @@ class StageServer:
         self._model = model
         self._parts: dict[Span, SpanModel] = {}
         self._limits = limits
+        self._clock = clock
         self._sign = sign
         self._model_in_use = trio.Lock()
         # Copies of parked texts take turns before they wait for the model, so that a pass comes between two of them.
@@ -229,7 +230,7 @@ class StageServer:
         model = self._parts.setdefault(span, self._model.narrow(span))
         is_tail = index == len(opened.route) - 1
         read_format = opened.formats[index - 1] if opened.formats and index else HiddenFormat.MODEL
-        put, take = trio.open_memory_channel[tuple[Window, bytes]](self._limits.max_queued_windows)
+        put, take = trio.open_memory_channel[Queued](self._limits.max_queued_windows)
         session = StageSession(
             opened=opened,
             index=index,
@@ -326,7 +327,7 @@ class StageServer:
             session.end(CapacityError(f"{session.queued_bytes} bytes of windows wait here: send them more slowly"))
             return
         try:
-            session.put.send_nowait((window, bytes(event.payload)))
+            session.put.send_nowait(Queued(window, bytes(event.payload), self._clock()))
         except trio.WouldBlock:
             session.end(CapacityError(f"{self._limits.max_queued_windows} windows wait here: send them more slowly"))
         except trio.BrokenResourceError:
@@ -381,9 +382,9 @@ class StageServer:
                 await self._open_onward(session)
                 while True:
                     with trio.fail_after(session.opened.idle_timeout_s):
-                        window, payload = await session.take.receive()
-                    session.queued_bytes -= len(payload)
-                    await self._handle(session, window, payload)
+                        queued = await session.take.receive()
+                    session.queued_bytes -= len(queued.payload)
+                    await self._handle(session, queued)
         except trio.TooSlowError:
             session.error = PeerTimeout(f"stage heard nothing for {session.opened.idle_timeout_s:g} s")
         except DsdError as exc:
@@ -527,10 +528,10 @@ class StageServer:
             )
             await self._links.send(to, window, log.rows(start, positions[-1] + 1))
 
-    async def _handle(self, session: StageSession, window: Window, payload: bytes) -> None:
-        answer = await self._batcher.run(StagePass(session, window, payload, self._sign))
+    async def _handle(self, session: StageSession, queued: Queued) -> None:
+        answer = await self._batcher.run(StagePass(session, queued, self._sign))
         self._bound_log(session)
-        if answer is None or self._is_refill_for_us_alone(session, window):
+        if answer is None or self._is_refill_for_us_alone(session, queued.window):
             return
         to = session.coordinator if session.onward is None else PeerId(session.onward.peer)
         try:

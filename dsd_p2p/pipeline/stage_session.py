@@ -53,6 +53,15 @@ class BoundaryLog:
         return self._rows[start:end].tobytes()
 
 
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A window and its payload that wait; arrived_s: when they came."""
+
+    window: Window
+    payload: bytes
+    arrived_s: float
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class StageSession:
     """One session at one stage.
@@ -80,8 +89,8 @@ class StageSession:
     max_slots: int
     replaces: "StageSession | None"
     is_kept: bool
-    put: trio.MemorySendChannel[tuple[Window, bytes]]
-    take: trio.MemoryReceiveChannel[tuple[Window, bytes]]
+    put: trio.MemorySendChannel[Queued]
+    take: trio.MemoryReceiveChannel[Queued]
     cache: SpanCache | None = None
     log: BoundaryLog | None = None
     received_bytes: int = 0

@@ -37,6 +37,9 @@ from dsd_p2p.wire.messages import (
 )
 
 _MAX_EARLY_VERDICTS = 64
+_UNMEASURED_IN_FLIGHT = 3
+"""Windows behind the given text while no stage's pace is known: more could only queue, and delay better ones until the end."""
+
 _TREE_NODES_PER_SENT = 3
 """Nodes kept below the root for each that may be sent: what is unlikely now may be likely once the root has moved."""
 
@@ -53,6 +56,7 @@ class Coordinator:
 
     route: the present chain of stages.
     carried: committed tokens that a window carried already, as (position, epoch, node); whoever audits the stages takes them out.
+    detour_s: what a window would travel longer from where drafts are made, while the coordinator is not there.
     prefix: what of the prompt the stages have parked, as far as is known. parked: what they were told to park.
     """
 
@@ -68,10 +72,13 @@ class Coordinator:
         self._keys = list(range(len(self.tokens)))
         self._tree = DraftTree(token=self.tokens[-1], position=len(self.tokens) - 1, key=self._keys[-1])
         self.stats = RequestStats()
-        self.decision = policy.decide(tracker.observe())
+        observation = tracker.observe()
+        self.decision = policy.decide(observation)
         self._committed_at_s = 0.0
         self._num_unattributed = 1
-        self._pace_s = 0.0
+        self._is_measured = bool(observation.stages)
+        self._max_unmeasured = 0
+        self._pace_s = observation.slowest_stage_s(self.decision.window_nodes)
         self._next_send_at_s = 0.0
         self._num_round_steps = 0
         self._epoch = -1
@@ -81,6 +88,7 @@ class Coordinator:
         self._wire_root = (0, BASE)
         self._in_flight: list[_InFlight] = []
         self.traversal_s = 0.0
+        self.detour_s = 0.0
         self._early: dict[int, Verdict] = {}
         self._drafting: dict[int, DraftNode] | None = None
         self._draft_started_s = 0.0
@@ -291,6 +299,7 @@ class Coordinator:
             and not self.is_finished
             and self._tree.root.number is not None
             and len(self._in_flight) < decision.max_in_flight
+            and (self._is_measured or len(self._in_flight) < self._max_unmeasured)
             and self._tree.num_sent + decision.window_nodes <= decision.max_nodes
         )
 
@@ -443,7 +452,8 @@ class Coordinator:
         for flight in self._in_flight:
             if flight.window == verdict.window:
                 self.traversal_s = now_s - flight.sent_at_s
-                self._tracker.verdict(traversal_s=self.traversal_s, costs=verdict.costs)
+                self._is_measured = True
+                self._tracker.verdict(traversal_s=self.traversal_s + self.detour_s, costs=verdict.costs)
                 self.stats.num_verdicts += 1
                 totals = self.stats.stage_s or [0.0] * len(stage_s)
                 self.stats.stage_s = [a + b for a, b in zip(totals, stage_s, strict=False)]
@@ -507,6 +517,7 @@ class Coordinator:
             effects.append(self._window(tokens, [pos - 1 for pos in positions], positions, start, now_s))
             self._next_node = start + len(tokens)
             self._wire_root = (self._epoch, self._next_node - 1)
+        self._max_unmeasured = len(self._in_flight) + _UNMEASURED_IN_FLIGHT
         self.stats.num_prefill_tokens += len(given) - num_held
         return effects
 

@@ -22,6 +22,7 @@ from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Verdict, Wi
 
 _VERDICT_BYTES, _STATE_BYTES, _PROMPT_BYTES = 60, 64, 4
 _MAX_PUT_OFF_DRAFTS = 4
+_FUSED_AFTER = 2
 
 
 class DraftDevice:
@@ -73,6 +74,11 @@ class Path:
     route: Route
     device: DraftDevice | None = None
 
+    @property
+    def latency_s(self) -> float:
+        """There and back."""
+        return self.up.model.latency_s + self.down.model.latency_s
+
 
 _KEPT_COUNTS = (
     "num_windows",
@@ -117,7 +123,8 @@ class RequestRun:
     """Performs a machine's effects.
 
     choose_path: the way to a target that is up, None when there is none; asked again when one is lost.
-    is_fusing: while the policy decides not to speculate the coordinator sits at the target, and only committed tokens travel.
+    is_fusing: once the policy has decided twice in a row not to speculate the coordinator sits at the target, until it speculates
+        again, and only committed tokens travel (arXiv:2511.21669).
     is_at_target: drafter and coordinator sit there from the start. notice_s: until a target that is down is given up.
     told: tells what happens, as a live one does.
     """
@@ -146,6 +153,7 @@ class RequestRun:
         self._is_fusing = is_fusing
         self._is_pinned = is_at_target
         self._is_at_target = is_at_target
+        self._num_plain = 0
         self._finished = finished
         self._moved = moved
         self._told = told
@@ -157,8 +165,6 @@ class RequestRun:
     def start(self, path: Path) -> None:
         """Begin over a path."""
         self._go_over(path)
-        if self._is_fusing and self.machine.decision.mode is Mode.PLAIN:
-            self._is_at_target = True
         if self._is_at_target:
             # The question has to get there first.
             self._clock.after(self._travel(path.up, _PROMPT_BYTES * self.log.num_prompt_tokens), self._begin)
@@ -185,7 +191,7 @@ class RequestRun:
             self._do([effect for effect in effects if type(effect) is Emit])
             self._moving.extend(effect for effect in effects if type(effect) is not Emit)
             return
-        is_wanted_at_target = self._is_pinned or (self._is_fusing and self.machine.decision.mode is Mode.PLAIN)
+        is_wanted_at_target = self._is_pinned or (self._is_fusing and self._num_plain >= _FUSED_AFTER)
         if is_wanted_at_target is self._is_at_target or self.machine.is_finished:
             self._do(effects)
             return
@@ -194,6 +200,7 @@ class RequestRun:
         self._do([effect for effect in effects if type(effect) is Emit])
         link = self.path.up if is_wanted_at_target else self.path.down
         self._is_at_target = is_wanted_at_target
+        self.machine.detour_s = self.path.latency_s if is_wanted_at_target else 0.0
         self.log.num_switches += 1
         self._moving = [effect for effect in effects if type(effect) is not Emit]
         self._clock.after(self._travel(link, _STATE_BYTES), self._moved_in)
@@ -283,6 +290,7 @@ class RequestRun:
         decision = self.machine.decision
         self.log.decisions[f"{decision.mode.value} {decision.depth}"] += 1
         effects = self.machine.receive(verdict, self._clock.now_s)
+        self._num_plain = self._num_plain + 1 if self.machine.decision.mode is Mode.PLAIN else 0
         if self._told is not None:
             self._told.verdict(verdict)
         self._perform(effects)

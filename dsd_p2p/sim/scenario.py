@@ -59,11 +59,15 @@ class Link(_Table, frozen=True, kw_only=True):
 
 
 class Cost(_Table, frozen=True, kw_only=True):
-    """Seconds of a pass: `fixed + per_node * n + per_window * (windows - 1)`, or measured `points` of [n, seconds]."""
+    """Seconds of a pass: `fixed + per_node * n + per_window * (windows - 1)`, or measured `points` of [n, seconds].
+
+    per_context: what attention adds for each position of the text behind a window.
+    """
 
     fixed: Seconds = Seconds(0)
     per_node: Seconds = Seconds(0)
     per_window: Seconds = Seconds(0)
+    per_context: Seconds = Seconds(0)
     points: tuple[tuple[Annotated[int, Meta(ge=0, le=1_000_000)], Annotated[float, Meta(ge=0)]], ...] = ()
 
     def pass_cost(self) -> PassCost:
@@ -73,11 +77,16 @@ class Cost(_Table, frozen=True, kw_only=True):
             ConfigError: the points do not ascend.
         """
         if not self.points:
-            return PassCost.line(self.fixed, self.per_node, self.per_window)
+            return PassCost.line(self.fixed, self.per_node, self.per_window, self.per_context)
         nodes = tuple(n for n, _ in self.points)
         if list(nodes) != sorted(set(nodes)):
             raise ConfigError(f"points {list(nodes)}: numbers of positions must ascend")
-        return PassCost(nodes=nodes, seconds=tuple(s for _, s in self.points), per_window_s=self.per_window)
+        return PassCost(
+            nodes=nodes,
+            seconds=tuple(s for _, s in self.points),
+            per_window_s=self.per_window,
+            per_context_s=self.per_context,
+        )
 
 
 class DrafterPool(_Table, frozen=True, kw_only=True):

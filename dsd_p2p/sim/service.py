@@ -26,17 +26,25 @@ class PassCost:
     """Seconds of one pass over n positions of `num_windows` windows.
 
     nodes, seconds: measured points, nodes ascending; linear between them and past the last with its slope.
-    per_window_s: for each window of a batch after the first.
+    per_window_s: for each window of a batch after the first. per_context_s: attention's, for each position behind a window.
     """
 
     nodes: tuple[int, ...]
     seconds: tuple[float, ...]
     per_window_s: float = 0.0
+    per_context_s: float = 0.0
 
     @classmethod
-    def line(cls, fixed_s: float, per_node_s: float, per_window_s: float = 0.0) -> "PassCost":
+    def line(
+        cls, fixed_s: float, per_node_s: float, per_window_s: float = 0.0, per_context_s: float = 0.0
+    ) -> "PassCost":
         """Return `fixed_s + per_node_s * n`."""
-        return cls(nodes=(0, 1), seconds=(fixed_s, fixed_s + per_node_s), per_window_s=per_window_s)
+        return cls(
+            nodes=(0, 1),
+            seconds=(fixed_s, fixed_s + per_node_s),
+            per_window_s=per_window_s,
+            per_context_s=per_context_s,
+        )
 
     def scaled(self, factor: float) -> "PassCost":
         """Return the same machine with `factor` times the work."""
@@ -44,12 +52,13 @@ class PassCost:
             nodes=self.nodes,
             seconds=tuple(value * factor for value in self.seconds),
             per_window_s=self.per_window_s * factor,
+            per_context_s=self.per_context_s * factor,
         )
 
-    def at(self, num_nodes: int, num_windows: int = 1) -> float:
-        """Seconds of the pass."""
+    def at(self, num_nodes: int, num_windows: int = 1, context: int = 0) -> float:
+        """Seconds of the pass. context: positions behind the windows, all of them together."""
         nodes, seconds = self.nodes, self.seconds
-        more_s = self.per_window_s * (num_windows - 1)
+        more_s = self.per_window_s * (num_windows - 1) + self.per_context_s * context
         if len(nodes) == 1:
             return seconds[0] + more_s
         upper = min(max(bisect.bisect_left(nodes, num_nodes), 1), len(nodes) - 1)

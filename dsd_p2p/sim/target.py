@@ -145,11 +145,12 @@ class Stage:
             return
         self._is_busy = True
         now_s = self._clock.now_s
-        num_nodes = 0
+        num_nodes = context = 0
         for flight in batch:
             self.queued_s += now_s - flight.queued_at_s
             num_nodes += len(flight.window.tokens if flight.live is None else flight.live)
-        seconds = spread(self._model.cost.at(num_nodes, len(batch)), self._model.spread, self._rng)
+            context += flight.window.positions[0]
+        seconds = spread(self._model.cost.at(num_nodes, len(batch), context), self._model.spread, self._rng)
         self.num_passes += 1
         handling_s = self._model.handling_s
         share = seconds / (seconds + handling_s) if handling_s else 1.0
@@ -194,11 +195,12 @@ class Stage:
         seconds = self._clock.now_s - started_s
         self.busy_s += seconds
         self.num_served += len(batch)
-        cost = StageCost(us=max(0, round(seconds * share * 1e6)), num_rows=num_nodes, num_sessions=len(batch))
+        us, num_sessions = max(0, round(seconds * share * 1e6)), len(batch)
         if self.log is not None:
             self.log(self._index, started_s, self._clock.now_s, batch)
         for flight in batch:
-            flight.costs.append(cost)
+            waited_us = round((started_s - flight.queued_at_s) * 1e6)
+            flight.costs.append(StageCost(us=us, num_rows=num_nodes, num_sessions=num_sessions, waited_us=waited_us))
             self._onward(flight)
         # What arrives at this very moment is in time for the next pass.
         self._clock.deadline(0.0, self._go_on)

@@ -5,14 +5,18 @@ misses) shows in the measured rates, so a mode that disappoints is left, and pla
 is what keeps speculation from ever costing more than it gains.
 """
 
+import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
-from dsd_p2p.window.static import PLAIN, sync_chain, usual_tree
+from dsd_p2p.window.static import PLAIN, sync_chain, sync_tree, usual_tree
 
 SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+SYNC_TREES = ((4, 2), (8, 4), (16, 6))
+"""(nodes, draft steps) of the synchronous trees considered."""
+
 TREES = ((1, 2), (1, 4), (2, 4), (4, 8), (12, 16))
 """(width, nodes a window) of the continuous windows considered."""
 
@@ -32,7 +36,13 @@ _FORGETTING = 0.99
 """What is left of the trust in a measured rate after each token that other windows wrote: texts differ."""
 
 _FIRST_TRIAL_TOKENS = 24
-"""Plain tokens after which speculation is tried for the first time, whatever it promises, and for twice as long as otherwise."""
+"""Plain tokens after which speculation that hardly was tried is, whatever it promises, and for twice as long as otherwise."""
+
+_PASS_SPREAD = 0.04
+"""Of a pass's time: how far off a round's is from one to the next."""
+
+_MANY_PASSES = 20
+"""After so many a round's own spread is larger than a pass."""
 
 _FIRST_RETRY_TOKENS = 256
 _MAX_RETRY_TOKENS = 4096
@@ -41,24 +51,61 @@ _MAX_RETRY_TOKENS = 4096
 def predicted_tokens_per_s(decision: Decision, observation: Observation) -> float:
     """Return the tokens a second that `decision` promises.
 
-    With agreement α by the first candidate and coverage c by all of them (`Observation.hit_rate_by_rank`):
-    plain `1 / T(1)`; synchronous chain of γ `E[k] / (γ d + T(γ + 1))`, `E[k] = (1 - α^(γ+1)) / (1 - α)` (Leviathan et al. 2023,
-    arXiv:2211.17192); continuous: runs of `1 / (1 - c)` tokens, one level time each, and one traversal per run. A level
-    takes a draft step, or its share of a window at the slowest stage.
+    With agreement α by the first candidate and coverage c by all of them (`Observation.hit_rate_by_rank`): plain `1 / T(1)`;
+    synchronous chain of γ `E[k] / (γ d + T(γ + 1))`, `E[k] = (1 - α^(γ+1)) / (1 - α)` (Leviathan et al. 2023, arXiv:2211.17192), a
+    tree with one more than the sum of its nodes' path probabilities for E[k]; continuous: runs of `1 / (1 - c)` tokens, one level
+    time each, and one traversal per run. A level takes a draft step, or its share of a window at the slowest stage.
     """
-    agreement = min(sum(observation.hit_rate_by_rank[: decision.width]), 0.995)
     if decision.mode is Mode.PLAIN:
         return 1 / observation.traversal_s(1)
+    rates = observation.hit_rate_by_rank[: decision.width]
     if decision.mode is Mode.SYNC:
-        mean_committed = (1 - agreement ** (decision.depth + 1)) / (1 - agreement)
-        round_s = decision.depth * observation.draft_step_s + observation.traversal_s(decision.window_nodes)
-        return mean_committed / round_s
+        return (1 + _mean_accepted(decision, rates)) / _round_s(decision, observation)
+    agreement = min(sum(rates), 0.995)
     run_tokens = 1 / (1 - agreement)
     nodes_per_level = min(decision.width, decision.window_nodes)
     traversal_s = observation.traversal_s(decision.window_nodes)
     window_s = max(observation.slowest_stage_s(decision.window_nodes), traversal_s / decision.max_in_flight)
     level_s = max(observation.draft_step_s, window_s * nodes_per_level / decision.window_nodes)
     return run_tokens / (traversal_s + level_s * (run_tokens - 1))
+
+
+def _mean_accepted(decision: Decision, rates: Sequence[float]) -> float:
+    """Drafts that a synchronous window brings through: the sum of its nodes' path probabilities, the likeliest nodes taken."""
+    if len(rates) == 1:
+        agreement = min(rates[0], 0.995)
+        return agreement * (1 - agreement**decision.depth) / (1 - agreement)
+    total = 0.0
+    heap = [(-rate, 1) for rate in rates]
+    heapq.heapify(heap)
+    for _ in range(min(decision.window_nodes - 1, len(rates) * decision.depth)):
+        negative, depth = heapq.heappop(heap)
+        total -= negative
+        if depth < decision.depth:
+            for rate in rates:
+                heapq.heappush(heap, (negative * rate, depth + 1))
+    return total
+
+
+def _round_s(decision: Decision, observation: Observation) -> float:
+    """Seconds from one synchronous window to the next.
+
+    A stage that several sessions keep busy begins its next pass when one ends, and who comes back in between waits: the round is a
+    whole number of its passes, and a window a little shorter can save one.
+    """
+    pass_s = observation.slowest_stage_s(decision.window_nodes)
+    away_s = decision.depth * observation.draft_step_s + observation.traversal_s(decision.window_nodes) - pass_s
+    busy_share = 1 - 1 / max(1.0, observation.num_sharing)
+    if not busy_share or away_s > _MANY_PASSES * pass_s:
+        return away_s + pass_s
+    begun, late = divmod(away_s / pass_s, 1.0)
+    # Passes are missed by chance where it is close.
+    missed = begun + _logistic(late / _PASS_SPREAD) + _logistic((late - 1) / _PASS_SPREAD)
+    return (1 - busy_share) * (away_s + pass_s) + busy_share * (1 + missed) * pass_s
+
+
+def _logistic(value: float) -> float:
+    return 1 / (1 + math.exp(-max(-50.0, min(50.0, value))))
 
 
 class AnalyticPolicy:
@@ -100,7 +147,9 @@ class AnalyticPolicy:
                 for in_flight in _IN_FLIGHT if is_known else _IN_FLIGHT[:1]:
                     yield usual_tree(width, window_nodes, in_flight)
         if Mode.SYNC in self._allow:
-            yield from (sync_chain(depth) for depth in (SYNC_DEPTHS if is_known else SYNC_DEPTHS[:2]))
+            yield from (sync_chain(depth) for depth in (SYNC_DEPTHS if is_known else SYNC_DEPTHS[:4]))
+            if is_known:
+                yield from (sync_tree(nodes, depth) for nodes, depth in SYNC_TREES)
 
 
 def _expected(decision: Decision, observation: Observation) -> float:
@@ -149,7 +198,7 @@ class Trials:
             is_due = num_plain < _TRIAL_TOKENS or total > 64 * num_plain
             is_tried = lead < _SURE_MARGIN and is_due and total >= _TRIAL_TOKENS
             self._trial = replace(PLAIN, reason=f"trial: speculation leads by {lead:.2f} only") if is_tried else None
-        is_first = total == num_plain
+        is_first = best.mode is Mode.PLAIN and total - num_plain < _TRIAL_TOKENS
         self._ends_at = total + (2 * _TRIAL_TOKENS if is_first else _TRIAL_TOKENS) + 1
         return self._trial
 
@@ -162,9 +211,9 @@ def _retry(rates: Mapping[str, float], candidates: Sequence[Decision], num_plain
     best = max(speculative, key=lambda each: rates[each.kind], default=None)
     if best is None:
         return None
-    if total == num_plain and num_plain >= _FIRST_TRIAL_TOKENS:
-        # What the first few passes cost may mislead; what was never tried stays unknown.
-        return replace(best, reason="trial: it was never measured")
+    if total - num_plain < _TRIAL_TOKENS and num_plain >= _FIRST_TRIAL_TOKENS:
+        # What the first few passes and drafts were like may mislead; what was hardly tried stays unknown.
+        return replace(best, reason="trial: it was hardly measured")
     is_promising = rates[best.kind] > rates[PLAIN.kind]
     return replace(best, reason="trial: it may have become faster") if num_plain >= wait and is_promising else None
 

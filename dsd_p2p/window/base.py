@@ -86,7 +86,7 @@ class Observation:
     draft_step_s: seconds of one draft step.
     hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
     num_outcomes: committed tokens that this is known from. confidence: what the drafter gave its first candidates lately.
-    queue_s: seconds that windows lately spent neither on links nor in passes: waiting.
+    queue_s: seconds that windows lately waited at the stages.
     measured: what each kind of window (`Decision.kind`) was seen to write on this chain.
     """
 

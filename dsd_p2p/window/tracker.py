@@ -13,14 +13,17 @@ _DECAY = 0.95
 _PRIOR_HAZARDS = (0.70, 0.40, 0.30, 0.25, *(0.20,) * 12)
 """Before anything is measured: how often each candidate is right where those before it were not."""
 
+_LINK_SLACK_S = 0.01
+"""How much more than twice the usual a traversal's links may take before the rest is left out."""
+
 _RATE_DECAY = 0.97
 """Weight of a mode's past after one more token: about the last 32 count."""
 
 _OUTCOME_DECAY = 0.985
 """Weight of the past at each committed token: about the last 70 count, so that a new text is soon known."""
 
-_PRIOR_WEIGHT = 2.0
-"""Tokens after which measurement and prior count the same."""
+_PRIOR_WEIGHT, _FIRST_PRIOR_WEIGHT = 2.0, 6.0
+"""Tokens after which measurement and prior count the same; at first more, so that two misses in a row condemn no drafter."""
 
 
 _USUAL_SLOPE = 0.03
@@ -121,7 +124,8 @@ class Tracker:
     def __init__(self) -> None:
         self._stages: list[LineFit] = []
         self._links_s = 0.0
-        self._beyond_stages_s = 0.0
+        self._queue_s = 0.0
+        self._num_verdicts = 0
         self._num_sharing = 1.0
         self._confidence = _PRIOR_HAZARDS[0]
         self._draft_step_s = 0.0
@@ -138,17 +142,19 @@ class Tracker:
         stage_s = [cost.us / 1e6 for cost in costs]
         if len(costs) != len(self._stages):
             self._stages = [LineFit() for _ in costs]
-            self._links_s = self._beyond_stages_s = 0.0
+            self._num_verdicts = 0
         for fit, cost, seconds in zip(self._stages, costs, stage_s, strict=True):
             fit.add(cost.num_rows, seconds)
+        self._num_verdicts += 1
+        share = max(1 - _DECAY, 1 / self._num_verdicts)
         num_sessions = max((cost.num_sessions for cost in costs), default=1)
         self._num_sharing += (1 - _DECAY) * (num_sessions - self._num_sharing)
-        # Windows queue behind each other, so the links are what the quickest recent traversal spent outside the stages.
-        links_s = max(0.0, traversal_s - sum(stage_s))
-        self._beyond_stages_s += (1 - _DECAY) * (links_s - self._beyond_stages_s) if self._beyond_stages_s else links_s
-        self._links_s = (
-            links_s if not self._links_s else min(links_s, self._links_s + (1 - _DECAY) * (links_s - self._links_s))
-        )
+        waited_s = sum(cost.waited_us for cost in costs) / 1e6
+        links_s = max(0.0, traversal_s - sum(stage_s) - waited_s)
+        self._queue_s += share * (waited_s - self._queue_s)
+        # A frame that was lost and sent again tells nothing of the next one.
+        usual_s = 2 * self._links_s + _LINK_SLACK_S if self._num_verdicts > 1 else links_s
+        self._links_s += share * (min(links_s, usual_s) - self._links_s)
 
     def draft_step(self, seconds: float) -> None:
         """Take in one draft step."""
@@ -168,7 +174,8 @@ class Tracker:
         if logprobs:
             self._calibration.learn(rank, logprobs)
             self._confidence += (1 - _DECAY) * (math.exp(logprobs[0]) - self._confidence)
-        num_tried = max(1, len(logprobs)) if rank is None else rank + 1
+        # A candidate that the drafter did not name, though asked for as many, was wrong, too.
+        num_tried = len(self._tries_by_rank) if rank is None else rank + 1
         for tried in range(min(num_tried, len(self._tries_by_rank))):
             self._tries_by_rank[tried] = self._tries_by_rank[tried] * _OUTCOME_DECAY + 1
             self._hits_by_rank[tried] = self._hits_by_rank[tried] * _OUTCOME_DECAY + (tried == rank)
@@ -189,7 +196,7 @@ class Tracker:
             num_outcomes=self._num_outcomes,
             confidence=self._confidence,
             num_sharing=self._num_sharing,
-            queue_s=max(0.0, self._beyond_stages_s - self._links_s),
+            queue_s=self._queue_s,
             measured={kind: rate.measured(self._num_tokens) for kind, rate in self._rates.items()},
         )
 
@@ -200,8 +207,9 @@ class Tracker:
         """
         rates: list[float] = []
         left, quality = 1.0, 1.0
+        weight = _PRIOR_WEIGHT + _FIRST_PRIOR_WEIGHT * _OUTCOME_DECAY**self._num_outcomes
         for hits, tries, prior in zip(self._hits_by_rank, self._tries_by_rank, _PRIOR_HAZARDS, strict=True):
-            hazard = (hits + _PRIOR_WEIGHT * prior * quality) / (tries + _PRIOR_WEIGHT)
+            hazard = (hits + weight * prior * quality) / (tries + weight)
             if not rates:
                 quality = min(1.0, hazard / prior)
             rates.append(left * hazard)

@@ -11,7 +11,7 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.window.catalogue import CATALOGUE
 from dsd_p2p.window.wcdnn.features import NAMES
 
-VERSION = 2
+VERSION = 3
 NUM_BLOCKS = 2
 Array = NDArray[np.float32]
 
