@@ -23,6 +23,7 @@ from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Verdict, Wi
 _VERDICT_BYTES, _STATE_BYTES, _PROMPT_BYTES = 60, 64, 4
 _MAX_PUT_OFF_DRAFTS = 4
 _FUSED_AFTER = 2
+"""Decisions in a row not to speculate after which a request moves to its target."""
 
 
 class DraftDevice:
