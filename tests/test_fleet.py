@@ -409,7 +409,8 @@ def test_a_request_moves_to_its_target_after_two_decisions_not_to_speculate(deci
     scenario = changed(parse_scenario(SCENARIO, "test"), changes)
     (log,) = Fleet(scenario, policy).run().logs
     assert log.num_switches == switches
-    assert scripts[0].seen.links_s == pytest.approx(0.08, rel=0.05)
+    # The first window after a move has the way of the move in it.
+    assert scripts[0].seen.links_s == pytest.approx(0.08, rel=0.1)
 
 
 def test_sharded_targets_pay_for_their_own_links_either_way():
