@@ -15,7 +15,7 @@ from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
-from dsd_p2p.models.packed import PackedLinear
+from dsd_p2p.models.packed import PackedLinear, can_pack
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
@@ -160,6 +160,9 @@ def test_part_of_a_span_computes_what_a_stage_of_that_part_does(tiny, family):
     assert pointers[0] <= pointers[1]
     packed = [{m for m in each.model.modules() if isinstance(m, PackedLinear)} for each in (middle, extended)]
     assert packed[0] <= packed[1]
+    if family == "llama" and can_pack(torch.float32, "cpu"):
+        # Seven in each of two layers: attention's four and the MLP's three.
+        assert len(packed[0]) == 14
     with pytest.raises(ConfigError, match="not inside"):
         middle.narrow(Span(0, 2))
 

@@ -410,7 +410,7 @@ def test_a_request_moves_to_its_target_after_two_decisions_not_to_speculate(deci
     (log,) = Fleet(scenario, policy).run().logs
     assert log.num_switches == switches
     # The first window after a move has the way of the move in it.
-    assert scripts[0].seen.links_s == pytest.approx(0.08, rel=0.1)
+    assert scripts[0].seen.links_s == pytest.approx(0.08, rel=0.05 if switches < 2 else 0.06)
 
 
 def test_sharded_targets_pay_for_their_own_links_either_way():

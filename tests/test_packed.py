@@ -1,5 +1,7 @@
 """Packed linear layers against torch's own."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -12,32 +14,26 @@ SIZES = [(576, 192), (1536, 576), (48, 100)]
 pytestmark = pytest.mark.skipif(not DTYPES, reason="this CPU or torch has no oneDNN")
 
 
-def layer_of(sizes, dtype, has_bias):
+@pytest.fixture(params=itertools.product(DTYPES, SIZES, (False, True)), ids=str)
+def layer(request):
+    dtype, sizes, has_bias = request.param
     torch.manual_seed(0)
     return nn.Linear(*sizes, bias=has_bias, dtype=dtype).requires_grad_(requires_grad=False)
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_it_computes_what_torch_does(dtype, sizes, has_bias):
-    layer = layer_of(sizes, dtype, has_bias)
-    packed = PackedLinear(layer.weight, layer.bias)
+def test_it_computes_what_torch_does(layer):
+    packed, dtype = PackedLinear(layer.weight, layer.bias), layer.weight.dtype
     tolerance = 1e-4 if dtype is torch.float32 else 3e-2
-    for shape in ((1, sizes[0]), (1, 7, sizes[0]), (3, sizes[0]), (2, 1, sizes[0]), (2, 5, sizes[0])):
-        inputs = torch.randn(shape).to(dtype)
+    for shape in ((1,), (1, 7), (3,), (2, 1), (2, 5)):
+        inputs = torch.randn(*shape, layer.in_features).to(dtype)
         output = packed(inputs)
         assert output.dtype is dtype
         assert torch.allclose(output, layer(inputs), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_bits_whatever_stands_beside_it(dtype, sizes, has_bias):
-    layer = layer_of(sizes, dtype, has_bias)
+def test_a_row_is_the_same_bits_whatever_stands_beside_it(layer):
     packed = PackedLinear(layer.weight, layer.bias)
-    inputs = torch.randn(1, 70, sizes[0]).to(dtype)
+    inputs = torch.randn(1, 70, layer.in_features).to(layer.weight.dtype)
     together = packed(inputs)
     for num_rows in range(1, 34):
         for start in (0, 1, 37 - num_rows, 70 - num_rows):

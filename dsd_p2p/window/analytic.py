@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
-from dsd_p2p.window.static import PLAIN, sync_chain, sync_tree, usual_tree
+from dsd_p2p.window.static import PLAIN, SYNC_TREES, sync_chain, sync_tree, usual_tree
 
 SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-SYNC_TREES = ((4, 2), (8, 4), (16, 6))
-"""(nodes, draft steps) of the synchronous trees considered."""
-
 TREES = ((1, 2), (1, 4), (2, 4), (4, 8), (12, 16))
 """(width, nodes a window) of the continuous windows considered."""
 

@@ -5,6 +5,9 @@ from dsd_p2p.window.base import Decision, Mode, Observation
 _MAX_SENT_NODES = 896
 """Bounds the stages' caches only (`StageLimits.max_draft_slots`): what is worth a place is decided by its path's probability."""
 
+SYNC_TREES = ((4, 2), (8, 4), (16, 6))
+"""(nodes, draft steps) of the synchronous trees that are considered."""
+
 PLAIN = Decision(mode=Mode.PLAIN, reason="asked for")
 
 

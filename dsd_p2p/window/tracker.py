@@ -25,7 +25,6 @@ _OUTCOME_DECAY = 0.985
 _PRIOR_WEIGHT, _FIRST_PRIOR_WEIGHT = 2.0, 6.0
 """Tokens after which measurement and prior count the same; at first more, so that two misses in a row condemn no drafter."""
 
-
 _USUAL_SLOPE = 0.03
 """Of a pass's fixed part, what one more node costs: 3 to 4 % on a CPU (docs/benchmarks.md), less on a GPU."""
 
