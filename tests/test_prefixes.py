@@ -268,6 +268,49 @@ async def test_one_name_parked_twice_is_held_once():
         await all_free(models)
 
 
+async def test_a_text_that_is_still_to_be_parked_is_waited_for():
+    async with toy_swarm() as swarm:
+        server = swarm.servers[1]
+        handle, late = server.handle, []
+
+        async def hold_back_the_close(event):
+            if isinstance(event.message, CloseSession) and not late:
+                late.append(event)
+            else:
+                await handle(event)
+
+        server.handle = hold_back_the_close
+        tokens, _ = await write_beside_others(swarm, PROMPT, 20)
+        turn = [*PROMPT, *tokens, 1]
+        written = []
+
+        async def write_the_next_turn():
+            written.append(await write(swarm, turn, 8))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write_the_next_turn)
+            await until(lambda: len(server._sessions) == 2)
+            await trio.sleep(0.05)
+            await handle(late[0])
+        ((tokens, stats),) = written
+        assert tokens == plain_text(turn, 8)
+        assert (stats.num_prefix_tokens, stats.num_replays) == (len(PROMPT) + 19, 0)
+
+
+async def test_a_close_that_never_comes_is_not_waited_for_for_long(monkeypatch):
+    monkeypatch.setattr("dsd_p2p.pipeline.stage_server._PARKING_TIMEOUT_S", 0.05)
+    network = TappedNetwork()
+    async with toy_swarm(network=network) as swarm:
+        options = GenerateOptions(max_tokens=200)
+        async with swarm.engine.generate(PROMPT, options, StaticPolicy(PLAIN)) as generation:
+            await generation.__anext__()
+            opened = first(network, OpenSession)
+            prefix = Prefix(session=opened.session, num_tokens=20)
+            await swarm.engine.links.send("stage0", replace(opened, session=b"new-sess", prefix=prefix))
+            await until(lambda: failures(network))
+            assert failures(network)[0].kind is FailureKind.PREFIX
+
+
 async def test_what_was_never_copied_is_not_parked():
     models = toys()
     network = TappedNetwork()

@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_CLOSED_REMEMBERED = 1024
 _CONNECT_TIMEOUT_S = 10.0
+_PARKING_TIMEOUT_S = 5.0
 _MIN_PASSES = 20
 
 
@@ -411,6 +412,7 @@ class StageServer:
             # Its last pass may still run in its thread; only then is its cache free.
             await old.is_over.wait()
         if old is None or not session.is_kept:
+            await self._until_parked(session)
             cache = await self._new_cache(session)
             try:
                 await self._copy_prefix(session, cache)
@@ -428,6 +430,17 @@ class StageServer:
         edits = session.state.resume(epoch=old_state.epoch, at=opened.resume, num_kept=opened.num_given - 1)
         for edit in edits:
             session.edit(edit)
+
+    async def _until_parked(self, session: StageSession) -> None:
+        """Let the session whose text we go on from come to its end.
+
+        It may still be in a pass. And its close comes straight from the coordinator, our opening over the chain.
+        """
+        prefix = session.opened.prefix
+        writing = self._sessions.get(prefix.session) if prefix is not None else None
+        if writing is not None and writing is not session and writing.coordinator == session.coordinator:
+            with trio.move_on_after(_PARKING_TIMEOUT_S):
+                await writing.is_over.wait()
 
     async def _new_cache(self, session: StageSession) -> SpanCache:
         """An empty cache; what is parked makes room for it."""
