@@ -144,12 +144,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class StageCost(msgspec.Struct, frozen=True, array_like=True):
-    """What a window took at one stage: microseconds, nodes of all sessions computed in them, and how many sessions.
-
-    waited_us: between its arrival there and its pass.
-    """
+    """What a window took at one stage: microseconds, nodes of all sessions computed in them, and how many sessions."""
 
     us: Annotated[int, Meta(ge=0, le=1 << 40)]
     num_rows: Annotated[int, Meta(ge=1, le=1 << 24)]
     num_sessions: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
-    waited_us: Annotated[int, Meta(ge=0, le=1 << 40)] = 0

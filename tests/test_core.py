@@ -79,7 +79,7 @@ def network_of(
     rng = random.Random(seed)
     tracker = Tracker()
     if is_measured:
-        tracker.verdict(traversal_s=0.0, costs=[StageCost(us=0, num_rows=1)] * 3)
+        tracker.verdict(traversal_s=0.0, costs=[StageCost(us=0, num_rows=1)] * 3, waited_s=0.0)
     return ToyNetwork(
         prompt=[1, 2, 3, 4, 5],
         num_tokens=num_tokens,

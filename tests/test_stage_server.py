@@ -487,6 +487,7 @@ async def test_a_relay_is_not_blamed_for_what_it_was_given():
     async with toy_swarm(network=network) as swarm:
         for messages in (
             [open_message(), first_window(link_bytes=1 << 62)],
+            [open_message(), first_window(waited=1)],
             [open_message(), first_window(costs=(StageCost(us=1, num_rows=1),) * 64)],
             [open_message(route=(*open_message().route[:2], open_message().route[1]))],
         ):

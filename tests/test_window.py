@@ -28,15 +28,16 @@ def world(*, links_s, stage=STAGE, num_stages=3, draft_s=0.005, agreement=0.8):
     )
 
 
+@pytest.mark.parametrize("sizes", [(1, 32), range(1, 33)], ids=["two", "many"])
 @given(fixed=st.floats(0.001, 0.1), slope=st.floats(0, 0.01), seed=st.integers(0, 1000))
-def test_a_line_is_found_again(fixed, slope, seed):
+def test_a_line_is_found_again(sizes, fixed, slope, seed):
     fit, rng = LineFit(), random.Random(seed)
     for _ in range(80):
-        size = rng.choice((1, 32))
+        size = rng.choice(sizes)
         fit.add(size, fixed + slope * size)
     line = fit.line()
-    assert line.per_node_s == pytest.approx(slope, abs=0.03 * (0.03 * fixed + slope))
-    assert line.fixed_s == pytest.approx(fixed, abs=0.03 * 17 * (0.03 * fixed + slope))
+    assert line.per_node_s == pytest.approx(slope, abs=0.05 * (0.03 * fixed + slope))
+    assert line.fixed_s == pytest.approx(fixed, abs=0.05 * 17 * (0.03 * fixed + slope))
 
 
 @given(cost=st.floats(0.001, 0.1), size=st.integers(1, 32))
@@ -61,19 +62,17 @@ def test_the_tracker_measures_what_it_is_shown():
     tracker, rng = Tracker(), random.Random(2)
     for _ in range(200):
         size = rng.randrange(1, 16)
-        stage_s = [0.01 + 0.001 * size, 0.02 + 0.002 * size]
+        # One slope is the usual one, the other three times as steep.
+        stage_s = [0.01 + 0.0003 * size, 0.02 + 0.002 * size]
         queueing_s = rng.random() * 0.05
-        waited_us = [round(queueing_s * 1e6), 0]
-        costs = [
-            StageCost(us=round(seconds * 1e6), num_rows=size, waited_us=waited)
-            for seconds, waited in zip(stage_s, waited_us, strict=True)
-        ]
-        tracker.verdict(traversal_s=0.2 + sum(stage_s) + queueing_s, costs=costs)
+        costs = [StageCost(us=round(seconds * 1e6), num_rows=size) for seconds in stage_s]
+        tracker.verdict(traversal_s=0.2 + sum(stage_s) + queueing_s, costs=costs, waited_s=queueing_s)
         tracker.draft_step(0.007)
         tracker.outcome(rng.choices([0, 1, None], weights=[7, 2, 1])[0], (-0.4, -1.6))
     observation = tracker.observe()
-    assert [line.fixed_s for line in observation.stages] == pytest.approx([0.01, 0.02], rel=0.1)
-    assert [line.per_node_s for line in observation.stages] == pytest.approx([0.001, 0.002], rel=0.1)
+    usual, steep = observation.stages
+    assert (usual.fixed_s, usual.per_node_s) == pytest.approx((0.01, 0.0003), rel=0.01)
+    assert (steep.fixed_s, steep.per_node_s) == pytest.approx((0.02, 0.002), rel=0.1)
     assert observation.links_s == pytest.approx(0.2, abs=1e-3)
     assert observation.queue_s == pytest.approx(0.025, abs=0.015)
     assert observation.draft_step_s == pytest.approx(0.007)
@@ -171,7 +170,9 @@ def test_the_governor_leaves_a_single_request_alone_and_notices_change():
 def test_a_frame_that_was_lost_once_does_not_lengthen_the_links():
     tracker = Tracker()
     for number in range(60):
-        tracker.verdict(traversal_s=0.05 + 0.01 + (number == 40), costs=[StageCost(us=10_000, num_rows=1, waited_us=0)])
+        tracker.verdict(
+            traversal_s=0.05 + 0.01 + (number == 40), costs=[StageCost(us=10_000, num_rows=1)], waited_s=0.0
+        )
     assert tracker.observe().links_s == pytest.approx(0.05, rel=0.05)
 
 

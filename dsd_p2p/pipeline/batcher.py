@@ -180,15 +180,15 @@ class Batcher:
         self.busy_s += self._clock() - start_s
 
     def _finish(self, entry: _Entry, start_s: float, num_rows: int, num_sessions: int) -> None:
-        def cost() -> StageCost:
+        def cost() -> tuple[StageCost, float]:
             now_s = self._clock()
             seconds = entry.seconds + now_s - start_s
-            return StageCost(
+            computed = StageCost(
                 us=max(0, round(seconds * 1e6)),
                 num_rows=max(1, entry.num_rows + num_rows),
                 num_sessions=max(1, num_sessions),
-                waited_us=max(0, round((now_s - entry.work.arrived_s - seconds) * 1e6)),
             )
+            return computed, max(0.0, now_s - entry.work.arrived_s - seconds)
 
         try:
             entry.answer = entry.work.finish(cost)

@@ -20,6 +20,8 @@ from dsd_p2p.wire.hidden import pack, unpack
 from dsd_p2p.wire.messages import (
     MAX_ATTESTED_WINDOWS,
     MAX_STAGES,
+    MAX_WAITED,
+    WAITED_PER_S,
     Attestation,
     DraftTop,
     Verdict,
@@ -29,6 +31,8 @@ from dsd_p2p.wire.messages import (
 
 Answer = tuple[Window | Verdict, bytes]
 """What is sent on, and its payload."""
+Cost = Callable[[], tuple[StageCost, float]]
+"""What a window took at a stage, and seconds that it waited there."""
 
 
 class StagePass:
@@ -118,20 +122,20 @@ class StagePass:
                 self._views[self._num_done + row] = view
         self._num_done += done.num_rows
 
-    def finish(self, cost: Callable[[], StageCost]) -> Answer | None:
+    def finish(self, cost: Cost) -> Answer | None:
         """Return what is sent on, None for nothing. cost: what the window took here, up to the moment it is called."""
         if not self.is_worth_it:
             return None
         return self._hand_on(cost) if self.session.walk is None else self._judge(cost)
 
-    def _hand_on(self, cost: Callable[[], StageCost]) -> Answer:
+    def _hand_on(self, cost: Cost) -> Answer:
         session = self.session
         packed = pack(b"".join(self._hidden), session.model.row_bytes, session.opened.dtype, session.write_format)
         if session.log is not None:
             session.log.append(packed)
-        return self._measured(self._attested(packed), cost()), packed
+        return self._measured(self._attested(packed), *cost()), packed
 
-    def _judge(self, cost: Callable[[], StageCost]) -> Answer | None:
+    def _judge(self, cost: Cost) -> Answer | None:
         """Walk on as far as the picks lead."""
         session, window, walk = self.session, self.window, self.session.walk
         assert walk is not None
@@ -161,7 +165,7 @@ class StagePass:
         if not committed.tokens:
             return None
         attested, session.attested = session.attested, []
-        measured = self._measured(window, cost())
+        measured = self._measured(window, *cost())
         verdict = verdict_of(
             measured,
             committed,
@@ -203,12 +207,13 @@ class StagePass:
             session.about = session.previous
             raise RemoteProtocolError("attestation", "of other outputs", "of the rows that were sent")
 
-    def _measured(self, window: Window, cost: StageCost) -> Window:
+    def _measured(self, window: Window, cost: StageCost, waited_s: float) -> Window:
         """The window with what this stage adds to its measurements."""
         return msgspec.structs.replace(
             window,
             costs=(*window.costs, cost)[-MAX_STAGES:],
             link_bytes=min(window.link_bytes + self.session.received_bytes, 1 << 62),
+            waited=min(window.waited + round(waited_s * WAITED_PER_S), MAX_WAITED),
         )
 
 

@@ -317,8 +317,9 @@ class StageServer:
             if window.epoch < session.opened.epoch:
                 return
             raise RemoteProtocolError("sender", event.sender, f"{session.previous}, the stage before in the route")
-        if session.model.is_head and (window.costs or window.link_bytes):
-            raise RemoteProtocolError("costs, link_bytes", (window.costs, window.link_bytes), "none before the head")
+        if session.model.is_head and (window.costs or window.link_bytes or window.waited):
+            measured = (window.costs, window.link_bytes, window.waited)
+            raise RemoteProtocolError("costs, link_bytes, waited", measured, "none before the head")
         expected_bytes = 0 if session.model.is_head else len(window.tokens) * session.row_bytes
         if len(event.payload) != expected_bytes:
             raise RemoteProtocolError("payload length", len(event.payload), f"{expected_bytes} bytes")

@@ -27,6 +27,7 @@ from dsd_p2p.wire.messages import (
     BASE,
     FILL_NODES,
     MAX_DRAFT_TOP,
+    WAITED_PER_S,
     Cancel,
     CloseSession,
     DraftTop,
@@ -453,7 +454,11 @@ class Coordinator:
             if flight.window == verdict.window:
                 self.traversal_s = now_s - flight.sent_at_s
                 self._is_measured = True
-                self._tracker.verdict(traversal_s=self.traversal_s + self.detour_s, costs=verdict.costs)
+                self._tracker.verdict(
+                    traversal_s=self.traversal_s + self.detour_s,
+                    costs=verdict.costs,
+                    waited_s=verdict.waited / WAITED_PER_S,
+                )
                 self.stats.num_verdicts += 1
                 totals = self.stats.stage_s or [0.0] * len(stage_s)
                 self.stats.stage_s = [a + b for a, b in zip(totals, stage_s, strict=False)]

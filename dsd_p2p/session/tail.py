@@ -46,6 +46,7 @@ def verdict_of(
         num_relaxed=num_relaxed,
         attestations=tuple(attestations),
         logprobs=tuple(logprobs),
+        waited=window.waited,
     )
 
 

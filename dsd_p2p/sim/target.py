@@ -17,7 +17,7 @@ from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.service import PassCost, Processor, Spread, spread
 from dsd_p2p.types import StageCost, TokenId, UniformRng
-from dsd_p2p.wire.messages import Verdict, Window
+from dsd_p2p.wire.messages import WAITED_PER_S, Verdict, Window
 
 _WINDOW_BYTES, _NODE_BYTES = 40, 6
 
@@ -76,6 +76,7 @@ class Flight:
     queued_at_s: float = 0.0
     live: list[int] | None = None
     costs: list[StageCost] = field(default_factory=list)
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,8 +200,8 @@ class Stage:
         if self.log is not None:
             self.log(self._index, started_s, self._clock.now_s, batch)
         for flight in batch:
-            waited_us = round((started_s - flight.queued_at_s) * 1e6)
-            flight.costs.append(StageCost(us=us, num_rows=num_nodes, num_sessions=num_sessions, waited_us=waited_us))
+            flight.waited_s += started_s - flight.queued_at_s
+            flight.costs.append(StageCost(us=us, num_rows=num_nodes, num_sessions=num_sessions))
             self._onward(flight)
         # What arrives at this very moment is in time for the next pass.
         self._clock.deadline(0.0, self._go_on)
@@ -282,7 +283,8 @@ class Target:
 
         committed = session.walk.walk(window, live, pick)
         if committed.tokens:
-            measured = msgspec.structs.replace(window, costs=tuple(flight.costs))
+            waited = round(flight.waited_s * WAITED_PER_S)
+            measured = msgspec.structs.replace(window, costs=tuple(flight.costs), waited=waited)
             session.client.verdict(verdict_of(measured, committed, num_live=len(live)), session)
 
 

@@ -136,8 +136,11 @@ class Tracker:
         self._num_tokens = 0
         self._num_outcomes = 0
 
-    def verdict(self, *, traversal_s: float, costs: Sequence[StageCost]) -> None:
-        """Take in the first verdict of a window, `traversal_s` after it was sent, and what it took at each stage."""
+    def verdict(self, *, traversal_s: float, costs: Sequence[StageCost], waited_s: float) -> None:
+        """Take in the first verdict of a window, `traversal_s` after it was sent, and what it took at each stage.
+
+        waited_s: between its arrivals at the stages and their passes, summed.
+        """
         stage_s = [cost.us / 1e6 for cost in costs]
         if len(costs) != len(self._stages):
             self._stages = [LineFit() for _ in costs]
@@ -148,7 +151,6 @@ class Tracker:
         share = max(1 - _DECAY, 1 / self._num_verdicts)
         num_sessions = max((cost.num_sessions for cost in costs), default=1)
         self._num_sharing += (1 - _DECAY) * (num_sessions - self._num_sharing)
-        waited_s = sum(cost.waited_us for cost in costs) / 1e6
         links_s = max(0.0, traversal_s - sum(stage_s) - waited_s)
         self._queue_s += share * (waited_s - self._queue_s)
         # A frame that was lost and sent again tells nothing of the next one.

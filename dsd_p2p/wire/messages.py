@@ -37,6 +37,9 @@ ROW_HASH_BYTES = 16
 MAX_ATTESTED_WINDOWS = 512
 MAX_RECOMPUTED = 4096
 MAX_GAP = 1_000_000
+MAX_WAITED = 1 << 40
+WAITED_PER_S = 10_000
+"""Unit of `waited`: a tenth of a millisecond."""
 FILL_NODES = 128
 """Nodes of each window, numbered from 0, with which a stage refills the one after it."""
 
@@ -156,7 +159,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
     root: the newest node known to be committed, as (epoch, node number).
     first_node: number of the first node; the others follow by one.
     parents: node number within this epoch of each node's parent, `BASE` for the node that opens the epoch.
-    costs: of each stage passed so far.
+    costs: of each stage passed so far. waited: between arrivals there and the passes, tenths of a millisecond, summed over them.
     link_bytes: bytes of window frames that the stages passed so far have received in this session.
     drafts: in relaxed mode, what the drafter expects after some of the nodes. attestations: of the stages passed so far.
     """
@@ -173,6 +176,7 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
     link_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
     drafts: Annotated[tuple[DraftTop, ...], Meta(max_length=MAX_WINDOW_NODES)] = ()
     attestations: Annotated[tuple[Attestation, ...], Meta(max_length=MAX_STAGES)] = ()
+    waited: Annotated[int, Meta(ge=0, le=MAX_WAITED)] = 0
 
 
 class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -197,6 +201,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
     num_relaxed: Annotated[int, Meta(ge=0, le=MAX_WINDOW_NODES)] = 0
     attestations: Annotated[tuple[WindowAttestation, ...], Meta(max_length=MAX_ATTESTED_WINDOWS)] = ()
     logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=MAX_WINDOW_NODES)] = ()
+    waited: Annotated[int, Meta(ge=0, le=MAX_WAITED)] = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=5):
