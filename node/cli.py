@@ -240,6 +240,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     wan.add_argument("--relaxation", metavar="FILE", help="thresholds of relaxed mode")
     wan.add_argument("--arms", type=_comma_list, help="windows of the catalogue, or all (default: one of each mode)")
     wan.add_argument("--policies", type=_comma_list, help="with --arms: policies that run beside them, like analytic")
+    wan.add_argument("--finalists", type=int, help="only so many of the fastest windows go on after the first round")
     wan.add_argument(
         "--record", action="store_const", const=True, help="keep the drafter's candidates for the simulator"
     )

@@ -303,7 +303,9 @@ class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """`dsd bench wan`: every model x number of stages x link, every category of prompts in each round.
 
     netlab: real TCP between network namespaces instead of emulated links. relaxed: also run the tree in relaxed mode.
-    arms: names of `dsd_p2p.window.catalogue`, "all" of them, or by default a choice of modes. policies: run beside them.
+    arms: names of `dsd_p2p.window.catalogue`, "all" of them, or by default a choice of modes. policies: run beside them,
+    each arm with measurements of its own, after a first round that is not counted. finalists: so many of the fastest fixed arms go
+    on after that round; 0 is all of them.
     record: also keep what the drafter says along each answer, for the simulator.
     """
 
@@ -329,6 +331,7 @@ class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     relaxation: str = ""
     arms: tuple[str, ...] = ()
     policies: tuple[str, ...] = ()
+    finalists: Annotated[int, Meta(ge=0, le=64)] = 0
     record: bool = False
 
 

@@ -1,11 +1,13 @@
 """`dsd bench wan`: real models over emulated wide-area links, every arm in turn on the same stages and prompts."""
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from statistics import median
 
 from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.sim.trace import RecordedText
-from dsd_p2p.types import TokenId
+from dsd_p2p.types import Relaxation, TokenId
 from dsd_p2p.window.analytic import SYNC_DEPTHS, AnalyticPolicy, predicted_tokens_per_s
 from dsd_p2p.window.base import Observation, WindowPolicy
 from dsd_p2p.window.catalogue import CATALOGUE
@@ -62,40 +64,29 @@ async def _run_cell(
         GenerateConfig(verify="relaxed" if config.relaxed else "exact", relaxation=config.relaxation)
     )
     problems = {category: load_problems(category, progress) for category in config.prompts}
-    runs: dict[str, ArmRuns] = {}
-    answers: dict[tuple[int, str], dict[str, list[TokenId]]] = {}
+    num_sweeps = 1 if config.policies or config.finalists else 0
     async with open_client(generate, progress) as client:
-        prompts = [
-            [(problem.name, client.text.encode(problem.prompt, is_raw=False)) for problem in spread(group, rounds)]
-            for group in problems.values()
-        ]
+        prompts = {
+            category: [
+                (problem.name, client.text.encode(problem.prompt, is_raw=False))
+                for problem in spread(group, num_sweeps + rounds)
+            ]
+            for category, group in problems.items()
+        }
         # Learn the costs first: they choose γ of the synchronous arm. Nothing of this run is counted.
         for policy in (StaticPolicy(sync_chain(_PAPER_DEPTH)), _tree(config)):
-            await client.write(policy, prompt=prompts[0][0][1], max_tokens=24)
+            await client.write(policy, prompt=prompts[config.prompts[0]][0][1], max_tokens=24)
         arms = _arms(config, client.engine.observe())
-        for name in config.policies:
-            await client.write(arms[name], prompt=prompts[0][0][1], experience=name)
+        cell = _Cell(config=config, client=client, prompts=prompts, arms=arms, relaxation=relaxed)
         names = [*arms, RELAXED_ARM] if relaxed else list(arms)
-        for number in range(rounds):
-            for category, group in zip(problems, prompts, strict=True):
-                problem, prompt = group[number]
-                for name in names[number % len(names) :] + names[: number % len(names)]:
-                    tokens, stats = await client.write(
-                        arms["continuous_tree" if name == RELAXED_ARM else name],
-                        prompt=prompt,
-                        max_tokens=config.plain_tokens if name == PLAIN_ARM else None,
-                        relaxation=relaxed if name == RELAXED_ARM else None,
-                        # A policy must not profit from what the fixed windows beside it have shown.
-                        experience=name if name in config.policies else "",
-                    )
-                    stats |= {"problem": problem, "category": category}
-                    runs.setdefault(name, ArmRuns()).add(number, stats)
-                    answers.setdefault((number, problem), {})[name] = tokens
-                    progress.step(f"{model} {stages} stages {link}: round {number + 1}/{rounds} {name}", 0, 0)
+        swept = await cell.play(range(num_sweeps), names, progress)
+        if config.finalists:
+            names = _finalists(swept, config)
+        runs = await cell.play(range(num_sweeps, num_sweeps + rounds), names, progress)
         observation = client.engine.observe()
         num_layers = max(info.num_layers for info in client.engine.links.known.values())
-        recorded = _record(client, prompts, answers) if config.record else None
-    identical = _identical_share(answers)
+        recorded = _record(client, prompts, cell.answers) if config.record else None
+    identical = _identical_share(cell.answers)
     if config.dtype == "float32" and identical < 1:
         raise LocalProtocolError("two exact arms wrote different float32 tokens: please report it")
     ratios = ratios_to_plain(runs)
@@ -121,20 +112,71 @@ async def _run_cell(
         "identical": identical,
         "observation": asdict(observation),
         "recorded": recorded,
+        "regret": _regret(runs, config),
+        "swept_tokens_per_s": {name: arm.tokens_per_s()[0] for name, arm in swept.items()},
         "runs": {name: arm.runs for name, arm in runs.items()},
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    """One model, chain and link. answers: by round and problem, what each arm wrote."""
+
+    config: WanConfig
+    client: Client
+    prompts: dict[str, list[tuple[str, list[TokenId]]]]
+    arms: dict[str, WindowPolicy]
+    relaxation: Relaxation | None
+    answers: dict[tuple[int, str], dict[str, list[TokenId]]] = field(default_factory=dict)
+
+    async def play(self, rounds: range, names: list[str], progress: Progress) -> dict[str, ArmRuns]:
+        """Have each arm answer the prompts of `rounds`, another one first each time."""
+        runs: dict[str, ArmRuns] = {}
+        for number in rounds:
+            for category, group in self.prompts.items():
+                problem, prompt = group[number]
+                for name in names[number % len(names) :] + names[: number % len(names)]:
+                    tokens, stats = await self.client.write(
+                        self.arms["continuous_tree" if name == RELAXED_ARM else name],
+                        prompt=prompt,
+                        max_tokens=self.config.plain_tokens if name == PLAIN_ARM else None,
+                        relaxation=self.relaxation if name == RELAXED_ARM else None,
+                        # A policy must not profit from what the windows beside it have shown, nor they from one another.
+                        experience=name if self.config.policies else "",
+                    )
+                    stats |= {"problem": problem, "category": category}
+                    runs.setdefault(name, ArmRuns()).add(number, stats)
+                    self.answers.setdefault((number, problem), {})[name] = tokens
+                    progress.step(f"round {number + 1}/{rounds.stop} {name}", 0, 0)
+        return runs
+
+
+def _fixed(runs: Mapping[str, ArmRuns], config: WanConfig) -> dict[str, float]:
+    """Median tokens a second of the arms that are no policy, fastest first."""
+    speeds = {name: median(arm.tokens_per_s()) for name, arm in runs.items() if name not in config.policies}
+    return dict(sorted(speeds.items(), key=lambda item: -item[1]))
+
+
+def _finalists(swept: Mapping[str, ArmRuns], config: WanConfig) -> list[str]:
+    return list(dict.fromkeys([PLAIN_ARM, *list(_fixed(swept, config))[: config.finalists], *config.policies]))
+
+
+def _regret(runs: Mapping[str, ArmRuns], config: WanConfig) -> dict[str, float]:
+    """By how much each policy was slower than the best of the fixed windows, as a share of that one's speed."""
+    best = next(iter(_fixed(runs, config).values()))
+    return {name: 1 - median(runs[name].tokens_per_s()) / best for name in config.policies}
+
+
 def _record(
     client: Client,
-    prompts: list[list[tuple[str, list[TokenId]]]],
+    prompts: dict[str, list[tuple[str, list[TokenId]]]],
     answers: dict[tuple[int, str], dict[str, list[TokenId]]],
 ) -> dict[str, RecordedText]:
     """What the drafter proposes along the longest answer to each prompt."""
     by_problem = {problem: max(by_arm.values(), key=len) for (_, problem), by_arm in answers.items()}
     return {
         problem: record_text(client.drafter, problem, prompt, by_problem[problem])
-        for group in prompts
+        for group in prompts.values()
         for problem, prompt in group
         if problem in by_problem
     }
