@@ -14,6 +14,7 @@ from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import CapacityError
+from dsd_p2p.models.int8 import Int8Linear
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import LogitsRow, SpanModel
@@ -139,6 +140,18 @@ def test_the_shadow_is_a_quarter_of_the_bytes_and_mostly_of_one_mind_with_the_ta
         hits += candidate.token == truth[length]
     session.close()
     assert hits >= 45, f"{hits} of {len(truth)}"
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 200])
+def test_a_rounded_layer_adds_its_bias_once(num_rows):
+    torch.manual_seed(3)
+    layer = torch.nn.Linear(64, 48)
+    layer.bias.data.mul_(10)
+    # Rows of very different size, as a prompt's first tokens are.
+    inputs = torch.randn(1, num_rows, 64) * torch.logspace(0, 1, num_rows)[:, None]
+    rounded = Int8Linear(layer.weight.detach(), layer.bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(rounded(inputs), layer(inputs), rtol=0, atol=0.03 * float(inputs.abs().max()))
 
 
 def test_the_ngram_drafter_continues_what_it_has_seen():

@@ -31,17 +31,22 @@ class Int8Linear(nn.Module):
             # torch calls its quantized tensors deprecated without offering other int8 kernels for the CPU.
             warnings.simplefilter("ignore")
             quantized = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
-            self._packed: Any = torch.ops.quantized.linear_prepack(quantized, bias)
+            self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
+        self._bias = None if bias is None else bias.detach()
         self._reduce_range = not _has_vnni()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map `[..., in]` to `[..., out]`."""
-        if inputs.shape[-2] <= _ONE_SCALE_ROWS:
-            return self._multiply(inputs)
-        sizes = torch.linalg.vector_norm(inputs, math.inf, dim=-1, keepdim=True).clamp_min(1e-12)
-        return torch.mul(self._multiply(inputs / sizes), sizes)
+        product = self._multiply(inputs)
+        return product if self._bias is None else product.add_(self._bias)
 
     def _multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.shape[-2] <= _ONE_SCALE_ROWS:
+            return self._multiply_with_one_scale(inputs)
+        sizes = torch.linalg.vector_norm(inputs, math.inf, dim=-1, keepdim=True).clamp_min(1e-12)
+        return self._multiply_with_one_scale(inputs / sizes).mul_(sizes)
+
+    def _multiply_with_one_scale(self, inputs: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = torch.ops.quantized.linear_dynamic(inputs, self._packed, self._reduce_range)
         return output
 
