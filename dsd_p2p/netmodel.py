@@ -39,6 +39,21 @@ class LinkModel:
         return self.jitter_s == 0 and self.loss == 0 and (self.stall_every_s == 0 or self.stall_s == 0)
 
 
+def in_series(first: LinkModel, second: LinkModel) -> LinkModel:
+    """Return one link for two, one after the other: the narrower bandwidth, and the stalls of the one that stalls more often."""
+    bandwidths = [model.bandwidth_bps for model in (first, second) if model.bandwidth_bps]
+    stalling = [model for model in (first, second) if model.stall_every_s and model.stall_s]
+    stalls = min(stalling, key=lambda model: model.stall_every_s, default=first)
+    return LinkModel(
+        latency_s=first.latency_s + second.latency_s,
+        jitter_s=first.jitter_s + second.jitter_s,
+        bandwidth_bps=min(bandwidths, default=0.0),
+        loss=1 - (1 - first.loss) * (1 - second.loss),
+        stall_every_s=stalls.stall_every_s,
+        stall_s=stalls.stall_s,
+    )
+
+
 class LinkState:
     """A link in use: when its sender is free again and when its last frame arrives."""
 

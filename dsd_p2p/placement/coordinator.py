@@ -10,13 +10,13 @@ _MIN_GAIN = 1.1
 """A peer other than the client itself must be this much faster: handing over costs a hop and a dependency."""
 
 
-_NGRAM_COVERAGE, _MODEL_COVERAGE = 0.5, 0.9
+_NGRAM_COVERAGE, MODEL_COVERAGE = 0.5, 0.9
 """Share of levels at which a drafter's tree holds the true token: prompt lookup on novel text, a model (docs/benchmarks.md)."""
 
 
 def speculation_of(drafter: str) -> Speculation:
     """Return what to expect of a drafter, by its name."""
-    return Speculation(coverage=_NGRAM_COVERAGE if drafter == "ngram" else _MODEL_COVERAGE)
+    return Speculation(coverage=_NGRAM_COVERAGE if drafter == "ngram" else MODEL_COVERAGE)
 
 
 def choose_coordinator(

@@ -9,7 +9,7 @@ from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.request import DraftDevice, Path, RequestLog, RequestRun
 from dsd_p2p.sim.service import Dedicated, PassCost, SharedCores
-from dsd_p2p.sim.target import StageModel, Target
+from dsd_p2p.sim.target import Stage, StageModel, Target
 from dsd_p2p.types import SessionId, Span, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from dsd_p2p.window.tracker import Tracker
@@ -71,12 +71,17 @@ def simulate_request(
     """Write `max_tokens` of an answer after a prompt of so many tokens."""
     clock, rng = Clock(), _NoRng()
     shared = SharedCores(clock, chain.cores) if chain.cores else None
-    processors = [shared.user() if shared else Dedicated(clock) for _ in chain.stages]
-    models = [
-        StageModel(cost=cost, link=chain.link, hidden_bytes=chain.hidden_bytes, handling_s=chain.handling_s)
-        for cost in chain.stages
+    stages = [
+        Stage(
+            StageModel(cost=cost, hidden_bytes=chain.hidden_bytes, handling_s=chain.handling_s),
+            clock,
+            shared.user() if shared else Dedicated(clock),
+            rng,
+            is_tail=index == len(chain.stages) - 1,
+        )
+        for index, cost in enumerate(chain.stages)
     ]
-    target = Target("sim", models, clock, processors, rng)
+    target = Target("sim", stages, [chain.link] * (len(stages) - 1), clock, rng)
     hop = Hop(peer="sim", address="", span=Span(0, 1))
     route = Route(hops=(hop,) * len(chain.stages), coordinator=hop, model_digest="", dtype="")
     path = Path(target, LinkState(chain.up or chain.link), LinkState(chain.link), route)

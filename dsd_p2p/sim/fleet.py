@@ -2,21 +2,24 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from dsd_p2p.errors import ConfigError, PeerDisconnected
 from dsd_p2p.netmodel import LinkModel, LinkState
 from dsd_p2p.placement.balance import Balancer, Load
+from dsd_p2p.placement.coordinator import MODEL_COVERAGE
+from dsd_p2p.placement.view import Speculation
 from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.request import Request, Route
 from dsd_p2p.sim.answer import Answer, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.request import DraftDevice, Path, RequestLog, RequestRun
 from dsd_p2p.sim.scenario import DrafterPool, Scenario, TargetPool
-from dsd_p2p.sim.service import Dedicated, Processor, SharedCores
-from dsd_p2p.sim.target import StageModel, Target
+from dsd_p2p.sim.service import Dedicated, SharedCores
+from dsd_p2p.sim.swarm import Access, Node, SimulatedSwarm
+from dsd_p2p.sim.target import Flight, Stage, StageModel, Target, TargetSession
 from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.sim.workload import Arrival, arrivals
 from dsd_p2p.telemetry.events import PeerStatus
@@ -27,6 +30,8 @@ from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.messages import MAX_TOKEN, Hop
 
 PolicyOf = Callable[[], WindowPolicy]
+
+_ASK_AGAIN_S = 1.0
 
 _STATUS_S = 1.0
 """Between two words of a stage, as live ones have it."""
@@ -64,12 +69,13 @@ class FleetRun:
 class _Drafter:
     """A machine that drafts and asks."""
 
-    __slots__ = ("device", "links", "peer", "pool", "trackers")
+    __slots__ = ("device", "draft_s", "paths", "peer", "pool", "trackers")
 
     def __init__(self, index: int, pool: DrafterPool, device: DraftDevice) -> None:
         self.pool, self.device = pool, device
+        self.draft_s = pool.step.pass_cost().at(1)
         self.peer = f"drafter-{index}"
-        self.links: dict[int, Path] = {}
+        self.paths: dict[str, Path] = {}
         self.trackers: dict[str, Tracker] = {}
 
 
@@ -92,7 +98,7 @@ class Fleet:
     ) -> None:
         self._scenario, self._policy_of, self._trace = scenario, policy_of, trace
         self._is_recording, self._progress, self._tell = is_recording, progress, tell
-        self._busy_s: dict[tuple[str, int], float] = {}
+        self._busy_s: dict[str, float] = {}
         self.clock = Clock()
         # One source each: a change of the links leaves the texts and arrivals as they are.
         self._rng = {
@@ -107,6 +113,7 @@ class Fleet:
             for _ in range(pool.count):
                 self._add_target(pool)
         self._link_models = {name: link.models() for name, link in scenario.links.items()}
+        self._swarm = self._new_swarm() if scenario.nodes else None
         self._drafters = [
             self._new_drafter(pool, index)
             for index, pool in enumerate(pool for pool in scenario.drafters for _ in range(pool.count))
@@ -136,24 +143,44 @@ class Fleet:
         inner = self._scenario.links[pool.inner_link].models()[0] if pool.inner_link else LinkModel()
         model = StageModel(
             cost=cost,
-            link=inner,
             spread=pool.spread,
             max_batch=pool.max_batch,
             batching=pool.batching,
             hidden_bytes=pool.hidden_bytes,
         )
         shared = SharedCores(self.clock, pool.cores) if pool.cores else None
-        processors: list[Processor] = [shared.user() if shared else Dedicated(self.clock) for _ in range(pool.stages)]
-        target = Target(name, [model] * pool.stages, self.clock, processors, self._rng["service"])
+        stages = [
+            Stage(
+                model,
+                self.clock,
+                shared.user() if shared else Dedicated(self.clock),
+                self._rng["service"],
+                is_tail=index == pool.stages - 1,
+            )
+            for index in range(pool.stages)
+        ]
+        target = Target(name, stages, [inner] * (pool.stages - 1), self.clock, self._rng["service"])
         if self._is_recording:
-            for stage in target.stages:
-                stage.log = lambda index, start_s, end_s, batch, name=name: self._passes.append(
-                    (name, index, start_s, end_s, len(batch), sum(len(flight.window.tokens) for flight in batch))
-                )
+            for index, stage in enumerate(stages):
+                stage.log = partial(self._record_pass, name, index)
         self._targets.append(target)
         step = pool.draft_step
         self._target_devices.append(DraftDevice(step.pass_cost(), Dedicated(self.clock)) if step is not None else None)
         self._window_s.append(cost.at(self._scenario.speculation.depth + 1) / pool.max_batch)
+
+    def _new_swarm(self) -> SimulatedSwarm:
+        return SimulatedSwarm(
+            self._scenario.nodes,
+            self._scenario.layers,
+            self._link_models,
+            self.clock,
+            self._rng["service"],
+            self._record_pass if self._is_recording else None,
+        )
+
+    def _record_pass(self, target: str, stage: int, start_s: float, end_s: float, batch: list[Flight]) -> None:
+        num_nodes = sum(len(flight.window.tokens) for flight in batch)
+        self._passes.append((target, stage, start_s, end_s, len(batch), num_nodes))
 
     def _new_drafter(self, pool: DrafterPool, index: int) -> _Drafter:
         return _Drafter(index, pool, DraftDevice(pool.step.pass_cost(), Dedicated(self.clock)))
@@ -171,21 +198,34 @@ class Fleet:
     # Routing
 
     def _choose_path(self, drafter: _Drafter) -> Path | None:
-        """Return the way from a drafter to the target that the balancer chooses."""
+        """Return the way from a drafter to the target that the balancer chooses, or over the chain that placement does."""
+        models = self._link_models[drafter.pool.link]
+        if self._swarm is not None:
+            chosen = self._swarm.choose(models, self._expected(drafter))
+            return None if chosen is None else self._path(drafter, chosen[0], chosen[1], None)
         up = [index for index, target in enumerate(self._targets) if target.is_up]
         if not up:
             return None
-        round_trip_s = sum(model.latency_s for model in self._link_models[drafter.pool.link])
+        round_trip_s = sum(model.latency_s for model in models)
         loads = [
             Load(self._num_requests[self._targets[index].name], self._window_s[index], round_trip_s) for index in up
         ]
-        return self._path(drafter, up[self._balancer.choose(loads)])
+        return self._path_to(drafter, up[self._balancer.choose(loads)])
 
-    def _path(self, drafter: _Drafter, index: int) -> Path:
-        path = drafter.links.get(index)
+    def _path_to(self, drafter: _Drafter, index: int) -> Path:
+        is_at_target = self._scenario.speculation.placement == "target"
+        device = self._target_devices[index] if is_at_target else None
+        return self._path(drafter, self._targets[index], self._link_models[drafter.pool.link], device)
+
+    def _expected(self, drafter: _Drafter) -> Speculation:
+        """What placement expects of a drafter, as live peers do."""
+        is_plain = self._scenario.speculation.window == "plain"
+        return Speculation(coverage=0.0 if is_plain else MODEL_COVERAGE, draft_s=drafter.draft_s)
+
+    def _path(self, drafter: _Drafter, target: Target, links: Access, device: DraftDevice | None) -> Path:
+        path = drafter.paths.get(target.name)
         if path is None:
-            there, back = self._link_models[drafter.pool.link]
-            target = self._targets[index]
+            there, back = links
             hops = tuple(
                 Hop(peer=f"{target.name}/{stage}", address="", span=Span(stage, stage + 1))
                 for stage in range(len(target.stages))
@@ -196,9 +236,7 @@ class Fleet:
                 model_digest="",
                 dtype="",
             )
-            is_at_target = self._scenario.speculation.placement == "target"
-            device = self._target_devices[index] if is_at_target else None
-            path = drafter.links[index] = Path(target, LinkState(there), LinkState(back), route, device)
+            path = drafter.paths[target.name] = Path(target, LinkState(there), LinkState(back), route, device)
         return path
 
     # Requests
@@ -215,8 +253,8 @@ class Fleet:
         if self._tell is not None:
             self.clock.after(_STATUS_S, self._tell_stages, self._tell)
         if self._scenario.churn.up:
-            for target in self._targets:
-                self._schedule_failure(target)
+            for unit in self._swarm.nodes if self._swarm is not None else self._targets:
+                self._schedule_failure(unit)
         self.clock.run(self._scenario.horizon)
         if self._num_started > self._num_ended:
             self._ended_s = self.clock.now_s
@@ -226,21 +264,30 @@ class Fleet:
             scenario=self._scenario,
             duration_s=duration_s,
             logs=self._logs,
-            stages=[
-                self._stage_report(target, index) for target in self._targets for index in range(len(target.stages))
-            ],
+            stages=[self._stage_report(*each) for each in self._stages()],
             mean_under_way=self._under_way_s / duration_s,
-            num_leaked=sum(len(target.sessions) for target in self._targets)
+            num_leaked=sum(len(target.sessions) for target in self._all_targets())
             if self._num_ended == self._num_started
             else 0,
             num_unfinished=self._num_started - self._num_ended,
             passes=self._passes,
         )
 
-    def _stage_report(self, target: Target, index: int) -> StageReport:
-        stage, duration_s = target.stages[index], max(self._ended_s, 1e-12)
+    def _all_targets(self) -> list[Target]:
+        return self._swarm.chains if self._swarm is not None else self._targets
+
+    def _stages(self) -> Iterator[tuple[str, int, Stage]]:
+        """Every stage, by the name of its target or peer."""
+        if self._swarm is not None:
+            units = [(str(node.peer), node.stages) for node in self._swarm.nodes]
+        else:
+            units = [(target.name, list(target.stages)) for target in self._targets]
+        return ((name, index, stage) for name, stages in units for index, stage in enumerate(stages))
+
+    def _stage_report(self, name: str, index: int, stage: Stage) -> StageReport:
+        duration_s = max(self._ended_s, 1e-12)
         return StageReport(
-            target=target.name,
+            target=name,
             stage=index,
             busy_share=stage.busy_s / duration_s,
             mean_queue=stage.queued_s / duration_s,
@@ -252,29 +299,37 @@ class Fleet:
         """How each stage is, as a live one says it."""
         for target in self._targets:
             for index, stage in enumerate(target.stages):
-                name = (target.name, index)
-                busy_s = stage.busy_s - self._busy_s.get(name, 0.0)
-                self._busy_s[name] = stage.busy_s
-                tell(
-                    PeerStatus(
-                        at_s=self.clock.now_s,
-                        peer=f"{target.name}/{index}",
-                        is_online=target.is_up,
-                        roles=("stage",),
-                        model="simulated",
-                        first=index,
-                        last=index + 1,
-                        num_layers=len(target.stages),
-                        state="serving" if target.is_up else "down",
-                        num_sessions=len(target.sessions),
-                        queue=stage.num_waiting,
-                        busy_share=max(0.0, min(1.0, busy_s / _STATUS_S)),
-                        num_passes=stage.num_passes,
-                        num_windows=stage.num_served,
-                    )
-                )
+                span, num_layers = Span(index, index + 1), len(target.stages)
+                peer, num_sessions = f"{target.name}/{index}", len(target.sessions)
+                tell(self._status(peer, [stage], span, num_layers, num_sessions, is_up=target.is_up))
+        for node in self._swarm.nodes if self._swarm is not None else ():
+            is_up, num_layers = node.is_up and node.span is not None, self._scenario.layers
+            span = node.span or Span(0, num_layers)
+            tell(self._status(node.peer, node.stages, span, num_layers, node.num_sessions, is_up=is_up))
         if not self._is_over():
             self.clock.after(_STATUS_S, self._tell_stages, tell)
+
+    def _status(
+        self, peer: str, stages: Sequence[Stage], span: Span, num_layers: int, num_sessions: int, *, is_up: bool
+    ) -> PeerStatus:
+        total_s = sum(stage.busy_s for stage in stages)
+        busy_s, self._busy_s[peer] = total_s - self._busy_s.get(peer, 0.0), total_s
+        return PeerStatus(
+            at_s=self.clock.now_s,
+            peer=peer,
+            is_online=is_up,
+            roles=("stage",),
+            model="simulated",
+            first=span.first,
+            last=span.last,
+            num_layers=num_layers,
+            state="serving" if is_up else "down",
+            num_sessions=num_sessions,
+            queue=sum(stage.num_waiting for stage in stages),
+            busy_share=max(0.0, min(1.0, busy_s / _STATUS_S)),
+            num_passes=sum(stage.num_passes for stage in stages),
+            num_windows=sum(stage.num_served for stage in stages),
+        )
 
     def _next_arrival(self) -> Arrival | None:
         arrival = next(self._source, None)
@@ -294,11 +349,16 @@ class Fleet:
             self._start(arrival, drafter)
 
     def _start(self, arrival: Arrival, drafter: _Drafter) -> None:
+        path = self._choose_path(drafter)
+        if path is None and self._swarm is not None:
+            # Some layers have no holder: whoever asks is told so, and asks again.
+            self.clock.after(_ASK_AGAIN_S, self._start, arrival, drafter)
+            return
+        # Where no target is up a drafter tries one, and finds out.
+        path = path or self._path_to(drafter, 0)
         self._count_under_way()
         number = self._num_started
         self._num_started += 1
-        # Where none is up a drafter tries one, and finds out.
-        path = self._choose_path(drafter) or self._path(drafter, 0)
         scenario, speculation = self._scenario, self._scenario.speculation
         log = RequestLog(
             number,
@@ -353,6 +413,8 @@ class Fleet:
         for target, change in ((before, -1), (after, 1)):
             if target is not None:
                 self._num_requests[target.name] += change
+                if self._swarm is not None:
+                    self._swarm.moved(target, change)
 
     def _ended(self, drafter: _Drafter, run: RequestRun) -> None:
         self._count_under_way()
@@ -372,22 +434,36 @@ class Fleet:
 
     # Churn
 
-    def _schedule_failure(self, target: Target) -> None:
-        self.clock.after(self._rng["churn"].expovariate(1 / self._scenario.churn.up), self._fail, target)
+    def _schedule_failure(self, unit: Target | Node) -> None:
+        self.clock.after(self._rng["churn"].expovariate(1 / self._scenario.churn.up), self._fail, unit)
 
-    def _fail(self, target: Target) -> None:
+    def _fail(self, unit: Target | Node) -> None:
         if self._is_over():
             return
         churn = self._scenario.churn
-        for session in target.fail():
-            error = PeerDisconnected(f"{target.name} is down")
-            self.clock.after(churn.notice, session.client.lost, error, session)
-        self.clock.after(self._rng["churn"].expovariate(1 / churn.down), self._recover, target)
+        if isinstance(unit, Node):
+            assert self._swarm is not None
+            self._lose(self._swarm.fail(unit), f"{unit.peer} is down")
+            self.clock.after(churn.notice, self._close_gaps, self._swarm)
+        else:
+            self._lose(unit.fail(), f"{unit.name} is down")
+        self.clock.after(self._rng["churn"].expovariate(1 / churn.down), self._recover, unit)
 
-    def _recover(self, target: Target) -> None:
-        target.is_up = True
+    def _recover(self, unit: Target | Node) -> None:
+        unit.is_up = True
         if not self._is_over():
-            self._schedule_failure(target)
+            self._schedule_failure(unit)
+
+    def _close_gaps(self, swarm: SimulatedSwarm) -> None:
+        """Peers load the layers that nobody holds any more, as live ones agree to."""
+        while (move := swarm.close_gap()) is not None:
+            node, span = move
+            self._lose(swarm.give_up(node, span), f"{node.peer} loads other layers")
+            self.clock.after(node.pool.load * span.num_layers, swarm.loaded, node)
+
+    def _lose(self, sessions: list[TargetSession], reason: str) -> None:
+        for session in sessions:
+            self.clock.after(self._scenario.churn.notice, session.client.lost, PeerDisconnected(reason), session)
 
     def _is_over(self) -> bool:
         return not self._has_more and self._num_ended == self._num_started

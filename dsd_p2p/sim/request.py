@@ -358,9 +358,7 @@ class RequestRun:
 
 
 def _cancel(session: TargetSession, epoch: int) -> None:
-    below = session.cancelled_below
-    for index, known in enumerate(below):
-        below[index] = max(known, epoch)
+    session.cancelled_below = max(session.cancelled_below, epoch)
 
 
 def _is_deep(candidates: Sequence[Candidate]) -> bool:

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,9 @@ from dsd_p2p.placement.balance import Routing
 from dsd_p2p.sim.answer import Agreement
 from dsd_p2p.sim.service import PassCost, Spread
 from dsd_p2p.sim.target import Batching
+
+MAX_NODES = 64
+"""Peers in a simulated swarm."""
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -117,6 +121,24 @@ class TargetPool(_Table, frozen=True, kw_only=True):
     draft_step: Cost | None = None
 
 
+class NodePool(_Table, frozen=True, kw_only=True):
+    """Peers of one kind that each hold a part of the model (`layers`), which the live placement code chooses when they join.
+
+    max_layers: that their memory has room for. layer: one layer's pass. link: to and from them, beside the other machine's own.
+    load: what loading a layer takes when a peer must hold others because nobody does.
+    """
+
+    count: Count = 1
+    max_layers: Annotated[int, Meta(ge=1, le=1024)]
+    layer: Cost
+    link: str
+    load: Seconds = Seconds(0)
+    hidden_bytes: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    max_batch: Annotated[int, Meta(ge=1, le=4096)] = 1
+    batching: Batching = Batching.FIFO
+    spread: Spread = Spread.NONE
+
+
 class Length(_Table, frozen=True, kw_only=True):
     """Tokens: log-normal with this mean and coefficient of variation, between 1 and `most`; `variation = 0` is constant."""
 
@@ -194,14 +216,16 @@ class Churn(_Table, frozen=True, kw_only=True):
 
 
 class Scenario(_Table, frozen=True, kw_only=True):
-    """All of it. horizon: the run ends then at the latest."""
+    """All of it. Whole `targets` verify, or `nodes` that share the model's `layers`. horizon: the run ends then at the latest."""
 
     name: str = ""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     horizon: Seconds = Seconds(1e7)
     links: dict[str, Link]
     drafters: Annotated[tuple[DrafterPool, ...], Meta(min_length=1, max_length=64)]
-    targets: Annotated[tuple[TargetPool, ...], Meta(min_length=1, max_length=64)]
+    targets: Annotated[tuple[TargetPool, ...], Meta(max_length=64)] = ()
+    nodes: Annotated[tuple[NodePool, ...], Meta(max_length=64)] = ()
+    layers: Annotated[int, Meta(ge=0, le=1024)] = 0
     workload: Workload
     acceptance: Acceptance = Acceptance()
     speculation: Speculation = Speculation()
@@ -248,15 +272,35 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
     pools = [
         *((f"drafters[{index}].link", pool.link) for index, pool in enumerate(scenario.drafters)),
         *((f"targets[{index}].inner_link", pool.inner_link) for index, pool in enumerate(scenario.targets)),
+        *((f"nodes[{index}].link", pool.link) for index, pool in enumerate(scenario.nodes)),
     ]
     for field, link in pools:
         if link and link not in scenario.links:
             fail(field, f"{link!r} is none of the [links], {known}")
     if scenario.workload.arrivals == "trace" and not scenario.workload.file:
         fail("workload.arrivals", "a trace needs workload.file")
+    if bool(scenario.targets) == bool(scenario.nodes):
+        fail("targets", "give [[targets]], or [[nodes]] and layers, and not both")
+    if scenario.nodes:
+        _check_nodes(scenario, fail)
     for index, pool in enumerate(scenario.targets):
         if scenario.speculation.placement == "target" and pool.draft_step is None:
             fail(f"targets[{index}]", 'speculation.placement = "target" needs the draft_step of a drafter there')
+
+
+def _check_nodes(scenario: Scenario, fail: Callable[[str, str], None]) -> None:
+    room = sum(pool.count * pool.max_layers for pool in scenario.nodes)
+    if not 1 <= scenario.layers <= room:
+        fail("layers", f"is {scenario.layers}: the nodes have room for 1..{room}")
+    if sum(pool.count for pool in scenario.nodes) > MAX_NODES:
+        fail("nodes", f"at most {MAX_NODES} in all: placement looks at every pair of them")
+    if scenario.speculation.placement == "target" or scenario.speculation.mode != "distributed":
+        fail("speculation", 'nodes are no place to draft at: mode = "distributed" and placement = "drafter" only')
+    if scenario.speculation.routing is not Routing.SHORTEST_QUEUE:
+        fail(
+            "speculation.routing",
+            "among nodes the chain with the fewest predicted seconds a token is taken: leave it out",
+        )
 
 
 def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:

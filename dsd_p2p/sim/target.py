@@ -1,10 +1,9 @@
 """A target: a chain of stages, each with a queue, batches and passes; the tail walks as the live one does."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from operator import attrgetter
 from typing import Protocol
 
@@ -57,21 +56,22 @@ class Client(Protocol):
 
 @dataclass(slots=True, eq=False)
 class TargetSession:
-    """One request at one target, from one opening on. cancelled_below: by stage."""
+    """One request at one target, from one opening on. cancelled_below: windows of epochs before this one are dropped."""
 
     client: Client
     target: "Target"
     walk: TailWalk
-    cancelled_below: list[int]
+    cancelled_below: int = 0
     is_closed: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A window on its way. number: its place in the order of arrival at the stage."""
+    """A window on its way. hop: how many stages it has passed. number: its place in the order of arrival at the stage."""
 
     session: TargetSession
     window: Window
+    hop: int = 0
     number: int = 0
     queued_at_s: float = 0.0
     live: list[int] | None = None
@@ -83,12 +83,11 @@ class Flight:
 class StageModel:
     """One stage.
 
-    hidden_bytes: of one position's state on the link to the next stage. handling_s: work on each pass's messages, which the stage's
+    hidden_bytes: of one position's state on the way to the next stage. handling_s: work on each pass's messages, which the stage's
     own measurement does not see.
     """
 
     cost: PassCost
-    link: LinkModel = field(default_factory=LinkModel)
     spread: Spread = Spread.NONE
     max_batch: int = 1
     batching: Batching = Batching.FIFO
@@ -97,31 +96,25 @@ class StageModel:
 
 
 class Stage:
-    """One stage's queue and what it does.
+    """One stage's queue and what it does. Chains that lead through the same layers of a machine share it.
 
-    busy_s, num_served: time spent in passes, and windows in them. queued_s: time that windows waited, summed over them.
+    is_tail: it ends the chains that it is in. busy_s, num_served: time spent in passes, and windows in them.
+    queued_s: time that windows waited, summed over them.
     """
 
     def __init__(
-        self,
-        index: int,
-        model: StageModel,
-        clock: Clock,
-        processor: Processor,
-        rng: UniformRng,
-        onward: Callable[[Flight], None],
+        self, model: StageModel, clock: Clock, processor: Processor, rng: UniformRng, *, is_tail: bool = False
     ) -> None:
-        self._index, self._model, self._clock, self._processor, self._rng = index, model, clock, processor, rng
-        self._onward = onward
+        self.model, self.is_tail = model, is_tail
+        self._clock, self._processor, self._rng = clock, processor, rng
         self._queue: deque[Flight] = deque()
         self._is_busy = False
         self._num_arrived = 0
-        self.is_tail = False
         self.busy_s = 0.0
         self.queued_s = 0.0
         self.num_served = 0
         self.num_passes = 0
-        self.log: Callable[[int, float, float, list[Flight]], None] | None = None
+        self.log: Callable[[float, float, list[Flight]], None] | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -136,10 +129,6 @@ class Stage:
         if not self._is_busy:
             self._start()
 
-    def clear(self) -> None:
-        """Lose everything that waits."""
-        self._queue.clear()
-
     def _start(self) -> None:
         batch = self._take()
         if not batch:
@@ -151,9 +140,9 @@ class Stage:
             self.queued_s += now_s - flight.queued_at_s
             num_nodes += len(flight.window.tokens if flight.live is None else flight.live)
             context += flight.window.positions[0]
-        seconds = spread(self._model.cost.at(num_nodes, len(batch), context), self._model.spread, self._rng)
+        seconds = spread(self.model.cost.at(num_nodes, len(batch), context), self.model.spread, self._rng)
         self.num_passes += 1
-        handling_s = self._model.handling_s
+        handling_s = self.model.handling_s
         share = seconds / (seconds + handling_s) if handling_s else 1.0
         self._processor.run(seconds + handling_s, self._done, batch, num_nodes, share, now_s)
 
@@ -161,31 +150,31 @@ class Stage:
         """The windows of the next pass: at most one of a session, its oldest, because what the next is worth depends on it."""
         heads: dict[TargetSession, Flight] = {}
         rest: list[Flight] = []
-        is_fifo = self._model.batching is Batching.FIFO
-        while self._queue and not (is_fifo and len(heads) == self._model.max_batch):
+        is_fifo = self.model.batching is Batching.FIFO
+        while self._queue and not (is_fifo and len(heads) == self.model.max_batch):
             flight = self._queue.popleft()
             if flight.session in heads:
                 rest.append(flight)
             elif self._is_wanted(flight):
                 heads[flight.session] = flight
         batch = list(heads.values())
-        if len(batch) > self._model.max_batch:
+        if len(batch) > self.model.max_batch:
             batch.sort(key=self._order(batch[0]))
-            rest += batch[self._model.max_batch :]
+            rest += batch[self.model.max_batch :]
             rest.sort(key=attrgetter("number"))
-            batch = batch[: self._model.max_batch]
+            batch = batch[: self.model.max_batch]
         self._queue.extendleft(reversed(rest))
         return batch
 
     def _order(self, oldest: Flight) -> Callable[[Flight], tuple[float, int]]:
-        if self._model.batching is Batching.DEADLINE:
+        if self.model.batching is Batching.DEADLINE:
             return lambda flight: (flight.session.client.deadline_s, flight.number)
         size = len(oldest.window.tokens)
         return lambda flight: (abs(len(flight.window.tokens) - size), flight.number)
 
     def _is_wanted(self, flight: Flight) -> bool:
         session, window = flight.session, flight.window
-        if session.is_closed or window.epoch < session.cancelled_below[self._index]:
+        if session.is_closed or window.epoch < session.cancelled_below:
             return False
         if self.is_tail:
             flight.live = session.walk.live(window)
@@ -198,11 +187,11 @@ class Stage:
         self.num_served += len(batch)
         us, num_sessions = max(0, round(seconds * share * 1e6)), len(batch)
         if self.log is not None:
-            self.log(self._index, started_s, self._clock.now_s, batch)
+            self.log(started_s, self._clock.now_s, batch)
         for flight in batch:
             flight.waited_s += started_s - flight.queued_at_s
             flight.costs.append(StageCost(us=us, num_rows=num_nodes, num_sessions=num_sessions))
-            self._onward(flight)
+            flight.session.target.passed(flight)
         # What arrives at this very moment is in time for the next pass.
         self._clock.deadline(0.0, self._go_on)
 
@@ -213,30 +202,20 @@ class Stage:
 
 
 class Target:
-    """A chain of stages that serves many sessions."""
+    """A chain of stages that serves many sessions. links: behind each stage but the last."""
 
     def __init__(
-        self, name: str, stages: Iterable[StageModel], clock: Clock, processors: Iterable[Processor], rng: UniformRng
+        self, name: str, stages: Sequence[Stage], links: Sequence[LinkModel], clock: Clock, rng: UniformRng
     ) -> None:
-        self.name = name
+        self.name, self.stages = name, stages
         self._clock, self._rng = clock, rng
-        models = list(stages)
-        self._models = models
-        self._links = [LinkState(model.link) for model in models]
-        last = len(models) - 1
-        self.stages = [
-            Stage(index, model, clock, processor, rng, self._commit if index == last else partial(self._forward, index))
-            for index, (model, processor) in enumerate(zip(models, processors, strict=True))
-        ]
-        self.stages[-1].is_tail = True
+        self._links = [LinkState(link) for link in links]
         self.sessions: dict[TargetSession, None] = {}
         self.is_up = True
 
     def open(self, client: Client, epoch: int, num_given: int) -> TargetSession:
         """Start a session; windows that are sent to it find it when they arrive."""
-        session = TargetSession(
-            client, self, TailWalk(epoch=epoch, num_given=num_given), cancelled_below=[0] * len(self.stages)
-        )
+        session = TargetSession(client, self, TailWalk(epoch=epoch, num_given=num_given))
         self.sessions[session] = None
         return session
 
@@ -257,20 +236,23 @@ class Target:
         for session in lost:
             session.is_closed = True
         self.sessions.clear()
-        for stage in self.stages:
-            stage.clear()
         return lost
 
-    def _forward(self, index: int, flight: Flight) -> None:
+    def passed(self, flight: Flight) -> None:
+        """Take in a window that a stage is done with."""
+        if flight.hop == len(self._links):
+            self._commit(flight)
+            return
         now_s = self._clock.now_s
-        num_nodes = len(flight.window.tokens)
-        num_bytes = _WINDOW_BYTES + num_nodes * (_NODE_BYTES + self._models[index].hidden_bytes)
-        arrival_s = self._links[index].send(now_s=now_s, num_bytes=num_bytes, rng=self._rng)
-        self._clock.after(arrival_s - now_s, self._arrive, index + 1, flight)
+        num_nodes, hidden_bytes = len(flight.window.tokens), self.stages[flight.hop].model.hidden_bytes
+        num_bytes = _WINDOW_BYTES + num_nodes * (_NODE_BYTES + hidden_bytes)
+        arrival_s = self._links[flight.hop].send(now_s=now_s, num_bytes=num_bytes, rng=self._rng)
+        flight.hop += 1
+        self._clock.after(arrival_s - now_s, self._arrive, flight)
 
-    def _arrive(self, index: int, flight: Flight) -> None:
+    def _arrive(self, flight: Flight) -> None:
         if self.is_up and not flight.session.is_closed:
-            self.stages[index].put(flight)
+            self.stages[flight.hop].put(flight)
 
     def _commit(self, flight: Flight) -> None:
         session, window, live = flight.session, flight.window, flight.live

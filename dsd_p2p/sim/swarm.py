@@ -1,0 +1,194 @@
+"""Peers that each hold some layers of a model: placed, and joined into a chain for every request, by the live placement code."""
+
+import itertools
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+
+from dsd_p2p.netmodel import LinkModel, in_series
+from dsd_p2p.placement.route import choose_route
+from dsd_p2p.placement.span import choose_move, choose_span
+from dsd_p2p.placement.view import WIDE_WINDOW_NODES, NodeView, Plan, PlannedStage, Speculation, SwarmView
+from dsd_p2p.sim.clock import Clock
+from dsd_p2p.sim.scenario import NodePool
+from dsd_p2p.sim.service import PassCost, SharedCores
+from dsd_p2p.sim.target import Flight, Stage, StageModel, Target, TargetSession
+from dsd_p2p.types import PeerId, Span, UniformRng
+
+_MAX_PLANS = 4096
+"""Chains remembered: the same swarm under the same load gives the same one."""
+
+_COORDINATOR = PeerId("coordinator")
+
+Access = tuple[LinkModel, LinkModel]
+"""A machine's own link: to it, and from it."""
+
+PassLog = Callable[[str, int, float, float, list[Flight]], None]
+"""Is told of every pass: peer, number of its stage, start, end, windows."""
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One peer. layer: one layer's pass. access: its link. span: what it holds; None while it loads.
+
+    stages: all that ever computed here, on its one core; serving: of them, by their layers, those that chains go through now.
+    """
+
+    peer: PeerId
+    pool: NodePool
+    layer: PassCost
+    access: Access
+    cores: SharedCores
+    span: Span | None = None
+    next_span: Span | None = None
+    is_up: bool = True
+    num_sessions: int = 0
+    stages: list[Stage] = field(default_factory=list)
+    serving: dict[Span, Stage] = field(default_factory=dict)
+
+    def view(self) -> NodeView:
+        """What other peers know of it."""
+        return NodeView(
+            peer=self.peer,
+            span=self.span if self.is_up else None,
+            max_layers=self.pool.max_layers,
+            layer_s=self.layer.at(1),
+            layer16_s=self.layer.at(WIDE_WINDOW_NODES),
+            num_sessions=self.num_sessions,
+        )
+
+
+class SimulatedSwarm:
+    """All peers, the layers they hold, and the chains that requests have been given: targets like any other.
+
+    links: of the scenario, by name.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[NodePool],
+        num_layers: int,
+        links: Mapping[str, Access],
+        clock: Clock,
+        rng: UniformRng,
+        log: PassLog | None = None,
+    ) -> None:
+        self._num_layers, self._clock, self._rng, self._log = num_layers, clock, rng, log
+        self.nodes = [
+            Node(
+                peer=PeerId(f"node-{index}"),
+                pool=pool,
+                layer=pool.layer.pass_cost(),
+                access=links[pool.link],
+                cores=SharedCores(clock, 1),
+            )
+            for index, pool in enumerate(pool for pool in pools for _ in range(pool.count))
+        ]
+        self._by_peer = {node.peer: node for node in self.nodes}
+        self._one_way_s: dict[tuple[str, str], float] = {
+            (a.peer, b.peer): a.access[1].latency_s + b.access[0].latency_s
+            for a, b in itertools.permutations(self.nodes, 2)
+        }
+        self._chains: dict[tuple[PlannedStage, ...], Target] = {}
+        self._num_chains = 0
+        self._nodes_of: dict[str, list[Node]] = {}
+        self._plan = lru_cache(_MAX_PLANS)(self._planned)
+        joined: tuple[NodeView, ...] = ()
+        for node in self.nodes:
+            node.span = choose_span(self._view(joined, {}), node.view())
+            joined = (*joined, node.view())
+
+    @property
+    def chains(self) -> list[Target]:
+        """Those that requests may still go through."""
+        return list(self._chains.values())
+
+    def choose(self, access: Access, speculation: Speculation) -> tuple[Target, Access] | None:
+        """Return the chain that a request is given now, and the way to its head and from its tail; None if there is none.
+
+        access: the own link of whoever asks.
+        """
+        views = tuple(node.view() for node in self.nodes)
+        plan = self._plan(access[0].latency_s, access[1].latency_s, speculation, views)
+        if plan is None:
+            return None
+        target = self._chains.get(plan.stages) or self._new_chain(plan.stages)
+        head, tail = self._by_peer[plan.stages[0].peer], self._by_peer[plan.stages[-1].peer]
+        return target, (in_series(access[0], head.access[0]), in_series(tail.access[1], access[1]))
+
+    def moved(self, target: Target, change: int) -> None:
+        """So many more requests go through a chain."""
+        for node in self._nodes_of[target.name]:
+            node.num_sessions += change
+
+    def fail(self, node: Node) -> list[TargetSession]:
+        """A peer goes down, and every chain through it. Returns the sessions that were open."""
+        node.is_up = False
+        return self._end_chains(node)
+
+    def close_gap(self) -> tuple[Node, Span] | None:
+        """Return the peer that should hold other layers, and which, so that none is without a holder; None if none should.
+
+        A peer that loads counts as if it were done.
+        """
+        views = tuple(replace(node.view(), span=node.next_span or node.span) for node in self.nodes if node.is_up)
+        move = choose_move(self._view(views, {}))
+        return None if move is None else (self._by_peer[move.peer], move.span)
+
+    def give_up(self, node: Node, span: Span) -> list[TargetSession]:
+        """A peer lets its layers go, to load others. Returns the sessions that were open."""
+        node.span, node.next_span = None, span
+        node.serving.clear()
+        return self._end_chains(node)
+
+    def loaded(self, node: Node) -> None:
+        """The peer has its new layers."""
+        node.span, node.next_span = node.next_span, None
+
+    def _planned(
+        self, up_s: float, down_s: float, speculation: Speculation, views: tuple[NodeView, ...]
+    ) -> Plan | None:
+        own: dict[tuple[str, str], float] = {
+            (_COORDINATOR, node.peer): up_s + node.access[0].latency_s for node in self.nodes
+        }
+        own |= {(node.peer, _COORDINATOR): node.access[1].latency_s + down_s for node in self.nodes}
+        return choose_route(self._view(views, own), _COORDINATOR, speculation)
+
+    def _view(self, nodes: tuple[NodeView, ...], links: dict[tuple[str, str], float]) -> SwarmView:
+        return SwarmView(num_layers=self._num_layers, nodes=nodes, one_way_s=ChainMap(links, self._one_way_s))
+
+    def _new_chain(self, stages: tuple[PlannedStage, ...]) -> Target:
+        nodes = [self._by_peer[stage.peer] for stage in stages]
+        target = Target(
+            f"chain-{self._num_chains}",
+            [self._stage(node, stage.span) for node, stage in zip(nodes, stages, strict=True)],
+            [in_series(a.access[1], b.access[0]) for a, b in itertools.pairwise(nodes)],
+            self._clock,
+            self._rng,
+        )
+        self._num_chains += 1
+        self._chains[stages], self._nodes_of[target.name] = target, nodes
+        return target
+
+    def _stage(self, node: Node, span: Span) -> Stage:
+        stage = node.serving.get(span)
+        if stage is None:
+            model = StageModel(
+                cost=node.layer.scaled(span.num_layers),
+                max_batch=node.pool.max_batch,
+                batching=node.pool.batching,
+                spread=node.pool.spread,
+                hidden_bytes=node.pool.hidden_bytes,
+            )
+            is_tail = span.last == self._num_layers
+            stage = node.serving[span] = Stage(model, self._clock, node.cores.user(), self._rng, is_tail=is_tail)
+            if self._log is not None:
+                stage.log = partial(self._log, node.peer, len(node.stages))
+            node.stages.append(stage)
+        return stage
+
+    def _end_chains(self, node: Node) -> list[TargetSession]:
+        """Chains through a peer end for good: the same plan makes a new one."""
+        ended = [stages for stages in self._chains if any(stage.peer == node.peer for stage in stages)]
+        return [session for stages in ended for session in self._chains.pop(stages).fail()]
