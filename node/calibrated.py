@@ -9,8 +9,9 @@ and the texts.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 from types import MappingProxyType
@@ -42,7 +43,16 @@ _KNOBS: Mapping[str, tuple[float, ...]] = MappingProxyType(
 )
 """What cannot be read off a receipt, and the values it may have; `_adjusted` says what they do."""
 
-_ROUNDS = 3
+_STARTS = ((0.8, 1.0, 0.0, 1.0, 0.0), (0.8, 3.0, 1.0, 2.0, 0.0), (0.65, 1.0, 0.0, 4.0, 0.0))
+"""Of the knobs, in their order."""
+
+_ROUNDS = 4
+
+_TTFT_WEIGHT = 0.25
+"""Of a time to the first token against a speed: it is one event of an answer, the other the mean of dozens."""
+
+_READING_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""What the drafter may take for a prompt, of what the target does."""
 
 
 class MeasuredRun(msgspec.Struct):
@@ -193,22 +203,39 @@ class Profile:
 
 
 def fit(cell: MeasuredCell, cores: int) -> Profile:
-    """Return the service times that a cell shows; its knobs are turned one after the other, as long as that helps."""
+    """Return the service times that a cell shows; its knobs are turned one after the other, as long as that helps.
+
+    From several beginnings: who gets the cores when they are short, and what messages cost, make up for one another.
+    """
     measured = _measured(cell, cores)
     many = max(run.decision.expand_nodes for runs in cell.runs.values() for run in runs)
-    knobs = {"worth": 0.8, "coordinator_share": 1.0, "handled_share": 0.0, "draft_weight": 1.0, "many_stems": 0.0}
 
-    def misfit(changed: dict[str, float]) -> float:
-        predicted = predict(_adjusted(measured, many, changed), cell)
-        return sum(math.log(speed / measured_speed(cell.runs[arm])) ** 2 for arm, (speed, _) in predicted.items())
+    def adjusted(knobs: tuple[float, ...]) -> Profile:
+        return _adjusted(measured, many, dict(zip(_KNOBS, knobs, strict=True)))
 
+    @cache
+    def misfit(knobs: tuple[float, ...]) -> float:
+        return _misfits(adjusted(knobs), cell)[0]
+
+    def misfit_with_ttft(profile: Profile) -> float:
+        speed, ttft = _misfits(profile, cell)
+        return speed + _TTFT_WEIGHT * ttft
+
+    profiles = [_with_prefill(adjusted(_turned(start, misfit)), cell) for start in _STARTS]
+    candidates = (_reading(profile, cell, share) for profile in profiles for share in _READING_SHARES)
+    return min(candidates, key=misfit_with_ttft)
+
+
+def _turned(start: tuple[float, ...], misfit: Callable[[tuple[float, ...]], float]) -> tuple[float, ...]:
+    """Turn one knob after the other to where it fits best, until none moves or for so many rounds."""
+    knobs = start
     for _ in range(_ROUNDS):
-        before = dict(knobs)
-        for name, values in _KNOBS.items():
-            knobs[name] = min(values, key=lambda value: misfit({**knobs, name: value}))
+        before = knobs
+        for index, values in enumerate(_KNOBS.values()):
+            knobs = min(((*knobs[:index], value, *knobs[index + 1 :]) for value in values), key=misfit)
         if knobs == before:
             break
-    return _with_prefill(_adjusted(measured, many, knobs), cell)
+    return knobs
 
 
 def _adjusted(profile: Profile, many: int, knobs: Mapping[str, float]) -> Profile:
@@ -239,6 +266,26 @@ def _with_prefill(profile: Profile, cell: MeasuredCell) -> Profile:
     nodes, largest = profile.layer.nodes, max(run.decision.window_nodes for runs in cell.runs.values() for run in runs)
     seconds = [s * factor if n > largest else s for n, s in zip(nodes, profile.layer.seconds, strict=True)]
     return replace(profile, layer=PassCost(nodes=nodes, seconds=tuple(itertools.accumulate(seconds, max))))
+
+
+def _reading(profile: Profile, cell: MeasuredCell, share: float) -> Profile:
+    """The drafter reads a prompt in `share` of the time that the target takes for it."""
+    draft = profile.draft
+    lengths = sorted(
+        {run.num_prompt_tokens for runs in cell.runs.values() for run in runs} - {*range(draft.nodes[-1] + 1)}
+    )
+    seconds = [share * profile.num_layers * profile.layer.at(count) for count in lengths]
+    curve = itertools.accumulate([*draft.seconds, *seconds], max)
+    return replace(profile, draft=PassCost(nodes=(*draft.nodes, *lengths), seconds=tuple(curve)))
+
+
+def _misfits(profile: Profile, cell: MeasuredCell) -> tuple[float, float]:
+    """Squared logarithmic errors, summed over the arms: of tokens a second, and of the time to the first token."""
+    predicted = [(cell.runs[arm], speed, ttft_s) for arm, (speed, ttft_s) in predict(profile, cell).items()]
+    return (
+        sum(math.log(speed / measured_speed(runs)) ** 2 for runs, speed, _ in predicted),
+        sum(math.log(ttft_s / median(run.ttft_s for run in runs)) ** 2 for runs, _, ttft_s in predicted),
+    )
 
 
 def measured_speed(runs: Sequence[MeasuredRun]) -> float:

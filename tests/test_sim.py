@@ -1,6 +1,7 @@
 """The live core in virtual time on recorded agreement: what speculation gains, and that it never costs much. No clock is read."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -105,6 +106,23 @@ def test_any_window_writes_the_recorded_text(trace, decision, text, num_stages, 
     request = write(trace, text, chain, StaticPolicy(decision), Tracker(), 40)
     assert request.tokens == list(trace.texts[text].tokens[:40])
     assert sum(size for _, size in request.arrivals) == len(request.tokens)
+
+
+def test_the_first_draft_reads_the_prompt(trace):
+    chain = replace(chain_of(), draft=PassCost.line(0.006, 0.001))
+    short, long = (
+        simulate_request(
+            RecordedAnswer(trace.texts[0], size, trace.vocab_size),
+            chain,
+            StaticPolicy(sync_chain(4)),
+            Tracker(),
+            30,
+            size,
+        ).stats
+        for size in (1, 101)
+    )
+    assert short.num_draft_steps == long.num_draft_steps
+    assert long.draft_s - short.draft_s == pytest.approx(100 * 0.001)
 
 
 class Useless:

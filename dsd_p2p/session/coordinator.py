@@ -139,9 +139,11 @@ class Coordinator:
         stems, self._drafting = self._drafting, None
         num_levels = max(map(_num_levels, children), default=1)
         self._num_round_steps += num_levels - 1
+        if self.stats.num_draft_steps:
+            # The first one reads the prompt as well, and tells nothing of the others.
+            self._tracker.draft_step((now_s - self._draft_started_s) / num_levels)
         self.stats.num_draft_steps += num_levels
         self.stats.draft_s += now_s - self._draft_started_s
-        self._tracker.draft_step((now_s - self._draft_started_s) / num_levels)
         for (key, node), candidates in zip(stems.items(), children, strict=True):
             if self._tree.get(key) is node:
                 self._grow(node, candidates)

@@ -459,7 +459,7 @@ class Fleet:
         while (move := swarm.close_gap()) is not None:
             node, span = move
             self._lose(swarm.give_up(node, span), f"{node.peer} loads other layers")
-            self.clock.after(node.pool.load * span.num_layers, swarm.loaded, node)
+            self.clock.after(node.pool.load * span.num_layers, swarm.loaded, node, span)
 
     def _lose(self, sessions: list[TargetSession], reason: str) -> None:
         for session in sessions:

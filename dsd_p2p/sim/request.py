@@ -39,9 +39,10 @@ class DraftDevice:
         self._waiting: deque[tuple[float, Callable[..., object], tuple[Any, ...]]] = deque()
         self._is_busy = False
 
-    def draft(self, num_stems: int, levels: int, done: Callable[..., object], *arguments: Any) -> None:
-        """Call `done` after `levels` steps that expand `num_stems` each."""
-        self._waiting.append((levels * self._cost.at(num_stems), done, arguments))
+    def draft(self, num_stems: int, levels: int, num_unread: int, done: Callable[..., object], *arguments: Any) -> None:
+        """Call `done` after `levels` steps that expand `num_stems` each; the first also reads `num_unread` tokens of the text."""
+        seconds = self._cost.at(num_stems + num_unread) + (levels - 1) * self._cost.at(num_stems)
+        self._waiting.append((seconds, done, arguments))
         if not self._is_busy:
             self._next()
 
@@ -155,6 +156,7 @@ class RequestRun:
         self._is_pinned = is_at_target
         self._is_at_target = is_at_target
         self._num_plain = 0
+        self._num_unread = log.num_prompt_tokens
         self._finished = finished
         self._moved = moved
         self._told = told
@@ -248,7 +250,8 @@ class RequestRun:
         children = self.answer.expand(draft)
         levels = draft.levels if all(_is_deep(each) for each in children) else 1
         assert self.path is not None
-        (self.path.device or self._device).draft(len(draft.stems), levels, self._drafted, children)
+        num_unread, self._num_unread = self._num_unread, 0
+        (self.path.device or self._device).draft(len(draft.stems), levels, num_unread, self._drafted, children)
 
     def _drafted(self, children: list[list[Candidate]]) -> None:
         self._perform(self.machine.drafted(children, self._clock.now_s))

@@ -142,9 +142,10 @@ class SimulatedSwarm:
         node.serving.clear()
         return self._end_chains(node)
 
-    def loaded(self, node: Node) -> None:
-        """The peer has its new layers."""
-        node.span, node.next_span = node.next_span, None
+    def loaded(self, node: Node, span: Span) -> None:
+        """The peer has new layers, unless it has been asked for others meanwhile."""
+        if node.next_span == span:
+            node.span, node.next_span = span, None
 
     def _planned(
         self, up_s: float, down_s: float, speculation: Speculation, views: tuple[NodeView, ...]
