@@ -1,0 +1,33 @@
+"""How `dsd bench wan` compares policies with fixed windows."""
+
+import pytest
+
+from node.benches.arms import ArmRuns
+from node.benches.wan import _finalists, _regret
+from node.config import WanConfig
+
+
+def arm(*tokens_per_s):
+    runs = ArmRuns()
+    for number, speed in enumerate(tokens_per_s, start=1):
+        runs.add(number, {"num_later_tokens": 100, "later_s": 100 / speed})
+    return runs
+
+
+SWEPT = {"plain": arm(5), "sync-4": arm(20), "sync-8": arm(30), "continuous-2x8-6": arm(25), "awc": arm(99)}
+
+
+@pytest.mark.parametrize(
+    ("finalists", "expected"),
+    [(1, ["plain", "sync-8", "awc"]), (2, ["plain", "sync-8", "continuous-2x8-6", "awc"]), (9, ["plain", *SWEPT])],
+)
+def test_the_fastest_windows_go_on_beside_plain_and_the_policies(finalists, expected):
+    chosen = _finalists(SWEPT, WanConfig(policies=("awc",), finalists=finalists))
+    assert sorted(chosen) == sorted(set(expected))
+    assert chosen[0] == "plain"
+
+
+def test_regret_is_of_medians_and_a_policy_is_no_fixed_window():
+    runs = {"plain": arm(5, 5, 5), "sync-8": arm(30, 40, 10), "awc": arm(24, 90, 3), "analytic": arm(33, 33, 33)}
+    regret = _regret(runs, WanConfig(policies=("awc", "analytic"), finalists=1))
+    assert regret == pytest.approx({"awc": 0.2, "analytic": -0.1})
