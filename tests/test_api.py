@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import trio
@@ -24,9 +26,17 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _collect():
-    """So that what is left to the garbage collector is found here, and not in another test."""
+    """So that what is left to the garbage collector is found here, and not in another test; a thread may still be ending."""
     yield
+    deadline_s = time.monotonic() + 2
     gc.collect()
+    while time.monotonic() < deadline_s and any(_is_open(each) for each in gc.get_objects()):
+        time.sleep(0.05)
+        gc.collect()
+
+
+def _is_open(each: object) -> bool:
+    return type(each) is socket.socket and each.fileno() != -1
 
 
 @pytest.fixture(scope="module")

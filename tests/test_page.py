@@ -51,14 +51,16 @@ def test_the_swarm_is_drawn(page):
 
 
 def test_stop_with_the_escape_key_keeps_what_was_written(page):
+    number = len(answers(page))
     page.keyboard.type("Write a very long story about the sea, with many chapters.")
     page.keyboard.press("Enter")
-    expect(page.locator(".message.assistant").nth(1)).to_have_text(re.compile(".{20}", re.DOTALL), timeout=60_000)
+    answer = page.locator(".message.assistant").nth(number)
+    expect(answer).to_have_text(re.compile(".{20}", re.DOTALL), timeout=60_000)
     page.keyboard.press("Escape")
     expect(page.locator("#stop")).to_be_disabled(timeout=5_000)
-    written = answers(page)[1]
+    written = answers(page)[number]
     page.wait_for_timeout(500)
-    assert answers(page)[1] == written
+    assert answers(page)[number] == written
     # A second line in the box needs shift.
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
@@ -68,9 +70,14 @@ def test_stop_with_the_escape_key_keeps_what_was_written(page):
 
 
 def test_a_reload_keeps_the_conversation_and_a_new_chat_ends_it(page):
+    page.keyboard.type("Say yes.")
+    page.keyboard.press("Enter")
+    expect(page.locator("#stop")).to_be_enabled(timeout=10_000)
+    expect(page.locator("#stop")).to_be_disabled(timeout=60_000)
     before = answers(page)
+    assert before[-1]
     page.reload()
-    expect(page.locator(".message.assistant")).to_have_count(2)
+    expect(page.locator(".message.assistant")).to_have_count(len(before))
     assert answers(page) == before
     # Everything can be reached by the tabulator.
     reached = set()
