@@ -60,7 +60,8 @@ def test_predictions_of_held_out_runs_are_close(capsys):
     result = last_line(capsys)
     assert result["configurations"] >= 12
     assert result["median_error"] <= 0.10
-    assert result["median_ttft_error"] <= 0.20
+    assert result["worst_error"] <= 0.25
+    assert result["median_ttft_error"] <= 0.10
     assert all(cell["is_held_out"] for cell in result["cells"])
 
 

@@ -77,7 +77,8 @@ async def _run_cell(
         for policy in (StaticPolicy(sync_chain(_PAPER_DEPTH)), _tree(config)):
             await client.write(policy, prompt=prompts[config.prompts[0]][0][1], max_tokens=24)
         arms = _arms(config, client.engine.observe())
-        cell = _Cell(config=config, client=client, prompts=prompts, arms=arms, relaxation=relaxed)
+        title = f"{model} {stages} stages {link}"
+        cell = _Cell(name=title, config=config, client=client, prompts=prompts, arms=arms, relaxation=relaxed)
         names = [*arms, RELAXED_ARM] if relaxed else list(arms)
         swept = await cell.play(range(num_sweeps), names, progress)
         if config.finalists:
@@ -120,8 +121,9 @@ async def _run_cell(
 
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
-    """One model, chain and link. answers: by round and problem, what each arm wrote."""
+    """One model, chain and link, as `name` says for who waits. answers: by round and problem, what each arm wrote."""
 
+    name: str
     config: WanConfig
     client: Client
     prompts: dict[str, list[tuple[str, list[TokenId]]]]
@@ -147,7 +149,7 @@ class _Cell:
                     stats |= {"problem": problem, "category": category}
                     runs.setdefault(name, ArmRuns()).add(number, stats)
                     self.answers.setdefault((number, problem), {})[name] = tokens
-                    progress.step(f"round {number + 1}/{rounds.stop} {name}", 0, 0)
+                    progress.step(f"{self.name}: round {number + 1}/{rounds.stop} {name}", 0, 0)
         return runs
 
 
