@@ -35,7 +35,7 @@ def observation(**changes):
     values = {
         "stages": (CostLine(fixed_s=0.01, per_node_s=0.0005),) * 3,
         "links_s": 0.2,
-        "draft_step_s": 0.006,
+        "draft": CostLine(fixed_s=0.006, per_node_s=0.0003),
         "hit_rate_by_rank": (0.7, 0.1, 0.05, *(0.01,) * 13),
         "num_outcomes": 100,
         "confidence": 0.8,
@@ -50,12 +50,18 @@ def test_features_have_no_units_and_no_surprises():
     assert np.isfinite(seen).all()
     # Everything ten times slower: only the first, the logarithm of the traversal, tells.
     slower = features(
-        observation(stages=(CostLine(fixed_s=0.1, per_node_s=0.005),) * 3, links_s=2.0, draft_step_s=0.06),
+        observation(
+            stages=(CostLine(fixed_s=0.1, per_node_s=0.005),) * 3,
+            links_s=2.0,
+            draft=CostLine(fixed_s=0.06, per_node_s=0.003),
+        ),
         PLAIN,
     )
     assert slower[0] - seen[0] == pytest.approx(np.log(10), abs=1e-4)
     assert slower[1:] == pytest.approx(seen[1:], abs=1e-5)
-    odd = observation(draft_step_s=0.0, hit_rate_by_rank=(), num_outcomes=0, queue_s=1e9, links_s=0.0)
+    odd = observation(
+        draft=CostLine(fixed_s=0.0, per_node_s=0.0), hit_rate_by_rank=(), num_outcomes=0, queue_s=1e9, links_s=0.0
+    )
     assert np.isfinite(features(odd, sync_chain(12))).all()
 
 

@@ -97,10 +97,11 @@ TREE = continuous_tree(depth=12, width=3, window_nodes=4, max_in_flight=6)
 def test_the_first_draft_reads_the_prompt_and_is_no_sample_of_a_step(monkeypatch):
     network, sampled, answered = network_of(sync_chain(4)), [], []
     drafted = network.machine.drafted
-    monkeypatch.setattr(Tracker, "draft_step", lambda _tracker, seconds: sampled.append(seconds))
+    monkeypatch.setattr(Tracker, "draft_step", lambda _tracker, stems, seconds: sampled.append((stems, seconds)))
     monkeypatch.setattr(network.machine, "drafted", lambda *args: (answered.append(args), drafted(*args))[1])
     network.run()
     assert len(sampled) == len(answered) - 1 > 10
+    assert {stems for stems, _ in sampled} == {1}
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,17 +13,18 @@ from dsd_p2p.types import StageCost
 from dsd_p2p.window.analytic import AnalyticPolicy, predicted_tokens_per_s
 from dsd_p2p.window.base import CostLine, MeasuredRate, Mode, Observation
 from dsd_p2p.window.governor import Governor
-from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain, sync_tree
+from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain, sync_tree, usual_tree
 from dsd_p2p.window.tracker import LineFit, Tracker
 
 STAGE = CostLine(fixed_s=0.01, per_node_s=0.001)
+DRAFT = CostLine(fixed_s=0.01, per_node_s=0.0)
 
 
 def world(*, links_s, stage=STAGE, num_stages=3, draft_s=0.005, agreement=0.8):
     return Observation(
         stages=(stage,) * num_stages,
         links_s=links_s,
-        draft_step_s=draft_s,
+        draft=CostLine(fixed_s=draft_s, per_node_s=0.0),
         hit_rate_by_rank=(agreement, agreement * (1 - agreement) / 2, agreement * (1 - agreement) / 4),
         num_outcomes=100,
     )
@@ -67,7 +69,7 @@ def test_the_tracker_measures_what_it_is_shown():
         queueing_s = rng.random() * 0.05
         costs = [StageCost(us=round(seconds * 1e6), num_rows=size) for seconds in stage_s]
         tracker.verdict(traversal_s=0.2 + sum(stage_s) + queueing_s, costs=costs, waited_s=queueing_s)
-        tracker.draft_step(0.007)
+        tracker.draft_step(size, 0.02 + 0.002 * size)
         tracker.outcome(rng.choices([0, 1, None], weights=[7, 2, 1])[0], (-0.4, -1.6))
     observation = tracker.observe()
     usual, steep = observation.stages
@@ -75,7 +77,7 @@ def test_the_tracker_measures_what_it_is_shown():
     assert (steep.fixed_s, steep.per_node_s) == pytest.approx((0.02, 0.002), rel=0.1)
     assert observation.links_s == pytest.approx(0.2, abs=1e-3)
     assert observation.queue_s == pytest.approx(0.025, abs=0.015)
-    assert observation.draft_step_s == pytest.approx(0.007)
+    assert (observation.draft.fixed_s, observation.draft.per_node_s) == pytest.approx((0.02, 0.002), rel=0.1)
     assert observation.hit_rate_by_rank[0] == pytest.approx(0.7, abs=0.08)
     assert observation.hit_rate_by_rank[1] == pytest.approx(0.2, abs=0.08)
 
@@ -86,7 +88,23 @@ def test_predictions_are_those_of_the_latency_model():
     tokens = sum(0.8**k for k in range(5))
     assert predicted_tokens_per_s(sync_chain(4), observation) == pytest.approx(tokens / (4 * 0.005 + 0.2 + 3 * 0.015))
     chain = continuous_tree(depth=8, width=1, window_nodes=1, max_in_flight=64)
-    assert predicted_tokens_per_s(chain, observation) == pytest.approx(5 / (0.2 + 3 * 0.011 + 4 * 0.011))
+    pace_s = observation.pace_s(1)
+    assert pace_s > observation.slowest_stage_s(1) == pytest.approx(0.011), "no queue at the slowest stage"
+    assert predicted_tokens_per_s(chain, observation) == pytest.approx(5 / (0.2 + 3 * 0.011 + 4 * pace_s))
+
+
+def test_a_draft_step_over_many_stems_costs_what_it_was_seen_to_cost():
+    """A wide tree catches more, but every level of it takes a step over a dozen nodes."""
+    narrow, wide = (usual_tree(width, nodes, 128) for width, nodes in ((4, 8), (12, 16)))
+    rates = (0.8, 0.1, 0.04, 0.02, *(0.003,) * 12)
+
+    def lead(per_stem_s):
+        draft = CostLine(fixed_s=0.03, per_node_s=per_stem_s)
+        observation = replace(world(links_s=0.1), draft=draft, hit_rate_by_rank=rates)
+        return predicted_tokens_per_s(wide, observation) / predicted_tokens_per_s(narrow, observation)
+
+    assert lead(0.0) > 1.05
+    assert lead(0.002) < 0.95
 
 
 @pytest.mark.parametrize(
@@ -193,7 +211,7 @@ def test_a_synchronous_window_is_rated_by_the_paths_that_it_can_hold(decision):
     """The likeliest nodes of the tree of all candidates, by brute force."""
     rates = (0.6, 0.2, 0.1, 0.05)[: decision.width]
     observation = Observation(
-        stages=(CostLine(fixed_s=0.01, per_node_s=0.001),), links_s=0.1, draft_step_s=0.01, hit_rate_by_rank=rates
+        stages=(CostLine(fixed_s=0.01, per_node_s=0.001),), links_s=0.1, draft=DRAFT, hit_rate_by_rank=rates
     )
     paths = [
         math.prod(path) for depth in range(1, decision.depth + 1) for path in itertools.product(rates, repeat=depth)
@@ -210,7 +228,7 @@ def test_at_a_busy_stage_a_round_is_a_whole_number_of_passes():
             stages=(CostLine(fixed_s=0.04, per_node_s=0.0),),
             num_sharing=num_sharing,
             links_s=0.01,
-            draft_step_s=draft_s,
+            draft=CostLine(fixed_s=draft_s, per_node_s=0.0),
             hit_rate_by_rank=(0.0,),
         )
         return 1 / predicted_tokens_per_s(sync_chain(4), observation)
@@ -228,9 +246,7 @@ def test_speculation_that_was_hardly_measured_is_tried_whatever_it_promises():
 
     def seen(num_plain, **others):
         rate = MeasuredRate(decision=PLAIN, tokens_per_s=2.0, num_tokens=num_plain)
-        return Observation(
-            stages=dear, draft_step_s=0.01, hit_rate_by_rank=(0.5,), measured={PLAIN.kind: rate, **others}
-        )
+        return Observation(stages=dear, draft=DRAFT, hit_rate_by_rank=(0.5,), measured={PLAIN.kind: rate, **others})
 
     assert policy.decide(seen(10)).mode is Mode.PLAIN
     trial = policy.decide(seen(24))

@@ -79,7 +79,7 @@ class Coordinator:
         self._num_unattributed = 1
         self._is_measured = bool(observation.stages)
         self._max_unmeasured = 0
-        self._pace_s = observation.slowest_stage_s(self.decision.window_nodes)
+        self._pace_s = observation.pace_s(self.decision.window_nodes)
         self._next_send_at_s = 0.0
         self._num_round_steps = 0
         self._epoch = -1
@@ -141,7 +141,7 @@ class Coordinator:
         self._num_round_steps += num_levels - 1
         if self.stats.num_draft_steps:
             # The first one reads the prompt as well, and tells nothing of the others.
-            self._tracker.draft_step((now_s - self._draft_started_s) / num_levels)
+            self._tracker.draft_step(len(stems), (now_s - self._draft_started_s) / num_levels)
         self.stats.num_draft_steps += num_levels
         self.stats.draft_s += now_s - self._draft_started_s
         for (key, node), candidates in zip(stems.items(), children, strict=True):
@@ -387,8 +387,7 @@ class Coordinator:
             self._num_unattributed = 1
         if self.decision != previous:
             self.stats.note_decision(len(self.tokens), self.decision)
-        # Windows that come faster than the slowest stage takes them only queue there, in front of better ones.
-        self._pace_s = observation.slowest_stage_s(self.decision.window_nodes)
+        self._pace_s = observation.pace_s(self.decision.window_nodes)
 
     # Verdicts
 

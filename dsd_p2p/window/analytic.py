@@ -29,8 +29,8 @@ _SURE_MARGIN = 1.5
 _TRIAL_TOKENS = 6
 """Tokens a mode writes before its measured rate counts, and that a trial lasts."""
 
-_FORGETTING = 0.99
-"""What is left of the trust in a measured rate after each token that other windows wrote: texts differ."""
+_FORGETTING, _PLAIN_FORGETTING = 0.99, 0.998
+"""What is left of the trust in a measured rate after each token that other windows wrote: texts differ, to plain decoding less."""
 
 _FIRST_TRIAL_TOKENS = 24
 """Plain tokens after which speculation that hardly was tried is, whatever it promises, and for twice as long as otherwise."""
@@ -38,8 +38,14 @@ _FIRST_TRIAL_TOKENS = 24
 _PASS_SPREAD = 0.04
 """Of a pass's time: how far off a round's is from one to the next."""
 
+_STEM_SHARE = 0.6
+"""Of the nodes whose children a continuous tree may draft in one step, how many it has: 0.4 to 0.7 were measured."""
+
 _MANY_PASSES = 20
 """After so many a round's own spread is larger than a pass."""
+
+_DOUBT_TOKENS = 64
+"""Tokens after which plain decoding is tried again where speculation falls behind what the latency model says of it."""
 
 _FIRST_RETRY_TOKENS = 256
 _MAX_RETRY_TOKENS = 4096
@@ -62,8 +68,8 @@ def predicted_tokens_per_s(decision: Decision, observation: Observation) -> floa
     run_tokens = 1 / (1 - agreement)
     nodes_per_level = min(decision.width, decision.window_nodes)
     traversal_s = observation.traversal_s(decision.window_nodes)
-    window_s = max(observation.slowest_stage_s(decision.window_nodes), traversal_s / decision.max_in_flight)
-    level_s = max(observation.draft_step_s, window_s * nodes_per_level / decision.window_nodes)
+    window_s = max(observation.pace_s(decision.window_nodes), traversal_s / decision.max_in_flight)
+    level_s = max(_draft_step_s(decision, observation), window_s * nodes_per_level / decision.window_nodes)
     return run_tokens / (traversal_s + level_s * (run_tokens - 1))
 
 
@@ -91,7 +97,9 @@ def _round_s(decision: Decision, observation: Observation) -> float:
     whole number of its passes, and a window a little shorter can save one.
     """
     pass_s = observation.slowest_stage_s(decision.window_nodes)
-    away_s = decision.depth * observation.draft_step_s + observation.traversal_s(decision.window_nodes) - pass_s
+    away_s = (
+        decision.depth * _draft_step_s(decision, observation) + observation.traversal_s(decision.window_nodes) - pass_s
+    )
     busy_share = 1 - 1 / max(1.0, observation.num_sharing)
     if not busy_share or away_s > _MANY_PASSES * pass_s:
         return away_s + pass_s
@@ -99,6 +107,12 @@ def _round_s(decision: Decision, observation: Observation) -> float:
     # Passes are missed by chance where it is close.
     missed = begun + _logistic(late / _PASS_SPREAD) + _logistic((late - 1) / _PASS_SPREAD)
     return (1 - busy_share) * (away_s + pass_s) + busy_share * (1 + missed) * pass_s
+
+
+def _draft_step_s(decision: Decision, observation: Observation) -> float:
+    """Seconds of one draft step: over the last node of a chain, the root's children and theirs of a tree."""
+    share = _STEM_SHARE if decision.mode is Mode.CONTINUOUS else 1.0
+    return observation.draft.at(max(1.0, share * decision.expand_nodes))
 
 
 def _logistic(value: float) -> float:
@@ -192,7 +206,7 @@ class Trials:
             self._trial = _retry(rates, candidates, num_plain, total)
         else:
             lead = rates[best.kind] / rates[PLAIN.kind]
-            is_due = num_plain < _TRIAL_TOKENS or total > 64 * num_plain
+            is_due = num_plain < _TRIAL_TOKENS or total > 64 * num_plain or _is_doubtful(best, observation)
             is_tried = lead < _SURE_MARGIN and is_due and total >= _TRIAL_TOKENS
             self._trial = replace(PLAIN, reason=f"trial: speculation leads by {lead:.2f} only") if is_tried else None
         is_first = best.mode is Mode.PLAIN and total - num_plain < _TRIAL_TOKENS
@@ -215,6 +229,14 @@ def _retry(rates: Mapping[str, float], candidates: Sequence[Decision], num_plain
     return replace(best, reason="trial: it may have become faster") if num_plain >= wait and is_promising else None
 
 
+def _is_doubtful(best: Decision, observation: Observation) -> bool:
+    """True where it writes less than plain decoding would by the latency model, and that was not tried for long."""
+    plain, measured = observation.measured.get(PLAIN.kind), observation.measured.get(best.kind)
+    if plain is None or measured is None or measured.num_tokens < _TRIAL_TOKENS:
+        return False
+    return plain.num_tokens_since > _DOUBT_TOKENS and measured.tokens_per_s * observation.traversal_s(1) < 1
+
+
 def _num_tokens(observation: Observation) -> int:
     return sum(rate.num_tokens for rate in observation.measured.values())
 
@@ -223,7 +245,8 @@ def trust(measured: MeasuredRate) -> float:
     """Return how much a measured rate counts against a promise, 0 to 1: more with its tokens, less with those of others since."""
     if measured.num_tokens < _TRIAL_TOKENS:
         return 0.0
-    return min(1.0, measured.num_tokens / (4 * _TRIAL_TOKENS)) * _FORGETTING**measured.num_tokens_since
+    forgetting = _PLAIN_FORGETTING if measured.decision.mode is Mode.PLAIN else _FORGETTING
+    return min(1.0, measured.num_tokens / (4 * _TRIAL_TOKENS)) * forgetting**measured.num_tokens_since
 
 
 def kept_share(mode: Mode, observation: Observation, promise: Callable[[Decision], float]) -> float:

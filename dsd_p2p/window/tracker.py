@@ -53,7 +53,9 @@ class LineFit:
         self._ny = self._ny * _DECAY + num_nodes * seconds
 
     def line(self) -> CostLine:
-        """Return the fit."""
+        """Return the fit; all zeros before the first sample."""
+        if not self._weight:
+            return CostLine(fixed_s=0.0, per_node_s=0.0)
         mean_n, mean_s = self._n / self._weight, self._y / self._weight
         deviation, covariation = self._nn - self._n * mean_n, self._ny - self._n * mean_s
         usual_slope = _USUAL_SLOPE * mean_s / (1 + _USUAL_SLOPE * mean_n)
@@ -127,8 +129,7 @@ class Tracker:
         self._num_verdicts = 0
         self._num_sharing = 1.0
         self._confidence = _PRIOR_HAZARDS[0]
-        self._draft_step_s = 0.0
-        self._num_draft_steps = 0
+        self._draft = LineFit()
         self._hits_by_rank = [0.0] * len(_PRIOR_HAZARDS)
         self._tries_by_rank = [0.0] * len(_PRIOR_HAZARDS)
         self._calibration = Calibration()
@@ -157,11 +158,9 @@ class Tracker:
         usual_s = 2 * self._links_s + _LINK_SLACK_S if self._num_verdicts > 1 else links_s
         self._links_s += share * (min(links_s, usual_s) - self._links_s)
 
-    def draft_step(self, seconds: float) -> None:
-        """Take in one draft step."""
-        self._num_draft_steps += 1
-        share = max(1 - _DECAY, 1 / self._num_draft_steps)
-        self._draft_step_s += share * (seconds - self._draft_step_s)
+    def draft_step(self, num_stems: int, seconds: float) -> None:
+        """Take in one draft step over so many stems."""
+        self._draft.add(num_stems, seconds)
 
     def calibrated(self, logprobs: Sequence[float]) -> list[float]:
         """Return one node's candidates' log probabilities as experience corrects them."""
@@ -192,7 +191,7 @@ class Tracker:
         return Observation(
             stages=tuple(fit.line() for fit in self._stages),
             links_s=self._links_s,
-            draft_step_s=self._draft_step_s,
+            draft=self._draft.line(),
             hit_rate_by_rank=self._hit_rates(),
             num_outcomes=self._num_outcomes,
             confidence=self._confidence,

@@ -40,7 +40,7 @@ def features(observation: Observation, previous: Decision) -> NDArray[np.float32
     """Return float32 `[NUM_FEATURES]`. The observation has stages; `previous` is what is decided now."""
     traversal_s = max(observation.traversal_s(1), 1e-6)
     slowest_s = max(observation.slowest_stage_s(1), 1e-6)
-    draft_s = max(observation.draft_step_s, 1e-6)
+    draft_s = max(observation.draft.at(1), 1e-6)
     rates = observation.hit_rate_by_rank
     measured = observation.measured.get(previous.kind)
     tpot_s = 1 / measured.tokens_per_s if measured is not None and measured.tokens_per_s > 0 else traversal_s

@@ -19,8 +19,8 @@ _SMOOTHING = 0.4
 _SWITCH_AFTER = 2
 """Decisions in a row that must want another mode before it is taken (arXiv:2511.21669)."""
 
-_KEEP_MARGIN = 1.1
-"""How much better another window must promise to be: smaller differences are noise."""
+_KEEP_MARGIN, _PLAIN_MARGIN = 1.1, 1.03
+"""How much better another window must promise to be: smaller differences are noise. To plain decoding less: it needs no drafter."""
 
 _GUARD = math.log(1.5)
 """A rating further than this from the latency model's is cut: far from what it was trained on a network errs without limit."""
@@ -108,7 +108,8 @@ class AwcPolicy:
             self._wanted_mode, self._num_wanted = best.mode, 0
         self._num_wanted += 1
         is_settled = best.mode is self._current.mode or self._num_wanted >= _SWITCH_AFTER
-        return rates[best.kind] > _KEEP_MARGIN * rates[self._current.kind] and is_settled
+        margin = _PLAIN_MARGIN if best.mode is Mode.PLAIN else _KEEP_MARGIN
+        return rates[best.kind] > margin * rates[self._current.kind] and is_settled
 
 
 def _lost(plain: MeasuredRate, observation: Observation) -> bool:
