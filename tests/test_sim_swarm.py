@@ -64,8 +64,7 @@ def fleet_of(text=SCENARIO, *, tell=None, is_recording=False, **changes):
 def test_every_layer_has_a_holder_and_every_answer_its_tokens():
     told = []
     fleet = fleet_of(tell=told.append, is_recording=True)
-    assert fleet._swarm is not None
-    spans = [node.span for node in fleet._swarm.nodes]
+    spans = [node.span for node in fleet._machines.units]
     assert {layer for span in spans for layer in range(span.first, span.last)} == set(range(6))
     run = fleet.run()
     assert [log.num_tokens for log in run.logs] == [30] * 30
@@ -112,13 +111,12 @@ def test_when_a_layer_loses_its_last_holder_another_peer_loads_it_and_the_text_g
         churn__down="1000000s",
         churn__notice="100ms",
     )
-    swarm = fleet._swarm
-    assert swarm is not None
-    for node in swarm.nodes:
+    nodes = fleet._machines.units
+    for node in nodes:
         if node.span.first == 0:
             fleet.clock.after(1.0, fleet._fail, node)
     run = fleet.run()
-    holders = [node.span for node in swarm.nodes if node.is_up]
+    holders = [node.span for node in nodes if node.is_up]
     assert {layer for span in holders for layer in range(span.first, span.last)} == set(range(6))
     done = [log for log in run.logs if not log.error]
     assert sum(log.counts["num_replays"] for log in run.logs) > 0

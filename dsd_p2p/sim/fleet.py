@@ -1,25 +1,26 @@
 """Runs a scenario: builds its machines, lets requests arrive, keeps what happened."""
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from dsd_p2p.errors import ConfigError, PeerDisconnected
-from dsd_p2p.netmodel import LinkModel, LinkState
-from dsd_p2p.placement.balance import Balancer, Load
+from dsd_p2p.netmodel import LinkState
+from dsd_p2p.placement.balance import Balancer
 from dsd_p2p.placement.coordinator import MODEL_COVERAGE
 from dsd_p2p.placement.view import Speculation
 from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.request import Request, Route
 from dsd_p2p.sim.answer import Answer, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.clock import Clock
+from dsd_p2p.sim.machines import Choice, Machines, PassLog, Place, TargetPark, Unit
 from dsd_p2p.sim.request import DraftDevice, Path, RequestLog, RequestRun
-from dsd_p2p.sim.scenario import DrafterPool, Scenario, TargetPool
-from dsd_p2p.sim.service import Dedicated, SharedCores
-from dsd_p2p.sim.swarm import Access, Node, SimulatedSwarm
-from dsd_p2p.sim.target import Flight, Stage, StageModel, Target, TargetSession
+from dsd_p2p.sim.scenario import DrafterPool, Scenario
+from dsd_p2p.sim.service import Dedicated
+from dsd_p2p.sim.swarm import SimulatedSwarm
+from dsd_p2p.sim.target import Flight, Stage, Target, TargetSession
 from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.sim.workload import Arrival, arrivals
 from dsd_p2p.telemetry.events import PeerStatus
@@ -105,20 +106,12 @@ class Fleet:
             name: random.Random(f"{scenario.seed} {name}")  # noqa: S311 - a simulation
             for name in ("arrivals", "links", "service", "routing", "texts", "churn", "retries")
         }
-        self._balancer = Balancer(scenario.speculation.routing, self._rng["routing"])
-        self._targets: list[Target] = []
-        self._target_devices: list[DraftDevice | None] = []
-        self._window_s: list[float] = []
-        for pool in scenario.targets:
-            for _ in range(pool.count):
-                self._add_target(pool)
-        self._link_models = {name: link.models() for name, link in scenario.links.items()}
-        self._swarm = self._new_swarm() if scenario.nodes else None
+        self._access = {name: link.models() for name, link in scenario.links.items()}
+        self._machines: Machines[Any] = self._new_swarm() if scenario.nodes else self._new_park()
         self._drafters = [
             self._new_drafter(pool, index)
             for index, pool in enumerate(pool for pool in scenario.drafters for _ in range(pool.count))
         ]
-        self._num_requests: Counter[str] = Counter()
         self._texts = self._suitable_texts()
         self._source: Iterator[Arrival] = iter(())
         self._has_more = True
@@ -137,50 +130,27 @@ class Fleet:
 
     # Building
 
-    def _add_target(self, pool: TargetPool) -> None:
-        name = f"target-{len(self._targets)}"
-        cost = pool.stage.pass_cost()
-        inner = self._scenario.links[pool.inner_link].models()[0] if pool.inner_link else LinkModel()
-        model = StageModel(
-            cost=cost,
-            spread=pool.spread,
-            max_batch=pool.max_batch,
-            batching=pool.batching,
-            hidden_bytes=pool.hidden_bytes,
-        )
-        shared = SharedCores(self.clock, pool.cores) if pool.cores else None
-        stages = [
-            Stage(
-                model,
-                self.clock,
-                shared.user() if shared else Dedicated(self.clock),
-                self._rng["service"],
-                is_tail=index == pool.stages - 1,
-            )
-            for index in range(pool.stages)
-        ]
-        target = Target(name, stages, [inner] * (pool.stages - 1), self.clock, self._rng["service"])
-        if self._is_recording:
-            for index, stage in enumerate(stages):
-                stage.log = partial(self._record_pass, name, index)
-        self._targets.append(target)
-        step = pool.draft_step
-        self._target_devices.append(DraftDevice(step.pass_cost(), Dedicated(self.clock)) if step is not None else None)
-        self._window_s.append(cost.at(self._scenario.speculation.depth + 1) / pool.max_batch)
+    def _new_park(self) -> TargetPark:
+        balancer = Balancer(self._scenario.speculation.routing, self._rng["routing"])
+        return TargetPark(self._scenario, self._access, self.clock, self._rng["service"], balancer, self._pass_log)
 
     def _new_swarm(self) -> SimulatedSwarm:
         return SimulatedSwarm(
             self._scenario.nodes,
             self._scenario.layers,
-            self._link_models,
+            self._access,
             self.clock,
             self._rng["service"],
-            self._record_pass if self._is_recording else None,
+            self._pass_log,
         )
 
-    def _record_pass(self, target: str, stage: int, start_s: float, end_s: float, batch: list[Flight]) -> None:
+    @property
+    def _pass_log(self) -> PassLog | None:
+        return self._record_pass if self._is_recording else None
+
+    def _record_pass(self, unit: str, stage: int, start_s: float, end_s: float, batch: list[Flight]) -> None:
         num_nodes = sum(len(flight.window.tokens) for flight in batch)
-        self._passes.append((target, stage, start_s, end_s, len(batch), num_nodes))
+        self._passes.append((unit, stage, start_s, end_s, len(batch), num_nodes))
 
     def _new_drafter(self, pool: DrafterPool, index: int) -> _Drafter:
         return _Drafter(index, pool, DraftDevice(pool.step.pass_cost(), Dedicated(self.clock)))
@@ -198,34 +168,21 @@ class Fleet:
     # Routing
 
     def _choose_path(self, drafter: _Drafter) -> Path | None:
-        """Return the way from a drafter to the target that the balancer chooses, or over the chain that placement does."""
-        models = self._link_models[drafter.pool.link]
-        if self._swarm is not None:
-            chosen = self._swarm.choose(models, self._expected(drafter))
-            return None if chosen is None else self._path(drafter, chosen[0], chosen[1], None)
-        up = [index for index, target in enumerate(self._targets) if target.is_up]
-        if not up:
-            return None
-        round_trip_s = sum(model.latency_s for model in models)
-        loads = [
-            Load(self._num_requests[self._targets[index].name], self._window_s[index], round_trip_s) for index in up
-        ]
-        return self._path_to(drafter, up[self._balancer.choose(loads)])
-
-    def _path_to(self, drafter: _Drafter, index: int) -> Path:
-        is_at_target = self._scenario.speculation.placement == "target"
-        device = self._target_devices[index] if is_at_target else None
-        return self._path(drafter, self._targets[index], self._link_models[drafter.pool.link], device)
+        """Return the way from a drafter to where its request goes now."""
+        access = self._access[drafter.pool.link]
+        choice = self._machines.choose(access, self._expected(drafter))
+        return None if choice is None else self._path(drafter, choice)
 
     def _expected(self, drafter: _Drafter) -> Speculation:
         """What placement expects of a drafter, as live peers do."""
         is_plain = self._scenario.speculation.window == "plain"
         return Speculation(coverage=0.0 if is_plain else MODEL_COVERAGE, draft_s=drafter.draft_s)
 
-    def _path(self, drafter: _Drafter, target: Target, links: Access, device: DraftDevice | None) -> Path:
+    def _path(self, drafter: _Drafter, choice: Choice) -> Path:
+        target = choice.target
         path = drafter.paths.get(target.name)
         if path is None:
-            there, back = links
+            there, back = choice.access
             hops = tuple(
                 Hop(peer=f"{target.name}/{stage}", address="", span=Span(stage, stage + 1))
                 for stage in range(len(target.stages))
@@ -236,7 +193,7 @@ class Fleet:
                 model_digest="",
                 dtype="",
             )
-            path = drafter.paths[target.name] = Path(target, LinkState(there), LinkState(back), route, device)
+            path = drafter.paths[target.name] = Path(target, LinkState(there), LinkState(back), route, choice.device)
         return path
 
     # Requests
@@ -253,7 +210,7 @@ class Fleet:
         if self._tell is not None:
             self.clock.after(_STATUS_S, self._tell_stages, self._tell)
         if self._scenario.churn.up:
-            for unit in self._swarm.nodes if self._swarm is not None else self._targets:
+            for unit in self._machines.units:
                 self._schedule_failure(unit)
         self.clock.run(self._scenario.horizon)
         if self._num_started > self._num_ended:
@@ -264,25 +221,18 @@ class Fleet:
             scenario=self._scenario,
             duration_s=duration_s,
             logs=self._logs,
-            stages=[self._stage_report(*each) for each in self._stages()],
+            stages=[
+                self._stage_report(unit.name, index, stage)
+                for unit in self._machines.units
+                for index, stage in enumerate(unit.stages)
+            ],
             mean_under_way=self._under_way_s / duration_s,
-            num_leaked=sum(len(target.sessions) for target in self._all_targets())
+            num_leaked=sum(len(target.sessions) for target in self._machines.targets)
             if self._num_ended == self._num_started
             else 0,
             num_unfinished=self._num_started - self._num_ended,
             passes=self._passes,
         )
-
-    def _all_targets(self) -> list[Target]:
-        return self._swarm.chains if self._swarm is not None else self._targets
-
-    def _stages(self) -> Iterator[tuple[str, int, Stage]]:
-        """Every stage, by the name of its target or peer."""
-        if self._swarm is not None:
-            units = [(str(node.peer), node.stages) for node in self._swarm.nodes]
-        else:
-            units = [(target.name, list(target.stages)) for target in self._targets]
-        return ((name, index, stage) for name, stages in units for index, stage in enumerate(stages))
 
     def _stage_report(self, name: str, index: int, stage: Stage) -> StageReport:
         duration_s = max(self._ended_s, 1e-12)
@@ -296,39 +246,30 @@ class Fleet:
         )
 
     def _tell_stages(self, tell: Sink) -> None:
-        """How each stage is, as a live one says it."""
-        for target in self._targets:
-            for index, stage in enumerate(target.stages):
-                span, num_layers = Span(index, index + 1), len(target.stages)
-                peer, num_sessions = f"{target.name}/{index}", len(target.sessions)
-                tell(self._status(peer, [stage], span, num_layers, num_sessions, is_up=target.is_up))
-        for node in self._swarm.nodes if self._swarm is not None else ():
-            is_up, num_layers = node.is_up and node.span is not None, self._scenario.layers
-            span = node.span or Span(0, num_layers)
-            tell(self._status(node.peer, node.stages, span, num_layers, node.num_sessions, is_up=is_up))
+        """How each peer is, as a live one says it."""
+        for place in self._machines.places():
+            tell(self._status(place))
         if not self._is_over():
             self.clock.after(_STATUS_S, self._tell_stages, tell)
 
-    def _status(
-        self, peer: str, stages: Sequence[Stage], span: Span, num_layers: int, num_sessions: int, *, is_up: bool
-    ) -> PeerStatus:
-        total_s = sum(stage.busy_s for stage in stages)
-        busy_s, self._busy_s[peer] = total_s - self._busy_s.get(peer, 0.0), total_s
+    def _status(self, place: Place) -> PeerStatus:
+        total_s = sum(stage.busy_s for stage in place.stages)
+        busy_s, self._busy_s[place.peer] = total_s - self._busy_s.get(place.peer, 0.0), total_s
         return PeerStatus(
             at_s=self.clock.now_s,
-            peer=peer,
-            is_online=is_up,
+            peer=place.peer,
+            is_online=place.is_up,
             roles=("stage",),
             model="simulated",
-            first=span.first,
-            last=span.last,
-            num_layers=num_layers,
-            state="serving" if is_up else "down",
-            num_sessions=num_sessions,
-            queue=sum(stage.num_waiting for stage in stages),
+            first=place.span.first,
+            last=place.span.last,
+            num_layers=place.num_layers,
+            state="serving" if place.is_up else "down",
+            num_sessions=place.num_sessions,
+            queue=sum(stage.num_waiting for stage in place.stages),
             busy_share=max(0.0, min(1.0, busy_s / _STATUS_S)),
-            num_passes=sum(stage.num_passes for stage in stages),
-            num_windows=sum(stage.num_served for stage in stages),
+            num_passes=sum(stage.num_passes for stage in place.stages),
+            num_windows=sum(stage.num_served for stage in place.stages),
         )
 
     def _next_arrival(self) -> Arrival | None:
@@ -349,13 +290,12 @@ class Fleet:
             self._start(arrival, drafter)
 
     def _start(self, arrival: Arrival, drafter: _Drafter) -> None:
-        path = self._choose_path(drafter)
-        if path is None and self._swarm is not None:
-            # Some layers have no holder: whoever asks is told so, and asks again.
+        access = self._access[drafter.pool.link]
+        choice = self._machines.choose(access, self._expected(drafter)) or self._machines.fallback(access)
+        if choice is None:
             self.clock.after(_ASK_AGAIN_S, self._start, arrival, drafter)
             return
-        # Where no target is up a drafter tries one, and finds out.
-        path = path or self._path_to(drafter, 0)
+        path = self._path(drafter, choice)
         self._count_under_way()
         number = self._num_started
         self._num_started += 1
@@ -412,9 +352,7 @@ class Fleet:
         """A request leaves one target's load for another's."""
         for target, change in ((before, -1), (after, 1)):
             if target is not None:
-                self._num_requests[target.name] += change
-                if self._swarm is not None:
-                    self._swarm.moved(target, change)
+                self._machines.moved(target, change)
 
     def _ended(self, drafter: _Drafter, run: RequestRun) -> None:
         self._count_under_way()
@@ -434,32 +372,24 @@ class Fleet:
 
     # Churn
 
-    def _schedule_failure(self, unit: Target | Node) -> None:
+    def _schedule_failure(self, unit: Unit) -> None:
         self.clock.after(self._rng["churn"].expovariate(1 / self._scenario.churn.up), self._fail, unit)
 
-    def _fail(self, unit: Target | Node) -> None:
+    def _fail(self, unit: Unit) -> None:
         if self._is_over():
             return
         churn = self._scenario.churn
-        if isinstance(unit, Node):
-            assert self._swarm is not None
-            self._lose(self._swarm.fail(unit), f"{unit.peer} is down")
-            self.clock.after(churn.notice, self._close_gaps, self._swarm)
-        else:
-            self._lose(unit.fail(), f"{unit.name} is down")
+        self._lose(self._machines.fail(unit), f"{unit.name} is down")
+        self.clock.after(churn.notice, self._mend)
         self.clock.after(self._rng["churn"].expovariate(1 / churn.down), self._recover, unit)
 
-    def _recover(self, unit: Target | Node) -> None:
+    def _recover(self, unit: Unit) -> None:
         unit.is_up = True
         if not self._is_over():
             self._schedule_failure(unit)
 
-    def _close_gaps(self, swarm: SimulatedSwarm) -> None:
-        """Peers load the layers that nobody holds any more, as live ones agree to."""
-        while (move := swarm.close_gap()) is not None:
-            node, span = move
-            self._lose(swarm.give_up(node, span), f"{node.peer} loads other layers")
-            self.clock.after(node.pool.load * span.num_layers, swarm.loaded, node, span)
+    def _mend(self) -> None:
+        self._lose(self._machines.mend(), "a peer of its chain loads other layers")
 
     def _lose(self, sessions: list[TargetSession], reason: str) -> None:
         for session in sessions:

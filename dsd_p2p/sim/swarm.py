@@ -2,30 +2,25 @@
 
 import itertools
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
-from dsd_p2p.netmodel import LinkModel, in_series
+from dsd_p2p.netmodel import in_series
 from dsd_p2p.placement.route import choose_route
 from dsd_p2p.placement.span import choose_move, choose_span
 from dsd_p2p.placement.view import WIDE_WINDOW_NODES, NodeView, Plan, PlannedStage, Speculation, SwarmView
 from dsd_p2p.sim.clock import Clock
+from dsd_p2p.sim.machines import Access, Choice, PassLog, Place
 from dsd_p2p.sim.scenario import NodePool
 from dsd_p2p.sim.service import PassCost, SharedCores
-from dsd_p2p.sim.target import Flight, Stage, StageModel, Target, TargetSession
+from dsd_p2p.sim.target import Stage, StageModel, Target, TargetSession
 from dsd_p2p.types import PeerId, Span, UniformRng
 
 _MAX_PLANS = 4096
 """Chains remembered: the same swarm under the same load gives the same one."""
 
 _COORDINATOR = PeerId("coordinator")
-
-Access = tuple[LinkModel, LinkModel]
-"""A machine's own link: to it, and from it."""
-
-PassLog = Callable[[str, int, float, float, list[Flight]], None]
-"""Is told of every pass: peer, number of its stage, start, end, windows."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +41,11 @@ class Node:
     num_sessions: int = 0
     stages: list[Stage] = field(default_factory=list)
     serving: dict[Span, Stage] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The peer's."""
+        return self.peer
 
     def view(self) -> NodeView:
         """What other peers know of it."""
@@ -75,7 +75,7 @@ class SimulatedSwarm:
         log: PassLog | None = None,
     ) -> None:
         self._num_layers, self._clock, self._rng, self._log = num_layers, clock, rng, log
-        self.nodes = [
+        self.units = [
             Node(
                 peer=PeerId(f"node-{index}"),
                 pool=pool,
@@ -85,64 +85,79 @@ class SimulatedSwarm:
             )
             for index, pool in enumerate(pool for pool in pools for _ in range(pool.count))
         ]
-        self._by_peer = {node.peer: node for node in self.nodes}
+        self._by_peer = {node.peer: node for node in self.units}
         self._one_way_s: dict[tuple[str, str], float] = {
             (a.peer, b.peer): a.access[1].latency_s + b.access[0].latency_s
-            for a, b in itertools.permutations(self.nodes, 2)
+            for a, b in itertools.permutations(self.units, 2)
         }
         self._chains: dict[tuple[PlannedStage, ...], Target] = {}
         self._num_chains = 0
         self._nodes_of: dict[str, list[Node]] = {}
         self._plan = lru_cache(_MAX_PLANS)(self._planned)
         joined: tuple[NodeView, ...] = ()
-        for node in self.nodes:
+        for node in self.units:
             node.span = choose_span(self._view(joined, {}), node.view())
             joined = (*joined, node.view())
 
     @property
-    def chains(self) -> list[Target]:
-        """Those that requests may still go through."""
+    def targets(self) -> Sequence[Target]:
+        """The chains that requests may still go through."""
         return list(self._chains.values())
 
-    def choose(self, access: Access, speculation: Speculation) -> tuple[Target, Access] | None:
-        """Return the chain that a request is given now, and the way to its head and from its tail; None if there is none.
+    def places(self) -> Iterator[Place]:
+        """Every peer."""
+        for node in self.units:
+            yield Place(
+                peer=node.peer,
+                stages=node.stages,
+                span=node.span or Span(0, self._num_layers),
+                num_layers=self._num_layers,
+                num_sessions=node.num_sessions,
+                is_up=node.is_up and node.span is not None,
+            )
 
-        access: the own link of whoever asks.
-        """
-        views = tuple(node.view() for node in self.nodes)
+    def choose(self, access: Access, speculation: Speculation) -> Choice | None:
+        """Return the chain that a request is given now; None while some layers have no holder."""
+        views = tuple(node.view() for node in self.units)
         plan = self._plan(access[0].latency_s, access[1].latency_s, speculation, views)
         if plan is None:
             return None
         target = self._chains.get(plan.stages) or self._new_chain(plan.stages)
         head, tail = self._by_peer[plan.stages[0].peer], self._by_peer[plan.stages[-1].peer]
-        return target, (in_series(access[0], head.access[0]), in_series(tail.access[1], access[1]))
+        way = in_series(access[0], head.access[0]), in_series(tail.access[1], access[1])
+        return Choice(target=target, access=way)
+
+    def fallback(self, access: Access) -> None:
+        """Whoever asks is told that some layers have no holder."""
 
     def moved(self, target: Target, change: int) -> None:
         """So many more requests go through a chain."""
         for node in self._nodes_of[target.name]:
             node.num_sessions += change
 
-    def fail(self, node: Node) -> list[TargetSession]:
-        """A peer goes down, and every chain through it. Returns the sessions that were open."""
-        node.is_up = False
-        return self._end_chains(node)
+    def fail(self, unit: Node) -> list[TargetSession]:
+        """A peer goes down, and every chain through it."""
+        unit.is_up = False
+        return self._end_chains(unit)
 
-    def close_gap(self) -> tuple[Node, Span] | None:
-        """Return the peer that should hold other layers, and which, so that none is without a holder; None if none should.
+    def mend(self) -> list[TargetSession]:
+        """Peers let their layers go and load those that nobody holds any more, as live ones agree to."""
+        lost: list[TargetSession] = []
+        while (move := self._gap_closing()) is not None:
+            node, span = move
+            node.span, node.next_span = None, span
+            node.serving.clear()
+            lost += self._end_chains(node)
+            self._clock.after(node.pool.load * span.num_layers, self._loaded, node, span)
+        return lost
 
-        A peer that loads counts as if it were done.
-        """
-        views = tuple(replace(node.view(), span=node.next_span or node.span) for node in self.nodes if node.is_up)
+    def _gap_closing(self) -> tuple[Node, Span] | None:
+        """The peer that should hold other layers, and which; None if none should. A peer that loads counts as if it were done."""
+        views = tuple(replace(node.view(), span=node.next_span or node.span) for node in self.units if node.is_up)
         move = choose_move(self._view(views, {}))
         return None if move is None else (self._by_peer[move.peer], move.span)
 
-    def give_up(self, node: Node, span: Span) -> list[TargetSession]:
-        """A peer lets its layers go, to load others. Returns the sessions that were open."""
-        node.span, node.next_span = None, span
-        node.serving.clear()
-        return self._end_chains(node)
-
-    def loaded(self, node: Node, span: Span) -> None:
+    def _loaded(self, node: Node, span: Span) -> None:
         """The peer has new layers, unless it has been asked for others meanwhile."""
         if node.next_span == span:
             node.span, node.next_span = span, None
@@ -151,9 +166,9 @@ class SimulatedSwarm:
         self, up_s: float, down_s: float, speculation: Speculation, views: tuple[NodeView, ...]
     ) -> Plan | None:
         own: dict[tuple[str, str], float] = {
-            (_COORDINATOR, node.peer): up_s + node.access[0].latency_s for node in self.nodes
+            (_COORDINATOR, node.peer): up_s + node.access[0].latency_s for node in self.units
         }
-        own |= {(node.peer, _COORDINATOR): node.access[1].latency_s + down_s for node in self.nodes}
+        own |= {(node.peer, _COORDINATOR): node.access[1].latency_s + down_s for node in self.units}
         return choose_route(self._view(views, own), _COORDINATOR, speculation)
 
     def _view(self, nodes: tuple[NodeView, ...], links: dict[tuple[str, str], float]) -> SwarmView:
