@@ -17,6 +17,7 @@ import trio
 
 from dsd_p2p.drafting.named import make_drafter
 from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerTimeout, first_cause
+from dsd_p2p.learned import learned_policy
 from dsd_p2p.models.architecture import read_config
 from dsd_p2p.models.progress import NoProgress, Progress
 from dsd_p2p.models.source import find_model
@@ -25,7 +26,6 @@ from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import Sampling, TokenId
-from dsd_p2p.window.analytic import AnalyticPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class SyncSwarm:
         error: DsdError | None = LocalProtocolError("the swarm was closed")
         try:
             with answer.scope:
-                policy = self._engine.governed(AnalyticPolicy())
+                policy = self._engine.governed(learned_policy())
                 async with self._engine.generate(prompt, options, policy) as generation:
                     async for token in generation:
                         if token not in options.stop_tokens:

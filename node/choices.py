@@ -7,16 +7,15 @@ import msgspec
 from dsd_p2p.drafting import named
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import ConfigError
+from dsd_p2p.learned import learned_policy
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import Relaxation
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
-from dsd_p2p.window.wcdnn import AwcPolicy
 from node.calibration import bundled_calibration, read_calibration
 from node.config import DrafterFlags, GenerateConfig
-from node.weights import bundled_network
 
 _SYNC_DEPTH = 8
 _DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 96, 2, 8, 6
@@ -60,9 +59,9 @@ def make_adaptive(name: str, modes: frozenset[Mode] = frozenset({Mode.SYNC, Mode
         case "analytic":
             return AnalyticPolicy(modes)
         case "awc":
-            return AwcPolicy(bundled_network(), modes)
+            return learned_policy(modes)
         case other:
-            raise ConfigError(f"window {other!r}: choose analytic or awc")
+            raise ConfigError(f"window {other!r}: choose awc or analytic")
 
 
 def make_relaxation(config: GenerateConfig) -> Relaxation | None:

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an error of ours or a peer's, 2 wrong usage, 130 interrupted."""
     options = vars(_parser().parse_args(arguments))
     command = str(options.pop("command"))
+    words = [str(options["what"])] if "what" in options else []
     given = {key: value for key, value in options.items() if value is not None}
     # An interrupt while modules load can vanish in one of Python's own callbacks; nothing is to be cleaned up yet, so die at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case KeyboardInterrupt():
                 return 130
             case DsdError() as cause:
-                print(f"dsd {command}: {cause}", file=sys.stderr)
+                from node.config import FlagError
+
+                hint = f"; see `dsd {' '.join((command, *words))} --help`" if isinstance(cause, FlagError) else ""
+                print(f"dsd {command}: {cause}{hint}", file=sys.stderr)
                 return 2 if isinstance(cause, ConfigError) else 1
             case _:
                 raise
@@ -85,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--stages", type=int, help="number of stage processes (default 3)")
     up.add_argument("--draft", help="drafter: ngram, shadow, a model; also +ngram (default: what measured best)")
     up.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
-    up.add_argument("--window", choices=["analytic", "awc"], help="who decides how much to guess (default analytic)")
+    up.add_argument("--window", choices=["awc", "analytic"], help="who decides how much to guess (default awc)")
     _add_trace_flag(up)
     _add_gateway_flags(up)
 
@@ -251,7 +255,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     _add_model_flags(users)
     users.add_argument("--stages", type=int, help="number of stages (default 3)")
     users.add_argument("--sessions", type=int, help="requests at once (default 16)")
-    users.add_argument("--policies", type=_comma_list, help="beside plain (default analytic)")
+    users.add_argument("--policies", type=_comma_list, help="beside plain (default awc)")
     users.add_argument("--draft", help="drafter (default: what measured best)")
     users.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
     users.add_argument("--max-tokens", type=int, help="of each answer (default 64)")
@@ -397,8 +401,8 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-dtype", help="dtype of a drafting model (default float32)")
     parser.add_argument(
         "--window",
-        choices=["static", "analytic", "awc"],
-        help="default analytic, which measures and chooses; awc learned to in the simulator; the numbers below mean static",
+        choices=["awc", "analytic", "static"],
+        help="default awc, which learned to in the simulator; analytic: the latency model alone; the numbers below mean static",
     )
     parser.add_argument("--depth", type=int, help="deepest draft; γ in sync mode")
     parser.add_argument("--width", type=int, help="children kept of each draft node; 1 is a chain")

@@ -18,6 +18,8 @@ from dsd_p2p.wire.messages import MAX_STAGES
 
 DEFAULT_SWARM = "default"
 
+_MAX_LATENCY_S = 2.0
+
 Positive = Annotated[int, Meta(ge=1)]
 Config = TypeVar("Config", bound=msgspec.Struct)
 
@@ -28,6 +30,13 @@ class LinkFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     link: str = "0ms"
     rate: str = "0mbit"
     jitter: str = "0ms"
+
+    def __post_init__(self) -> None:
+        model = self.link_model()
+        if max(model.latency_s, model.jitter_s) > _MAX_LATENCY_S:
+            raise ConfigError(
+                f"link {self.link}, jitter {self.jitter}: at most {_MAX_LATENCY_S:g}s each; behind longer ones peers count as lost"
+            )
 
     def link_model(self) -> LinkModel:
         """Return it in numbers."""
@@ -180,11 +189,11 @@ NO_DOOR = GatewayConfig()
 class UpConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd up`.
 
-    window: "analytic" or "awc". mqtt: empty starts a broker on this machine, "none" goes without. otlp: collector that traces of
+    window: "awc" or "analytic". mqtt: empty starts a broker on this machine, "none" goes without. otlp: collector that traces of
         requests go to.
     """
 
-    window: str = "analytic"
+    window: str = "awc"
     otlp: str = ""
 
 
@@ -195,7 +204,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     swarm: the swarm to use, by its name on this machine; its model is taken. coordinator: "self", or "auto": the peer with the
         shortest loop, when that is not here. timeout: of the whole answer, when somebody else coordinates.
     audit: have the stages sign what they compute, and spot-check them (in a swarm).
-    window: "analytic", "awc" or "static". depth, width, window_nodes, in_flight: a static window; 0 is the mode's default.
+    window: "awc", "analytic" or "static". depth, width, window_nodes, in_flight: a static window; 0 is the mode's default.
     hidden: format of hidden states between stages. verify: "exact" or "relaxed"; relaxation: a file of `dsd calibrate`, empty is
         the bundled one; tau overrides the file's.
     """
@@ -207,7 +216,7 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_field
     audit: bool = False
     netlab: bool = False
     mode: str = "continuous"
-    window: str = "analytic"
+    window: str = "awc"
     depth: Annotated[int, Meta(ge=0, le=256)] = 0
     width: Annotated[int, Meta(ge=0, le=8)] = 0
     window_nodes: Annotated[int, Meta(ge=0, le=256)] = 0
@@ -237,7 +246,7 @@ class UsersConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=T
     """`dsd bench users`. sessions: at once. policies: run beside plain. in_process: all stages in one process, on one device."""
 
     sessions: Positive = 16
-    policies: tuple[str, ...] = ("analytic",)
+    policies: tuple[str, ...] = ("awc",)
     max_tokens: Positive = 64
     in_process: bool = False
 
@@ -334,12 +343,20 @@ class WanConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     finalists: Annotated[int, Meta(ge=0, le=64)] = 0
     record: bool = False
 
+    def __post_init__(self) -> None:
+        for link in self.links:
+            LinkFlags(link=link)
+
+
+class FlagError(ConfigError):
+    """A flag, or a key of the configuration file, that the command does not take as it is."""
+
 
 def read_config(kind: type[Config], file: str | None, flags: dict[str, object]) -> Config:
     """Return the configuration: defaults, then `file`, then `flags` that were given.
 
     Raises:
-        ConfigError: the file cannot be read, has an unknown key, or a value is out of range.
+        ConfigError: the file cannot be read. FlagError: it has an unknown key, or a value is out of range.
     """
     return _convert(_values(file, flags), kind)
 
@@ -371,4 +388,4 @@ def _convert(values: dict[str, object], kind: type[Config]) -> Config:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as exc:
-        raise ConfigError(f"{exc}; see `dsd {kind.__name__.removesuffix('Config').lower()} --help`") from exc
+        raise FlagError(str(exc)) from exc

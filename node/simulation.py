@@ -21,7 +21,6 @@ from dsd_p2p.sim.scenario import Scenario, changed
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
 from dsd_p2p.telemetry.watch import Sink
 from node.recorded import bundled_trace
-from node.weights import bundled_network
 
 Change = dict[str, Any]
 
@@ -38,8 +37,7 @@ def run_scenario(
     Raises:
         ConfigError: its trace or the policy's weights cannot be read.
     """
-    network = bundled_network() if scenario.speculation.window == "awc" else None
-    policy_of = policy_maker(scenario.speculation, network)
+    policy_of = policy_maker(scenario.speculation)
     return Fleet(scenario, policy_of, _trace(scenario), is_recording=is_recording, progress=progress, tell=tell).run()
 
 

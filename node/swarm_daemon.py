@@ -18,6 +18,7 @@ from dsd_p2p import units
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
+from dsd_p2p.learned import learned_policy
 from dsd_p2p.models.architecture import read_config, shape_of
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
@@ -36,7 +37,6 @@ from dsd_p2p.transport.base import Transport
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
 from dsd_p2p.types import PeerInfo, Span
-from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState, NodeProfile
@@ -427,4 +427,4 @@ def _drafter(name: str) -> Drafter | None:
 
 
 def _coordinating_policy() -> WindowPolicy:
-    return AnalyticPolicy(frozenset({Mode.CONTINUOUS}))
+    return learned_policy(frozenset({Mode.CONTINUOUS}))

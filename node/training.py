@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--live", type=Path, nargs="*", default=[], help="recordings of live runs to learn from, too")
-    parser.add_argument("--output", type=Path, default=Path("node/data/wcdnn.npz"))
+    parser.add_argument("--output", type=Path, default=Path("dsd_p2p/data/wcdnn.npz"))
     options = parser.parse_args(arguments)
     samples = sweep(options.scenarios, options.seed, options.processes)
     samples += [sample for path in options.live for sample in read_live(path)]

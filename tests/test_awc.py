@@ -2,6 +2,7 @@
 
 import io
 import math
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -9,17 +10,17 @@ from msgspec.structs import replace
 from test_sim import CHAINS, Perfect, Useless, chain_of, tokens_per_s, write
 
 from dsd_p2p.errors import ConfigError
+from dsd_p2p.learned import bundled_network, learned_policy
 from dsd_p2p.sim.trace import read_trace
 from dsd_p2p.telemetry.events import DecisionMade, RateOf, SessionEnded, encode_event
 from dsd_p2p.window.base import CostLine, MeasuredRate, Mode, Observation
 from dsd_p2p.window.catalogue import CATALOGUE
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.window.wcdnn import AwcPolicy, Network
+from dsd_p2p.window.wcdnn import Network
 from dsd_p2p.window.wcdnn.features import NAMES, features
 from node.recorded import bundled_trace
 from node.training import Sample, read_live, train
-from node.weights import bundled_network
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def trace():
 
 
 def awc(modes=frozenset({Mode.SYNC, Mode.CONTINUOUS})):
-    return AwcPolicy(bundled_network(), modes)
+    return learned_policy(modes)
 
 
 def observation(**changes):
@@ -70,9 +71,7 @@ def test_the_network_is_what_torch_makes_of_its_weights():
     import torch
     from torch.nn import functional
 
-    from node.weights import files
-
-    with np.load(io.BytesIO(files("node").joinpath("data/wcdnn.npz").read_bytes())) as weights:
+    with np.load(io.BytesIO(files("dsd_p2p").joinpath("data/wcdnn.npz").read_bytes())) as weights:
         inputs = np.random.default_rng(0).normal(size=len(NAMES)).astype(np.float32)
 
         def linear(values, name):
@@ -92,9 +91,8 @@ def test_the_network_is_what_torch_makes_of_its_weights():
 
 @pytest.mark.parametrize("change", ["version", "arms", "features", "junk", "missing"])
 def test_weights_of_another_version_are_refused(change):
-    from node.weights import files
 
-    data = files("node").joinpath("data/wcdnn.npz").read_bytes()
+    data = files("dsd_p2p").joinpath("data/wcdnn.npz").read_bytes()
     with np.load(io.BytesIO(data)) as stored:
         weights = {name: stored[name] for name in stored.files}
     match change:

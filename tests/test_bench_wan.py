@@ -4,6 +4,7 @@ import pytest
 
 from node.benches.arms import ArmRuns
 from node.benches.wan import _finalists, _regret
+from node.cli import main
 from node.config import WanConfig
 
 
@@ -31,3 +32,17 @@ def test_regret_is_of_medians_and_a_policy_is_no_fixed_window():
     runs = {"plain": arm(5, 5, 5), "sync-8": arm(30, 40, 10), "awc": arm(24, 90, 3), "analytic": arm(33, 33, 33)}
     regret = _regret(runs, WanConfig(policies=("awc", "analytic"), finalists=1))
     assert regret == pytest.approx({"awc": 0.2, "analytic": -0.1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "wan", "--links", "5ms,999999s"], "at most 2s"),
+        (["bench", "wan", "--finalists", "99"], "see `dsd bench wan --help`"),
+        (["demo", "--max-tokens", "0"], "see `dsd demo --help`"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_before_anything_starts(arguments, words, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line

@@ -244,7 +244,7 @@ def test_a_server_with_work_never_rests(tmp_path):
 VARIANTS = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 1 << 40),
-        "speculation.window": st.sampled_from(["plain", "static", "tree", "threshold", "analytic"]),
+        "speculation.window": st.sampled_from(["plain", "static", "tree", "threshold", "analytic", "awc"]),
         "speculation.mode": st.sampled_from(["distributed", "auto", "fused"]),
         "speculation.placement": st.sampled_from(["drafter", "target"]),
         "speculation.routing": st.sampled_from(["random", "round-robin", "jsq", "power-of-two", "predicted-time"]),

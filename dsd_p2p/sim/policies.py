@@ -2,20 +2,19 @@
 
 from collections.abc import Callable
 
-from dsd_p2p.errors import ConfigError
+from dsd_p2p.learned import bundled_network, learned_policy
 from dsd_p2p.sim.scenario import Speculation
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain, usual_tree
 from dsd_p2p.window.threshold import ThresholdPolicy
-from dsd_p2p.window.wcdnn import AwcPolicy, Network
 
 
-def policy_maker(speculation: Speculation, network: Network | None = None) -> Callable[[], WindowPolicy]:
-    """Return what makes the policy of one request. network: of window "awc".
+def policy_maker(speculation: Speculation) -> Callable[[], WindowPolicy]:
+    """Return what makes the policy of one request.
 
     Raises:
-        ConfigError: "awc" without a network.
+        ConfigError: the learned policy's weights cannot be read.
     """
     if speculation.mode == "fused":
         return lambda: StaticPolicy(PLAIN)
@@ -31,8 +30,7 @@ def policy_maker(speculation: Speculation, network: Network | None = None) -> Ca
             return ThresholdPolicy
         case "analytic":
             return lambda: AnalyticPolicy(modes)
-        case _ if network is not None:
-            return lambda: AwcPolicy(network, modes)
         case _:
-            raise ConfigError("window awc needs the weights of scripts/train_wcdnn")
+            bundled_network()
+            return lambda: learned_policy(modes)
     return lambda: StaticPolicy(decision)
