@@ -289,7 +289,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     attest.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
     simulator = benchmarks.add_parser("simulator", help="how fast the simulator is, and what it needs")
-    simulator.add_argument("--large", type=int, help="requests of a large run (default: none)")
+    simulator.add_argument("--large", type=int, help="requests of a large run on all cores (default: none)")
     simulator.add_argument("--json", action="store_const", const=True, help="print the result as one JSON object")
 
     benchmarks.add_parser("plots", help="draw the receipts in docs/benchmarks")

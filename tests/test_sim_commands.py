@@ -2,12 +2,15 @@
 
 import csv
 import json
+import multiprocessing
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from dsd_p2p.sim.scenario import parse_scenario
+from dsd_p2p.models.progress import NoProgress
+from dsd_p2p.sim.scenario import parse_scenario, read_scenario
+from node.benches.simulator import _on_all_cores
 from node.cli import main
 
 SMALL = ["--set", "workload.requests=12", "--set", "drafters.count=4"]
@@ -60,7 +63,7 @@ def test_predictions_of_held_out_runs_are_close(capsys):
     result = last_line(capsys)
     assert result["configurations"] >= 12
     assert result["median_error"] <= 0.10
-    assert result["worst_error"] <= 0.25
+    assert result["worst_error"] <= 0.20
     assert result["median_ttft_error"] <= 0.10
     assert all(cell["is_held_out"] for cell in result["cells"])
 
@@ -92,3 +95,10 @@ def test_a_profile_is_lines_of_a_scenario(tiny, capsys):
     scenario = Path(SCENARIO).read_text()
     start = scenario.index("[[targets]]")
     parse_scenario(scenario[:start] + text + scenario[scenario.index("[workload]") :], "profiled.toml")
+
+
+def test_a_large_run_is_parted_over_the_cores(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 2)
+    result = _on_all_cores(read_scenario(Path(SCENARIO)), 41, NoProgress())
+    assert (result["requests"], result["cores"]) == (40, 2)
+    assert result["windows"] > 40

@@ -52,6 +52,7 @@ answer = { mean = 30 }
 [acceptance]
 rate = 0.8
 """
+FIRST_NODE = SCENARIO.splitlines().index("[[nodes]]") + 1
 
 
 def fleet_of(text=SCENARIO, *, tell=None, is_recording=False, **changes):
@@ -124,6 +125,22 @@ def test_when_a_layer_loses_its_last_holder_another_peer_loads_it_and_the_text_g
     assert all(log.num_tokens == 30 for log in done)
 
 
+def test_a_request_counts_from_when_it_was_asked_for_though_layers_had_no_holder():
+    fleet = fleet_of(
+        workload__rate=20, nodes__load="200ms", churn__up="1000000s", churn__down="1000000s", churn__notice="100ms"
+    )
+    for node in fleet._machines.units:
+        if node.span.first == 0:
+            fleet.clock.after(0.5, fleet._fail, node)
+    run = fleet.run()
+    # It is noticed, and another peer loads three layers.
+    served_again_s = 0.5 + 0.1 + 3 * 0.2
+    waited = [log for log in run.logs if 0.5 < log.arrived_s < served_again_s]
+    assert len(waited) > 3
+    assert all(log.first_s > served_again_s for log in waited)
+    assert summarise(run).littles_law == pytest.approx(1, rel=0.02)
+
+
 def test_churn_leaks_nothing():
     run = fleet_of(churn__up="3s", churn__down="2s", churn__notice="200ms", workload__requests=60).run()
     assert (run.num_leaked, run.num_unfinished) == (0, 0)
@@ -146,14 +163,14 @@ def test_two_links_in_a_row():
     [
         ("layers = 6", "layers = 13", r"test\.toml:3: layers: is 13: the nodes have room for 1\.\.12"),
         ("layers = 6", "", r"layers: is 0: the nodes have room for"),
-        ("count = 2", "count = 65", r"nodes: at most 64 in all"),
+        ("count = 2", "count = 65", rf"test\.toml:{FIRST_NODE}: nodes\[0\]: at most 64 in all"),
         ('link = "far"', 'link = "moon"', r"nodes\[1\]\.link: 'moon' is none of the \[links\], near, far"),
         ("[workload]", "[speculation]\nrouting = 'random'\n[workload]", r"speculation\.routing: among nodes"),
         ("[workload]", "[speculation]\nmode = 'auto'\n[workload]", r"speculation: nodes are no place to draft at"),
         (
             "[workload]",
             "[[targets]]\nstage = { fixed = '1ms' }\n[workload]",
-            r"targets: give \[\[targets\]\], or \[\[nodes\]\]",
+            rf"test\.toml:{FIRST_NODE}: nodes\[0\]: give \[\[targets\]\], or \[\[nodes\]\]",
         ),
         ("max_layers = 3", "", r"nodes\[\.\.\.\]: Object missing required field `max_layers`|max_layers"),
     ],

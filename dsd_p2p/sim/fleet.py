@@ -290,28 +290,32 @@ class Fleet:
             self._start(arrival, drafter)
 
     def _start(self, arrival: Arrival, drafter: _Drafter) -> None:
-        access = self._access[drafter.pool.link]
-        choice = self._machines.choose(access, self._expected(drafter)) or self._machines.fallback(access)
-        if choice is None:
-            self.clock.after(_ASK_AGAIN_S, self._start, arrival, drafter)
-            return
-        path = self._path(drafter, choice)
         self._count_under_way()
         number = self._num_started
         self._num_started += 1
-        scenario, speculation = self._scenario, self._scenario.speculation
         log = RequestLog(
             number,
             self.clock.now_s,
             arrival.num_prompt_tokens,
             arrivals=[] if self._is_recording else None,
         )
+        answer, num_answer_tokens = self._answer(number, arrival)
+        self._ask(drafter, log, answer, num_answer_tokens)
+
+    def _ask(self, drafter: _Drafter, log: RequestLog, answer: Answer, num_answer_tokens: int) -> None:
+        """Begin where the request may go, or ask again: while layers have no holder there is nowhere."""
+        access = self._access[drafter.pool.link]
+        choice = self._machines.choose(access, self._expected(drafter)) or self._machines.fallback(access)
+        if choice is None:
+            self.clock.after(_ASK_AGAIN_S, self._ask, drafter, log, answer, num_answer_tokens)
+            return
+        path = self._path(drafter, choice)
+        scenario, speculation = self._scenario, self._scenario.speculation
         trackers = drafter.trackers if speculation.remembers else {}
         tracker = trackers.setdefault(path.target.name, Tracker())
-        answer, num_answer_tokens = self._answer(number, arrival)
         request = Request(
-            session=SessionId(number.to_bytes(8, "little")),
-            prompt=[0] * arrival.num_prompt_tokens,
+            session=SessionId(log.number.to_bytes(8, "little")),
+            prompt=[0] * log.num_prompt_tokens,
             max_tokens=num_answer_tokens,
             vocab_size=MAX_TOKEN,
             prefill_chunk=speculation.prefill_chunk,
@@ -326,7 +330,7 @@ class Fleet:
             clock=self.clock,
             rng=self._rng["links"],
             log=log,
-            deadline_s=self.clock.now_s + scenario.workload.slo_ttft + num_answer_tokens * scenario.workload.slo_tpot,
+            deadline_s=log.arrived_s + scenario.workload.slo_ttft + num_answer_tokens * scenario.workload.slo_tpot,
             notice_s=scenario.churn.notice,
             is_fusing=speculation.mode == "auto",
             is_at_target=speculation.placement == "target" or speculation.mode == "fused",

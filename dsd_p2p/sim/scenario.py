@@ -280,7 +280,7 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
     if scenario.workload.arrivals == "trace" and not scenario.workload.file:
         fail("workload.arrivals", "a trace needs workload.file")
     if bool(scenario.targets) == bool(scenario.nodes):
-        fail("targets", "give [[targets]], or [[nodes]] and layers, and not both")
+        fail("nodes[0]" if scenario.nodes else "targets", "give [[targets]], or [[nodes]] and layers, and not both")
     if scenario.nodes:
         _check_nodes(scenario, fail)
     for index, pool in enumerate(scenario.targets):
@@ -293,7 +293,7 @@ def _check_nodes(scenario: Scenario, fail: Callable[[str, str], None]) -> None:
     if not 1 <= scenario.layers <= room:
         fail("layers", f"is {scenario.layers}: the nodes have room for 1..{room}")
     if sum(pool.count for pool in scenario.nodes) > MAX_NODES:
-        fail("nodes", f"at most {MAX_NODES} in all: placement looks at every pair of them")
+        fail("nodes[0]", f"at most {MAX_NODES} in all: placement looks at every pair of them")
     if scenario.speculation.placement == "target" or scenario.speculation.mode != "distributed":
         fail("speculation", 'nodes are no place to draft at: mode = "distributed" and placement = "drafter" only')
     if scenario.speculation.routing is not Routing.SHORTEST_QUEUE:

@@ -110,7 +110,7 @@ def _round_s(decision: Decision, observation: Observation) -> float:
 
 
 def _draft_step_s(decision: Decision, observation: Observation) -> float:
-    """Seconds of one draft step: over the last node of a chain, the root's children and theirs of a tree."""
+    """Seconds of one draft step, over as many stems as there usually are."""
     share = _STEM_SHARE if decision.mode is Mode.CONTINUOUS else 1.0
     return observation.draft.at(max(1.0, share * decision.expand_nodes))
 

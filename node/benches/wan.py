@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import median
 
 from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.progress import Progress
@@ -154,8 +153,8 @@ class _Cell:
 
 
 def _fixed(runs: Mapping[str, ArmRuns], config: WanConfig) -> dict[str, float]:
-    """Median tokens a second of the arms that are no policy, fastest first."""
-    speeds = {name: median(arm.tokens_per_s()) for name, arm in runs.items() if name not in config.policies}
+    """Tokens a second of the arms that are no policy, fastest first."""
+    speeds = {name: arm.speed() for name, arm in runs.items() if name not in config.policies}
     return dict(sorted(speeds.items(), key=lambda item: -item[1]))
 
 
@@ -166,7 +165,7 @@ def _finalists(swept: Mapping[str, ArmRuns], config: WanConfig) -> list[str]:
 def _regret(runs: Mapping[str, ArmRuns], config: WanConfig) -> dict[str, float]:
     """By how much each policy was slower than the best of the fixed windows, as a share of that one's speed."""
     best = next(iter(_fixed(runs, config).values()))
-    return {name: 1 - median(runs[name].tokens_per_s()) / best for name in config.policies}
+    return {name: 1 - runs[name].speed() / best for name in config.policies}
 
 
 def _record(
