@@ -94,14 +94,18 @@ def network_of(
 TREE = continuous_tree(depth=12, width=3, window_nodes=4, max_in_flight=6)
 
 
-def test_the_first_draft_reads_the_prompt_and_is_no_sample_of_a_step(monkeypatch):
-    network, sampled, answered = network_of(sync_chain(4)), [], []
+@pytest.mark.parametrize(("decision", "most_stems"), [(sync_chain(4), 1), (TREE, TREE.expand_nodes)])
+def test_a_draft_step_is_measured_by_its_stems_and_not_the_first_which_reads_the_prompt(
+    decision, most_stems, monkeypatch
+):
+    network, sampled, answered = network_of(decision), [], []
     drafted = network.machine.drafted
     monkeypatch.setattr(Tracker, "draft_step", lambda _tracker, stems, seconds: sampled.append((stems, seconds)))
     monkeypatch.setattr(network.machine, "drafted", lambda *args: (answered.append(args), drafted(*args))[1])
     network.run()
     assert len(sampled) == len(answered) - 1 > 10
-    assert {stems for stems, _ in sampled} == {1}
+    assert [stems for stems, _ in sampled] == [len(children) for children, _ in answered[1:]]
+    assert max(stems for stems, _ in sampled) == most_stems
 
 
 @settings(max_examples=300, deadline=None)

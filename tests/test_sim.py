@@ -193,6 +193,15 @@ def test_windows_keep_the_pace_of_the_slowest_stage(trace):
         assert observation.queue_s < 0.03
 
 
+def test_the_slowest_stage_is_left_a_quarter_of_its_time(trace):
+    """A chain that never misses and is drafted at once leaves one window after the other, as far apart as the pace says."""
+    decision = continuous_tree(depth=64, width=1, window_nodes=1, max_in_flight=512)
+    chain = chain_of(2, link_s=0.02, stage_s=0.03, draft_s=0.002)
+    request = write(trace, 0, chain, StaticPolicy(decision), Tracker(), 64, Perfect())
+    assert request.stats.num_windows == 64
+    assert (request.arrivals[-1][0] - request.arrivals[0][0]) / 63 == pytest.approx(1.3 * 0.03, rel=0.02)
+
+
 def test_hits_are_counted_by_depth_rank_and_source(trace):
     stats = write(trace, 24, chain_of(), StaticPolicy(choose_tree()), Tracker(), 96).stats
     assert sum(stats.hits_by_depth) == sum(stats.hits_by_rank) == sum(stats.hits_by_source.values())

@@ -169,14 +169,14 @@ class Fleet:
 
     def _choose_path(self, drafter: _Drafter) -> Path | None:
         """Return the way from a drafter to where its request goes now."""
-        access = self._access[drafter.pool.link]
-        choice = self._machines.choose(access, self._expected(drafter))
+        choice = self._choose(drafter)
         return None if choice is None else self._path(drafter, choice)
 
-    def _expected(self, drafter: _Drafter) -> Speculation:
-        """What placement expects of a drafter, as live peers do."""
+    def _choose(self, drafter: _Drafter) -> Choice | None:
         is_plain = self._scenario.speculation.window == "plain"
-        return Speculation(coverage=0.0 if is_plain else MODEL_COVERAGE, draft_s=drafter.draft_s)
+        # What placement expects of a drafter, as live peers do.
+        expected = Speculation(coverage=0.0 if is_plain else MODEL_COVERAGE, draft_s=drafter.draft_s)
+        return self._machines.choose(self._access[drafter.pool.link], expected)
 
     def _path(self, drafter: _Drafter, choice: Choice) -> Path:
         target = choice.target
@@ -304,8 +304,7 @@ class Fleet:
 
     def _ask(self, drafter: _Drafter, log: RequestLog, answer: Answer, num_answer_tokens: int) -> None:
         """Begin where the request may go, or ask again: while layers have no holder there is nowhere."""
-        access = self._access[drafter.pool.link]
-        choice = self._machines.choose(access, self._expected(drafter)) or self._machines.fallback(access)
+        choice = self._choose(drafter) or self._machines.fallback(self._access[drafter.pool.link])
         if choice is None:
             self.clock.after(_ASK_AGAIN_S, self._ask, drafter, log, answer, num_answer_tokens)
             return

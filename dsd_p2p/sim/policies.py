@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dsd_p2p.learned import bundled_network, learned_policy
+from dsd_p2p.learned import learned_policy
 from dsd_p2p.sim.scenario import Speculation
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
@@ -11,11 +11,7 @@ from dsd_p2p.window.threshold import ThresholdPolicy
 
 
 def policy_maker(speculation: Speculation) -> Callable[[], WindowPolicy]:
-    """Return what makes the policy of one request.
-
-    Raises:
-        ConfigError: the learned policy's weights cannot be read.
-    """
+    """Return what makes the policy of one request; it raises ConfigError where the learned policy's weights cannot be read."""
     if speculation.mode == "fused":
         return lambda: StaticPolicy(PLAIN)
     modes = frozenset(map(Mode, speculation.modes))
@@ -31,6 +27,5 @@ def policy_maker(speculation: Speculation) -> Callable[[], WindowPolicy]:
         case "analytic":
             return lambda: AnalyticPolicy(modes)
         case _:
-            bundled_network()
             return lambda: learned_policy(modes)
     return lambda: StaticPolicy(decision)

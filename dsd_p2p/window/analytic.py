@@ -29,8 +29,8 @@ _SURE_MARGIN = 1.5
 _TRIAL_TOKENS = 6
 """Tokens a mode writes before its measured rate counts, and that a trial lasts."""
 
-_FORGETTING, _PLAIN_FORGETTING = 0.99, 0.998
-"""What is left of the trust in a measured rate after each token that other windows wrote: texts differ, to plain decoding less."""
+_FORGETTING = 0.99
+"""What is left of the trust in a measured rate after each token that other windows wrote: texts differ."""
 
 _FIRST_TRIAL_TOKENS = 24
 """Plain tokens after which speculation that hardly was tried is, whatever it promises, and for twice as long as otherwise."""
@@ -245,8 +245,7 @@ def trust(measured: MeasuredRate) -> float:
     """Return how much a measured rate counts against a promise, 0 to 1: more with its tokens, less with those of others since."""
     if measured.num_tokens < _TRIAL_TOKENS:
         return 0.0
-    forgetting = _PLAIN_FORGETTING if measured.decision.mode is Mode.PLAIN else _FORGETTING
-    return min(1.0, measured.num_tokens / (4 * _TRIAL_TOKENS)) * forgetting**measured.num_tokens_since
+    return min(1.0, measured.num_tokens / (4 * _TRIAL_TOKENS)) * _FORGETTING**measured.num_tokens_since
 
 
 def kept_share(mode: Mode, observation: Observation, promise: Callable[[Decision], float]) -> float:

@@ -17,6 +17,7 @@ _LABELS = {
     "continuous_tree": "continuous tree",
     "continuous_tree_relaxed": "continuous tree, relaxed",
     "analytic": "analytic policy",
+    "awc": "learned policy",
 }
 
 
