@@ -339,6 +339,8 @@ def _convert(tables: dict[str, Any], text: str, name: str) -> Scenario:
         found = _PATH.search(str(exc))
         field = found[1] if found else ""
         reason = str(exc)[: found.start()] if found else str(exc)
+        if unknown := re.search("unknown field `(.*?)`", reason):
+            field += f".{unknown[1]}"
         quoted = re.search(r"'(.*?)'", reason)
         where = f"{name}:{_line_of(text, field, quoted[1] if quoted else '')}" if text else name
         raise ConfigError(f"{where}: {field.lstrip('.') or 'scenario'}: {reason}") from exc
