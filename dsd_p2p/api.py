@@ -15,17 +15,17 @@ from typing import Self
 import anyio.to_thread
 import trio
 
+from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.drafting.named import make_drafter
 from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerTimeout, first_cause
-from dsd_p2p.learned import learned_policy
 from dsd_p2p.models.architecture import read_config
 from dsd_p2p.models.progress import NoProgress, Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.pipeline.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import Sampling, TokenId
+from dsd_p2p.window.wcdnn.bundled import learned_policy
 
 logger = logging.getLogger(__name__)
 

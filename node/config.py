@@ -79,7 +79,6 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=
     max_layers, memory: of the layers; by default what is free.
     draft: coordinate requests of thin clients with this drafter; "none" does not. heartbeat: interval.
     record: file that the node's own telemetry is appended to. otlp: collector that traces of requests go to.
-    slowdown: for tests: passes take this many times as long. namespace: of the network, see `node.netlab`.
     """
 
     swarm: str = DEFAULT_SWARM
@@ -94,8 +93,6 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True, forbid_unknown_fields=
     heartbeat: str = "1s"
     record: str = ""
     otlp: str = ""
-    slowdown: Annotated[float, Meta(ge=1, le=1000)] = 1.0
-    namespace: str = ""
 
 
 class JoinConfig(ServeFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,33 +119,13 @@ class InviteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     qr: bool = True
 
 
-class ServiceTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """What the fake stages take and send.
-
-    trace: the file of the recorded texts. stage_s + node_s * n: seconds of a pass over n nodes. row_bytes: hidden state of a node.
-    """
-
-    trace: str
-    stage_s: float
-    node_s: float = 0.0
-    row_bytes: int = 3072
-    """H = 1536 in bfloat16, Qwen2.5 1.5B."""
-
-
 class NodeConfig(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`dsd node`. An empty span is the whole model; an empty identity is a new one for this run only.
-
-    recorded: a stage of the fake ring of `num_recorded_stages` instead of a model's layers. namespace: of the network, see
-        `node.netlab`; empty is ours.
-    """
+    """`dsd node`. An empty span is the whole model; an empty identity is a new one for this run only."""
 
     span: str = ""
     listen: str = "/ip4/127.0.0.1/tcp/0"
     peers: tuple[str, ...] = ()
     identity: str = ""
-    recorded: ServiceTimes | None = None
-    num_recorded_stages: Positive = 1
-    namespace: str = ""
 
 
 class DrafterFlags(ModelFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -201,7 +178,7 @@ class UpConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True
 class GenerateConfig(SwarmFlags, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`dsd generate`.
 
-    netlab: links between network namespaces instead of emulated ones (`node.netlab`).
+    netlab: links between network namespaces instead of emulated ones (`node.local.netlab`).
     swarm: the swarm to use, by its name on this machine; its model is taken. coordinator: "self", or "auto": the peer with the
         shortest loop, when that is not here. timeout: of the whole answer, when somebody else coordinates.
     audit: have the stages sign what they compute, and spot-check them (in a swarm).

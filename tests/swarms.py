@@ -8,15 +8,15 @@ from contextlib import asynccontextmanager
 import trio
 import trio.testing
 
+from dsd_p2p.coordination.engine import Engine, GenerateOptions, Generation, open_engine
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.pipeline.engine import Engine, GenerateOptions, Generation, open_engine
-from dsd_p2p.pipeline.links import PeerLinks
-from dsd_p2p.pipeline.services import run_services
-from dsd_p2p.pipeline.stage_server import StageLimits, StageServer
+from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.peers.services import run_services
 from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.stage.server import StageLimits, StageServer
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.memory import MemoryNetwork, MemoryTransport
 from dsd_p2p.types import PeerInfo, Sampling, Span

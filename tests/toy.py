@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 import numpy as np
 
-from dsd_p2p.session.coordinator import Coordinator
+from dsd_p2p.cache.slots import CacheEdit, Forward
 from dsd_p2p.session.effects import Candidate, Draft, Emit, Finish, Replay, Send
+from dsd_p2p.session.machine import Coordinator
 from dsd_p2p.session.request import Request, Route
-from dsd_p2p.session.slots import CacheEdit, Forward
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk, verdict_of
 from dsd_p2p.types import PeerId, SessionId, Span, StageCost

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from toy import VOCAB, ToyCache, next_token
 
+from dsd_p2p.cache.passes import SpanOutput, SpanPass
 from dsd_p2p.errors import CapacityError, ConfigError, PrefixLost, RemoteProtocolError
-from dsd_p2p.session.passes import SpanOutput, SpanPass
 from dsd_p2p.types import Span
 
 ROW = struct.Struct("<q")

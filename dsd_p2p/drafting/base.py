@@ -1,4 +1,4 @@
-"""The seam between the coordinator and what guesses. Every implementation passes `tests/test_drafting.py`."""
+"""The seam between the coordinator and what guesses. Every implementation passes `tests/drafting/test_drafting.py`."""
 
 from typing import Protocol
 

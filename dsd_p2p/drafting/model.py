@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.errors import CapacityError
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.session.effects import NUM_CANDIDATES, Candidate, Draft
-from dsd_p2p.session.slots import SlotTable
 from dsd_p2p.types import GREEDY, Sampling, TokenId
 from dsd_p2p.verification.exact import gumbel_noise, kept_tokens
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from dsd_p2p.cache.slots import CacheEdit
 from dsd_p2p.errors import CapacityError, LocalProtocolError, PrefixLost
-from dsd_p2p.session.slots import CacheEdit
 
 
 class CacheBudget:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
+from dsd_p2p.cache.slots import Forward
 from dsd_p2p.errors import ConfigError, DsdError, ModelError, RemoteProtocolError
 from dsd_p2p.models.architecture import SLIDING, attention_kinds, read_config, shape_of
 from dsd_p2p.models.cache import CacheBudget, KvCache
@@ -16,8 +18,6 @@ from dsd_p2p.models.loader import LoadedSpan, load_span
 from dsd_p2p.models.packed import PackedLinear, can_pack, pack_linear_layers
 from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
 from dsd_p2p.models.source import ModelSource
-from dsd_p2p.session.passes import SpanOutput, SpanPass, hidden_of, views_of
-from dsd_p2p.session.slots import Forward
 from dsd_p2p.types import Span, TokenId
 
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)

@@ -6,8 +6,8 @@ Rules 2 and 8 of docs/protocol.md. The caller performs the edit, then the pass, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsd_p2p.cache.slots import CacheEdit, Forward, SlotTable
 from dsd_p2p.errors import CapacityError, RemoteProtocolError
-from dsd_p2p.session.slots import CacheEdit, Forward, SlotTable
 from dsd_p2p.wire.messages import BASE, Window
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dsd_p2p.netmodel import LinkModel, LinkState
-from dsd_p2p.session.coordinator import Coordinator
+from dsd_p2p.session.machine import Coordinator
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock

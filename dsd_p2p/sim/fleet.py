@@ -11,7 +11,7 @@ from dsd_p2p.netmodel import LinkState
 from dsd_p2p.placement.balance import Balancer
 from dsd_p2p.placement.coordinator import MODEL_COVERAGE
 from dsd_p2p.placement.view import Speculation
-from dsd_p2p.session.coordinator import Coordinator
+from dsd_p2p.session.machine import Coordinator
 from dsd_p2p.session.request import Request, Route
 from dsd_p2p.sim.answer import Answer, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.clock import Clock

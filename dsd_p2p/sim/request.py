@@ -1,4 +1,4 @@
-"""One simulated request: does what the live coordinator machine asks for, as `dsd_p2p.pipeline.driver` does, in virtual time."""
+"""One simulated request: does what the coordinator machine asks for in virtual time, as the live driver does on real peers."""
 
 import math
 from collections import Counter, deque
@@ -8,8 +8,8 @@ from typing import Any
 
 from dsd_p2p.errors import DsdError, PeerDisconnected
 from dsd_p2p.netmodel import LinkState
-from dsd_p2p.session.coordinator import Coordinator
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
+from dsd_p2p.session.machine import Coordinator
 from dsd_p2p.session.request import Route
 from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock

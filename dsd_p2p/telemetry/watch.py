@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from dsd_p2p.session.coordinator import Coordinator
+from dsd_p2p.session.machine import Coordinator
 from dsd_p2p.telemetry.events import (
     DecisionMade,
     Event,

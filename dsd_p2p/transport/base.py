@@ -1,4 +1,4 @@
-"""The seam between the protocol and the network. Every implementation passes `tests/test_transport.py`."""
+"""The seam between the protocol and the network. Every implementation passes `tests/transport/test_transport.py`."""
 
 from dataclasses import dataclass
 from typing import Protocol

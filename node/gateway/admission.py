@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import trio
 
+from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import CapacityError
-from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.types import TokenId
 from node.gateway.door import Door, Outcome

@@ -20,9 +20,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import DsdError
 from dsd_p2p.models.text import TextCodec
-from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.telemetry.summary import describe
 from dsd_p2p.types import Sampling, TokenId
@@ -37,7 +37,7 @@ from node.gateway.replies import Model, ModelList
 from node.gateway.schema import MAX_CHOICES, ChatRequest, Common, CompletionRequest
 from node.gateway.stream import EventStream
 from node.gateway.writing import Writing
-from node.telemetry import EventHub
+from node.watch.telemetry import EventHub
 
 logger = logging.getLogger(__name__)
 

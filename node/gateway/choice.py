@@ -4,8 +4,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.models.text import TextCodec
-from dsd_p2p.pipeline.engine import GenerateOptions
 from dsd_p2p.types import TokenId, TokenLogprobs
 from node.gateway.door import Door, Outcome
 

@@ -7,14 +7,14 @@ from typing import Protocol
 
 import trio
 
+from dsd_p2p.coordination.engine import Engine, GenerateOptions
+from dsd_p2p.coordination.for_others import ThinClient
+from dsd_p2p.coordination.statistics import summarise
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import ConfigError, PeerDisconnected
-from dsd_p2p.pipeline.coordination import ThinClient
-from dsd_p2p.pipeline.engine import Engine, GenerateOptions
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.types import PeerId, TokenId
 from dsd_p2p.window.base import WindowPolicy
-from node.summary import summarise
 
 
 @dataclass(slots=True, kw_only=True)

@@ -186,7 +186,7 @@ class Error(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def speculation_of(statistics: dict[str, Any], coordinator: str) -> Speculation:
-    """Return what a client is told of `node.summary.summarise`."""
+    """Return what a client is told of `dsd_p2p.coordination.statistics.summarise`."""
     counts = statistics.get("counts", {})
     return Speculation(
         mode=str(statistics.get("mode", "")),

@@ -9,9 +9,9 @@ from node.config import GatewayConfig
 from node.gateway.app import Gateway, GatewayLimits, Served
 from node.gateway.door import Door
 from node.gateway.keys import Clients, read_keys
+from node.gateway.metrics import GatewayMetrics
 from node.gateway.server import check_exposure
-from node.metrics import GatewayMetrics
-from node.telemetry import EventHub
+from node.watch.telemetry import EventHub
 
 
 def read_clients(config: GatewayConfig) -> Clients:

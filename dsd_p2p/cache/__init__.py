@@ -1,0 +1,1 @@
+"""Which cache slot holds which node: shared by stages, drafters and audits."""

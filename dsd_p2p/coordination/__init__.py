@@ -1,0 +1,1 @@
+"""The coordinating side: finds a route, drafts, sends windows, streams the answer."""

@@ -1,0 +1,303 @@
+"""Whether the stages of a chain compute what they say: signatures on every window, spot checks on a replica.
+
+Each stage signs a hash of every row it takes in and gives out. The coordinator checks that neighbours signed the same, so nothing
+was changed between them and no layer was left out. Every few windows one stage, in random order, has to show what it sent; a peer
+that holds the same layers computes them again over the whole text, and the rows are compared. Each stage's turn comes within 32
+windows.
+"""
+
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsd_p2p.errors import DishonestPeer, PeerError
+from dsd_p2p.peers.links import Arrived
+from dsd_p2p.swarm.keys import is_signed_by, public_of
+from dsd_p2p.types import PeerId, Sampling, SessionId, Span, TokenId
+from dsd_p2p.wire.attest import hash_rows, hash_tokens, row_hash, signed_text
+from dsd_p2p.wire.hidden import to_float32
+from dsd_p2p.wire.messages import (
+    MAX_RECOMPUTED,
+    ROW_HASH_BYTES,
+    Attestation,
+    Hop,
+    Recompute,
+    Recomputed,
+    Reveal,
+    Revealed,
+    Verdict,
+    Window,
+)
+
+_CYCLE_WINDOWS = 24
+"""Windows in which every stage has its turn; the last check ends before a third as many again are sent: 32."""
+
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Greatest relative error of a row, in the Euclidean norm: window sizes and machines differ in the last bits, lies in the first."""
+
+_MAX_GAP_MILLI = {"float32": 50, "bfloat16": 1500, "float16": 300}
+"""Thousandths of a logit by which a greedy token may miss the replica's pick: a near-tie."""
+
+_MAX_LAG = 64
+"""Positions that a stage may not know to be committed yet: news of them travels with the windows."""
+
+_MAX_WINDOWS_KNOWN = 8192
+
+Ask = Callable[[PeerId, Reveal | Recompute, bytes], Awaitable[Arrived]]
+"""Sends a message to a peer and returns its answer; raises PeerError when there is none in time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    window: Window
+    stages: tuple[Attestation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One spot check: stage number `hop` over the text's first tokens. rows: what neighbours signed for each of its positions."""
+
+    hop: int
+    tokens: tuple[TokenId, ...]
+    first_unchecked: int
+    signed: tuple[tuple[Attestation, Attestation | None, int], ...]
+
+
+class Auditor:
+    """Follows one request's chain.
+
+    num_prompt: tokens that nobody picked. replicas: connected peers that hold a span, without the one given.
+    shuffle: puts a list into random order.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: SessionId,
+        num_prompt: int,
+        sampling: Sampling,
+        replicas: Callable[[Span, str], Sequence[PeerId]],
+        ask: Ask,
+        shuffle: Callable[[list[int]], None],
+    ) -> None:
+        self._session = session
+        self._num_prompt = num_prompt
+        self._sampling = sampling
+        self._replicas = replicas
+        self._ask = ask
+        self._shuffle = shuffle
+        self._hops: tuple[Hop, ...] = ()
+        self._digest = self._dtype = ""
+        self._turns: list[int] = []
+        self._num_windows = 0
+        self.num_checks = 0
+        self.num_unchecked = 0
+
+    def opened(self, hops: tuple[Hop, ...], digest: str, dtype: str) -> None:
+        """A chain was opened, and is given everything again."""
+        self._hops, self._digest, self._dtype = hops, digest, dtype
+        self._sent: dict[int, _Sent] = {}
+        self._at: dict[tuple[int, int], tuple[int, int]] = {}
+        self._path: dict[int, tuple[int, int]] = {}
+        self._checked = [0] * len(hops)
+        self._num_complete = 0
+        self._num_windows = 0
+        self._turns = []
+
+    def sent(self, window: Window, num_committed: int) -> None:
+        """A window leaves; its nodes at positions below `num_committed` are committed."""
+        self._num_windows += 1
+        self._sent[window.window] = _Sent(window=window)
+        while len(self._sent) > _MAX_WINDOWS_KNOWN:
+            del self._sent[next(iter(self._sent))]
+        for offset, position in enumerate(window.positions):
+            self._at[window.epoch, window.first_node + offset] = (window.window, offset)
+            if position < num_committed:
+                self._path[position] = (window.window, offset)
+
+    def heard(self, verdict: Verdict) -> None:
+        """Check what the stages signed; called before the verdict counts.
+
+        Raises:
+            DishonestPeer: names the stage that signed something else than its neighbour, or did not sign.
+        """
+        for attested in verdict.attestations:
+            sent = self._sent.get(attested.window)
+            if sent is not None and not sent.stages:
+                self._check_chain(sent.window, attested.stages)
+                self._sent[attested.window] = _Sent(window=sent.window, stages=attested.stages)
+        known = self._sent.get(verdict.window)
+        if known is not None and not known.stages:
+            raise DishonestPeer(self._hops[-1].peer, "its verdict lacks the chain's signatures")
+
+    def committed(self, position: int, epoch: int, node: int) -> None:
+        """The token at `position` turned out to be a node that was sent."""
+        at = self._at.get((epoch, node))
+        if at is not None:
+            self._path[position] = at
+
+    def _check_chain(self, window: Window, stages: Sequence[Attestation]) -> None:
+        if len(stages) != len(self._hops):
+            raise DishonestPeer(self._hops[-1].peer, f"{len(stages)} of {len(self._hops)} stages signed a window")
+        expected = hash_tokens(window.tokens)
+        for index, (hop, stage) in enumerate(zip(self._hops, stages, strict=True)):
+            text = signed_text(window, hop.span, stage.inputs, stage.outputs)
+            if not is_signed_by(public_of(hop.peer), stage.signature, text):
+                raise DishonestPeer(hop.peer, "its signature under a window is not its own")
+            if stage.inputs != expected:
+                before = f"what {self._hops[index - 1].peer} signed as sent" if index else "the tokens that were sent"
+                raise DishonestPeer(hop.peer, f"it signed another input than {before}")
+            is_tail = index == len(self._hops) - 1
+            if len(stage.outputs) != (0 if is_tail else len(window.tokens) * ROW_HASH_BYTES):
+                raise DishonestPeer(hop.peer, "it signed outputs of another number of nodes")
+            expected = stage.outputs
+
+    @property
+    def _every(self) -> int:
+        return max(1, _CYCLE_WINDOWS // max(1, len(self._hops)))
+
+    @property
+    def is_overdue(self) -> bool:
+        """True when the next spot check is due: the one under way must end before more is written."""
+        return self._num_windows >= self._every
+
+    def turn(self, tokens: Sequence[TokenId]) -> Turn | None:
+        """Return the spot check that is due, if one is. tokens: everything committed."""
+        if self._num_windows < self._every:
+            return None
+        while (at := self._path.get(self._num_complete)) is not None and self._stages_of(at[0]):
+            self._num_complete += 1
+        if not self._turns:
+            self._turns = list(range(len(self._hops)))
+            self._shuffle(self._turns)
+        hop, end = self._turns[-1], min(self._num_complete, MAX_RECOMPUTED, len(tokens))
+        if end <= self._checked[hop]:
+            return None
+        # The same order again: shuffled anew, a stage that came first could come last, almost two cycles later.
+        self._turns.insert(0, self._turns.pop())
+        # A turn that came late, for want of anything new to check, does not put off the next.
+        self._num_windows -= self._every
+        return Turn(
+            hop=hop,
+            tokens=tuple(tokens[:end]),
+            first_unchecked=self._checked[hop],
+            signed=tuple(self._signed(position, hop) for position in range(end)),
+        )
+
+    def _stages_of(self, window: int) -> tuple[Attestation, ...]:
+        sent = self._sent.get(window)
+        return sent.stages if sent else ()
+
+    def _signed(self, position: int, hop: int) -> tuple[Attestation, Attestation | None, int]:
+        window, offset = self._path[position]
+        stages = self._stages_of(window)
+        return stages[hop], stages[hop - 1] if hop else None, offset
+
+    async def check(self, turn: Turn) -> None:
+        """Carry a spot check out.
+
+        Raises:
+            DishonestPeer: names who lied.
+        """
+        hop = self._hops[turn.hop]
+        inputs, end = b"", len(turn.tokens)
+        if turn.hop:
+            inputs, end = await self._shown(turn, self._hops[turn.hop - 1], end, is_before=True)
+        row_bytes = len(inputs) // max(1, end)
+        outputs = b""
+        if turn.hop < len(self._hops) - 1:
+            outputs, end = await self._shown(turn, hop, end, is_before=False)
+        if end <= turn.first_unchecked:
+            return
+        verdicts = []
+        for replica in self._replicas(hop.span, hop.peer)[:2]:
+            wrong_at = await self._differs(turn, replica, inputs[: end * row_bytes], outputs, end)
+            if wrong_at is not None:
+                verdicts.append((replica, wrong_at))
+                if wrong_at < 0:
+                    break
+        self._judge(turn, verdicts, end)
+
+    def _judge(self, turn: Turn, verdicts: list[tuple[PeerId, int]], end: int) -> None:
+        """Where a replica agrees, the stage is right; where all that answered differ, it lied."""
+        hop = self._hops[turn.hop]
+        if not verdicts:
+            self.num_unchecked += 1
+            return
+        self.num_checks += 1
+        liars = [replica for replica, wrong_at in verdicts if wrong_at >= 0]
+        if any(wrong_at < 0 for _, wrong_at in verdicts):
+            self._checked[turn.hop] = max(self._checked[turn.hop], end)
+            if liars:
+                raise DishonestPeer(liars[0], "its recomputation differs from two others'")
+            return
+        position = min(wrong_at for _, wrong_at in verdicts)
+        raise DishonestPeer(
+            hop.peer, f"layers {hop.span} at position {position} are not what {len(liars)} replica(s) compute"
+        )
+
+    async def _shown(self, turn: Turn, hop: Hop, end: int, *, is_before: bool) -> tuple[bytes, int]:
+        """Have a stage show what it sent, and compare with what it signed; returns the rows and how many."""
+        try:
+            answer = await self._ask(PeerId(hop.peer), Reveal(session=self._session, end=end), b"")
+        except PeerError as exc:
+            raise DishonestPeer(hop.peer, f"it does not show what it computed: {exc}") from exc
+        message = answer.message
+        assert isinstance(message, Revealed)
+        num_rows = min(message.num_rows, end)
+        rows = bytes(answer.payload)
+        if num_rows < end - _MAX_LAG or len(rows) % max(1, message.num_rows):
+            raise DishonestPeer(hop.peer, f"it shows {num_rows} of {end} rows")
+        if not num_rows:
+            return b"", 0
+        row_bytes = len(rows) // message.num_rows
+        hashes = hash_rows(rows[: num_rows * row_bytes], row_bytes)
+        for position in range(num_rows):
+            mine, before, offset = turn.signed[position]
+            signed = before.outputs if is_before and before else mine.outputs
+            if row_hash(hashes, position) != row_hash(signed, offset):
+                raise DishonestPeer(hop.peer, f"what it shows for position {position} is not what it signed")
+        return rows[: num_rows * row_bytes], num_rows
+
+    async def _differs(self, turn: Turn, replica: PeerId, inputs: bytes, outputs: bytes, end: int) -> int | None:
+        """Return the first unchecked position at which the replica differs, -1 for none; None: it does not answer."""
+        hop = self._hops[turn.hop]
+        asked = Recompute(
+            request=secrets.token_bytes(8),
+            span=hop.span,
+            model_digest=self._digest,
+            dtype=self._dtype,
+            tokens=turn.tokens[:end],
+            sampling=self._sampling,
+        )
+        try:
+            answer = await self._ask(replica, asked, inputs)
+        except PeerError:
+            return None
+        message = answer.message
+        assert isinstance(message, Recomputed)
+        if message.error:
+            return None
+        if turn.hop == len(self._hops) - 1:
+            return self._first_wrong_pick(turn, message, end)
+        return self._first_wrong_row(turn, bytes(answer.payload), outputs, end)
+
+    def _first_wrong_pick(self, turn: Turn, message: Recomputed, end: int) -> int | None:
+        if len(message.gaps) != end:
+            return None
+        for position in range(max(turn.first_unchecked, self._num_prompt - 1), end - 1):
+            if message.gaps[position] > _MAX_GAP_MILLI[self._dtype]:
+                return position
+        return -1
+
+    def _first_wrong_row(self, turn: Turn, theirs: bytes, mine: bytes, end: int) -> int | None:
+        if len(theirs) < len(mine) or not mine:
+            return None
+        claimed = to_float32(mine, self._dtype).reshape(end, -1)
+        computed = to_float32(theirs[: len(mine)], self._dtype).reshape(end, -1)
+        scale = np.linalg.norm(computed, axis=1) + 1e-6
+        errors = np.linalg.norm(claimed - computed, axis=1) / scale
+        wrong = np.flatnonzero(~(errors[turn.first_unchecked :] <= _TOLERANCE[self._dtype]))
+        return turn.first_unchecked + int(wrong[0]) if len(wrong) else -1

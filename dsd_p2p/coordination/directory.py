@@ -1,0 +1,116 @@
+"""Where a request's chain of stages comes from."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dsd_p2p.errors import ConfigError, PeerError
+from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.placement.chain import choose_chain
+from dsd_p2p.placement.route import Detour
+from dsd_p2p.types import PeerId, PeerInfo, Span
+from dsd_p2p.wire.messages import Hop
+
+logger = logging.getLogger(__name__)
+
+NO_DETOUR = Detour()
+
+_CONNECT_TIMEOUT_S = 20.0
+_NOWHERE = Span(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Stages that cover a model, head first. max_positions: longest text that it takes."""
+
+    hops: tuple[Hop, ...]
+    model_digest: str
+    dtype: str
+    max_positions: int
+
+
+class Directory(Protocol):
+    """Finds chains."""
+
+    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
+        """Return the chain that the next request should use, by this detour; may wait for one, with a deadline.
+
+        Raises:
+            ConfigError: the stages that are known do not make a chain.
+            PeerError: there was none in time.
+        """
+        ...
+
+    def replicas(self, span: Span, but: str) -> Sequence[PeerId]:
+        """Return connected peers that hold a span, without one."""
+        ...
+
+
+class StageList:
+    """A directory of stages that somebody listed, and of those they know of."""
+
+    def __init__(self, links: PeerLinks) -> None:
+        self._links = links
+        self._dialed: dict[str, str] = {}
+
+    async def add(self, addresses: Sequence[str]) -> None:
+        """Connect to these nodes and to every node they know of.
+
+        Raises:
+            PeerError: one of `addresses` cannot be reached.
+            ConfigError: one of them cannot be read.
+        """
+        for address in addresses:
+            info = await self._links.connect(address, _CONNECT_TIMEOUT_S)
+            self._dialed[info.peer] = address
+        await self._reconnect(_CONNECT_TIMEOUT_S)
+
+    def stages(self, detour: Detour = NO_DETOUR) -> list[PeerInfo]:
+        """Return the stages that the next request would use.
+
+        Raises:
+            ConfigError: the connected stages do not cover one model.
+        """
+        links, known = self._links, self._links.known.items()
+        usable = [info for peer, info in known if peer in links.connected and peer not in detour.peers]
+        # Which end of a broken link is to blame is not known: without the far one if that is possible, else it is dialled again.
+        far = {peer for _, peer in detour.links}
+        try:
+            return choose_chain(info for info in usable if info.peer not in far)
+        except ConfigError:
+            return choose_chain(usable)
+
+    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
+        """Reconnect to what is gone and return the chain of fewest stages."""
+        await self._reconnect(_CONNECT_TIMEOUT_S / 4)
+        stages = self.stages(detour)
+        return Chain(
+            hops=tuple(
+                Hop(peer=info.peer, address=self._address_of(info), span=info.span or _NOWHERE) for info in stages
+            ),
+            model_digest=stages[0].model_digest,
+            dtype=stages[0].dtype,
+            max_positions=stages[0].max_positions,
+        )
+
+    def replicas(self, span: Span, but: str) -> list[PeerId]:
+        """Return connected stages that hold a span, without one."""
+        return [
+            peer
+            for peer, info in self._links.known.items()
+            if peer in self._links.connected and peer != but and info.span is not None and info.span.holds(span)
+        ]
+
+    async def _reconnect(self, timeout_s: float) -> None:
+        for info in list(self._links.known.values()):
+            if info.span is not None and info.addresses and PeerId(info.peer) not in self._links.connected:
+                try:
+                    await self._links.connect(self._address_of(info), timeout_s)
+                except (PeerError, ConfigError) as exc:
+                    logger.warning("known peer not reachable peer=%s error=%s", info.peer, exc)
+
+    def _address_of(self, info: PeerInfo) -> str:
+        """The address that worked for us; what a node says of itself may be its loopback."""
+        advertised = info.addresses[0] if info.addresses else ""
+        return self._dialed.get(info.peer, advertised)

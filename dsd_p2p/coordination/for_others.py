@@ -1,0 +1,251 @@
+"""Coordinating for others, and having others coordinate: a thin client sends its prompt to the peer with the shortest loop.
+
+What was received is all a thin client needs to go on elsewhere: the text is a function of prompt, settings and seed.
+"""
+
+import logging
+import secrets
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import aclosing, suppress
+
+import trio
+
+from dsd_p2p.coordination.engine import Engine, GenerateOptions
+from dsd_p2p.errors import (
+    CapacityError,
+    CoverageLost,
+    DsdError,
+    PeerDisconnected,
+    PeerError,
+    PeerTimeout,
+    RemoteProtocolError,
+)
+from dsd_p2p.peers.failures import error_of, kind_of
+from dsd_p2p.peers.links import Arrived, PeerLinks
+from dsd_p2p.session.effects import Emit
+from dsd_p2p.transport.base import Lost
+from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.window.base import WindowPolicy
+from dsd_p2p.wire.messages import MAX_TOKEN, Answer, AnswerEnd, Ask, FailureKind, StopAnswer
+
+logger = logging.getLogger(__name__)
+
+_MAX_ANSWERS, _MAX_ANSWERS_PER_PEER = 32, 8
+_SEND_TIMEOUT_S = 10.0
+_QUEUED_MESSAGES = 1024
+_MAX_ATTEMPTS = 4
+"""Coordinators tried in a row without a token in between."""
+
+
+class CoordinatorService:
+    """Writes answers for thin clients; a service of `dsd_p2p.peers.services`.
+
+    make_policy: a window policy for one request.
+    """
+
+    takes = (Ask, StopAnswer)
+
+    def __init__(self, engine: Engine, make_policy: Callable[[], WindowPolicy]) -> None:
+        self._engine = engine
+        self._make_policy = make_policy
+        self._nursery: trio.Nursery | None = None
+        self._answers: dict[tuple[PeerId, bytes], trio.CancelScope] = {}
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Answer as long as the nursery is open."""
+        self._nursery = nursery
+
+    async def handle(self, event: Arrived) -> None:
+        """Begin or stop an answer."""
+        assert self._nursery is not None, "start first"
+        match event.message:
+            case Ask() as ask:
+                name = (event.sender, ask.request)
+                if name in self._answers:
+                    raise RemoteProtocolError("request", ask.request.hex(), "one that is not under way")
+                scope = trio.CancelScope(deadline=trio.current_time() + ask.deadline_s)
+                self._answers[name] = scope
+                self._nursery.start_soon(self._answer, event.sender, ask, scope)
+            case StopAnswer(request=request):
+                if (known := self._answers.get((event.sender, request))) is not None:
+                    known.cancel()
+            case other:
+                raise AssertionError(other)
+
+    def lost(self, event: Lost) -> None:
+        """Nobody reads on: free the chain."""
+        for (peer, _), scope in self._answers.items():
+            if peer == event.peer:
+                scope.cancel()
+
+    async def _answer(self, client: PeerId, ask: Ask, scope: trio.CancelScope) -> None:
+        end = AnswerEnd(
+            request=ask.request, reason="error", error=kind_of(PeerTimeout()), text="the answer's deadline has passed"
+        )
+        try:
+            with scope:
+                end = await self._write(client, ask)
+        except DsdError as exc:
+            end = AnswerEnd(request=ask.request, reason="error", error=kind_of(exc), text=str(exc)[:512])
+        except trio.TooSlowError:
+            logger.warning("thin client takes nothing in peer=%s", client)
+            return
+        except Exception:  # task boundary: one answer that goes wrong must not end the node
+            logger.exception("answer failed peer=%s", client)
+            end = AnswerEnd(
+                request=ask.request, reason="error", error=FailureKind.MODEL, text="the coordinator failed; see its log"
+            )
+        finally:
+            del self._answers[client, ask.request]
+        with suppress(PeerError), trio.move_on_after(_SEND_TIMEOUT_S):
+            await self._engine.links.send(client, end)
+
+    async def _write(self, client: PeerId, ask: Ask) -> AnswerEnd:
+        per_peer = Counter(peer for peer, _ in self._answers)
+        if len(self._answers) > _MAX_ANSWERS or per_peer[client] > _MAX_ANSWERS_PER_PEER:
+            raise CapacityError(f"{len(self._answers)} answers are under way here: ask another peer, or later")
+        options = GenerateOptions(
+            max_tokens=ask.max_tokens,
+            sampling=ask.sampling,
+            stop_tokens=frozenset(ask.stop_tokens),
+            stall_timeout_s=ask.idle_timeout_s,
+            top_logprobs=ask.top_logprobs,
+            owner=f"{client} {ask.owner}" if ask.owner else "",
+        )
+        start = 0
+        async with self._engine.generate(ask.prompt, options, self._engine.governed(self._make_policy())) as generation:
+            async for piece in generation.pieces():
+                answer = Answer(request=ask.request, start=start, tokens=piece.tokens, logprobs=piece.logprobs)
+                with trio.fail_after(_SEND_TIMEOUT_S):
+                    await self._engine.links.send(client, answer)
+                start += len(piece.tokens)
+            reason = generation.finish.reason if generation.finish else "error"
+        return AnswerEnd(request=ask.request, reason=reason)
+
+
+class ThinClient:
+    """Asks coordinators; a service of `dsd_p2p.peers.services`.
+
+    choose: the peer to ask next, without those to avoid; None when there is none. vocab_size: of the model.
+    """
+
+    takes = (Answer, AnswerEnd)
+
+    def __init__(
+        self, links: PeerLinks, choose: Callable[[Collection[str]], PeerId | None], vocab_size: int = MAX_TOKEN
+    ) -> None:
+        self._links = links
+        self._vocab_size = vocab_size
+        self._choose = choose
+        self._waiting: dict[bytes, tuple[PeerId, trio.MemorySendChannel[Answer | AnswerEnd | Lost]]] = {}
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Nothing is to be done beside the requests."""
+
+    async def handle(self, event: Arrived) -> None:
+        """Hand a piece of an answer to who waits for it."""
+        message = event.message
+        assert isinstance(message, Answer | AnswerEnd)
+        coordinator, queue = self._waiting.get(message.request, (None, None))
+        if queue is not None and coordinator == event.sender:
+            with suppress(trio.BrokenResourceError):
+                try:
+                    queue.send_nowait(message)
+                except trio.WouldBlock:
+                    raise RemoteProtocolError("answer", "more than was read", f"{_QUEUED_MESSAGES} messages") from None
+
+    def lost(self, event: Lost) -> None:
+        """Tell those who wait for this peer."""
+        for coordinator, queue in self._waiting.values():
+            if coordinator == event.peer:
+                with suppress(trio.BrokenResourceError, trio.WouldBlock):
+                    queue.send_nowait(event)
+
+    async def generate(
+        self, prompt: Sequence[TokenId], options: GenerateOptions, deadline_s: float
+    ) -> AsyncGenerator[Emit, None]:
+        """Yield the answer piece by piece. A lost coordinator is replaced by another, which goes on after what was received.
+
+        Raises:
+            CoverageLost: there is no coordinator left to ask.
+            DsdError: what the last of them said.
+        """
+        received: list[TokenId] = []
+        failed: list[str] = []
+        while True:
+            coordinator = self._choose(failed)
+            if coordinator is None:
+                raise CoverageLost(
+                    "no peer that coordinates requests is reached: use a drafter of your own with --draft"
+                )
+            num_before = len(received)
+            try:
+                async with aclosing(
+                    self._ask(coordinator, [*prompt, *received], len(received), options, deadline_s)
+                ) as pieces:
+                    async for piece in pieces:
+                        received += piece.tokens
+                        yield Emit(tokens=piece.tokens, logprobs=piece.logprobs)
+            except PeerError as exc:
+                logger.warning("coordinator lost peer=%s received=%d error=%s", coordinator, len(received), exc)
+                failed = [coordinator] if len(received) > num_before else [*failed, coordinator]
+                if len(failed) >= _MAX_ATTEMPTS or isinstance(exc, CoverageLost):
+                    raise
+            else:
+                return
+
+    async def _ask(
+        self, coordinator: PeerId, prompt: list[TokenId], num_received: int, options: GenerateOptions, deadline_s: float
+    ) -> AsyncGenerator[Answer, None]:
+        request = secrets.token_bytes(8)
+        queue, pieces = trio.open_memory_channel[Answer | AnswerEnd | Lost](_QUEUED_MESSAGES)
+        self._waiting[request] = coordinator, queue
+        num_expected = 0
+        try:
+            await self._links.send(
+                coordinator,
+                Ask(
+                    request=request,
+                    prompt=tuple(prompt),
+                    max_tokens=options.max_tokens - num_received,
+                    sampling=options.sampling,
+                    stop_tokens=tuple(sorted(options.stop_tokens)),
+                    idle_timeout_s=options.stall_timeout_s,
+                    deadline_s=deadline_s,
+                    top_logprobs=options.top_logprobs,
+                    owner=options.owner,
+                ),
+            )
+            while True:
+                with trio.move_on_after(2 * options.stall_timeout_s) as scope:
+                    piece = await pieces.receive()
+                if scope.cancelled_caught:
+                    raise PeerTimeout(
+                        f"coordinator …{coordinator[-6:]} was silent for {2 * options.stall_timeout_s:g} s"
+                    )
+                match piece:
+                    case Answer(start=start, tokens=tokens) as answer:
+                        if start != num_expected or num_received + start + len(tokens) > options.max_tokens:
+                            raise RemoteProtocolError(
+                                "answer start", start, f"{num_expected}, within {options.max_tokens} tokens"
+                            )
+                        num_logprobs = len(tokens) if options.top_logprobs >= 0 else 0
+                        fits = all(each.is_of(options.top_logprobs, self._vocab_size) for each in answer.logprobs)
+                        if len(answer.logprobs) != num_logprobs or not fits:
+                            raise RemoteProtocolError("logprobs", len(answer.logprobs), f"{num_logprobs} entries")
+                        num_expected += len(tokens)
+                        yield answer
+                    case AnswerEnd(error=None):
+                        return
+                    case AnswerEnd(error=kind, text=text):
+                        assert kind is not None
+                        raise error_of(kind, text)
+                    case Lost(reason=reason):
+                        raise PeerDisconnected(f"lost coordinator …{coordinator[-6:]}: {reason}")
+        finally:
+            del self._waiting[request]
+            queue.close()
+            pieces.close()
+            with trio.CancelScope(shield=True), trio.move_on_after(1), suppress(PeerError):
+                await self._links.send(coordinator, StopAnswer(request=request))

@@ -1,0 +1,144 @@
+"""Chains out of a swarm's members."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import trio
+
+from dsd_p2p.coordination.directory import NO_DETOUR, Chain
+from dsd_p2p.errors import CoverageLost
+from dsd_p2p.peers.membership import Membership
+from dsd_p2p.placement.coordinator import speculation_of
+from dsd_p2p.placement.route import Detour, choose_route
+from dsd_p2p.placement.view import NodeView, Plan, Speculation, SwarmView
+from dsd_p2p.swarm.registry import Member
+from dsd_p2p.types import PeerId, Span
+from dsd_p2p.wire.membership import MemberState
+from dsd_p2p.wire.messages import Hop
+
+_BELIEVED_BEATS = 2
+"""What a stage says of a link to its neighbour is believed for so many heartbeats: later ones tell whether it still is so."""
+
+
+class SwarmDirectory:
+    """A directory of a swarm's members: the fastest chain over what they hold, as heartbeats and measurements tell.
+
+    model_digest, dtype, num_layers: what the chain must serve. coverage_timeout_s: how long a gap may take to close.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        *,
+        model_digest: str,
+        dtype: str,
+        num_layers: int,
+        speculation: Speculation | None = None,
+        coverage_timeout_s: float = 30.0,
+    ) -> None:
+        self._membership = membership
+        self._model_digest = model_digest
+        self._dtype = dtype
+        self._num_layers = num_layers
+        self._speculation = speculation or Speculation()
+        self._coverage_timeout_s = coverage_timeout_s
+
+    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
+        """Return the fastest chain; waits for one while layers are uncovered.
+
+        Raises:
+            CoverageLost: there was none in time: names the layers.
+        """
+        interval_s = self._membership.registry.interval_s
+        believed_until_s = trio.current_time() + _BELIEVED_BEATS * interval_s
+        with trio.move_on_after(self._coverage_timeout_s):
+            while (plan := self.plan(detour)) is None:
+                # Links are measured without anybody coming or going.
+                with trio.move_on_after(interval_s):
+                    await self._membership.changed()
+                if trio.current_time() > believed_until_s:
+                    detour = replace(detour, links=frozenset())
+            return self._chain(plan)
+        raise CoverageLost(self._explain(detour))
+
+    def plan(self, detour: Detour = NO_DETOUR) -> Plan | None:
+        """Return the chain that would be used now."""
+        return choose_route(self.view(), PeerId(self._membership.links.me.peer), self._speculation, detour)
+
+    def view(self, *, with_joining: bool = False) -> SwarmView:
+        """Return what placement knows of the members of our model; those that are still loading only when asked for."""
+        states = {MemberState.SERVING, MemberState.JOINING} if with_joining else {MemberState.SERVING}
+        members = [member for member in self._membership.registry.members() if member.is_alive]
+        nodes = tuple(
+            NodeView(
+                peer=member.peer,
+                span=member.record.info.span if self._serves_our_model(member) else None,
+                max_layers=member.record.profile.max_layers,
+                layer_s=member.record.profile.layer_us / 1e6,
+                layer16_s=member.record.profile.layer16_us / 1e6,
+                num_sessions=member.num_sessions,
+            )
+            for member in members
+            if member.record.state in states and member.record.profile.max_layers
+        )
+        links = {
+            (str(member.peer), peer): round_trip_s / 2
+            for member in members
+            for peer, round_trip_s in member.neighbours_s.items()
+        }
+        return SwarmView(num_layers=self._num_layers, nodes=nodes, one_way_s=links)
+
+    def replicas(self, span: Span, but: str) -> list[PeerId]:
+        """Return members that serve a span, without one; ourselves first."""
+        nodes = [
+            node for node in self.view().nodes if node.peer != but and node.span is not None and node.span.holds(span)
+        ]
+        me = self._membership.links.me.peer
+        return [node.peer for node in sorted(nodes, key=lambda node: (node.peer != me, node.num_sessions))]
+
+    def coordinators(self) -> dict[PeerId, Speculation]:
+        """Return the members that write for thin clients, and how well they draft."""
+        return {
+            member.peer: speculation_of(member.record.profile.drafter)
+            for member in self._membership.registry.members()
+            if member.is_alive and member.record.profile.drafter and member.record.state is MemberState.SERVING
+        }
+
+    def _serves_our_model(self, member: Member) -> bool:
+        info = member.record.info
+        return (info.model_digest, info.dtype, info.num_layers) == (self._model_digest, self._dtype, self._num_layers)
+
+    def _chain(self, plan: Plan) -> Chain:
+        records = [self._membership.registry.record_of(stage.peer) for stage in plan.stages]
+        infos = [record.info for record in records if record is not None]
+        return Chain(
+            hops=tuple(
+                Hop(peer=stage.peer, address=info.addresses[0] if info.addresses else "", span=stage.span)
+                for stage, info in zip(plan.stages, infos, strict=True)
+            ),
+            model_digest=self._model_digest,
+            dtype=self._dtype,
+            max_positions=min(info.max_positions for info in infos),
+        )
+
+    def _explain(self, detour: Detour) -> str:
+        view = self.view()
+        uncovered = view.uncovered()
+        waited = f"within {self._coverage_timeout_s:g} s"
+        if len(uncovered) == self._num_layers:
+            return f"no peer that serves this model was reached {waited}: see `dsd members` and `dsd doctor`"
+        if uncovered:
+            return f"nobody serves layers {_ranges(uncovered)}, no gap closed {waited}: see `dsd members`, add a node by `dsd join`"
+        if detour.peers:
+            return f"every chain leads through a peer that failed this request ({_names(detour.peers)}): add replicas"
+        return f"all layers are held, but the peers that hold them do not reach each other {waited}: see `dsd doctor`"
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer + 1 for layer in layers if layer + 1 not in layers]
+    return ", ".join(f"[{start}, {end})" for start, end in zip(starts, ends, strict=True))
+
+
+def _names(peers: Collection[str]) -> str:
+    return ", ".join(f"…{peer[-6:]}" for peer in sorted(peers))

@@ -1,0 +1,218 @@
+"""Continuous batching: every pass takes in a window of each session that waits, long ones piece by piece, fairly.
+
+A pass starts as soon as the one before it is done, with whoever waits then. Coordinators take turns by the rows they want computed,
+the sessions of one as they come. A long prompt is cut, so that it holds the others' tokens up for no longer than a piece of it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from dsd_p2p.cache.passes import SpanOutput, SpanPass
+from dsd_p2p.stage.span_model import SpanModel
+from dsd_p2p.stage.window_pass import Answer, StagePass
+from dsd_p2p.types import PeerId, StageCost
+
+_MAX_ROWS = 128
+"""Nodes of one pass: what a prompt's chunk has (`GenerateOptions.prefill_chunk`), so that one alone is not cut."""
+
+_MAX_SHARE = 32
+"""Nodes of one session in a pass that others wait for."""
+
+_MAX_REMEMBERED = 1024
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    work: StagePass
+    number: int
+    starts_at: int
+    is_running: bool = False
+    is_given_up: bool = False
+    is_done: trio.Event = field(default_factory=trio.Event)
+    answer: Answer | None = None
+    error: Exception | None = None
+    seconds: float = 0.0
+    num_rows: int = 0
+
+
+class Batcher:
+    """Gives the model to the sessions' windows.
+
+    model_in_use: is held during a pass. clock: seconds. note_pass: is told the rows and the seconds of each pass, in its thread.
+    """
+
+    def __init__(
+        self, model_in_use: trio.Lock, clock: Callable[[], float], note_pass: Callable[[StagePass, int, float], None]
+    ) -> None:
+        self._model_in_use = model_in_use
+        self._clock = clock
+        self._note_pass = note_pass
+        self._waiting: list[_Entry] = []
+        self._arrived = trio.Event()
+        self._num_arrived = 0
+        self._served_up_to = 0
+        self._ends_at: OrderedDict[PeerId, int] = OrderedDict()
+        self.num_passes = 0
+        self.num_windows = 0
+        self.busy_s = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Windows that wait or are computed right now."""
+        return len(self._waiting)
+
+    async def run(self, work: StagePass) -> Answer | None:
+        """Compute one window of a session; the next one of the same session only after it.
+
+        Cancelling gives it up, but only once no pass uses the session's cache.
+
+        Raises:
+            DsdError: what is wrong with the window.
+            Exception: what the model failed with.
+        """
+        if work.is_stale:
+            return None
+        self._num_arrived += 1
+        entry = _Entry(work, self._num_arrived, self._starts_at(work))
+        self._waiting.append(entry)
+        self._arrived.set()
+        try:
+            await entry.is_done.wait()
+        except trio.Cancelled:
+            entry.is_given_up = True
+            if entry.is_running:
+                with trio.CancelScope(shield=True):
+                    await entry.is_done.wait()
+            elif entry in self._waiting:
+                self._waiting.remove(entry)
+            raise
+        if entry.error is not None:
+            raise entry.error
+        return entry.answer
+
+    async def serve(self) -> None:
+        """Run passes until cancelled."""
+        while True:
+            if not self._waiting:
+                self._arrived = trio.Event()
+                await self._arrived.wait()
+            async with self._model_in_use:
+                batch = self._choose()
+                for entry, _ in batch:
+                    entry.is_running = True
+                # Shielded: a session that is cancelled waits for its pass, whose cache must not be freed under it.
+                with trio.CancelScope(shield=True):
+                    if batch:
+                        await trio.to_thread.run_sync(self._run, batch)
+                self._settle(batch)
+
+    def _settle(self, batch: Sequence[tuple[_Entry, int]]) -> None:
+        for entry, num_rows in batch:
+            entry.is_running = False
+            # Each piece takes its turn.
+            entry.starts_at += num_rows
+            if entry.error is not None or entry.is_given_up or not entry.work.num_left:
+                self._end(entry)
+
+    def _end(self, entry: _Entry) -> None:
+        self._waiting.remove(entry)
+        entry.is_done.set()
+
+    def _choose(self) -> list[tuple[_Entry, int]]:
+        """The entries of the next pass and how many rows each may compute."""
+        for entry in [each for each in self._waiting if each.work.is_stale]:
+            self._end(entry)
+        if not self._waiting:
+            return []
+        order = sorted(self._waiting, key=lambda entry: (entry.starts_at, entry.number))
+        model = order[0].work.model
+        share = _MAX_ROWS if len(order) == 1 else _MAX_SHARE
+        batch: list[tuple[_Entry, int]] = []
+        num_left = _MAX_ROWS
+        for entry in order:
+            num_rows = min(entry.work.num_left, share, num_left)
+            if entry.work.model is model and num_rows:
+                batch.append((entry, num_rows))
+                num_left -= num_rows
+                self._served_up_to = max(self._served_up_to, entry.starts_at)
+        return batch
+
+    def _starts_at(self, work: StagePass) -> int:
+        """Start-time fair queueing (Goyal et al. 1996) in rows, by coordinator: after what it has waiting already.
+
+        Who comes back after a pause has saved nothing up.
+        """
+        peer = work.session.coordinator
+        starts_at = max(self._served_up_to, self._ends_at.get(peer, 0))
+        self._ends_at[peer] = starts_at + work.num_left
+        self._ends_at.move_to_end(peer)
+        while len(self._ends_at) > _MAX_REMEMBERED:
+            self._ends_at.popitem(last=False)
+        return starts_at
+
+    # In a worker thread
+
+    def _run(self, batch: Sequence[tuple[_Entry, int]]) -> None:
+        start_s = self._clock()
+        pieces = [(entry, piece) for entry, num_rows in batch if (piece := _begin(entry, num_rows)) is not None]
+        num_rows = sum(piece.num_rows for _, piece in pieces)
+        if pieces:
+            work = pieces[0][0].work
+            outputs = _outputs([piece for _, piece in pieces], work.model)
+            self._note_pass(work, num_rows, self._clock() - start_s)
+            for (entry, piece), output in zip(pieces, outputs, strict=True):
+                try:
+                    if isinstance(output, Exception):
+                        raise output  # noqa: TRY301 - caught where every error of this entry is
+                    entry.work.take(piece, output)
+                except Exception as exc:
+                    entry.error = exc
+        for entry, _ in batch:
+            if entry.error is None and not entry.work.num_left:
+                self._finish(entry, start_s, num_rows, len(pieces))
+            entry.seconds += self._clock() - start_s
+            entry.num_rows += num_rows
+        self.num_passes += bool(pieces)
+        self.num_windows += len(pieces)
+        self.busy_s += self._clock() - start_s
+
+    def _finish(self, entry: _Entry, start_s: float, num_rows: int, num_sessions: int) -> None:
+        def cost() -> tuple[StageCost, float]:
+            now_s = self._clock()
+            seconds = entry.seconds + now_s - start_s
+            computed = StageCost(
+                us=max(0, round(seconds * 1e6)),
+                num_rows=max(1, entry.num_rows + num_rows),
+                num_sessions=max(1, num_sessions),
+            )
+            return computed, max(0.0, now_s - entry.work.arrived_s - seconds)
+
+        try:
+            entry.answer = entry.work.finish(cost)
+        except Exception as exc:
+            entry.error = exc
+
+
+def _outputs(pieces: Sequence[SpanPass], model: SpanModel) -> Sequence[SpanOutput | Exception]:
+    """What comes of each piece. A pass that fails as a whole is done again one by one, so that who is to blame fails alone."""
+    try:
+        return model.run(pieces)
+    except Exception as exc:  # raised again where the session waits
+        if len(pieces) == 1:
+            return [exc]
+        return [_outputs([piece], model)[0] for piece in pieces]
+
+
+def _begin(entry: _Entry, max_rows: int) -> SpanPass | None:
+    """The entry's rows in this pass; None when it needs none, or is wrong."""
+    work = entry.work
+    try:
+        if not work.is_begun:
+            work.begin()
+        return work.piece(max_rows) if work.num_left else None
+    except Exception as exc:
+        entry.error = exc
+        return None

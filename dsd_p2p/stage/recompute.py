@@ -1,0 +1,101 @@
+"""Computing part of our span over somebody's text, for one that checks another stage (`dsd_p2p.coordination.audit`)."""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+import trio
+
+from dsd_p2p.cache.passes import SpanPass, hidden_of, views_of
+from dsd_p2p.cache.slots import SlotTable
+from dsd_p2p.errors import CapacityError, DsdError, ModelError, PeerError, RemoteProtocolError
+from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.stage.span_model import SpanModel
+from dsd_p2p.types import PeerId, PeerInfo, Sampling, TokenId
+from dsd_p2p.verification.base import TargetView
+from dsd_p2p.verification.exact import ExactVerifier
+from dsd_p2p.wire.messages import MAX_GAP, Recompute, Recomputed
+
+logger = logging.getLogger(__name__)
+
+_SEND_TIMEOUT_S = 10.0
+
+
+class Recomputer:
+    """Answers checks, one at a time for each peer.
+
+    model_in_use: is held while the model runs. make_room: frees cache that can be done without; False when there is none.
+    """
+
+    def __init__(self, links: PeerLinks, model_in_use: trio.Lock, make_room: Callable[[], bool]) -> None:
+        self._links = links
+        self._model_in_use = model_in_use
+        self._make_room = make_room
+        self._busy_for: set[PeerId] = set()
+
+    async def answer(self, model: SpanModel | None, sender: PeerId, asked: Recompute, payload: bytes) -> None:
+        """Compute and send the result, or why there is none."""
+        if sender in self._busy_for:
+            await self._send(sender, Recomputed(request=asked.request, error="one check at a time"), b"")
+            return
+        self._busy_for.add(sender)
+        try:
+            picks, gaps, rows = await self._run(model, asked, payload)
+            await self._send(sender, Recomputed(request=asked.request, picks=picks, gaps=gaps), rows)
+        except DsdError as exc:
+            await self._send(sender, Recomputed(request=asked.request, error=str(exc)[:512]), b"")
+        except Exception as exc:  # task boundary: a check that goes wrong must not end the node
+            logger.exception("check failed peer=%s", sender)
+            await self._send(sender, Recomputed(request=asked.request, error=type(exc).__name__), b"")
+        finally:
+            self._busy_for.discard(sender)
+
+    async def _run(
+        self, model: SpanModel | None, asked: Recompute, payload: bytes
+    ) -> tuple[tuple[TokenId, ...], tuple[int, ...], bytes]:
+        async with self._model_in_use:
+            while True:
+                try:
+                    return await trio.to_thread.run_sync(_compute, model, self._links.me, asked, payload)
+                except CapacityError:
+                    if not self._make_room():
+                        raise
+
+    async def _send(self, to: PeerId, message: Recomputed, payload: bytes) -> None:
+        with suppress(PeerError), trio.move_on_after(_SEND_TIMEOUT_S):
+            await self._links.send(to, message, payload)
+
+
+def _compute(
+    model: SpanModel | None, me: PeerInfo, asked: Recompute, payload: bytes
+) -> tuple[tuple[TokenId, ...], tuple[int, ...], bytes]:
+    """In a worker thread: return the picks after each position and their gaps at the tail, else the hidden states."""
+    if model is None or (asked.model_digest, asked.dtype) != (me.model_digest, me.dtype):
+        raise ModelError("this peer does not hold that model")
+    part, num_nodes = model.narrow(asked.span), len(asked.tokens)
+    if not part.is_head and len(payload) != num_nodes * part.row_bytes:
+        raise RemoteProtocolError("payload length", len(payload), f"{num_nodes * part.row_bytes} bytes")
+    inputs: list[TokenId] | bytes = list(asked.tokens) if part.is_head else payload
+    cache = part.new_cache(num_nodes)
+    try:
+        forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+        if not part.is_tail:
+            return (), (), hidden_of(part.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
+        asked_pass = SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=range(num_nodes))
+        verifier, views = ExactVerifier(asked.sampling), views_of(part.run([asked_pass])[0])
+        picks = tuple(verifier.judge(view, row + 1, None)[0] for row, view in enumerate(views))
+        claimed = (*asked.tokens[1:], picks[-1])
+        gaps = tuple(_gap(*row, asked.sampling) for row in zip(views, picks, claimed, strict=True))
+        return picks, gaps, b""
+    finally:
+        cache.free()
+
+
+def _gap(view: TargetView, pick: TokenId, claimed: TokenId, sampling: Sampling) -> int:
+    """Thousandths of a logit by which the claimed token misses being the pick; with sampling, 0 or the most there is."""
+    if pick == claimed:
+        return 0
+    logits = view.logits()
+    if not sampling.is_greedy or claimed >= len(logits):
+        return MAX_GAP
+    return min(MAX_GAP, round(1000 * float(logits[pick] - logits[claimed])))

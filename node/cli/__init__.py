@@ -1,0 +1,1 @@
+"""The command `dsd`: flags, help, and one module for each command."""

@@ -1,0 +1,27 @@
+"""`dsd calibrate`: finds relaxed mode's thresholds for a quality budget."""
+
+from pathlib import Path
+
+import torch
+
+from node.client.relaxation import write_calibration
+from node.config import CalibrateConfig, read_config
+from node.console import ConsoleProgress, console
+
+
+def run(options: dict[str, object]) -> int:
+    """Write a prompt set with the exact pair, then the thresholds that relax most within the budget."""
+    from node.lab.quality.thresholds import find_thresholds
+
+    file = options.pop("config", None)
+    config = read_config(CalibrateConfig, str(file) if file else None, options)
+    torch.set_num_threads(config.threads)
+    with ConsoleProgress() as progress:
+        calibration = find_thresholds(config, progress)
+    write_calibration(calibration, Path(config.output))
+    console.print(
+        f"{calibration.relaxed_share:.1%} of the tokens would be relaxed, losing {calibration.loss_nats:.4f} nats a token "
+        f"(budget {config.budget:g}); written to"
+    )
+    print(config.output)
+    return 0

@@ -1,0 +1,53 @@
+"""`dsd demo`: the same answer twice, plain and speculative, over links with a delay, and both speeds."""
+
+import sys
+
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from dsd_p2p.errors import LocalProtocolError
+from dsd_p2p.window.base import Mode
+from node.cli.commands.generate import show
+from node.client.choices import make_policy
+from node.client.client import open_client
+from node.config import GenerateConfig, read_config
+from node.console import ConsoleProgress
+
+_DEFAULTS: dict[str, object] = {
+    "prompt": "Why is the sky blue? Answer in three sentences.",
+    "link": "50ms",
+    "max_tokens": 80,
+}
+
+
+def run(options: dict[str, object]) -> int:
+    """Show both."""
+    file = options.pop("config", None)
+    trio.run(_demo, read_config(GenerateConfig, str(file) if file else None, _DEFAULTS | options))
+    return 0
+
+
+async def _demo(config: GenerateConfig) -> None:
+    table = Table(box=None)
+    for column in ("mode", "tokens/s", "first token", "tokens an epoch"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    answers: list[list[int]] = []
+    speeds: list[float] = []
+    with ConsoleProgress() as progress:
+        async with open_client(config, progress) as client:
+            progress.close()
+            for mode in (Mode.PLAIN, Mode.CONTINUOUS):
+                print(f"\n── {mode}: {config.stages} stages, {config.link} links ──", flush=True)
+                tokens, stats = await client.write(make_policy(config, mode), show)
+                print(flush=True)
+                answers.append(tokens)
+                speed, ttft_s, length = stats["tokens_per_s"], stats["ttft_s"], stats["mean_accepted_length"]
+                assert isinstance(speed, float)
+                speeds.append(speed)
+                table.add_row(mode, f"{speed:.2f}", f"{ttft_s:.2f} s", f"{length:.2f}")
+    if answers[0] != answers[1]:
+        raise LocalProtocolError("the two answers differ: exact mode is broken here, please report it")
+    print()
+    Console(file=sys.stdout).print(table)
+    print(f"\nThe same {len(answers[0])} tokens, {speeds[1] / speeds[0]:.1f} times as fast.")

@@ -1,0 +1,57 @@
+"""`dsd invite`: one string, and the same as a QR code, that lets a machine in."""
+
+import secrets
+import sys
+import time
+
+import segno
+import trio
+
+from dsd_p2p import units
+from dsd_p2p.errors import ConfigError, PeerTimeout
+from dsd_p2p.swarm.invite import new_invite
+from node.config import InviteConfig, read_config
+from node.console import console
+from node.member.control import NodeStatus, Status, ask_node
+from node.member.state import SwarmState
+
+_MAX_BOOTSTRAP = 4
+
+
+def run(options: dict[str, object]) -> int:
+    """Print the invite on standard output, the code on standard error."""
+    config = read_config(InviteConfig, None, options)
+    state = SwarmState(config.swarm)
+    stored, owner = state.membership(), state.owner_key()
+    bootstrap = config.address or trio.run(_bootstrap, state)
+    invite = new_invite(
+        owner,
+        seed=secrets.token_bytes(32),
+        network_key=stored.network_key,
+        bootstrap=tuple(bootstrap)[:_MAX_BOOTSTRAP],
+        role=config.role,
+        expires_at_s=int(time.time() + units.seconds(config.expires)),
+        max_uses=config.uses,
+        model=stored.model,
+        dtype=stored.dtype,
+    )
+    if config.qr and sys.stderr.isatty():
+        segno.make(str(invite), error="l").terminal(out=sys.stderr, compact=True)
+    console.print(f"for {config.uses} {config.role}(s), until {config.expires} from now; whoever reads it can join:")
+    print(f"{invite}", flush=True)
+    return 0
+
+
+async def _bootstrap(state: SwarmState) -> tuple[str, ...]:
+    """This node's addresses, then those of other members."""
+    try:
+        status = await ask_node(state.control_socket, Status())
+    except (ConfigError, PeerTimeout) as exc:
+        raise ConfigError(f"{exc}; an invite names a running node, or give one with --address") from exc
+    assert isinstance(status, NodeStatus)
+    # Loopback addresses are of use on this machine only: they come last.
+    others = [
+        m.addresses[0] for m in status.members if m.is_alive and m.addresses and m.peer != status.peer and m.max_layers
+    ]
+    found = [*status.addresses[:2], *others, *status.addresses[2:]]
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,78 @@
+"""`dsd plan`: which chain and which coordinator a request would use now, and why."""
+
+import msgspec
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.errors import CoverageLost
+from dsd_p2p.models.source import find_model
+from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
+from dsd_p2p.placement.route import choose_route
+from dsd_p2p.placement.view import Plan, SwarmView
+from dsd_p2p.types import PeerId
+from node.config import DEFAULT_SWARM
+from node.console import ConsoleProgress
+from node.member.client import open_swarm_client
+from node.member.state import SwarmState
+
+_OWN_DRAFTER = "ngram"
+_BEATS = 3
+"""Heartbeats to hear before choosing: the first ones do not know the round trips yet."""
+
+
+def run(options: dict[str, object]) -> int:
+    """Print the plan."""
+    return trio.run(_plan, SwarmState(str(options.get("swarm", DEFAULT_SWARM))), bool(options.get("json")))
+
+
+async def _plan(state: SwarmState, is_json: bool) -> int:
+    with ConsoleProgress() as progress:
+        source = find_model(state.membership().model, progress)
+    async with open_swarm_client(state, source, NgramDrafter()) as client:
+        await trio.sleep(_BEATS * client.membership.registry.interval_s)
+        await client.directory.find()
+        view, me = client.directory.view(), PeerId(client.membership.links.me.peer)
+        capable = client.directory.coordinators() | {me: speculation_of(_OWN_DRAFTER)}
+    chosen = choose_coordinator(view, me, capable)
+    own = choose_route(view, me, speculation_of(_OWN_DRAFTER))
+    if chosen is None or own is None:
+        raise CoverageLost("the chain was lost while planning: try again")
+    coordinator, plan = chosen
+    if is_json:
+        print(msgspec.json.encode({"coordinator": coordinator, "plan": plan, "own": own}).decode())
+        return 0
+    _show(view, coordinator, plan, me, own)
+    return 0
+
+
+def _show(view: SwarmView, coordinator: PeerId, plan: Plan, me: PeerId, own: Plan) -> None:
+    table = Table(box=None)
+    for column in ("stage", "layers", "holds", "link in", "pass of 8", "sessions"):
+        table.add_column(column)
+    nodes = {node.peer: node for node in view.nodes}
+    before = coordinator
+    for stage in plan.stages:
+        node = nodes[stage.peer]
+        link_s = view.link_s(before, stage.peer) or 0.0
+        pass_s = node.layer_pass_s(8) * stage.span.num_layers
+        row = (
+            f"…{stage.peer[-8:]}",
+            str(stage.span),
+            str(node.span),
+            f"{link_s * 1e3:.1f} ms",
+            f"{pass_s * 1e3:.1f} ms",
+        )
+        table.add_row(*row, str(node.num_sessions))
+        before = stage.peer
+    Console().print(table)
+    where = "this machine" if coordinator == me else f"…{coordinator[-8:]}"
+    back_s = view.link_s(before, coordinator) or 0.0
+    print(f"coordinator: {where}; link back {back_s * 1e3:.1f} ms")
+    print(
+        f"one traversal {plan.traversal_s * 1e3:.1f} ms, slowest stage {plan.slowest_s * 1e3:.1f} ms: "
+        f"{1 / plan.s_per_token:.1f} tokens/s predicted with speculation, {1 / plan.traversal_s:.1f} without"
+    )
+    if coordinator != me:
+        print(f"coordinated from this machine it would be {1 / own.s_per_token:.1f} tokens/s")

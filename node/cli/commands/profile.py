@@ -1,0 +1,46 @@
+"""`dsd profile`: what this machine takes for a stage's passes, as the lines of a scenario file."""
+
+import sys
+import time
+
+from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.source import find_model
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.types import Span
+from node.config import SwarmFlags, read_config
+from node.console import ConsoleProgress
+from node.member.measure import describe_machine, pass_s
+
+_NODES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def run(options: dict[str, object]) -> int:
+    """Measure one middle layer and the last one, and print a `[[targets]]` table."""
+    file = options.pop("config", None)
+    config = read_config(SwarmFlags, str(file) if file else None, options)
+    with ConsoleProgress() as progress:
+        source = find_model(config.model, progress)
+        num_layers = int(read_model_config(source.folder).num_hidden_layers)
+        curves = []
+        for what, first in (("a middle layer", num_layers // 2), ("the tail", num_layers - 1)):
+            model = SpanModel(source, Span(first, first + 1), dtype=config.dtype, device=config.device)
+            curve = []
+            for done, count in enumerate(_NODES):
+                progress.step(f"measure {what}", done, len(_NODES))
+                curve.append(pass_s(model, count))
+            curves.append(curve)
+            row_bytes = model.row_bytes
+    layer, tail = curves
+    # The tail's part is spread over all stages: a scenario's stages are alike.
+    stage = [
+        (layer_s * num_layers + max(0.0, tail_s - layer_s)) / config.stages
+        for layer_s, tail_s in zip(layer, tail, strict=True)
+    ]
+    points = ", ".join(f"[{count}, {seconds:.6f}]" for count, seconds in zip(_NODES, stage, strict=True))
+    command = " ".join(["dsd", *sys.argv[1:]])
+    print(f"# {config.model} {config.dtype}, {describe_machine(config)}, {time.strftime('%Y-%m-%d')}; {command}")
+    print("[[targets]]")
+    print(f"stages = {config.stages}")
+    print(f"hidden_bytes = {row_bytes}")
+    print(f"stage = {{ points = [{points}] }}")
+    return 0

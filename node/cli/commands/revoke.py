@@ -1,0 +1,34 @@
+"""`dsd revoke PEER`: the owner throws a member out, everywhere."""
+
+import trio
+
+from dsd_p2p.errors import ConfigError, RemoteProtocolError
+from dsd_p2p.swarm.grants import revoke
+from dsd_p2p.swarm.keys import public_of
+from node.config import DEFAULT_SWARM
+from node.member.control import NodeStatus, Revoke, Status, ask_node
+from node.member.state import SwarmState
+
+
+def run(options: dict[str, object]) -> int:
+    """Sign the revocation and let this machine's node spread it."""
+    state = SwarmState(str(options.get("swarm", DEFAULT_SWARM)))
+    owner, stored = state.owner_key(), state.membership()
+    peer = trio.run(_full_id, state, str(options["peer"]))
+    trio.run(ask_node, state.control_socket, Revoke(revocation=revoke(owner, stored.swarm, public_of(peer))))
+    print(f"{peer} is revoked")
+    return 0
+
+
+async def _full_id(state: SwarmState, name: str) -> str:
+    """Return the peer id that `name` is, or is the end of."""
+    status = await ask_node(state.control_socket, Status())
+    assert isinstance(status, NodeStatus)
+    found = [member.peer for member in status.members if member.peer.endswith(name.lstrip("…"))]
+    if len(found) == 1:
+        return found[0]
+    try:
+        public_of(name)
+    except RemoteProtocolError as exc:
+        raise ConfigError(f"{len(found)} members' ids end in {name!r}: see `dsd members --json`") from exc
+    return name

@@ -1,0 +1,197 @@
+"""`dsd sim`: what would this swarm do? Scenarios in virtual time, with the live core."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import msgspec
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.sim.report import Report, chrome_trace, rows, summarise
+from dsd_p2p.sim.scenario import Scenario, changed, read_scenario
+from node.config import CalibrateConfig, read_config
+from node.console import ConsoleProgress
+from node.lab.receipt import print_table
+from node.lab.simulator.fit import Comparison, compare
+from node.lab.simulator.simulation import Cell, assignment, draw, flat, grid, run_scenario, sweep, write_csv
+from node.watch.telemetry import recording
+
+
+def run(options: dict[str, object]) -> int:
+    """Run one of its commands; with --json its last line on standard output is one object."""
+    match str(options.pop("what")):
+        case "run":
+            return _run(options)
+        case "trace":
+            return _trace(options)
+        case "sweep":
+            return _sweep(options)
+        case "record":
+            return _record(options)
+        case _:
+            return _compare(options)
+
+
+def _run(options: dict[str, object]) -> int:
+    scenario = _scenario(options)
+    with ConsoleProgress() as progress, recording(str(options.get("record", ""))) as tell:
+        total = scenario.workload.requests
+        fleet_run = run_scenario(
+            scenario,
+            progress=lambda done, _now_s: progress.step("simulate", done, total),
+            tell=tell if "record" in options else None,
+        )
+    report = summarise(fleet_run)
+    if options.get("csv"):
+        write_csv(Path(str(options["csv"])), rows(fleet_run))
+    _show(report)
+    if options.get("json"):
+        print(msgspec.json.encode(report).decode(), flush=True)
+    return 0
+
+
+def _trace(options: dict[str, object]) -> int:
+    fleet_run = run_scenario(_scenario(options), is_recording=True)
+    output = Path(str(options.get("output", "trace.json")))
+    output.write_bytes(chrome_trace(fleet_run))
+    print(output)
+    return 0
+
+
+def _sweep(options: dict[str, object]) -> int:
+    scenario, points = _scenario(options), grid(_list(options.get("grid")))
+    with ConsoleProgress() as progress:
+        cells = sweep(
+            scenario,
+            points,
+            int(str(options.get("seeds", 1))),
+            progress,
+            num_processes=int(str(options.get("processes", 0))),
+            ray_address=str(options.get("ray", "")),
+        )
+    if options.get("csv"):
+        table = [{**cell.changes, **flat(report)} for cell in cells for report in cell.reports]
+        write_csv(Path(str(options["csv"])), table)
+    if options.get("plot"):
+        draw(Path(str(options["plot"])), cells, next(iter(points[0])))
+    _show_cells(cells)
+    if options.get("json"):
+        print(msgspec.json.encode(cells).decode(), flush=True)
+    return 0
+
+
+def _compare(options: dict[str, object]) -> int:
+    paths = [path for name in _list(options.get("receipts")) for path in _files(Path(name))]
+    comparisons = compare(paths)
+    if options.get("held_out"):
+        comparisons = [each for each in comparisons if each.is_held_out]
+    print_table(
+        ("stages", "link", "window", "measured tokens/s", "predicted", "error", "TTFT error", ""),
+        [
+            (
+                str(each.stages),
+                each.link,
+                each.arm,
+                f"{each.measured:.2f}",
+                f"{each.predicted:.2f}",
+                f"{each.error:+.1%}",
+                f"{each.ttft_error:+.1%}",
+                "" if each.is_held_out else "fitted",
+            )
+            for each in comparisons
+        ],
+    )
+    result = _errors(comparisons)
+    print_table(
+        ("", ""), [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in result.items()]
+    )
+    if options.get("json"):
+        print(msgspec.json.encode({**result, "cells": [asdict(each) for each in comparisons]}).decode(), flush=True)
+    return 0
+
+
+def _errors(comparisons: Sequence[Comparison]) -> dict[str, float | int]:
+    if not comparisons:
+        raise ConfigError("nothing is held out in these receipts: they have one cell")
+    errors = [abs(each.error) for each in comparisons]
+    ttft_errors = [abs(each.ttft_error) for each in comparisons]
+    return {
+        "median_error": median(errors),
+        "worst_error": max(errors),
+        "configurations": len(comparisons),
+        "median_ttft_error": median(ttft_errors),
+        "worst_ttft_error": max(ttft_errors),
+    }
+
+
+def _record(options: dict[str, object]) -> int:
+    from dsd_p2p.sim.trace import write_trace
+    from node.lab.simulator.record import record_trace
+
+    file = options.pop("config", None)
+    defaults: dict[str, object] = {"output": "agreement.json.gz"}
+    config = read_config(CalibrateConfig, str(file) if file else None, defaults | options)
+    with ConsoleProgress() as progress:
+        trace = record_trace(config, progress)
+    write_trace(trace, Path(config.output))
+    print(config.output)
+    return 0
+
+
+def _scenario(options: dict[str, object]) -> Scenario:
+    scenario = read_scenario(Path(str(options["scenario"])))
+    changes = dict(map(assignment, _list(options.get("set"))))
+    if "seed" in options:
+        changes["seed"] = options["seed"]
+    return changed(scenario, changes) if changes else scenario
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.json")) if path.is_dir() else [path]
+
+
+def _list(value: object) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list | tuple) else []
+
+
+def _show(report: Report) -> None:
+    latencies = [
+        (name, *(f"{1e3 * value:.1f}" for value in (each.mean, each.p50, each.p95, each.p99)))
+        for name, each in (("TTFT", report.ttft_s), ("TPOT", report.tpot_s), ("end to end", report.total_s))
+    ]
+    print_table(("ms", "mean", "p50", "p95", "p99"), latencies)
+    busiest = max(report.stages, key=lambda stage: stage["busy_share"], default={"busy_share": 0.0, "mean_queue": 0.0})
+    print_table(
+        ("", ""),
+        [
+            ("requests", f"{report.num_requests} in {report.duration_s:.1f} s, {report.num_failed} failed"),
+            ("throughput", f"{report.requests_per_s:.2f} requests/s, {report.tokens_per_s:.1f} tokens/s"),
+            ("within limits", f"{report.goodput_per_s:.2f} requests/s"),
+            ("acceptance", f"{report.acceptance:.3f}, {report.mean_accepted_length:.2f} tokens an epoch"),
+            (
+                "windows",
+                f"{report.num_windows}: "
+                + ", ".join(f"{name} {count}" for name, count in list(report.windows.items())[:4]),
+            ),
+            ("busiest stage", f"{busiest['busy_share']:.0%} busy, {busiest['mean_queue']:.2f} windows waiting"),
+            ("on links", f"{1e3 * report.network_s:.0f} ms a request; {report.stale_share:.1%} of the nodes stale"),
+        ],
+    )
+
+
+def _show_cells(cells: Sequence[Cell]) -> None:
+    def cell_text(cell: Cell) -> tuple[str, ...]:
+        numbers = [
+            cell.spread(value)
+            for value in (
+                lambda report: report.requests_per_s,
+                lambda report: report.tokens_per_s,
+                lambda report: 1e3 * report.tpot_s.mean,
+                lambda report: 1e3 * report.ttft_s.mean,
+            )
+        ]
+        changes = ", ".join(f"{name}={value}" for name, value in cell.changes.items())
+        return (changes, *(f"{value:.2f} ± {deviation:.2f}" for value, deviation in numbers))
+
+    print_table(("", "requests/s", "tokens/s", "TPOT ms", "TTFT ms"), [cell_text(cell) for cell in cells])

@@ -1,0 +1,77 @@
+"""`dsd top`: watch a swarm."""
+
+import os
+import time
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.telemetry.mqtt import parse_broker
+from dsd_p2p.telemetry.picture import Picture
+from dsd_p2p.telemetry.summary import describe
+from node.config import TopConfig, read_config
+from node.watch.dashboard.screen import follow, show
+from node.watch.dashboard.sources import BrokerSource, GatewaySource, Recorder, Replay, Source
+from node.watch.dashboard.view import Choices, render
+
+_ONCE_S = 2.5
+"""Nodes tell of themselves every second."""
+
+
+def run(options: dict[str, object]) -> int:
+    """Watch until the person quits; once with --once or --svg."""
+    config = read_config(TopConfig, None, options)
+    source = _source(config)
+    if config.record:
+        source = Recorder(source, Path(config.record))
+    try:
+        if not config.once and not config.svg:
+            show(source, Console())
+            return 0
+        picture = _look_once(source, config)
+        if config.json:
+            print(msgspec.json.encode(describe(picture)).decode())
+        if config.svg:
+            _draw(picture, source, config)
+        elif not config.json:
+            console = Console()
+            console.print(render(picture, Choices(source=source.name), console.width, console.height))
+    finally:
+        source.close()
+    return 0
+
+
+def _source(config: TopConfig) -> Source:
+    if config.replay:
+        return Replay(Path(config.replay), config.speed)
+    if config.target.startswith(("mqtt://", "mqtts://")):
+        return BrokerSource(parse_broker(config.target, swarm=config.topics, ca_file=config.mqtt_ca))
+    if not config.target.startswith(("http://", "https://")):
+        raise ConfigError(f"{config.target!r}: name a gateway, http://HOST:PORT, or a broker, mqtt://HOST:PORT")
+    return GatewaySource(config.target, config.key or os.environ.get("OPENAI_API_KEY", ""))
+
+
+def _look_once(source: Source, config: TopConfig) -> Picture:
+    """What comes within a moment; of a recording, all of it."""
+    picture = Picture()
+    until_s = time.monotonic() + (config.seconds or _ONCE_S)
+    if isinstance(source, Replay):
+        source = Replay(Path(config.replay), 1e12)
+    while not source.is_over and (isinstance(source, Replay) or time.monotonic() < until_s):
+        for event in source.take():
+            picture.add(event)
+        time.sleep(0 if isinstance(source, Replay) else 0.05)
+    if not isinstance(source, Replay):
+        follow(source, picture)
+        if source.trouble and not picture.num_events:
+            raise ConfigError(f"{source.name}: {source.trouble}")
+    return picture
+
+
+def _draw(picture: Picture, source: Source, config: TopConfig) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(record=True, width=config.columns, height=config.rows, force_terminal=True, file=nowhere)
+        console.print(render(picture, Choices(source=source.name), config.columns, config.rows))
+        console.save_svg(config.svg, title="dsd top")

@@ -1,0 +1,163 @@
+"""`dsd up`: a whole swarm on this machine, the door to it and its broker, until Ctrl-C."""
+
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+import msgspec
+import torch
+import trio
+
+from dsd_p2p.coordination.directory import StageList
+from dsd_p2p.coordination.engine import Engine, open_engine
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.source import find_model
+from dsd_p2p.models.text import TextCodec
+from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.transport.ephemeral import open_ephemeral
+from dsd_p2p.types import PeerId, Span
+from node.client.choices import make_adaptive, make_drafter
+from node.config import GatewayConfig, UpConfig, read_with_gateway
+from node.console import ConsoleProgress, console
+from node.gateway.app import Served
+from node.gateway.door import EngineDoor
+from node.gateway.server import serve_gateway
+from node.gateway.setup import make_gateway, read_clients
+from node.local.local_swarm import LocalNode, local_swarm, stage_processes
+from node.watch.broker import embedded_broker
+from node.watch.telemetry import (
+    NO_BROKER,
+    TOPICS,
+    EventHub,
+    StatusSource,
+    broker_of,
+    check_collector,
+    hearing,
+    publishing,
+    report_forever,
+    seen_peers,
+    tracing,
+)
+
+DEFAULT_PORT = 8484
+
+
+def run(options: dict[str, object]) -> int:
+    """Serve until interrupted."""
+    file = options.pop("config", None)
+    trio.run(_up, *read_with_gateway(UpConfig, str(file) if file else None, options))
+    return 0
+
+
+async def _up(config: UpConfig, door: GatewayConfig) -> None:
+    clients = read_clients(door)
+    # Before anything slow: the stages would only die of it.
+    broker_of(config.mqtt, config.mqtt_ca, TOPICS)
+    check_collector(config.otlp)
+    torch.set_num_threads(config.threads)
+    async with AsyncExitStack() as stack:
+        progress = stack.enter_context(ConsoleProgress())
+        source = find_model(config.model, progress)
+        model_config = read_model_config(source.folder)
+        vocab_size, num_layers = int(model_config.vocab_size), int(model_config.num_hidden_layers)
+        drafter = make_drafter(config, source, progress)
+        if not config.mqtt:
+            config = msgspec.structs.replace(config, mqtt=await stack.enter_async_context(embedded_broker()))
+        spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
+        nodes = await stack.enter_async_context(local_swarm(stage_processes(config, spans), progress))
+        transport = await stack.enter_async_context(open_ephemeral(config.link_model()))
+        engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
+        await _introduce(engine, stages, nodes)
+        served = Served(
+            name=config.model,
+            digest=source.digest(),
+            dtype=config.dtype,
+            max_positions=stages.stages()[0].max_positions,
+            vocab_size=vocab_size,
+            text=TextCodec(source.folder),
+        )
+        hub = EventHub()
+        gateway = make_gateway(
+            door,
+            clients,
+            EngineDoor(engine, drafter, partial(make_adaptive, config.window)),
+            served,
+            hub,
+            is_ready=partial(_has_chain, stages),
+            retry=RetryPolicy(),
+        )
+        async with _telling(config, engine, hub), trio.open_nursery() as nursery:
+            port = DEFAULT_PORT if door.port is None else door.port
+            url = await nursery.start(serve_gateway, gateway, door.host, port, door.names)
+            progress.close()
+            _tell(config, url, nodes)
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async for _ in signals:
+                    break
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _telling(config: UpConfig, engine: Engine, hub: EventHub) -> AsyncIterator[None]:
+    """Tell the hub, and the broker if there is one, what happens here; hear what the stages tell."""
+    broker = broker_of(config.mqtt, config.mqtt_ca, TOPICS)
+    me = engine.links.me.peer
+    async with (
+        publishing(broker, me) as publisher,
+        hearing(broker, hub, me),
+        tracing(config.otlp, me) as trace,
+        trio.open_nursery() as nursery,
+    ):
+        hub.pass_on_to(trace)
+        if publisher is not None:
+            hub.pass_on_to(publisher.tell)
+        engine.tell = hub.tell
+        source = StatusSource(
+            links=engine.links,
+            roles=("coordinator", "gateway"),
+            model=config.model,
+            num_dropped=lambda: publisher.num_dropped if publisher else 0,
+        )
+
+        def look_around() -> None:
+            """What the stages say themselves is better than what we see of them."""
+            hub.tick()
+            for status in seen_peers(engine.links):
+                if status.peer not in hub.speaking or hub.picture.is_silent(status.peer):
+                    hub.hear(status)
+
+        nursery.start_soon(report_forever, source, hub.tell, look_around)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def _has_chain(stages: StageList) -> bool:
+    try:
+        return bool(stages.stages())
+    except ConfigError:
+        return False
+
+
+async def _introduce(engine: Engine, stages: StageList, nodes: list[LocalNode]) -> None:
+    """Tell every node of all the others, so that the address of one is enough."""
+    await stages.add([node.address for node in nodes])
+    await engine.links.introduce()
+    for info in stages.stages():
+        # Answered after the introduction before it on the same stream.
+        await engine.links.round_trip_s(PeerId(info.peer), timeout_s=10)
+
+
+def _tell(config: UpConfig, url: str, nodes: list[LocalNode]) -> None:
+    console.print(f"{config.stages} stages of {config.model} are up; Ctrl-C ends them.")
+    print(f"chat in a browser:   {url}/")
+    print(f"an OpenAI client:    export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none")
+    print(f"watch:               dsd top {url}")
+    if config.mqtt != NO_BROKER:
+        print(f"telemetry:           {config.mqtt}  (dsd/v1/{TOPICS}/peers/#)")
+    print(
+        f"from a terminal:     dsd generate --connect {nodes[0].address} --model {config.model} --prompt '...'",
+        flush=True,
+    )

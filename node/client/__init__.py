@@ -1,0 +1,1 @@
+"""A coordinator for the commands: model, text, drafter, policy and a connected engine."""

@@ -1,0 +1,88 @@
+"""Turns names from flags into implementations: drafters and window policies."""
+
+from pathlib import Path
+
+import msgspec
+
+from dsd_p2p.drafting import named
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.types import Relaxation
+from dsd_p2p.window.analytic import AnalyticPolicy
+from dsd_p2p.window.base import Mode, WindowPolicy
+from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
+from dsd_p2p.window.wcdnn.bundled import learned_policy
+from node.client.relaxation import bundled_calibration, read_calibration
+from node.config import DrafterFlags, GenerateConfig
+
+_SYNC_DEPTH = 8
+_DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 96, 2, 8, 6
+# Best of those measured where all processes share two cores (docs/benchmarks.md).
+
+
+def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolicy:
+    """Return the window policy of `--mode` (or of `mode`), `--window` and the window's numbers.
+
+    Raises:
+        ConfigError: there is no such mode or policy.
+    """
+    try:
+        mode = mode or Mode(config.mode)
+    except ValueError as exc:
+        raise ConfigError(f"mode {config.mode!r}: choose one of {', '.join(Mode)}") from exc
+    if mode is Mode.PLAIN:
+        return StaticPolicy(PLAIN)
+    is_given = any((config.depth, config.width, config.window_nodes, config.in_flight))
+    if config.window != "static" and not is_given:
+        return make_adaptive(config.window, frozenset({mode}))
+    if mode is Mode.SYNC:
+        return StaticPolicy(sync_chain(config.depth or _SYNC_DEPTH))
+    return StaticPolicy(
+        continuous_tree(
+            depth=config.depth or _DEPTH,
+            width=config.width or _WIDTH,
+            window_nodes=config.window_nodes or _WINDOW_NODES,
+            max_in_flight=config.in_flight or _IN_FLIGHT,
+        )
+    )
+
+
+def make_adaptive(name: str, modes: frozenset[Mode] = frozenset({Mode.SYNC, Mode.CONTINUOUS})) -> WindowPolicy:
+    """Return a policy that adapts to what it observes, by its name.
+
+    Raises:
+        ConfigError: there is no such policy.
+    """
+    match name:
+        case "analytic":
+            return AnalyticPolicy(modes)
+        case "awc":
+            return learned_policy(modes)
+        case other:
+            raise ConfigError(f"window {other!r}: choose awc or analytic")
+
+
+def make_relaxation(config: GenerateConfig) -> Relaxation | None:
+    """Return what `--verify` asks for; None is exact.
+
+    Raises:
+        ConfigError: no such mode, or the calibration cannot be read.
+    """
+    match config.verify:
+        case "exact":
+            return None
+        case "relaxed":
+            file = Path(config.relaxation) if config.relaxation else bundled_calibration()
+            relaxation = read_calibration(file).relaxation
+            return relaxation if config.tau is None else msgspec.structs.replace(relaxation, tau=config.tau)
+        case other:
+            raise ConfigError(f"verify {other!r}: choose exact or relaxed")
+
+
+def make_drafter(config: DrafterFlags, target: ModelSource, progress: Progress) -> Drafter:
+    """Return the drafter of `--draft`. Raises as `dsd_p2p.drafting.named.make_drafter` does."""
+    return named.make_drafter(
+        config.draft, target, progress, model=config.model, dtype=config.draft_dtype, device=config.device
+    )

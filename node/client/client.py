@@ -1,0 +1,202 @@
+"""A coordinator as the commands use it: model, text, drafter and a connected engine."""
+
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+import msgspec
+import torch
+import trio
+
+from dsd_p2p import units
+from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
+from dsd_p2p.coordination.statistics import summarise
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.source import ModelSource, find_model
+from dsd_p2p.models.text import TextCodec
+from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.transport.ephemeral import open_ephemeral
+from dsd_p2p.types import PeerId, PeerInfo, Relaxation, Span, TokenId
+from dsd_p2p.window.base import Mode, WindowPolicy
+from node.client.choices import make_drafter, make_relaxation
+from node.config import GenerateConfig, NodeConfig
+from node.local.local_swarm import LocalNode, local_swarm, stage_processes
+from node.local.netlab import address, namespace, netlab
+from node.local.stage_processes import StageProcess
+from node.member.client import SWARM_RETRY, SwarmClient, choose_place, open_swarm_client
+from node.member.state import SwarmState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """Ready to write; made by `open_client`."""
+
+    config: GenerateConfig
+    engine: Engine
+    text: TextCodec
+    drafter: Drafter
+    prompt: list[TokenId]
+    nodes: list[LocalNode]
+    swarm: SwarmClient | None = None
+
+    async def write(
+        self,
+        policy: WindowPolicy,
+        show: Callable[[str], None] | None = None,
+        prompt: list[TokenId] | None = None,
+        max_tokens: int | None = None,
+        relaxation: Relaxation | None = None,
+        experience: str = "",
+    ) -> tuple[list[TokenId], dict[str, object]]:
+        """Write the answer to the client's prompt or to `prompt`, handing its text to `show` as it comes.
+
+        max_tokens, relaxation: instead of the configuration's. experience: see `GenerateOptions`.
+
+        Returns the new tokens and the run's statistics.
+
+        Raises:
+            DsdError: what ended it.
+        """
+        config, prompt = self.config, prompt or self.prompt
+        options = GenerateOptions(
+            max_tokens=max_tokens or config.max_tokens,
+            sampling=config.sampling(),
+            stop_tokens=self.text.stop_tokens,
+            prefill_chunk=config.prefill_chunk,
+            stall_timeout_s=units.seconds(config.stall_timeout),
+            hidden_format=config.hidden,
+            relaxation=relaxation or make_relaxation(config),
+            retry=SWARM_RETRY if self.swarm else RetryPolicy(),
+            audit=config.audit,
+            experience=experience,
+        )
+        tokens: list[TokenId] = []
+        streamer = self.text.streamer()
+        if self.swarm is not None and config.coordinator == "auto" and not options.audit and options.relaxation is None:
+            coordinator = choose_place(self.swarm, self.drafter.name)
+            if coordinator is not None:
+                return await self._ask(coordinator, prompt, options, show)
+        async with self.engine.generate(prompt, options, policy) as generation:
+            async for token in generation:
+                tokens.append(token)
+                if show is not None:
+                    show(streamer.step(token))
+        return tokens, summarise(generation, self.drafter.name, len(prompt), len(tokens))
+
+    async def _ask(
+        self, coordinator: PeerId, prompt: list[TokenId], options: GenerateOptions, show: Callable[[str], None] | None
+    ) -> tuple[list[TokenId], dict[str, object]]:
+        """Let another peer coordinate."""
+        assert self.swarm is not None
+        tokens: list[TokenId] = []
+        streamer, start_s, first_s = self.text.streamer(), trio.current_time(), 0.0
+        deadline_s = units.seconds(self.config.timeout)
+        async with aclosing(self.swarm.thin.generate(prompt, options, deadline_s)) as answer:
+            async for piece in answer:
+                first_s = first_s or trio.current_time()
+                for token in piece.tokens:
+                    tokens.append(token)
+                    if show is not None:
+                        show(streamer.step(token))
+        later_s = trio.current_time() - first_s
+        return tokens, {
+            "coordinator": coordinator,
+            "num_tokens": len(tokens),
+            "ttft_s": first_s - start_s,
+            "tokens_per_s": (len(tokens) - 1) / later_s if later_s > 0 else 0.0,
+        }
+
+
+@asynccontextmanager
+async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterator[Client]:
+    """Load what a coordinator needs, start a swarm unless `config.connect` names one, and connect to it.
+
+    Raises:
+        ConfigError, ModelError, PeerError: what is missing and what to do.
+    """
+    torch.set_num_threads(config.threads)
+    if config.audit and not config.swarm:
+        raise ConfigError("--audit needs the peers of a swarm, who sign: add --swarm")
+    state = SwarmState(config.swarm) if config.swarm else None
+    if state is not None:
+        stored = state.membership()
+        config = msgspec.structs.replace(config, model=stored.model, dtype=stored.dtype)
+    source = find_model(config.model, progress)
+    model_config = read_model_config(source.folder)
+    text = TextCodec(source.folder)
+    prompt = _prompt(config, text)
+    vocab_size = int(model_config.vocab_size)
+    is_plain = config.mode == Mode.PLAIN
+    drafter = NgramDrafter() if is_plain else make_drafter(config, source, progress)
+    async with AsyncExitStack() as stack:
+        nodes: list[LocalNode] = []
+        client = None
+        if state is not None:
+            link = config.link_model()
+            client = await stack.enter_async_context(open_swarm_client(state, source, drafter, link=link))
+            engine = client.engine
+        else:
+            nodes, addresses, link, host = await _stages(config, int(model_config.num_hidden_layers), progress, stack)
+            transport = await stack.enter_async_context(open_ephemeral(link, host))
+            engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
+            await stages.add(addresses)
+            _check_model(stages.stages()[0], source, config.dtype)
+        yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt, nodes=nodes, swarm=client)
+
+
+async def _stages(
+    config: GenerateConfig, num_layers: int, progress: Progress, stack: AsyncExitStack
+) -> tuple[list[LocalNode], list[str], LinkModel, str]:
+    """Return the stages to use, started here unless `config.connect` names some, and how we reach them."""
+    link, host = config.link_model(), "127.0.0.1"
+    if config.connect:
+        if config.netlab:
+            raise ConfigError("--netlab makes a swarm of its own: leave out --connect, or --netlab")
+        return [], list(config.connect), link, host
+    spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
+    processes = stage_processes(config, spans)
+    if config.netlab:
+        stack.enter_context(netlab(len(spans) + 1, link))
+        processes = [_in_namespace(each.config, host) for host, each in enumerate(processes, start=1)]
+        link, host = LinkModel(), address(0)
+    nodes = await stack.enter_async_context(local_swarm(processes, progress))
+    return nodes, [node.address for node in nodes], link, host
+
+
+def _in_namespace(config: NodeConfig, host: int) -> StageProcess:
+    listen = f"/ip4/{address(host)}/tcp/0"
+    config = msgspec.structs.replace(config, listen=listen, link="0ms", rate="0mbit", jitter="0ms")
+    return StageProcess(config=config, namespace=namespace(host))
+
+
+def _prompt(config: GenerateConfig, text: TextCodec) -> list[TokenId]:
+    if config.prompt_ids:
+        return _parse_ids(config.prompt_ids)
+    return text.encode(sys.stdin.read() if config.prompt == "-" else config.prompt, is_raw=config.raw)
+
+
+def _parse_ids(text: str) -> list[TokenId]:
+    """Return `1,2,3` as tokens.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError as exc:
+        raise ConfigError(f"--prompt-ids {text!r}: write token ids separated by commas") from exc
+
+
+def _check_model(held: PeerInfo, source: ModelSource, dtype: str) -> None:
+    if (held.model_digest, held.dtype) != (source.digest(), dtype):
+        raise ConfigError(
+            f"the swarm runs {held.model_name} {held.model_digest[:12]} {held.dtype}, asked for "
+            f"{source.name} {source.digest()[:12]} {dtype}: give --model and --dtype as the swarm has them"
+        )

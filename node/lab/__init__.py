@@ -1,0 +1,1 @@
+"""Everything that measures or trains. Nothing that serves imports it."""

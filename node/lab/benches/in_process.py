@@ -1,0 +1,61 @@
+"""A swarm in one process, its stages on one device: for a GPU, where processes of their own would only take turns."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import trio
+
+from dsd_p2p import units
+from dsd_p2p.coordination.engine import Engine, open_engine
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.peers.services import run_services
+from dsd_p2p.stage.server import StageLimits, StageServer
+from dsd_p2p.transport.base import Transport
+from dsd_p2p.transport.memory import MemoryNetwork
+from dsd_p2p.types import PeerInfo, Span
+from node.config import UsersConfig
+
+
+@asynccontextmanager
+async def in_process_swarm(
+    config: UsersConfig, source: ModelSource, spans: list[Span], drafter: Drafter
+) -> AsyncIterator[tuple[Engine, list[StageServer]]]:
+    """Load and serve the spans until the end of the block.
+
+    Raises:
+        ModelError: the weights cannot be loaded.
+    """
+    network = MemoryNetwork()
+    limits = StageLimits(max_sessions=4 * config.sessions, max_sessions_per_peer=4 * config.sessions)
+    cache_bytes = units.num_bytes(config.cache_memory)
+    async with AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        servers = []
+        for index, span in enumerate(spans):
+            model = SpanModel(source, span, dtype=config.dtype, device=config.device, cache_bytes=cache_bytes)
+            transport = await stack.enter_async_context(network.open(f"stage{index}"))
+            links = PeerLinks(transport, _info(config, source, span, transport, model))
+            servers.append(StageServer(links, model, limits, time.perf_counter))
+            nursery.start_soon(run_services, links, [servers[-1]])
+        mine = await stack.enter_async_context(network.open("coordinator"))
+        engine, stages = await stack.enter_async_context(open_engine(mine, drafter, model.shape.vocab_size))
+        await stages.add([f"memory:stage{index}" for index in range(len(spans))])
+        yield engine, servers
+
+
+def _info(config: UsersConfig, source: ModelSource, span: Span, transport: Transport, model: SpanModel) -> PeerInfo:
+    return PeerInfo(
+        peer=transport.peer,
+        addresses=transport.addresses,
+        span=span,
+        num_layers=model.shape.num_layers,
+        model_name=source.name[-128:],
+        model_digest=source.digest(),
+        dtype=config.dtype,
+        max_positions=model.shape.max_positions,
+    )

@@ -1,0 +1,100 @@
+"""What the benchmarks of serving share: stages, prompts, and answers that are written at once."""
+
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import trio
+
+from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.types import Span, TokenId
+from dsd_p2p.window.base import WindowPolicy
+from node.client.choices import make_drafter
+from node.config import UsersConfig
+
+_PROMPT_TOKENS = 24
+
+
+@dataclass(slots=True)
+class Run:
+    """One repetition of an arm: so many requests at once."""
+
+    tokens: dict[int, list[TokenId]] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    gaps_s: list[float] = field(default_factory=list)
+    wall_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all requests together."""
+        return sum(map(len, self.tokens.values())) / self.wall_s
+
+    @property
+    def fairness(self) -> float:
+        """Slowest over fastest request."""
+        rates = [len(self.tokens[index]) / self.seconds[index] for index in self.tokens]
+        return min(rates) / max(rates)
+
+
+@asynccontextmanager
+async def serving_swarm(
+    config: UsersConfig, source: ModelSource, num_layers: int, vocab_size: int, progress: Progress
+) -> AsyncIterator[Engine]:
+    """Serve a model as `config` says until the end of the block; yields who coordinates.
+
+    Raises:
+        ModelError: the weights cannot be loaded.
+    """
+    spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
+    drafter = make_drafter(config, source, progress)
+    if config.in_process:
+        from node.lab.benches.in_process import in_process_swarm
+
+        async with in_process_swarm(config, source, spans, drafter) as (engine, _):
+            yield engine
+        return
+    # Imported only here: what runs in one process needs no network.
+    from dsd_p2p.transport.ephemeral import open_ephemeral
+    from node.local.local_swarm import local_swarm, stage_processes
+
+    async with (
+        local_swarm(stage_processes(config, spans), progress) as nodes,
+        open_ephemeral(config.link_model()) as transport,
+        open_engine(transport, drafter, vocab_size) as (engine, stages),
+    ):
+        await stages.add([node.address for node in nodes])
+        yield engine
+
+
+async def write_together(
+    engine: Engine, config: UsersConfig, prompts: Sequence[Sequence[TokenId]], policy: Callable[[], WindowPolicy]
+) -> Run:
+    """Write one answer to each prompt, all at once."""
+    run = Run()
+    options = GenerateOptions(max_tokens=config.max_tokens)
+
+    async def write(index: int) -> None:
+        start_s = trio.current_time()
+        async with engine.generate(prompts[index], options, policy()) as generation:
+            run.tokens[index] = [token async for token in generation]
+        run.seconds[index] = trio.current_time() - start_s
+        times = [at_s for at_s, _ in generation.arrivals]
+        run.gaps_s += [after - before for before, after in pairwise(times)]
+
+    start_s = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for index in range(len(prompts)):
+            nursery.start_soon(write, index)
+    run.wall_s = trio.current_time() - start_s
+    return run
+
+
+def random_prompts(vocab_size: int, count: int) -> list[list[TokenId]]:
+    """Tokens at random: a bench of serving needs no sense in them, and a model no tokenizer."""
+    rng = random.Random(0)  # noqa: S311 - reproducible
+    return [rng.choices(range(vocab_size), k=_PROMPT_TOKENS + index) for index in range(count)]

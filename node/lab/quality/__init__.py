@@ -1,0 +1,1 @@
+"""Answer quality: prompts, paired generation, thresholds, and a sandbox for generated programs."""

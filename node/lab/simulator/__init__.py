@@ -1,0 +1,1 @@
+"""Simulator runs for the commands: scenarios, fitting, training, reproduction of the papers."""

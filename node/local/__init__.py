@@ -1,0 +1,1 @@
+"""Stage processes on this machine: start one, start several, emulate a network between them."""

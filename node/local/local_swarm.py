@@ -1,0 +1,123 @@
+"""A swarm of node processes on this machine, ended with the block that started them."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from dsd_p2p.errors import ModelError
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.types import Span
+from node.config import ModelFlags, NodeConfig
+from node.local.events import Failed, Loading, Ready, Started, parse
+from node.local.stage_processes import StageProcess
+
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalNode:
+    """One process of the swarm."""
+
+    address: str
+    pid: int
+    weight_bytes: int
+
+
+@asynccontextmanager
+async def local_swarm(stages: Sequence[StageProcess], progress: Progress) -> AsyncIterator[list[LocalNode]]:
+    """Start one process a stage of a real model; see `stage_swarm`."""
+    async with stage_swarm("node.local.stage_processes", stages, progress) as nodes:
+        yield nodes
+
+
+@asynccontextmanager
+async def stage_swarm(
+    program: str, stages: Sequence[msgspec.Struct], progress: Progress
+) -> AsyncIterator[list[LocalNode]]:
+    """Run the module `program`, which forks one process a stage; yields them, in order, once all of them serve.
+
+    A process that dies later is seen by whoever talks to it. All end with the block, and also when this process is killed: each
+    watches its standard input, a pipe whose other end is ours.
+
+    Raises:
+        ModelError: one of them could not start: says why.
+    """
+    # A session of their own: Ctrl-C reaches only us, and we end them.
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdin is not None
+        await process.stdin.send_all(msgspec.json.encode(list(stages)) + b"\n")
+        with trio.move_on_after(_START_TIMEOUT_S) as scope:
+            local_nodes = await _all_ready(process, len(stages), progress)
+        if scope.cancelled_caught:
+            raise ModelError(f"the stages did not start within {_START_TIMEOUT_S:g} s: is the machine out of memory?")
+        yield local_nodes
+    finally:
+        await _stop(process)
+
+
+def stage_processes(config: ModelFlags, spans: Sequence[Span]) -> list[StageProcess]:
+    """Return a process for each span of the model."""
+    shared = {name: getattr(config, name) for name in ModelFlags.__struct_fields__}
+    return [StageProcess(config=NodeConfig(span=f"{span.first}:{span.last}", **shared)) for span in spans]
+
+
+async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) -> list[LocalNode]:
+    assert process.stdout is not None
+    pids: dict[int, int] = {}
+    ready: dict[int, LocalNode] = {}
+    buffer = b""
+    while len(ready) < num_nodes:
+        chunk = await process.stdout.receive_some()
+        if not chunk:
+            raise ModelError("the stage processes ended before they were ready: see their messages above")
+        *lines, buffer = (buffer + chunk).split(b"\n")
+        for line in lines:
+            report = parse(line)
+            match report.event:
+                case Loading(what=what):
+                    progress.step(f"stage {report.index}: {what}", 0, 0)
+                case Started(pid=pid):
+                    pids[report.index] = pid
+                case Ready(address=address, weight_bytes=weight_bytes):
+                    progress.step(f"stage {report.index}: ready", 1, 1)
+                    ready[report.index] = LocalNode(address=address, pid=pids[report.index], weight_bytes=weight_bytes)
+                case Failed(text=text):
+                    raise ModelError(f"stage {report.index}: {text}")
+    return [ready[index] for index in range(num_nodes)]
+
+
+async def _stop(process: trio.Process) -> None:
+    """Ask the whole session to stop, then make it."""
+    with trio.CancelScope(shield=True):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with trio.move_on_after(_STOP_TIMEOUT_S):
+                await _session_gone(process)
+                break
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    await pipe.aclose()
+
+
+async def _session_gone(process: trio.Process) -> None:
+    """The pipe ends when the last process that can write to it has."""
+    assert process.stdout is not None
+    while await process.stdout.receive_some():
+        pass
+    await process.wait()

@@ -1,0 +1,71 @@
+"""What a node can serve: layers of a real model."""
+
+import torch
+
+from dsd_p2p import units
+from dsd_p2p.cache.slots import SlotTable
+from dsd_p2p.models.architecture import read_config
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.types import PeerInfo, Span
+from node.config import ComputeFlags, NodeConfig
+
+_WARM_UP_NODES = (1, 8)
+
+
+def load_span_of(
+    source: ModelSource, config: NodeConfig, peer: str, addresses: tuple[str, ...]
+) -> tuple[SpanModel, PeerInfo]:
+    """Load the configured layers of a model and warm them up.
+
+    Raises:
+        ConfigError, ModelError: they do not exist, or cannot be loaded.
+    """
+    num_layers = int(read_config(source.folder).num_hidden_layers)
+    span = units.span(config.span) if config.span else Span(0, num_layers)
+    model = load_span(source, span, config, config.dtype)
+    info = PeerInfo(
+        peer=peer,
+        addresses=addresses,
+        span=span,
+        num_layers=num_layers,
+        model_name=source.name[-128:],
+        model_digest=source.digest(),
+        dtype=config.dtype,
+        max_positions=model.shape.max_positions,
+    )
+    return model, info
+
+
+def load_span(
+    source: ModelSource, span: Span, config: ComputeFlags, dtype: str, donor: SpanModel | None = None
+) -> SpanModel:
+    """Load layers of a model and warm them up; those that `donor` holds are taken over from it.
+
+    Raises:
+        ConfigError, ModelError: they do not exist, or cannot be loaded.
+    """
+    torch.set_num_threads(config.threads)
+    model = SpanModel(
+        source,
+        span,
+        dtype=dtype,
+        device=config.device,
+        cache_bytes=units.num_bytes(config.cache_memory),
+        donor=donor,
+    )
+    _warm_up(model)
+    return model
+
+
+def _warm_up(model: SpanModel) -> None:
+    """The first passes fault the weights in and choose kernels: take that before anybody waits."""
+    for num_nodes in _WARM_UP_NODES:
+        cache = model.new_cache(num_nodes)
+        forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+        inputs = [0] * num_nodes if model.is_head else bytes(num_nodes * model.row_bytes)
+        if model.is_tail:
+            model.views(cache, forward, inputs, range(num_nodes))
+        else:
+            model.hidden(cache, forward, inputs)
+        cache.free()

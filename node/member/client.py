@@ -1,0 +1,158 @@
+"""A coordinator in a swarm: what `dsd generate --swarm` and other commands use."""
+
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+
+import trio
+
+from dsd_p2p.coordination.engine import Engine
+from dsd_p2p.coordination.for_others import ThinClient
+from dsd_p2p.coordination.swarm_directory import SwarmDirectory
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.errors import DsdError, PeerDisconnected
+from dsd_p2p.models.architecture import read_config, shape_of
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.peers.membership import Membership
+from dsd_p2p.peers.services import run_services
+from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
+from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.swarm.registry import Registry
+from dsd_p2p.transport.emulated import emulate
+from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
+from dsd_p2p.types import PeerId, PeerInfo
+from dsd_p2p.wire.codec import MAX_FRAME_BYTES
+from dsd_p2p.wire.membership import MemberState
+from dsd_p2p.wire.version import PROTOCOL_ID
+from node.member.control import NodeStatus, Status, ask_node
+from node.member.reachable import reachable_addresses
+from node.member.state import SwarmState
+
+SWARM_RETRY = RetryPolicy(max_attempts=8, first_delay_s=0.1, max_delay_s=2.0)
+"""Several peers may go at once, and news of it takes a heartbeat or two: about five seconds of tries in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmClient:
+    """A member that holds no layers. thin: asks others to coordinate."""
+
+    engine: Engine
+    thin: ThinClient
+    membership: Membership
+    directory: SwarmDirectory
+    transport: Libp2pTransport
+
+
+@asynccontextmanager
+async def open_swarm_client(
+    state: SwarmState,
+    source: ModelSource,
+    drafter: Drafter,
+    *,
+    link: LinkModel | None = None,
+    heartbeat_s: float = 1.0,
+    listen: str = "/ip4/0.0.0.0/tcp/0",
+    coverage_timeout_s: float = 30.0,
+    meet_timeout_s: float = 20.0,
+) -> AsyncIterator[SwarmClient]:
+    """Be a member of the swarm until the end of the block, met by at least one other.
+
+    Raises:
+        PeerDisconnected: nobody can be reached, or we are not let in: says why.
+    """
+    stored = state.membership()
+    shape = shape_of(read_config(source.folder))
+    rng = random.Random(secrets.randbits(64))  # noqa: S311 - jitter of links and retries
+    with state.client() as (identity, grants):
+        async with (
+            open_libp2p(
+                identity=identity,
+                listen=listen,
+                protocol=PROTOCOL_ID,
+                max_frame_bytes=MAX_FRAME_BYTES,
+                network_key=stored.network_key,
+            ) as inner,
+            emulate(inner, link or LinkModel(), rng) as transport,
+            trio.open_nursery() as nursery,
+        ):
+            inner.addresses = reachable_addresses(inner.addresses, "")
+            registry = Registry(me=inner.peer, swarm=stored.swarm, interval_s=heartbeat_s)
+            membership = Membership(
+                state.key_of(identity),
+                grants,
+                registry,
+                bootstrap=await _bootstrap(state),
+                unix=time.time,
+                rng=rng,
+                version=version("dsd-p2p"),
+            )
+            me = PeerInfo(peer=inner.peer, addresses=inner.addresses)
+            links = membership.links = PeerLinks(transport, me, door=membership)
+            directory = SwarmDirectory(
+                membership,
+                model_digest=source.digest(),
+                dtype=stored.dtype,
+                num_layers=shape.num_layers,
+                coverage_timeout_s=coverage_timeout_s,
+            )
+            engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
+            thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
+            nursery.start_soon(run_services, links, [membership, engine, thin])
+            await membership.announce(me, MemberState.SERVING)
+            await _meet(membership, meet_timeout_s)
+            yield SwarmClient(engine=engine, thin=thin, membership=membership, directory=directory, transport=inner)
+            await membership.leave()
+            nursery.cancel_scope.cancel()
+
+
+def choose_place(client: SwarmClient, drafter: str) -> PeerId | None:
+    """Return the peer that should coordinate; None for this machine, which has this drafter."""
+    me = client.transport.peer
+    capable = client.directory.coordinators() | {me: speculation_of(drafter)}
+    chosen = choose_coordinator(client.directory.view(), me, capable)
+    return None if chosen is None or chosen[0] == me else chosen[0]
+
+
+def next_coordinator(directory: SwarmDirectory, me: PeerId, avoid: Collection[str]) -> PeerId | None:
+    """Return the peer that a thin client should ask, without those to avoid; None when there is none."""
+    chosen = choose_coordinator(directory.view(), me, directory.coordinators(), avoid)
+    return chosen[0] if chosen else None
+
+
+async def _meet(membership: Membership, timeout_s: float) -> None:
+    """Wait until a member is heard.
+
+    Raises:
+        PeerDisconnected: none was in time.
+    """
+    registry = membership.registry
+    with trio.move_on_after(timeout_s):
+        while sum(member.is_alive for member in registry.members()) < 2:
+            with trio.move_on_after(registry.interval_s):
+                await membership.changed()
+        return
+    raise PeerDisconnected(
+        f"no member of the swarm was reached within {timeout_s:g} s: {membership.last_failure or 'nobody answers'}; "
+        "see `dsd doctor`"
+    )
+
+
+async def _bootstrap(state: SwarmState) -> list[str]:
+    """This machine's own node and whom it reaches; without one, whoever was known and the invite's addresses."""
+    try:
+        status = await ask_node(state.control_socket, Status(), timeout_s=2)
+        assert isinstance(status, NodeStatus)
+    except DsdError:
+        records = [record for record in state.known().records if record.profile.max_layers and record.info.addresses]
+        return list(dict.fromkeys([*(r.info.addresses[0] for r in records[:8]), *state.membership().bootstrap]))
+    others = [
+        member.addresses[0] for member in status.members if member.is_alive and member.addresses and member.max_layers
+    ]
+    return list(dict.fromkeys([*status.addresses[-1:], *others]))

@@ -1,0 +1,172 @@
+"""What a node of a swarm shows outside: the OpenAI-compatible door, and its telemetry."""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from dsd_p2p import units
+from dsd_p2p.coordination.engine import Engine
+from dsd_p2p.coordination.for_others import ThinClient
+from dsd_p2p.coordination.swarm_directory import SwarmDirectory
+from dsd_p2p.models.architecture import ModelShape
+from dsd_p2p.models.cache import CacheBudget
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.models.text import TextCodec
+from dsd_p2p.peers.membership import Membership
+from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
+from dsd_p2p.stage.server import StageServer
+from dsd_p2p.telemetry.events import PeerStatus
+from dsd_p2p.types import PeerId
+from dsd_p2p.window.base import WindowPolicy
+from node.config import GatewayConfig, ServeFlags
+from node.gateway.app import Served
+from node.gateway.door import EngineDoor, SwarmDoor
+from node.gateway.keys import Clients
+from node.gateway.server import serve_gateway
+from node.gateway.setup import make_gateway
+from node.member.client import SWARM_RETRY
+from node.member.state import StoredMembership
+from node.watch.telemetry import (
+    EventHub,
+    StatusSource,
+    broker_of,
+    hearing,
+    publishing,
+    recording,
+    report_forever,
+    tracing,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeParts:
+    """What of a node the outside is shown. engine: None where it does not coordinate."""
+
+    config: ServeFlags
+    stored: StoredMembership
+    source: ModelSource
+    membership: Membership
+    directory: SwarmDirectory
+    server: StageServer
+    engine: Engine | None
+    thin: ThinClient
+    budget: Callable[[], CacheBudget | None]
+    state: Callable[[], str]
+    shape: ModelShape
+
+
+def swarm_topics(stored: StoredMembership) -> str:
+    """Return what a swarm's topics are under at a broker."""
+    return stored.swarm.hex()[:16]
+
+
+@asynccontextmanager
+async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
+    """Tell the hub, and the broker if there is one, how the node and its requests are."""
+    me = parts.membership.links.me.peer
+    broker = broker_of(parts.config.mqtt, parts.config.mqtt_ca, swarm_topics(parts.stored))
+    async with (
+        publishing(broker, me) as publisher,
+        hearing(broker, hub, me),
+        tracing(parts.config.otlp, me) as trace,
+        AsyncExitStack() as stack,
+        trio.open_nursery() as nursery,
+    ):
+        hub.pass_on_to(trace)
+        hub.pass_on_to(stack.enter_context(recording(parts.config.record)))
+        if publisher is not None:
+            hub.pass_on_to(publisher.tell)
+        if parts.engine is not None:
+            parts.engine.tell = hub.tell
+        roles = ("stage", "coordinator") if parts.engine else ("stage",)
+        source = StatusSource(
+            links=parts.membership.links,
+            roles=roles,
+            server=parts.server,
+            budget=parts.budget,
+            state=parts.state,
+            model=parts.stored.model,
+            num_dropped=lambda: publisher.num_dropped if publisher else 0,
+        )
+        nursery.start_soon(report_forever, source, hub.tell, partial(_hear_members, parts.membership, hub))
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def _hear_members(membership: Membership, hub: EventHub) -> None:
+    """What heartbeats tell of the others, unless they tell it better themselves."""
+    hub.tick()
+    me = membership.links.me.peer
+    for member in membership.registry.members():
+        info, picture = member.record.info, hub.picture
+        says_itself = member.peer in hub.speaking and not picture.is_silent(member.peer)
+        if member.peer == me or says_itself:
+            continue
+        hub.hear(
+            PeerStatus(
+                at_s=time.time(),
+                peer=member.peer,
+                is_online=member.is_alive,
+                roles=(member.record.grants[-1].role,),
+                version=member.record.version,
+                model=info.model_name,
+                dtype=info.dtype,
+                first=info.span.first if info.span else 0,
+                last=info.span.last if info.span else 0,
+                num_layers=info.num_layers,
+                state=member.record.state,
+                num_sessions=member.num_sessions,
+                cache_bytes=member.cache_bytes,
+                links_s={} if member.round_trip_s is None else {me: member.round_trip_s},
+            )
+        )
+
+
+async def serve_door(
+    parts: NodeParts,
+    config: GatewayConfig,
+    clients: Clients,
+    hub: EventHub,
+    make_policy: Callable[[], WindowPolicy],
+    opened: Callable[[str], None],
+) -> None:
+    """Serve until cancelled; the best coordinator writes. opened: is told the base URL.
+
+    Raises:
+        ConfigError: the port cannot be used.
+    """
+    assert config.port is not None, "a door has a port"
+    engine, source = parts.engine, parts.source
+    here = EngineDoor(engine, engine.drafter, make_policy) if engine else None
+    gateway = make_gateway(
+        config,
+        clients,
+        SwarmDoor(here, parts.thin, partial(_coordinator, parts), units.seconds(config.answer_timeout)),
+        Served(
+            name=parts.stored.model,
+            digest=source.digest(),
+            dtype=parts.stored.dtype,
+            max_positions=parts.shape.max_positions,
+            vocab_size=parts.shape.vocab_size,
+            text=await trio.to_thread.run_sync(TextCodec, source.folder),
+        ),
+        hub,
+        is_ready=lambda: not parts.directory.view().uncovered(),
+        retry=SWARM_RETRY,
+    )
+    async with trio.open_nursery() as nursery:
+        opened(await nursery.start(serve_gateway, gateway, config.host, config.port, config.names))
+
+
+def _coordinator(parts: NodeParts) -> PeerId | None:
+    """The peer that should coordinate a request now; None for this node."""
+    me = PeerId(parts.membership.links.me.peer)
+    capable = dict(parts.directory.coordinators())
+    if parts.engine is not None:
+        capable[me] = speculation_of(parts.engine.drafter.name)
+    chosen = choose_coordinator(parts.directory.view(), me, capable)
+    return None if chosen is None or chosen[0] == me else chosen[0]

@@ -1,0 +1,173 @@
+"""What a node is worth: measured once for each model on this hardware, then kept."""
+
+import hashlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import torch
+
+from dsd_p2p import units
+from dsd_p2p.cache.slots import SlotTable
+from dsd_p2p.models.architecture import read_config, shape_of
+from dsd_p2p.models.cache_dir import default_cache_dir
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.models.span import SpanModel
+from dsd_p2p.placement.view import WIDE_WINDOW_NODES
+from dsd_p2p.stage.span_model import SpanModel as StageModel
+from dsd_p2p.types import Span
+from dsd_p2p.wire.membership import NodeProfile
+from node.config import ComputeFlags, ServeFlags
+
+_REPEATS = 9
+_CONTEXT = 64
+_MEMORY_SHARE = 0.6
+"""Of what is free now: the rest is for activations and for whoever else uses the machine."""
+
+
+class _Measured(msgspec.Struct, frozen=True):
+    layer_s: float
+    layer16_s: float
+    launch_s: float
+    layer_bytes: int
+
+
+class Machine(Protocol):
+    """How a node measures this machine and runs a span on it; the lab has a slow one."""
+
+    def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> NodeProfile:
+        """Return what this machine does with one layer of the model; raises as `measure_node` does."""
+        ...
+
+    def serve(self, model: StageModel) -> StageModel:
+        """Return what serves the loaded span."""
+        ...
+
+
+class ThisMachine:
+    """The machine as it is."""
+
+    def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> NodeProfile:
+        """See `measure_node`."""
+        return measure_node(source, config, dtype)
+
+    def serve(self, model: StageModel) -> StageModel:
+        """Return the model itself."""
+        return model
+
+
+def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> NodeProfile:
+    """Return what this machine does with one layer of the model, and how many it has room for.
+
+    Raises:
+        ConfigError, ModelError: the model cannot be loaded.
+    """
+    torch.set_num_threads(config.threads)
+    file = default_cache_dir() / "profiles" / f"{_fingerprint(source, config, dtype)}.json"
+    measured = _read(file)
+    if measured is None:
+        measured = _measure(source, config, dtype)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(msgspec.json.encode(measured))
+    num_layers = int(read_config(source.folder).num_hidden_layers)
+    if config.max_layers:
+        room = config.max_layers
+    else:
+        free_bytes = units.num_bytes(config.memory) if config.memory else _MEMORY_SHARE * available_bytes()
+        room = int((free_bytes - units.num_bytes(config.cache_memory)) / measured.layer_bytes)
+    return NodeProfile(
+        layer_us=round(measured.layer_s * 1e6),
+        layer16_us=round(measured.layer16_s * 1e6),
+        launch_us=round(measured.launch_s * 1e6),
+        max_layers=max(1, min(room, num_layers)),
+    )
+
+
+def _measure(source: ModelSource, config: ServeFlags, dtype: str) -> _Measured:
+    config_ = read_config(source.folder)
+    middle = int(config_.num_hidden_layers) // 2
+    span = Span(middle, middle + 1)
+    if shape_of(config_).num_layers == 1:
+        span = Span(0, 1)
+    model = SpanModel(source, span, dtype=dtype, device=config.device)
+    return _Measured(
+        layer_s=pass_s(model, 1),
+        layer16_s=pass_s(model, WIDE_WINDOW_NODES),
+        launch_s=_median_s(lambda: torch.add(_ONE, _ONE)),
+        layer_bytes=model.weight_bytes,
+    )
+
+
+_ONE = torch.ones(1)
+
+
+def pass_s(model: SpanModel, num_nodes: int) -> float:
+    """Return the median seconds of a pass over `num_nodes` in a context of some length."""
+    cache = model.new_cache(_CONTEXT + (_REPEATS + 2) * num_nodes)
+    slots = SlotTable()
+
+    def run(start: int, count: int) -> None:
+        nodes = range(start, start + count)
+        forward = slots.append(nodes, [None if node == 0 else node - 1 for node in nodes], nodes)
+        inputs = [0] * count if model.is_head else bytes(count * model.row_bytes)
+        if model.is_tail:
+            model.views(cache, forward, inputs, range(count))
+        else:
+            model.hidden(cache, forward, inputs)
+
+    run(0, _CONTEXT)
+    starts = iter(range(_CONTEXT, _CONTEXT + (_REPEATS + 1) * num_nodes, num_nodes))
+    seconds = _median_s(lambda: run(next(starts), num_nodes))
+    cache.free()
+    return seconds
+
+
+def _median_s(action: Callable[[], object]) -> float:
+    action()
+    samples = []
+    for _ in range(_REPEATS):
+        start_s = time.perf_counter()
+        action()
+        samples.append(time.perf_counter() - start_s)
+    return statistics.median(samples)
+
+
+def _read(file: Path) -> _Measured | None:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=_Measured)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _fingerprint(source: ModelSource, config: ServeFlags, dtype: str) -> str:
+    """What a measurement holds for: the processor, the library, the model, the settings."""
+    hardware = [_processor(), torch.__version__, str(config.threads), config.device]
+    if config.device != "cpu" and torch.cuda.is_available():
+        hardware.append(torch.cuda.get_device_name())
+    return hashlib.sha256("\n".join([*hardware, source.digest(), dtype]).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def describe_machine(config: ComputeFlags) -> str:
+    """Return processor, library and settings in a line."""
+    return f"{_processor()}, torch {torch.__version__}, {config.device}, {config.threads} thread(s)"
+
+
+def available_bytes() -> int:
+    """Return the memory that programs may still take."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 2 << 30

@@ -1,0 +1,68 @@
+"""Runs a node of a swarm in this process."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from dsd_p2p.errors import DsdError, first_cause
+from node.config import NO_DOOR, GatewayConfig, ServeFlags
+from node.console import ConsoleProgress, console
+from node.local.events import DoorOpen, Failed, Loading, NodeEvent, Ready
+from node.member.state import SwarmState
+
+if TYPE_CHECKING:
+    from node.member.measure import Machine
+
+
+def serve_swarm(
+    config: ServeFlags,
+    report: Callable[[NodeEvent], None],
+    door: GatewayConfig = NO_DOOR,
+    machine: "Machine | None" = None,
+) -> int:
+    """Serve until stopped; what keeps the node from it is reported. Returns the exit code.
+
+    machine: what computes; by default this one.
+    """
+    from dsd_p2p.models.source import find_model
+    from node.member.measure import ThisMachine
+    from node.member.node import SwarmNode
+
+    machine = machine or ThisMachine()
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        state = SwarmState(config.swarm)
+        stored = state.membership()
+        with ConsoleProgress() as progress:
+            source = find_model(stored.model, progress)
+        report(Loading(what="measure this machine"))
+        profile = machine.measure(source, config, stored.dtype)
+        trio.run(SwarmNode(config, state, source, profile, report, door, machine).run)
+    except (DsdError, BaseExceptionGroup) as exc:
+        if not isinstance(cause := first_cause(exc), DsdError):
+            raise
+        report(Failed(text=str(cause)))
+        return 1
+    return 0
+
+
+def tell_user(event: NodeEvent) -> None:
+    """Show what the node does."""
+    match event:
+        case Loading(what=what):
+            console.print(f"[dim]{what} …[/]")
+        case Ready(address=address, span=span):
+            console.print(f"serving layers {span} at")
+            print(address, flush=True)
+        case DoorOpen(url=url):
+            print(f"chat at {url}/, OpenAI clients at {url}/v1, dsd top {url}", flush=True)
+        case Failed(text=text):
+            print(f"dsd node: {text}", file=sys.stderr)
+        case _:
+            pass

@@ -1,0 +1,1 @@
+"""What a process reports about itself, where the reports go, and the dashboard that shows them."""

@@ -1,0 +1,295 @@
+"""The gateway's parts without a swarm: stop strings, keys, limits, admission."""
+
+import re
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from test_stage_server import PROMPT, toy_swarm
+from toy import plain_text
+
+from dsd_p2p.coordination.engine import GenerateOptions
+from dsd_p2p.errors import CapacityError, ConfigError
+from dsd_p2p.session.effects import Emit
+from dsd_p2p.window.static import StaticPolicy, sync_chain
+from node.gateway.admission import Admission, PatientDoor
+from node.gateway.app import Gateway, GatewayLimits, Served
+from node.gateway.choice import StopStrings
+from node.gateway.door import EngineDoor, Outcome
+from node.gateway.errors import ApiError
+from node.gateway.keys import ApiKey, Client, Clients, read_keys
+from node.gateway.server import check_exposure
+from node.watch.telemetry import EventHub
+
+
+@given(
+    st.lists(st.text(alphabet="ab", max_size=4), max_size=12),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=4),
+)
+def test_stop_strings_wherever_the_pieces_are_cut(pieces, stops):
+    whole = "".join(pieces)
+    found = [at for stop in stops if (at := whole.find(stop)) >= 0]
+    stopper, shown = StopStrings(stops), ""
+    for piece in pieces:
+        shown += stopper.feed(piece)
+        # Never more than may be shown, whatever comes.
+        assert whole.startswith(shown)
+        if stopper.is_found:
+            break
+    shown += stopper.rest()
+    if stopper.is_found:
+        assert found
+        assert not any(stop in shown for stop in stops)
+        assert re.match(re.escape(shown) + f"({'|'.join(map(re.escape, stops))})", whole)
+    else:
+        assert shown == whole
+        assert not found
+
+
+def write_keys(folder, text):
+    file = folder / "keys.toml"
+    file.write_text(text)
+    return file
+
+
+def test_keys_are_checked(tmp_path):
+    secret = "sk-0123456789abcdef"  # noqa: S105
+    file = write_keys(tmp_path, f'[[key]]\nname = "alice"\nkey = "{secret}"\nrequests_per_minute = 2\n')
+    clients = Clients(read_keys(file))
+    alice = clients.identify({"authorization": f"Bearer {secret}"})
+    assert alice.name == "alice"
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Basic {secret}"},
+        {"authorization": secret},
+    ):
+        with pytest.raises(ApiError) as caught:
+            clients.identify(headers)
+        assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+    assert Clients([]).identify({}).name == "anybody"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nonsense",
+        "key = []\n",
+        "[[key]]\nname = 'a'\n",
+        "[[key]]\nname = 'a'\nkey = 'short'\n",
+        "[[key]]\nname = 'a'\nkey = '0123456789abcdef'\nsha256 = '" + "0" * 64 + "'\n",
+        "[[key]]\nname = 'a'\nkey = '0123456789abcdef'\n[[key]]\nname = 'a'\nkey = '0123456789abcdeg'\n",
+        "[[key]]\nname = 'a'\nkey = '0123456789abcdef'\ntypo = 1\n",
+    ],
+)
+def test_a_wrong_file_of_keys_is_named(tmp_path, text):
+    with pytest.raises(ConfigError, match="API keys"):
+        read_keys(write_keys(tmp_path, text))
+
+
+def test_limits_have_openais_headers():
+    client = Client("alice", requests_per_minute=3, tokens_per_minute=100)
+    client.begin()
+    client.take(40)
+    headers = client.headers()
+    assert headers["x-ratelimit-limit-requests"] == "3"
+    assert headers["x-ratelimit-remaining-requests"] == "2"
+    assert headers["x-ratelimit-remaining-tokens"] == "60"
+    client.spend(80)
+    with pytest.raises(ApiError) as caught:
+        client.take(1)
+    assert (caught.value.status, caught.value.code, caught.value.kind) == (429, "rate_limit_exceeded", "tokens")
+    assert 1 <= int(caught.value.headers["Retry-After"]) <= 60
+    other = Client("bob", requests_per_minute=1)
+    other.begin()
+    other.take(10**6)
+    with pytest.raises(ApiError, match="requests a minute"):
+        other.begin()
+    assert Client("free").headers() == {}
+
+
+def test_nobody_is_let_in_from_the_network_without_keys():
+    check_exposure("127.0.0.1", needs_keys=False)
+    check_exposure("192.0.2.1", needs_keys=True)
+    with pytest.raises(ConfigError, match="--api-keys"):
+        check_exposure("192.0.2.1", needs_keys=False)
+
+
+async def test_whoever_has_least_running_comes_first():
+    admission = Admission(max_running=2, max_waiting=10, timeout_s=5)
+    order: list[str] = []
+    release = trio.Event()
+
+    async def hold(owner: str) -> None:
+        async with admission.enter(owner):
+            order.append(owner)
+            await release.wait()
+
+    async with trio.open_nursery() as nursery:
+        for owner in ("greedy", "greedy", "greedy", "greedy", "modest"):
+            nursery.start_soon(hold, owner)
+            await trio.testing.wait_all_tasks_blocked()
+        assert (admission.num_running, admission.num_waiting) == (2, 3)
+        release.set()
+    # The two that became free at the same moment start in any order.
+    assert order[:2] == ["greedy", "greedy"]
+    assert "modest" in order[2:4]
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+async def test_waiting_is_bounded_in_number_and_time(autojump_clock):
+    admission = Admission(max_running=1, max_waiting=1, timeout_s=5)
+    async with admission.enter("a"), trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(CapacityError, match="5 s"):
+                async with admission.enter("b"):
+                    pass
+
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(CapacityError, match="wait here already"):
+            async with admission.enter("c"):
+                pass
+    # Who gives up leaves nothing behind.
+    with trio.move_on_after(1):
+        async with admission.enter("a"):
+            await trio.sleep(2)
+    assert (admission.num_running, admission.num_waiting) == (0, 0)
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    stop_tokens = frozenset()
+
+    def encode(self, text, *, is_raw):
+        return [ord(letter) for letter in text]
+
+    def encode_chat(self, messages):
+        return [ord(letter) for message in messages for letter in message["content"]]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+    def token_text(self, token):
+        return chr(token)
+
+    def streamer(self):
+        return self
+
+    def step(self, token):
+        return chr(token)
+
+
+class EchoDoor:
+    async def write(self, prompt, options, outcome):
+        yield Emit(tokens=tuple(prompt[: options.max_tokens]))
+
+
+@asynccontextmanager
+async def http(keys=(), **limits):
+    gateway = Gateway(
+        door=EchoDoor(),
+        served=Served(name="echo", digest="0" * 64, dtype="float32", max_positions=64, vocab_size=128, text=Letters()),
+        clients=Clients(list(keys)),
+        hub=EventHub(),
+        metrics=lambda: b"",
+        is_ready=lambda: True,
+        limits=GatewayLimits(**limits),
+    )
+    transport = httpx.ASGITransport(gateway.app(["test"]))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        client.gateway = gateway
+        yield client
+
+
+ASKED = {"model": "echo", "prompt": "hello", "max_tokens": 5}
+
+
+async def test_without_a_key_nothing_is_told_and_with_one_no_more_than_its_limit():
+    key = ApiKey(name="alice", key="0123456789abcdef", requests_per_minute=3, tokens_per_minute=12)
+    refused: list[int] = []
+    async with http([key]) as client:
+        client.gateway.note_refused = refused.append
+        for path in ("/v1/models", "/v1/status", "/v1/events", "/metrics"):
+            reply = await client.get(path)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert (await client.post("/v1/completions", json=ASKED)).status_code == 401
+        client.headers["Authorization"] = "Bearer 0123456789abcdef"
+        reply = await client.post("/v1/completions", json=ASKED)
+        assert reply.json()["choices"][0]["text"] == "hello"
+        assert reply.headers["x-ratelimit-remaining-requests"] == "2"
+        assert reply.headers["x-ratelimit-remaining-tokens"] == "2"
+        # Five tokens asked and five written leave two of twelve: not enough for another five.
+        reply = await client.post("/v1/completions", json=ASKED)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (429, "tokens")
+        assert int(reply.headers["retry-after"]) >= 1
+        # What is refused counts, too: the third request is the last.
+        assert (await client.post("/v1/completions", json={"nonsense": 1})).status_code == 400
+        reply = await client.post("/v1/completions", json={"nonsense": 1})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (429, "requests")
+    assert refused == [401] * 5 + [429, 400, 429]
+
+
+@pytest.mark.parametrize("prompt", ["", ["hello", ""], [[]], [128], [[1, 2], [3, 1 << 40]], "\N{SNOWMAN}"])
+async def test_a_prompt_of_no_tokens_or_of_none_of_the_models_is_the_clients_mistake(prompt):
+    async with http() as client:
+        reply = await client.post("/v1/completions", json=ASKED | {"prompt": prompt, "echo": True})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert "prompt" in reply.json()["error"]["message"]
+
+
+async def test_a_failure_that_nobody_foresaw_is_logged_told_and_counted(caplog):
+    statuses: list[int] = []
+
+    class BrokenDoor:
+        async def write(self, prompt, options, outcome):
+            yield Emit(tokens=(104,))
+            raise KeyError("unforeseen")
+
+    async with http() as client:
+        client.gateway.door = BrokenDoor()
+        client.gateway.note = lambda _writing, status: statuses.append(status)
+        whole = await client.post("/v1/completions", json=ASKED)
+        assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
+        streamed = await client.post("/v1/completions", json=ASKED | {"stream": True})
+        *_, last = streamed.text.strip().split("\n\n")
+        assert "the gateway failed" in last
+    assert statuses == [500, 500]
+    assert "unforeseen" in caplog.text
+
+
+async def test_the_door_speculates_only_where_that_helps_all():
+    async with toy_swarm() as swarm:
+        door = EngineDoor(swarm.engine, swarm.engine.drafter, lambda: StaticPolicy(sync_chain(4)))
+        modes = []
+        for allows in (True, False):
+            swarm.engine._governor.allows = lambda _now_s, allows=allows: allows
+            outcome = Outcome()
+            pieces = [piece async for piece in door.write(PROMPT, GenerateOptions(max_tokens=12), outcome)]
+            assert [token for piece in pieces for token in piece.tokens] == plain_text(PROMPT, 12)
+            modes.append(outcome.statistics["mode"])
+    assert modes == ["sync", "plain"]
+
+
+class FullDoor:
+    def __init__(self, num_refusals: int) -> None:
+        self.num_refusals = num_refusals
+
+    async def write(self, prompt, options, outcome):
+        if self.num_refusals:
+            self.num_refusals -= 1
+            raise CapacityError("the cache is full")
+        yield Emit(tokens=(1, 2))
+
+
+async def test_a_full_cache_is_waited_for(autojump_clock):
+    options = GenerateOptions(max_tokens=2)
+    pieces = [piece async for piece in PatientDoor(FullDoor(4), 10).write([1], options, Outcome())]
+    assert pieces == [Emit(tokens=(1, 2))]
+    with pytest.raises(CapacityError, match="full"):
+        [piece async for piece in PatientDoor(FullDoor(99), 10).write([1], options, Outcome())]

@@ -1,0 +1,49 @@
+"""How `dsd bench wan` compares policies with fixed windows."""
+
+import pytest
+
+from node.cli.main import main
+from node.config import WanConfig
+from node.lab.benches.arms import ArmRuns
+from node.lab.benches.wan import _finalists, _regret
+
+
+def arm(*tokens_per_s):
+    runs = ArmRuns()
+    for number, speed in enumerate(tokens_per_s, start=1):
+        runs.add(number, {"num_later_tokens": 100, "later_s": 100 / speed})
+    return runs
+
+
+SWEPT = {"plain": arm(5), "sync-4": arm(20), "sync-8": arm(30), "continuous-2x8-6": arm(25), "awc": arm(99)}
+
+
+@pytest.mark.parametrize(
+    ("finalists", "expected"),
+    [(1, ["plain", "sync-8", "awc"]), (2, ["plain", "sync-8", "continuous-2x8-6", "awc"]), (9, ["plain", *SWEPT])],
+)
+def test_the_fastest_windows_go_on_beside_plain_and_the_policies(finalists, expected):
+    chosen = _finalists(SWEPT, WanConfig(policies=("awc",), finalists=finalists))
+    assert sorted(chosen) == sorted(set(expected))
+    assert chosen[0] == "plain"
+
+
+def test_regret_is_of_all_answers_and_a_policy_is_no_fixed_window():
+    """Each round has a text of its own; here the policy answers two of three as fast, and the hardest at half the speed."""
+    runs = {"plain": arm(5, 5, 5), "sync-8": arm(40, 10, 40), "awc": arm(40, 5, 40), "analytic": arm(20, 20, 20)}
+    regret = _regret(runs, WanConfig(policies=("awc", "analytic"), finalists=1))
+    assert regret == pytest.approx({"awc": 0.4, "analytic": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "wan", "--links", "5ms,999999s"], "at most 8s"),
+        (["bench", "wan", "--finalists", "99"], "see `dsd bench wan --help`"),
+        (["demo", "--max-tokens", "0"], "see `dsd demo --help`"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_before_anything_starts(arguments, words, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line

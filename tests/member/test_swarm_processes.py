@@ -1,0 +1,244 @@
+"""A swarm as people run it: real commands, processes and sockets on loopback."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import httpx
+import msgspec
+import pytest
+import reference
+from families import NUM_LAYERS
+from msgspec.structs import replace
+from test_families import prompt_of
+
+from dsd_p2p.swarm.grants import issue
+from dsd_p2p.swarm.invite import parse_invite
+from dsd_p2p.swarm.keys import SigningKey
+from dsd_p2p.wire.membership import Role
+from node.member.control import NodeStatus
+
+DSD = [sys.executable, "-m", "node.cli"]
+SERVE = ["--listen", "/ip4/127.0.0.1/tcp/0", "--heartbeat", "0.5s", "--cache-memory", "50MB"]
+NUM_TOKENS = 24
+
+
+def dsd(*arguments, check=True, timeout_s=90):
+    result = subprocess.run(
+        [*DSD, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
+    )
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
+
+
+@contextmanager
+def running(*arguments, log):
+    """A node, once it serves; yields its process."""
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [*DSD, *map(str, arguments), *SERVE], stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        try:
+            deadline = time.monotonic() + 60
+            line = ""
+            while "/p2p/" not in line and time.monotonic() < deadline and process.poll() is None:
+                line = process.stdout.readline()
+            assert "/p2p/" in line, log.read_text()
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def status(swarm) -> NodeStatus:
+    return msgspec.json.decode(dsd("members", "--swarm", swarm, "--json").stdout, type=NodeStatus)
+
+
+def alive(swarm):
+    return {member.peer for member in status(swarm).members if member.is_alive}
+
+
+def wait_until(claim, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not claim():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.2)
+
+
+def folders(tmp_path, *names):
+    return [f"{tmp_path}/{name}/" for name in names]
+
+
+def test_from_an_invite_to_an_answer_and_back_out(tiny, tmp_path):
+    a, b, c = folders(tmp_path, "a", "b", "c")
+    model = str(tiny("llama"))
+    prompt = prompt_of(9)
+    expected = reference.greedy(tiny("llama"), prompt, NUM_TOKENS)
+    ask = ["--prompt-ids", ",".join(map(str, prompt)), "--max-tokens", NUM_TOKENS, "--draft", "ngram", "--json"]
+    with running("create", "--swarm", a, "--model", model, "--max-layers", 2, log=tmp_path / "a.log"):
+        invite = dsd("invite", "--swarm", a).stdout.strip()
+        with running("join", invite, "--swarm", b, "--max-layers", 3, log=tmp_path / "b.log") as second:
+            wait_until(lambda: len(alive(a)) == 2)
+            spans = sorted(member.span for member in status(a).members)
+            assert spans == ["[0, 2)", f"[1, {NUM_LAYERS})"], "the second closes the gap"
+            for swarm in (a, b):
+                answer = json.loads(dsd("generate", "--swarm", swarm, *ask).stdout)
+                assert answer["token_ids"] == expected
+            audited = json.loads(dsd("generate", "--swarm", a, "--audit", *ask).stdout)
+            assert audited["token_ids"] == expected
+            plan = json.loads(dsd("plan", "--swarm", a, "--json").stdout)
+            layers = [span for stage in plan["plan"]["stages"] for span in range(*stage["span"])]
+            assert layers == list(range(NUM_LAYERS))
+
+            # A client's invite lets commands in, not stages.
+            client = dsd("invite", "--swarm", a, "--role", "client").stdout.strip()
+            assert "client" in dsd("join", client, "--swarm", c).stdout
+            assert json.loads(dsd("generate", "--swarm", c, *ask).stdout)["token_ids"] == expected
+
+            doctor = dsd("doctor", "--swarm", b, "--json", check=False)
+            findings = {finding["what"]: finding for finding in json.loads(doctor.stdout)}
+            assert all(finding["is_ok"] for name, finding in findings.items() if name != "ports"), doctor.stdout
+            assert sum(name.startswith("…") for name in findings) == 2
+
+            # A drained node has said goodbye before anybody could miss it.
+            dsd("node", "stop", "--swarm", b)
+            assert second.wait(timeout=20) == 0
+            assert len(alive(a)) == 1
+            assert status(a).uncovered == [2, 3]
+        failed = dsd("generate", "--swarm", a, *ask, check=False, timeout_s=120)
+        assert failed.returncode == 1
+        assert "[2, 4)" in failed.stderr
+        with running("node", "--swarm", b, "--max-layers", 3, log=tmp_path / "b2.log"):
+            wait_until(lambda: len(alive(a)) == 2)
+            assert json.loads(dsd("generate", "--swarm", a, *ask).stdout)["token_ids"] == expected
+            assert len([m for m in status(a).members if m.span]) == 2, "restarted, not counted twice"
+
+
+def test_any_node_can_be_the_door_and_the_best_coordinator_writes(tmp_path):
+    """The second node does not coordinate: it hands requests on, over the swarm, and a text is the same through either."""
+    a, b = folders(tmp_path, "a", "b")
+    asked = {
+        "model": "smollm2-135m",
+        "prompt": "The quick brown fox",
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": 1,
+    }
+
+    def ask(url: str) -> dict:
+        reply = httpx.post(f"{url}/v1/completions", json=asked, timeout=60)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def door(process: subprocess.Popen) -> str:
+        while not (found := re.search(r"chat at (http://[^/]+)/", line := process.stdout.readline())):
+            assert line, "the node ended"
+        return found.group(1)
+
+    with running("create", "--swarm", a, "--port", 0, log=tmp_path / "a.log") as first:
+        own = door(first)
+        invite = dsd("invite", "--swarm", a).stdout.strip()
+        with running("join", invite, "--swarm", b, "--draft", "none", "--port", 0, log=tmp_path / "b.log") as second:
+            other = door(second)
+            wait_until(lambda: httpx.get(f"{other}/readyz").status_code == 200)
+            here, there = ask(own), ask(other)
+            assert here["choices"] == there["choices"]
+            assert here["usage"]["speculation"][0]["coordinator"] == ""
+            assert there["usage"]["speculation"][0]["coordinator"] == status(a).peer
+            peers = httpx.get(f"{other}/v1/status").json()["peers"]
+            assert {peer["peer"] for peer in peers} == alive(a)
+        refused = httpx.get(f"{own}/v1/models", headers={"Host": "evil.example"})
+        assert refused.status_code == 400
+
+
+def test_who_is_not_wanted_gets_a_clear_word_and_nothing_else(tiny, tmp_path):
+    a, b, c, d = folders(tmp_path, "a", "b", "c", "d")
+    log = tmp_path / "a.log"
+    with running("create", "--swarm", a, "--model", str(tiny("llama")), log=log):
+        invite = parse_invite(dsd("invite", "--swarm", a).stdout)
+        other = SigningKey(b"x" * 32)
+        forged = replace(
+            invite,
+            seed=b"y" * 32,
+            grants=(issue(other, SigningKey(b"y" * 32).public, role=Role.STAGE, expires_at_s=2**33, max_uses=9),),
+        )
+        cases = {
+            "forged": (forged, "one of this swarm|who the grant"),
+            "stretched": (replace(invite, grants=(replace(invite.grants[0], expires_at_s=2**34),)), "signature"),
+            "other network key": (replace(invite, network_key=bytes(32)), "network key"),
+        }
+        for name, (bad, words) in cases.items():
+            result = dsd("join", str(bad), "--swarm", f"{tmp_path}/{name.replace(' ', '-')}/", *SERVE, check=False)
+            assert result.returncode != 0, name
+            assert re.search(words, result.stderr), (name, result.stderr)
+            assert "Traceback" not in result.stderr
+        expired = dsd("invite", "--swarm", a, "--expires", "1s").stdout.strip()
+        time.sleep(1.2)
+        result = dsd("join", expired, "--swarm", b, *SERVE, check=False)
+        assert result.returncode != 0
+        assert "expired" in result.stderr
+        for broken in ("dsd1nonsense", "hello", str(invite)[:-3]):
+            result = dsd("join", broken, "--swarm", c, *SERVE, check=False)
+            assert result.returncode == 2
+            assert len(result.stderr.strip().splitlines()) == 1
+        assert len(alive(a)) == 1
+        # One use: the first is in, the second is told.
+        with running("join", invite, "--swarm", c, log=tmp_path / "c.log"):
+            wait_until(lambda: len(alive(a)) == 2)
+            result = dsd("join", invite, "--swarm", d, *SERVE, check=False)
+            assert result.returncode != 0
+            assert "used by 1 others" in result.stderr
+            # Thrown out: gone at once, and it may not come back.
+            (victim,) = alive(a) - {status(a).peer}
+            dsd("revoke", victim[-10:], "--swarm", a)
+            wait_until(lambda: len(alive(a)) == 1)
+        again = dsd("node", "--swarm", c, *SERVE, check=False)
+        assert again.returncode != 0
+        assert "revoked" in again.stderr
+        lines = log.read_text().splitlines()
+        # Dropped while it was connected, or refused when it came back: whichever was first.
+        assert any("revoked" in line and ("peer dropped" in line or "member gone" in line) for line in lines)
+        assert any("used by" in line and "peer dropped" in line for line in lines)
+
+
+def test_a_second_node_of_the_same_swarm_on_a_machine_is_refused(tiny, tmp_path):
+    (a,) = folders(tmp_path, "a")
+    with running("create", "--swarm", a, "--model", str(tiny("llama")), log=tmp_path / "a.log") as first:
+        result = dsd("node", "--swarm", a, *SERVE, check=False)
+        assert result.returncode != 0
+        assert "dsd node stop" in result.stderr
+        again = dsd("create", "--swarm", a, *SERVE, check=False)
+        assert again.returncode == 2
+        assert "already" in again.stderr
+        first.send_signal(signal.SIGINT)
+        assert first.wait(timeout=20) == 0
+    result = dsd("members", "--swarm", a, check=False)
+    assert result.returncode == 2
+    assert "start it with" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["members", "--swarm", "nowhere"], "no node of this swarm"),
+        (["invite", "--swarm", "nowhere"], "dsd create"),
+        (["generate", "--swarm", "nowhere", "--prompt", "x"], "dsd create"),
+        (["generate", "--audit", "--prompt", "x"], "--swarm"),
+        (["join", "dsd1"], "damaged"),
+        (["up", "--mqtt", "http://x"], "mqtt://HOST:PORT"),
+        (["up", "--mqtt", "mqtts://x", "--mqtt-ca", "nowhere"], "no such file"),
+        (["up", "--host", "192.0.2.1"], "--api-keys"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    result = dsd(*arguments, check=False)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

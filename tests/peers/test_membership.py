@@ -1,0 +1,252 @@
+"""Members of a swarm in virtual time: they find each other, notice who is gone, keep strangers out, and route around."""
+
+import random
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+import trio
+from msgspec.structs import replace
+from test_swarm import NOW_S, OWNER, STRANGER, invite, key
+
+from dsd_p2p.coordination.swarm_directory import SwarmDirectory
+from dsd_p2p.errors import CoverageLost, PeerDisconnected
+from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.peers.membership import Membership
+from dsd_p2p.peers.services import run_services
+from dsd_p2p.placement.route import Detour
+from dsd_p2p.swarm.grants import revoke
+from dsd_p2p.swarm.registry import Registry
+from dsd_p2p.transport.memory import MemoryNetwork
+from dsd_p2p.types import PeerInfo, Span
+from dsd_p2p.wire.membership import MemberState, NodeProfile, Role
+
+INTERVAL_S = 1.0
+NUM_LAYERS = 30
+
+
+class Node:
+    """One member: start it in a nursery, cancel `scope` to kill it."""
+
+    def __init__(self, network, number, *, span=None, grants=None, bootstrap=(), interval_s=INTERVAL_S, belongs=True):
+        self.key = key(number)
+        self.network = network
+        self.span = span
+        self.belongs = belongs
+        self.scope = trio.CancelScope()
+        grants = invite(max_uses=20).admit(self.key.public) if grants is None else grants
+        registry = Registry(me=self.key.peer, swarm=OWNER.public, interval_s=interval_s)
+        self.membership = Membership(
+            self.key,
+            grants,
+            registry,
+            bootstrap=[f"memory:{key(n).peer}" for n in bootstrap],
+            unix=lambda: NOW_S + trio.current_time(),
+            rng=random.Random(number),
+        )
+        self.registry = registry
+
+    @property
+    def peer(self):
+        return self.key.peer
+
+    def info(self, span=None):
+        span = span or self.span
+        return PeerInfo(
+            peer=self.peer,
+            addresses=(f"memory:{self.peer}",),
+            span=span,
+            num_layers=NUM_LAYERS if span else 0,
+            model_digest="digest" if span else "",
+            dtype="float32" if span else "",
+            max_positions=1024,
+        )
+
+    async def run(self, *, task_status=trio.TASK_STATUS_IGNORED):
+        with self.scope:
+            async with self.network.open(self.peer) as transport, trio.open_nursery() as nursery:
+                self.links = self.membership.links = PeerLinks(transport, self.info(), door=self.membership)
+                nursery.start_soon(run_services, self.links, [self.membership])
+                await trio.testing.wait_all_tasks_blocked()
+                if self.belongs:
+                    profile = NodeProfile(layer_us=1000, layer16_us=1500, max_layers=NUM_LAYERS if self.span else 0)
+                    await self.membership.announce(self.info(), MemberState.SERVING, profile)
+                task_status.started(self)
+                await trio.sleep_forever()
+
+    @property
+    def alive(self):
+        return {member.peer for member in self.registry.members() if member.is_alive}
+
+
+@asynccontextmanager
+async def swarm(*spans, **options):
+    """Nodes 1, 2, …; the first is everybody's bootstrap."""
+    network = MemoryNetwork()
+    async with trio.open_nursery() as nursery:
+        nodes = [
+            await nursery.start(Node(network, number, span=span, bootstrap=() if number == 1 else (1,), **options).run)
+            for number, span in enumerate(spans, start=1)
+        ]
+        await settled(nodes)
+        yield network, nursery, nodes
+        nursery.cancel_scope.cancel()
+
+
+async def settled(nodes, within_s=30):
+    everybody = {node.peer for node in nodes}
+    with trio.fail_after(within_s):
+        while not all(node.alive == everybody for node in nodes):  # noqa: ASYNC110 - any of many changes
+            await trio.sleep(0.05)
+
+
+def directory(node, **options):
+    return SwarmDirectory(node.membership, model_digest="digest", dtype="float32", num_layers=NUM_LAYERS, **options)
+
+
+async def test_all_meet_all_through_one(autojump_clock):
+    async with swarm(Span(0, 10), Span(10, 20), Span(20, 30), Span(0, 30)) as (_, _, nodes):
+        await trio.sleep(3 * INTERVAL_S)
+        for node in nodes:
+            assert set(node.links.connected) == {other.peer for other in nodes} - {node.peer}
+            assert len({other.registry.view for other in nodes}) == 1
+            for member in node.registry.members():
+                assert member.round_trip_s is not None
+                assert set(member.neighbours_s) == {other.peer for other in nodes} - {member.peer}
+
+
+async def test_a_member_found_on_the_way_is_tried_when_the_known_addresses_are_dead(autojump_clock):
+    async with swarm(Span(0, 15)) as (network, nursery, nodes):
+        lonely = await nursery.start(Node(network, 3, span=Span(15, 30), bootstrap=(77,)).run)
+        await trio.sleep(20 * INTERVAL_S)
+        assert not lonely.links.connected
+        for number in range(50, 70):
+            lonely.membership.also_try(f"memory:{key(number).peer}")
+        lonely.membership.also_try(f"memory:{nodes[0].peer}")
+        await settled([nodes[0], lonely])
+
+
+async def test_a_killed_member_is_gone_and_a_restarted_one_counts_once(autojump_clock):
+    async with swarm(Span(0, 15), Span(15, 30), Span(15, 30)) as (network, nursery, nodes):
+        nodes[2].scope.cancel()
+        await settled(nodes[:2], within_s=2 * INTERVAL_S + 0.5)
+        again = await nursery.start(Node(network, 3, span=Span(0, 30), bootstrap=(1,)).run)
+        await settled([*nodes[:2], again])
+        spans = [str(member.record.info.span) for member in nodes[0].registry.members()]
+        assert sorted(spans) == ["[0, 15)", "[0, 30)", "[15, 30)"]
+
+
+async def test_a_frozen_member_is_gone_within_two_beats(autojump_clock):
+    """It keeps its connections and takes frames in, as a stopped process does; only its heartbeats are missing."""
+    async with swarm(Span(0, 15), Span(15, 30), Span(15, 30)) as (_, _, nodes):
+        frozen = nodes[2]
+
+        async def nothing(*_arguments):
+            await trio.sleep_forever()
+
+        frozen.links.transport.send = nothing
+        start_s = trio.current_time()
+        await settled_without(frozen, nodes[:2])
+        assert trio.current_time() - start_s < 2 * INTERVAL_S + 0.5
+
+
+async def settled_without(gone, nodes):
+    with trio.fail_after(20):
+        while any(gone.peer in node.alive for node in nodes):  # noqa: ASYNC110 - any of many changes
+            await trio.sleep(0.05)
+
+
+async def test_leaving_is_announced(autojump_clock):
+    async with swarm(Span(0, 15), Span(15, 30), Span(15, 30)) as (_, _, nodes):
+        await nodes[2].membership.leave()
+        await trio.sleep(0.01)
+        for node in nodes[:2]:
+            assert nodes[2].peer not in node.alive
+            assert node.registry.record_of(nodes[2].peer).state is MemberState.LEFT
+
+
+async def test_a_one_way_link_is_no_link(autojump_clock):
+    async with swarm(Span(0, 15), Span(15, 30), interval_s=0.5) as (network, _, nodes):
+        a, b = nodes
+        original = network.transports[a.peer].send
+
+        async def lossy(to, frame):
+            if to != b.peer:
+                await original(to, frame)
+
+        network.transports[a.peer].send = lossy
+        await settled_without(b, [a])
+        await settled_without(a, [b])
+
+
+@pytest.mark.parametrize(
+    ("grants", "words"),
+    [
+        ((), "dsd invite"),
+        (invite(owner=STRANGER).admit(key(7).public), "one of this swarm"),
+        (invite(expires_at_s=NOW_S - 5).admit(key(7).public), "expired"),
+        (invite().admit(key(6).public), "made out to"),
+        (tuple(replace(g, max_uses=1000) for g in invite().admit(key(7).public)), "signature"),
+    ],
+    ids=["stranger", "other-swarm", "expired", "stolen", "forged"],
+)
+async def test_who_does_not_belong_gets_nothing_and_a_clear_line(autojump_clock, caplog, grants, words):
+    async with swarm(Span(0, 30)) as (network, nursery, (node,)):
+        outsider = Node(network, 7, grants=grants, belongs=False)
+        await nursery.start(outsider.run)
+        with pytest.raises(PeerDisconnected, match=words):
+            await outsider.links.connect(f"memory:{node.peer}", 5)
+        assert node.alive == {node.peer}
+        assert node.registry.record_of(outsider.peer) is None
+        assert any(words in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+
+
+async def test_a_revoked_member_is_thrown_out_everywhere(autojump_clock):
+    async with swarm(Span(0, 10), Span(10, 20), Span(20, 30)) as (_, _, nodes):
+        await nodes[0].membership.revoke(revoke(OWNER, OWNER.public, nodes[2].key.public))
+        await settled_without(nodes[2], nodes[:2])
+        with trio.fail_after(5):
+            while nodes[2].links.connected:  # noqa: ASYNC110 - any of many changes
+                await trio.sleep(0.05)
+        with pytest.raises(PeerDisconnected, match="revoked"):
+            await nodes[2].links.connect(f"memory:{nodes[1].peer}", 5)
+        assert nodes[1].registry.revocations, "the one who was not told by the owner knows too"
+
+
+async def test_chains_follow_the_members(autojump_clock):
+    async with swarm(Span(0, 20), Span(10, 30), Span(15, 30)) as (network, nursery, nodes):
+        client = Node(network, 9, grants=invite(role=Role.CLIENT, max_uses=9).admit(key(9).public), bootstrap=(1,))
+        await nursery.start(client.run)
+        await settled([*nodes, client])
+        chain = await directory(client).find()
+        assert chain.hops[0].span.first == 0
+        assert chain.hops[0].peer == nodes[0].peer
+        assert chain.hops[0].span.last == chain.hops[1].span.first
+        second = chain.hops[1].peer
+        other = next(node for node in nodes[1:] if node.peer != second)
+        assert [hop.peer for hop in (await directory(client).find(Detour(peers=frozenset([second])))).hops] == [
+            nodes[0].peer,
+            other.peer,
+        ]
+        with pytest.raises(CoverageLost, match="failed this request"):
+            await directory(client, coverage_timeout_s=1).find(Detour(peers=frozenset([nodes[0].peer])))
+        nodes[0].scope.cancel()
+        await settled_without(nodes[0], [client])
+        with pytest.raises(CoverageLost, match=r"nobody serves layers \[0, 10\)"):
+            await directory(client, coverage_timeout_s=10).find()
+
+        async def come_back():
+            await trio.sleep(5)
+            await nursery.start(Node(network, 1, span=Span(0, 15)).run)
+
+        nursery.start_soon(come_back)
+        chain = await directory(client, coverage_timeout_s=60).find()
+        assert chain.hops[0].span.last <= 15
+
+
+async def test_nobody_at_all_is_said_so(autojump_clock):
+    async with AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        node = await nursery.start(Node(MemoryNetwork(), 1).run)
+        with pytest.raises(CoverageLost, match="dsd doctor"):
+            await directory(node, coverage_timeout_s=2).find()
+        nursery.cancel_scope.cancel()

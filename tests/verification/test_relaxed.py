@@ -1,0 +1,173 @@
+"""Relaxed verification: what it may let stand, that exact mode never does, and that everything relaxed is counted."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from swarms import memory_swarm
+from toy import VOCAB, next_token, plain_text
+from toy_model import ToyDrafter, ToySpanModel
+
+from dsd_p2p.coordination.engine import GenerateOptions
+from dsd_p2p.errors import ConfigError, RemoteProtocolError
+from dsd_p2p.session.effects import Candidate
+from dsd_p2p.types import GREEDY, Relaxation, RelaxationRule, Sampling, Span
+from dsd_p2p.verification.adaptive import AdaptiveVerifier
+from dsd_p2p.verification.exact import ExactVerifier
+from dsd_p2p.verification.importance import DraftOpinion, Signals, is_key, signals_of
+from dsd_p2p.window.static import StaticPolicy, continuous_tree, sync_chain
+from node.client.relaxation import Calibration, bundled_calibration, read_calibration, write_calibration
+from node.lab.quality.pair_writer import Disagreement
+from node.lab.quality.thresholds import outcome, position_of
+
+LOOSE = Relaxation(tau=0.5, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9)
+
+
+class View:
+    def __init__(self, logits):
+        self._logits = np.asarray(logits, np.float32)
+
+    def argmax(self):
+        return int(np.argmax(self._logits))
+
+    def logits(self):
+        return self._logits
+
+
+def opinion(probs):
+    order = np.argsort(-np.asarray(probs), kind="stable")
+    return DraftOpinion(tokens=order.astype(np.int64), logprobs=np.log(np.asarray(probs))[order])
+
+
+LOGITS = st.lists(st.floats(-5, 5), min_size=6, max_size=6)
+PROBS = st.lists(st.floats(0.01, 1), min_size=6, max_size=6).map(lambda values: np.array(values) / sum(values))
+
+
+@given(logits=LOGITS, probs=PROBS, temperature=st.sampled_from([0.0, 0.7]), position=st.integers(0, 99))
+def test_without_weight_of_the_drafter_nothing_is_relaxed(logits, probs, temperature, position):
+    sampling = Sampling(temperature=temperature, seed=3)
+    pick = AdaptiveVerifier(sampling, Relaxation(tau=0.0)).judge(View(logits), position, opinion(probs))
+    assert pick == (ExactVerifier(sampling).pick(View(logits), position), False)
+
+
+@given(logits=LOGITS, probs=PROBS, tau=st.floats(0, 1))
+def test_the_blend_is_the_softmax_of_blended_logits(logits, probs, tau):
+    relaxation = Relaxation(tau=tau, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9)
+    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).judge(View(logits), 5, opinion(probs))
+    blended = (1 - tau) * np.float32(logits).astype(np.float64) + tau * np.log(probs)
+    assert blended[token] == pytest.approx(blended.max(), abs=1e-9) or token == np.argmax(probs)
+    assert is_relaxed == (token != View(logits).argmax())
+
+
+@given(logits=LOGITS, probs=PROBS, ceiling=st.floats(1, 4))
+def test_nothing_the_drafter_overrates_is_let_stand(logits, probs, ceiling):
+    relaxation = Relaxation(tau=0.9, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=ceiling)
+    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).judge(View(logits), 5, opinion(probs))
+    target = np.exp(np.float32(logits).astype(np.float64))
+    if is_relaxed:
+        assert probs[token] <= ceiling * target[token] / target.sum() * (1 + 1e-6)
+
+
+def test_signals_are_those_of_the_docstring():
+    target, draft = np.array([0.5, 0.3, 0.1, 0.1]), np.array([0.2, 0.6, 0.15, 0.05])
+    signals = signals_of(np.log(target), DraftOpinion(tokens=np.array([1, 0]), logprobs=np.log([0.6, 0.2])), 1)
+    assert signals.ce_ratio == pytest.approx(math.log(0.3) / math.log(0.6))
+    assert signals.prob_gap == pytest.approx(0.3)
+    assert signals.norm_match == pytest.approx((0.2 + 0.3) / 0.8)
+    assert draft.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        Signals(ce_ratio=9, prob_gap=0.1, norm_match=0.9),
+        Signals(ce_ratio=1, prob_gap=0.5, norm_match=0.9),
+        Signals(ce_ratio=1, prob_gap=0.1, norm_match=0.5),
+    ],
+)
+def test_any_signal_alone_makes_a_token_key(signals):
+    relaxation = Relaxation(max_ce_ratio=8, max_prob_gap=0.4, min_norm_match=0.6)
+    assert is_key(signals, relaxation)
+    assert not is_key(Signals(ce_ratio=1, prob_gap=0.1, norm_match=0.9), relaxation)
+
+
+@pytest.mark.parametrize(("runner_up", "is_relaxed"), [(2.8, True), (2.6, False)])
+def test_the_margin_rule_takes_a_close_runner_up_only(runner_up, is_relaxed):
+    relaxation = Relaxation(rule=RelaxationRule.MARGIN, max_margin=0.3, max_overshoot=10)
+    view = View([3.0, runner_up, 1.0])
+    draft = opinion(np.array([0.2, 0.7, 0.1]))
+    assert AdaptiveVerifier(GREEDY, relaxation).judge(view, 1, draft) == (int(is_relaxed), is_relaxed)
+    third = opinion(np.array([0.2, 0.1, 0.7]))
+    assert AdaptiveVerifier(GREEDY, relaxation).judge(view, 1, third) == (0, False)
+
+
+@pytest.mark.parametrize("tokens", [[1, 99], [1, 1]])
+def test_a_drafters_tokens_must_be_the_vocabularys(tokens):
+    draft = DraftOpinion(tokens=np.array(tokens), logprobs=np.log([0.6, 0.2]))
+    with pytest.raises(RemoteProtocolError, match="draft tokens"):
+        AdaptiveVerifier(GREEDY, LOOSE).judge(View([3.0, 1.0, 0.0]), 1, draft)
+
+
+def stubborn(text, width):
+    """Expects the truth in one place of three, and something else, very surely, in the others."""
+    token = next_token(text)
+    if len(text) % 3:
+        token = (token + 1) % VOCAB
+    others = [other for other in range(VOCAB) if other != token]
+    probs = [0.94] + [0.01] * len(others)
+    return [Candidate(token=t, logprob=math.log(p)) for t, p in zip([token, *others], probs, strict=True)][:width]
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [sync_chain(6), continuous_tree(depth=12, width=2, window_nodes=4, max_in_flight=8, min_path_prob=0.0)],
+)
+async def test_everything_relaxed_is_counted_and_the_rest_is_the_targets(decision):
+    prompt, num_tokens = [1, 2, 3], 40
+    spans = [Span(0, 1), Span(1, 2)]
+    stages = [ToySpanModel(span, 2) for span in spans]
+    drafter = ToyDrafter(stubborn, is_instant=False)
+    async with memory_swarm(stages, drafter, vocab_size=VOCAB, num_layers=2, spans=spans) as swarm:
+        for relaxation in (None, LOOSE):
+            options = GenerateOptions(max_tokens=num_tokens, relaxation=relaxation)
+            async with swarm.engine.generate(prompt, options, StaticPolicy(decision)) as generation:
+                tokens = [token async for token in generation]
+            text = [*prompt, *tokens]
+            strays = [end for end in range(len(prompt), len(text)) if text[end] != next_token(text[:end])]
+            assert len(strays) == generation.stats.num_relaxed_tokens
+            if relaxation is None:
+                assert tokens == plain_text(prompt, num_tokens)
+            else:
+                assert len(strays) > 5
+
+
+def test_a_calibration_survives_its_file(tmp_path):
+    bundled = read_calibration(bundled_calibration())
+    write_calibration(bundled, tmp_path / "copy.json")
+    assert read_calibration(tmp_path / "copy.json") == bundled
+    assert isinstance(bundled, Calibration)
+    assert 0 < bundled.relaxed_share < 1
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"relaxation": {"tau": 2}, "provenance": {}}'])
+def test_a_broken_calibration_says_so(tmp_path, text):
+    (tmp_path / "broken.json").write_text(text)
+    with pytest.raises(ConfigError, match="dsd calibrate"):
+        read_calibration(tmp_path / "broken.json")
+
+
+@given(logits=LOGITS, probs=PROBS, tau=st.floats(0, 1), keep=st.integers(1, 6), overshoot=st.floats(1, 5))
+def test_the_search_for_thresholds_judges_as_the_verifier_does(logits, probs, tau, keep, overshoot):
+    relaxation = Relaxation(tau=tau, max_ce_ratio=3, max_prob_gap=0.4, min_norm_match=0.3, max_overshoot=overshoot)
+    full = opinion(probs)
+    draft = DraftOpinion(tokens=full.tokens[:keep], logprobs=full.logprobs[:keep])
+    strict = View(logits).argmax()
+    if draft.tokens[0] == strict:
+        return
+    position = position_of(Disagreement(strict=strict, target_row=torch.tensor(logits), opinion=draft))
+    share, loss = outcome([position], 1, relaxation)
+    assert share == AdaptiveVerifier(GREEDY, relaxation).judge(View(logits), 1, draft).is_relaxed
+    assert loss >= 0
