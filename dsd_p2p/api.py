@@ -15,16 +15,12 @@ from typing import Self
 import anyio.to_thread
 import trio
 
-from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
-from dsd_p2p.drafting.named import make_drafter
+from dsd_p2p.coordination.engine import Engine, GenerateOptions
+from dsd_p2p.coordination.open import load_coordinator_model, open_coordinator
 from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerTimeout, first_cause
-from dsd_p2p.models.architecture import read_config
 from dsd_p2p.models.progress import NoProgress, Progress
-from dsd_p2p.models.source import find_model
-from dsd_p2p.models.text import TextCodec
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.transport.ephemeral import open_ephemeral
-from dsd_p2p.types import Sampling, TokenId
+from dsd_p2p.types import Sampling, TextRequest, TokenId
 from dsd_p2p.window.wcdnn.bundled import learned_policy
 
 logger = logging.getLogger(__name__)
@@ -135,7 +131,7 @@ class SyncSwarm:
             raise LocalProtocolError("use the swarm with `with` or `async with`")
         answer = _Answer(self._token)
         options = GenerateOptions(
-            max_tokens=max_tokens, sampling=sampling, stop_tokens=self._text.stop_tokens, owner=_OWNER
+            text=TextRequest(max_tokens=max_tokens, sampling=sampling, stop_tokens=self._text.stop_tokens), owner=_OWNER
         )
         tokens = self._encode(prompt)
         try:
@@ -163,24 +159,17 @@ class SyncSwarm:
             self._ready.put(first_cause(exc))
 
     async def _serve(self) -> None:
-        source = find_model(self._model, self._progress)
-        vocab_size = int(read_config(source.folder).vocab_size)
-        self._text = TextCodec(source.folder)
-        drafter = make_drafter(self._draft, source, self._progress, model=self._model)
+        model = load_coordinator_model(self._model, self._draft, self._progress)
+        self._text = model.text
         self._token = trio.lowlevel.current_trio_token()
         with trio.CancelScope() as self._scope:
             if self._is_closed:
                 return
             async with AsyncExitStack() as stack:
-                transport = await stack.enter_async_context(open_ephemeral(LinkModel()))
                 self._engine: Engine
-                self._engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
-                await stages.add(self._addresses)
-                held = stages.stages()[0]
-                if (held.model_digest, held.dtype) != (source.digest(), self._dtype):
-                    raise ConfigError(
-                        f"the swarm runs {held.model_name} {held.dtype}: give model and dtype as it has them"
-                    )
+                self._engine, _ = await stack.enter_async_context(
+                    open_coordinator(model, self._dtype, self._addresses, LinkModel())
+                )
                 self._nursery = await stack.enter_async_context(trio.open_nursery())
                 self._ready.put(None)
                 await trio.sleep_forever()
@@ -199,7 +188,7 @@ class SyncSwarm:
                 policy = self._engine.governed(learned_policy())
                 async with self._engine.generate(prompt, options, policy) as generation:
                     async for token in generation:
-                        if token not in options.stop_tokens:
+                        if token not in options.text.stop_tokens:
                             answer.pieces.put(Token(token, streamer.step(token)))
                 error = None
         except DsdError as exc:

@@ -7,7 +7,7 @@ from typing import Annotated, NewType, Protocol
 import msgspec
 from msgspec import Meta
 
-from dsd_p2p.errors import ConfigError
+from dsd_p2p.errors import ConfigError, ModelError
 
 PeerId = NewType("PeerId", str)
 """A peer's public identity, as libp2p prints it."""
@@ -23,6 +23,10 @@ MAX_POSITIONS = 1 << 20
 MAX_TOP_LOGPROBS = 20
 """Likeliest tokens that can be asked for with each of the target's own."""
 
+MAX_STOP_TOKENS = 64
+MAX_TOKEN = (1 << 31) - 1
+
+Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 Name = Annotated[str, Meta(max_length=128)]
 Address = Annotated[str, Meta(max_length=256)]
 Position = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
@@ -65,20 +69,6 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return self.temperature == 0.0
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Refuse settings that no stage would take.
-
-    Raises:
-        ConfigError: which of them, and why.
-    """
-    try:
-        msgspec.convert(msgspec.to_builtins(sampling), Sampling)
-    except msgspec.ValidationError as exc:
-        raise ConfigError(f"sampling: {exc}") from exc
-    if not math.isfinite(sampling.temperature):
-        raise ConfigError(f"temperature {sampling.temperature}: a finite number")
-
-
 class RelaxationRule(StrEnum):
     """By what a drafted token may stand that the target would not have written."""
 
@@ -102,6 +92,84 @@ class Relaxation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     max_margin: Annotated[float, Meta(ge=0, le=1e9)] = 0.3
 
 
+class TextRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What text is asked for, wherever that is said: to the engine, to a stage, to another coordinator, to an auditor.
+
+    max_tokens: the most new tokens. stop_tokens: the text ends with the first of these, which belongs to it.
+    top_logprobs: so many likeliest tokens are reported with each token's own log probability; -1: none at all.
+    relaxation: how relaxed mode accepts; None is exact mode.
+    constraint: source of a grammar that the text follows; empty is none. No verifier enforces one yet, so each stage
+        refuses it (`dsd_p2p.verification.choice`).
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
+    sampling: Sampling = Sampling()
+    stop_tokens: Annotated[tuple[Token, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
+    top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
+    relaxation: Relaxation | None = None
+    constraint: Annotated[str, Meta(max_length=1 << 16)] = ""
+
+
+def check_text_request(request: TextRequest) -> None:
+    """Refuse what no stage would take.
+
+    Raises:
+        ConfigError: names the field, its value and what is allowed.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(request), TextRequest)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"the request cannot be sent: {exc}") from exc
+    if not math.isfinite(request.sampling.temperature):
+        raise ConfigError(f"temperature is {request.sampling.temperature}: give a finite number")
+
+
+class ComputeFormat(StrEnum):
+    """The numbers that a model computes with; hidden states travel in them."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one value."""
+        return 4 if self is ComputeFormat.FLOAT32 else 2
+
+
+class ModelKey(msgspec.Struct, frozen=True, array_like=True):
+    """Which model, exactly: two peers share a route only when their keys are equal.
+
+    digest: of the checkpoint's content (`dsd_p2p.models.source`). weights: how the weights are stored in memory, like
+    "float32" or, from a peer that knows it, "q4_k". compute: the numbers of the arithmetic between them.
+    """
+
+    digest: Name
+    weights: Name
+    compute: ComputeFormat
+
+    def __str__(self) -> str:
+        formats = self.weights if self.weights == self.compute else f"{self.weights}, computed in {self.compute}"
+        return f"{self.digest[:12]} {formats}"
+
+
+def check_same_model(held: ModelKey | None, asked: ModelKey) -> None:
+    """The one place where two peers' models are compared.
+
+    Raises:
+        ModelError: they differ: names both.
+    """
+    if held != asked:
+        raise ModelError(
+            f"this peer holds model {held or 'none'}, asked for {asked}: start all peers with the same model"
+        )
+
+
+def short_peer(peer: str) -> str:
+    """Return a peer id as people are shown it: its last characters, which differ most."""
+    return f"…{peer[-6:]}" if len(peer) > 12 else peer or "?"
+
+
 class UniformRng(Protocol):
     """The part of `random.Random` that the core needs: it is given its randomness."""
 
@@ -114,10 +182,17 @@ GREEDY = Sampling()
 """The target's argmax."""
 
 
-class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What a node says of itself: who and where it is and which layers of which model it holds.
+class Endpoint(msgspec.Struct, frozen=True, array_like=True):
+    """A peer and where to dial it; an empty address: only over a connection that exists."""
 
-    `span` is None for a peer that hosts no stage (a coordinator).
+    peer: Name
+    address: Address = ""
+
+
+class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer says about itself: its id, its addresses, and which layers of which model it holds.
+
+    span, model: None for a peer that hosts no stage (a coordinator).
     """
 
     peer: Name
@@ -125,8 +200,7 @@ class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
     span: Span | None = None
     num_layers: Annotated[int, Meta(ge=0, le=4096)] = 0
     model_name: Name = ""
-    model_digest: Name = ""
-    dtype: Name = ""
+    model: ModelKey | None = None
     max_positions: Position = 0
 
 

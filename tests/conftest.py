@@ -10,6 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import ModelSource, find_model
+from dsd_p2p.sim.trace import read_trace
+from node.lab.recorded import bundled_trace
 
 # libp2p logs through the root logger's default handler, which would warn about a missing configuration.
 logging.getLogger().addHandler(logging.NullHandler())
@@ -34,3 +36,9 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm() -> ModelSource:
     return find_model("smollm2-135m", NoProgress())
+
+
+@pytest.fixture(scope="session")
+def trace():
+    """Return the recorded agreement that the project brings along."""
+    return read_trace(bundled_trace())

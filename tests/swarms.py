@@ -19,7 +19,7 @@ from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.stage.server import StageLimits, StageServer
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.memory import MemoryNetwork, MemoryTransport
-from dsd_p2p.types import PeerInfo, Sampling, Span
+from dsd_p2p.types import ComputeFormat, ModelKey, PeerInfo, Sampling, Span, TextRequest
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import StaticPolicy
 
@@ -27,10 +27,13 @@ NO_LINK = LinkModel()
 
 
 def load_stages(source: ModelSource, num_stages: int, **options: object) -> list[SpanModel]:
-    from dsd_p2p.models.architecture import read_config
+    from dsd_p2p.models.architecture import read_model_config
 
-    num_layers = read_config(source.folder).num_hidden_layers
+    num_layers = read_model_config(source.folder).num_hidden_layers
     return [SpanModel(source, Span(*bounds), **options) for bounds in even_spans(num_layers, num_stages)]
+
+
+TEST_MODEL = ModelKey(digest="digest", weights="float32", compute=ComputeFormat.FLOAT32)
 
 
 class MemorySwarm:
@@ -44,7 +47,7 @@ class MemorySwarm:
     async def write(
         self, prompt: Sequence[int], num_tokens: int, decision: Decision, sampling: Sampling | None = None
     ) -> tuple[list[int], Generation]:
-        options = GenerateOptions(max_tokens=num_tokens, sampling=sampling or Sampling())
+        options = GenerateOptions(text=TextRequest(max_tokens=num_tokens, sampling=sampling or Sampling()))
         with trio.fail_after(120):
             async with self.engine.generate(prompt, options, StaticPolicy(decision)) as generation:
                 tokens = [token async for token in generation]
@@ -82,8 +85,7 @@ async def memory_swarm(
                 span=spans[index],
                 num_layers=num_layers,
                 model_name="test",
-                model_digest="digest",
-                dtype="float32",
+                model=TEST_MODEL,
                 max_positions=max_positions,
             )
             server = StageServer(PeerLinks(linked, me), stages[index], limits or StageLimits(), time.perf_counter)

@@ -17,7 +17,7 @@ from dsd_p2p.session.machine import Coordinator
 from dsd_p2p.session.request import Request, Route
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk, verdict_of
-from dsd_p2p.types import PeerId, SessionId, Span, StageCost
+from dsd_p2p.types import ComputeFormat, Endpoint, ModelKey, PeerId, SessionId, Span, StageCost, TextRequest
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import StaticPolicy
 from dsd_p2p.window.tracker import Tracker
@@ -61,18 +61,24 @@ class ToyCache:
         return picks
 
 
+TOY_MODEL = ModelKey(digest="toy", weights="float32", compute=ComputeFormat.FLOAT32)
+
+
 class ToyStage:
     """`old` is what this peer holds of the session, which a kept stage goes on with."""
 
     def __init__(self, opened: OpenSession, index: int, old: "ToyStage | None" = None) -> None:
         self.opened = opened
+        self.written: list[int] = []
         self.onward = opened.route[index + 1].peer if index + 1 < len(opened.route) else None
         self.is_kept = bool(opened.kept) and opened.kept[index]
         self.next_is_kept = bool(opened.kept) and self.onward is not None and opened.kept[index + 1]
         num_kept = opened.num_given - 1
         at = num_kept - 1 if self.is_kept else BASE
         is_tail = self.onward is None
-        self.walk = TailWalk(epoch=opened.epoch, num_given=opened.num_given, at=at) if is_tail else None
+        self.walk = None
+        if is_tail:
+            self.walk = TailWalk(epoch=opened.epoch, num_prompt=opened.num_prompt, num_given=opened.num_given, at=at)
         if not self.is_kept:
             self.state = StageState(epoch=opened.epoch, max_length=opened.max_length, max_speculative=1024)
             self.cache = ToyCache()
@@ -114,7 +120,7 @@ class ToyStage:
         if self.walk is None:
             is_given = window.epoch == self.opened.epoch and window.positions[-1] < self.opened.num_given - 1
             return (None if is_given and self.next_is_kept else window), None
-        committed = self.walk.walk(window, list(offsets), picks.__getitem__)
+        committed = self.walk.walk(window, list(offsets), picks.__getitem__, self.written.append)
         if not committed.tokens:
             return None, None
         return None, verdict_of(
@@ -127,8 +133,7 @@ class ToyStage:
 def toy_route(num_stages: int, names: Sequence[str] | None = None) -> Route:
     names = names or [f"stage{i}" for i in range(num_stages)]
     hops = tuple(Hop(peer=name, address="", span=Span(i, i + 1)) for i, name in enumerate(names))
-    me = Hop(peer="coordinator", address="", span=Span(0, 1))
-    return Route(hops=hops, coordinator=me, model_digest="toy", dtype="float32")
+    return Route(hops=hops, model=TOY_MODEL, max_positions=1024)
 
 
 Drafts = Callable[[Sequence[int], int], list[Candidate]]
@@ -154,7 +159,12 @@ class ToyNetwork:
         rng_object = type("Rng", (), {"random": staticmethod(rng)})()
         self.machine = Coordinator(
             Request(
-                session=SESSION, prompt=prompt, max_tokens=num_tokens, vocab_size=VOCAB, prefill_chunk=prefill_chunk
+                text=TextRequest(max_tokens=num_tokens),
+                session=SESSION,
+                prompt=prompt,
+                vocab_size=VOCAB,
+                coordinator=Endpoint("coordinator"),
+                prefill_chunk=prefill_chunk,
             ),
             self.route,
             StaticPolicy(decision),

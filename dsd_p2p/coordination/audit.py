@@ -15,7 +15,7 @@ import numpy as np
 from dsd_p2p.errors import DishonestPeer, PeerError
 from dsd_p2p.peers.links import Arrived
 from dsd_p2p.swarm.keys import is_signed_by, public_of
-from dsd_p2p.types import PeerId, Sampling, SessionId, Span, TokenId
+from dsd_p2p.types import ComputeFormat, ModelKey, PeerId, SessionId, Span, TextRequest, TokenId
 from dsd_p2p.wire.attest import hash_rows, hash_tokens, row_hash, signed_text
 from dsd_p2p.wire.hidden import to_float32
 from dsd_p2p.wire.messages import (
@@ -34,10 +34,10 @@ from dsd_p2p.wire.messages import (
 _CYCLE_WINDOWS = 24
 """Windows in which every stage has its turn; the last check ends before a third as many again are sent: 32."""
 
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+_TOLERANCE = {ComputeFormat.FLOAT32: 1e-3, ComputeFormat.BFLOAT16: 0.1, ComputeFormat.FLOAT16: 0.02}
 """Greatest relative error of a row, in the Euclidean norm: window sizes and machines differ in the last bits, lies in the first."""
 
-_MAX_GAP_MILLI = {"float32": 50, "bfloat16": 1500, "float16": 300}
+_MAX_GAP_MILLI = {ComputeFormat.FLOAT32: 50, ComputeFormat.BFLOAT16: 1500, ComputeFormat.FLOAT16: 300}
 """Thousandths of a logit by which a greedy token may miss the replica's pick: a near-tie."""
 
 _MAX_LAG = 64
@@ -77,27 +77,26 @@ class Auditor:
         *,
         session: SessionId,
         num_prompt: int,
-        sampling: Sampling,
+        text: TextRequest,
         replicas: Callable[[Span, str], Sequence[PeerId]],
         ask: Ask,
         shuffle: Callable[[list[int]], None],
     ) -> None:
         self._session = session
         self._num_prompt = num_prompt
-        self._sampling = sampling
+        self._text = text
         self._replicas = replicas
         self._ask = ask
         self._shuffle = shuffle
         self._hops: tuple[Hop, ...] = ()
-        self._digest = self._dtype = ""
         self._turns: list[int] = []
         self._num_windows = 0
         self.num_checks = 0
         self.num_unchecked = 0
 
-    def opened(self, hops: tuple[Hop, ...], digest: str, dtype: str) -> None:
-        """A chain was opened, and is given everything again."""
-        self._hops, self._digest, self._dtype = hops, digest, dtype
+    def opened(self, hops: tuple[Hop, ...], model: ModelKey) -> None:
+        """A route was opened, and is given everything again."""
+        self._hops, self._model = hops, model
         self._sent: dict[int, _Sent] = {}
         self._at: dict[tuple[int, int], tuple[int, int]] = {}
         self._path: dict[int, tuple[int, int]] = {}
@@ -267,10 +266,10 @@ class Auditor:
         asked = Recompute(
             request=secrets.token_bytes(8),
             span=hop.span,
-            model_digest=self._digest,
-            dtype=self._dtype,
+            model=self._model,
             tokens=turn.tokens[:end],
-            sampling=self._sampling,
+            text=self._text,
+            num_prompt=min(self._num_prompt, end),
         )
         try:
             answer = await self._ask(replica, asked, inputs)
@@ -288,16 +287,16 @@ class Auditor:
         if len(message.gaps) != end:
             return None
         for position in range(max(turn.first_unchecked, self._num_prompt - 1), end - 1):
-            if message.gaps[position] > _MAX_GAP_MILLI[self._dtype]:
+            if message.gaps[position] > _MAX_GAP_MILLI[self._model.compute]:
                 return position
         return -1
 
     def _first_wrong_row(self, turn: Turn, theirs: bytes, mine: bytes, end: int) -> int | None:
         if len(theirs) < len(mine) or not mine:
             return None
-        claimed = to_float32(mine, self._dtype).reshape(end, -1)
-        computed = to_float32(theirs[: len(mine)], self._dtype).reshape(end, -1)
+        claimed = to_float32(mine, self._model.compute).reshape(end, -1)
+        computed = to_float32(theirs[: len(mine)], self._model.compute).reshape(end, -1)
         scale = np.linalg.norm(computed, axis=1) + 1e-6
         errors = np.linalg.norm(claimed - computed, axis=1) / scale
-        wrong = np.flatnonzero(~(errors[turn.first_unchecked :] <= _TOLERANCE[self._dtype]))
+        wrong = np.flatnonzero(~(errors[turn.first_unchecked :] <= _TOLERANCE[self._model.compute]))
         return turn.first_unchecked + int(wrong[0]) if len(wrong) else -1

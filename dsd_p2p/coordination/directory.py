@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from dsd_p2p.errors import ConfigError, PeerError
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.placement.chain import choose_chain
 from dsd_p2p.placement.route import Detour
+from dsd_p2p.session.request import Route
 from dsd_p2p.types import PeerId, PeerInfo, Span
 from dsd_p2p.wire.messages import Hop
 
@@ -17,24 +17,13 @@ logger = logging.getLogger(__name__)
 NO_DETOUR = Detour()
 
 _CONNECT_TIMEOUT_S = 20.0
-_NOWHERE = Span(0, 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
-    """Stages that cover a model, head first. max_positions: longest text that it takes."""
-
-    hops: tuple[Hop, ...]
-    model_digest: str
-    dtype: str
-    max_positions: int
 
 
 class Directory(Protocol):
-    """Finds chains."""
+    """Finds routes."""
 
-    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
-        """Return the chain that the next request should use, by this detour; may wait for one, with a deadline.
+    async def find(self, detour: Detour = NO_DETOUR) -> Route:
+        """Return the route that the next request should use, by this detour; may wait for one, with a deadline.
 
         Raises:
             ConfigError: the stages that are known do not make a chain.
@@ -81,16 +70,19 @@ class StageList:
         except ConfigError:
             return choose_chain(usable)
 
-    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
-        """Reconnect to what is gone and return the chain of fewest stages."""
+    async def find(self, detour: Detour = NO_DETOUR) -> Route:
+        """Reconnect to what is gone and return the route of fewest stages."""
         await self._reconnect(_CONNECT_TIMEOUT_S / 4)
         stages = self.stages(detour)
-        return Chain(
+        model = stages[0].model
+        assert model is not None, "a stage names its model"
+        return Route(
             hops=tuple(
-                Hop(peer=info.peer, address=self._address_of(info), span=info.span or _NOWHERE) for info in stages
+                Hop(peer=info.peer, address=self._address_of(info), span=info.span)
+                for info in stages
+                if info.span is not None
             ),
-            model_digest=stages[0].model_digest,
-            dtype=stages[0].dtype,
+            model=model,
             max_positions=stages[0].max_positions,
         )
 

@@ -266,8 +266,8 @@ class RequestDriver:
 
     def _follow(self, auditor: Auditor, message: Message) -> None:
         match message:
-            case OpenSession(route=route, model_digest=digest, dtype=dtype):
-                auditor.opened(route, digest, dtype)
+            case OpenSession(route=route, model=model):
+                auditor.opened(route, model)
             case Window() as window:
                 auditor.sent(window, len(self._machine.tokens))
             case _:

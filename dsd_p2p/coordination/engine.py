@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from dsd_p2p.coordination.audit import Auditor
-from dsd_p2p.coordination.directory import NO_DETOUR, Chain, Directory, StageList
+from dsd_p2p.coordination.directory import NO_DETOUR, Directory, StageList
 from dsd_p2p.coordination.driver import RequestDriver, Told
 from dsd_p2p.coordination.prefixes import PrefixIndex, scope_of
 from dsd_p2p.drafting.base import Drafter, DraftSession
@@ -33,19 +33,19 @@ from dsd_p2p.session.effects import Emit, Finish
 from dsd_p2p.session.machine import Coordinator
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.session.timing import Timing
 from dsd_p2p.telemetry.watch import RequestWatch, Sink
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import (
-    GREEDY,
+    Endpoint,
     PeerId,
     PeerInfo,
-    Relaxation,
     Sampling,
     SessionId,
     Span,
+    TextRequest,
     TokenId,
-    TokenLogprobs,
-    check_sampling,
+    check_text_request,
 )
 from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.governor import GovernedPolicy, Governor
@@ -55,7 +55,6 @@ from dsd_p2p.wire.messages import (
     MAX_EPOCH,
     CloseSession,
     Failure,
-    Hop,
     Recompute,
     Recomputed,
     Reveal,
@@ -68,77 +67,72 @@ logger = logging.getLogger(__name__)
 _OUTPUT_BATCHES = 1024
 _ASK_TIMEOUT_S = 15.0
 _DISTRUST_S = 3600.0
-_NOWHERE = Span(0, 1)
 _LOOKUP = NgramDrafter()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """What one request asks for; see `dsd_p2p.session.request.Request`.
+    """The text that one request asks for, and how the coordinator goes about it; see `dsd_p2p.session.request.Request`.
 
-    audit: have the stages sign, and check them (`.audit`). experience: whose measurements of the chain it shares.
-    top_logprobs: of each token, and how many alternatives with it; -1: none. They come in `Generation.logprobs`.
+    num_written: the last tokens of the prompt that belong to the answer already.
+    audit: have the stages sign, and check them (`.audit`). experience: whose measurements of the route it shares.
     owner: who shares text: answers of one owner go on from what the stages still hold of one another's; "" holds nothing.
     """
 
-    max_tokens: int
-    sampling: Sampling = GREEDY
-    stop_tokens: frozenset[TokenId] = frozenset()
+    text: TextRequest
+    num_written: int = 0
     prefill_chunk: int = 128
     stall_timeout_s: float = 60.0
     hidden_format: HiddenFormat = HiddenFormat.MODEL
-    relaxation: Relaxation | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     audit: bool = False
     experience: str = ""
-    top_logprobs: int = -1
     owner: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """One request under way: iterate over it for its tokens, then read the rest."""
+    """One request under way. Iterate over it for its tokens, or over `pieces`; then read the rest."""
 
     batches: trio.MemoryReceiveChannel[Emit]
-    waiting: deque[TokenId] = field(default_factory=deque)
     stats: RequestStats
     machine: Coordinator
     driver: RequestDriver
-    started_at_s: float
-    arrivals: list[tuple[float, int]] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    timing: Timing
+    waiting: deque[TokenId] = field(default_factory=deque)
+
+    async def pieces(self) -> AsyncGenerator[Emit, None]:
+        """Yield the tokens as they come, those of one verdict together.
+
+        Raises:
+            DsdError: what ended the request; everything yielded before stands.
+        """
+        while (piece := await self._next_piece()) is not None:
+            yield piece
 
     def __aiter__(self) -> "Generation":
         return self
 
     async def __anext__(self) -> TokenId:
-        """Return the next committed token.
-
-        Raises:
-            DsdError: what ended the request; everything returned before stands.
-        """
-        if not self.waiting:
-            try:
-                batch = await self.batches.receive()
-            except trio.EndOfChannel:
-                if self.finish is None:
-                    raise LocalProtocolError("the request ended without saying why: please report it") from None
-                if self.finish.error is not None:
-                    raise self.finish.error from None
-                raise StopAsyncIteration from None
-            self.arrivals.append((trio.current_time(), len(batch.tokens)))
-            self.waiting.extend(batch.tokens)
-            self.logprobs.extend(batch.logprobs)
+        """Return the next committed token; raises as `pieces` does."""
+        while not self.waiting:
+            piece = await self._next_piece()
+            if piece is None:
+                raise StopAsyncIteration
+            self.waiting.extend(piece.tokens)
         return self.waiting.popleft()
 
-    async def pieces(self) -> AsyncGenerator[Emit, None]:
-        """Yield the tokens as they come, those of one verdict together. Raises as `__anext__` does."""
-        num_given = 0
-        async for token in self:
-            tokens = (token, *self.waiting)
-            self.waiting.clear()
-            yield Emit(tokens=tokens, logprobs=tuple(self.logprobs[num_given : num_given + len(tokens)]))
-            num_given += len(tokens)
+    async def _next_piece(self) -> Emit | None:
+        try:
+            piece = await self.batches.receive()
+        except trio.EndOfChannel:
+            if self.finish is None:
+                raise LocalProtocolError("the request ended without saying why: please report it") from None
+            if self.finish.error is not None:
+                raise self.finish.error from None
+            return None
+        self.timing.arrived(len(piece.tokens), trio.current_time())
+        return piece
 
     @property
     def finish(self) -> Finish | None:
@@ -186,23 +180,15 @@ class Engine:
 
     def _tracker(self, route: Route, experience: str) -> Tracker:
         stages = (f"{hop.peer} {hop.span}" for hop in route.hops)
-        self._last_tracker = self._trackers.setdefault((experience, self.drafter.name, *stages), Tracker())
+        name = (experience, self.drafter.name, repr(route.model), *stages)
+        self._last_tracker = self._trackers.setdefault(name, Tracker())
         return self._last_tracker
 
     async def _find_route(self, detour: Detour) -> Route:
         try:
-            return self._route(await self._directory.find(self._without_liars(detour)))
+            return await self._directory.find(self._without_liars(detour))
         except ConfigError as exc:
             raise PeerDisconnected(f"a stage is gone: {exc}") from exc
-
-    def _route(self, chain: Chain) -> Route:
-        me = self.links.transport
-        return Route(
-            hops=chain.hops,
-            coordinator=Hop(peer=me.peer, address=me.addresses[0] if me.addresses else "", span=_NOWHERE),
-            model_digest=chain.model_digest,
-            dtype=chain.dtype,
-        )
 
     @asynccontextmanager
     async def generate(
@@ -213,32 +199,13 @@ class Engine:
         Raises:
             ConfigError: no chain, an empty prompt, or a prompt and answer longer than the model's context.
         """
-        chain = await self._directory.find(self._without_liars(NO_DETOUR))
-        route, limit = self._route(chain), chain.max_positions
-        self._check(prompt, options, limit)
-        session = SessionId(secrets.token_bytes(8))
-        shares = bool(options.owner) and not options.audit
-        scope = scope_of(options.owner, route, options.hidden_format)
-        request = Request(
-            session=session,
-            prompt=prompt,
-            max_tokens=options.max_tokens,
-            vocab_size=self._vocab_size,
-            sampling=options.sampling,
-            stop_tokens=options.stop_tokens,
-            prefill_chunk=options.prefill_chunk,
-            stall_timeout_s=options.stall_timeout_s,
-            hidden_formats=_formats(options.hidden_format, len(route.hops) - 1),
-            relaxation=options.relaxation,
-            retry=options.retry,
-            attest=options.audit,
-            top_logprobs=options.top_logprobs,
-            prefix=self._prefixes.find(scope, prompt, trio.current_time()) if shares else None,
-            is_parked=shares,
-        )
+        route = await self._directory.find(self._without_liars(NO_DETOUR))
+        self._check(prompt, options, route.max_positions)
+        request = self._request(prompt, options, route)
+        session = request.session
         tracker = self._tracker(route, options.experience)
         machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
-        drafter, drafting = self._open_drafter(len(prompt) + options.max_tokens, options.sampling)
+        drafter, drafting = self._open_drafter(request.max_length, options.text.sampling)
         share = _Share(self._governor)
         driver = RequestDriver(
             machine,
@@ -261,7 +228,7 @@ class Engine:
                 stats=machine.stats,
                 machine=machine,
                 driver=driver,
-                started_at_s=trio.current_time(),
+                timing=Timing(started_at_s=trio.current_time()),
             )
         finally:
             batches.close()
@@ -271,6 +238,29 @@ class Engine:
             del self._drivers[session]
             share.left()
             drafting.close()
+
+    def _request(self, prompt: Sequence[TokenId], options: GenerateOptions, route: Route) -> Request:
+        is_parked = bool(options.owner) and not options.audit
+        scope = scope_of(options.owner, route, options.hidden_format)
+        num_prompt = len(prompt) - options.num_written
+        # A parked text stands for tokens of the prompt only: what was written already passes the tail again.
+        prefix = self._prefixes.find(scope, prompt[: num_prompt + 1], trio.current_time()) if is_parked else None
+        transport = self.links.transport
+        return Request(
+            session=SessionId(secrets.token_bytes(8)),
+            prompt=prompt,
+            text=options.text,
+            vocab_size=self._vocab_size,
+            coordinator=Endpoint(transport.peer, transport.addresses[0] if transport.addresses else ""),
+            num_written=options.num_written,
+            prefill_chunk=options.prefill_chunk,
+            stall_timeout_s=options.stall_timeout_s,
+            hidden_formats=_formats(options.hidden_format, len(route.hops) - 1),
+            retry=options.retry,
+            attest=options.audit,
+            prefix=prefix,
+            is_parked=is_parked,
+        )
 
     def _note_parked(self, request: Request, machine: Coordinator, options: GenerateOptions) -> None:
         """Remember what the stages hold of a finished answer, and that they do not hold what they were thought to."""
@@ -296,15 +286,21 @@ class Engine:
             raise ConfigError("the prompt is empty: give at least one token")
         if max(prompt) >= self._vocab_size or min(prompt) < 0:
             raise ConfigError(f"a prompt token is outside the model's vocabulary of {self._vocab_size}")
-        if options.max_tokens < 1:
-            raise ConfigError(f"--max-tokens is {options.max_tokens}: ask for at least 1")
-        if len(prompt) + options.max_tokens > limit:
+        text, num_prompt = options.text, len(prompt) - options.num_written
+        if text.max_tokens < 1:
+            raise ConfigError(f"--max-tokens is {text.max_tokens}: ask for at least 1")
+        if not 0 <= options.num_written < min(len(prompt), text.max_tokens):
             raise ConfigError(
-                f"prompt of {len(prompt)} and {options.max_tokens} new tokens exceed the model's context of {limit}: "
+                f"{options.num_written} tokens are written already: fewer than the {len(prompt)} of the prompt and the "
+                f"{text.max_tokens} that are asked for"
+            )
+        if num_prompt + text.max_tokens > limit:
+            raise ConfigError(
+                f"prompt of {num_prompt} and {text.max_tokens} new tokens exceed the model's context of {limit}: "
                 "shorten the prompt or lower --max-tokens"
             )
-        check_sampling(options.sampling)
-        if options.audit and (options.hidden_format is not HiddenFormat.MODEL or options.relaxation is not None):
+        check_text_request(text)
+        if options.audit and (options.hidden_format is not HiddenFormat.MODEL or text.relaxation is not None):
             raise ConfigError("--audit compares exact rows: leave out --hidden and --verify relaxed")
 
     def _open_drafter(self, max_length: int, sampling: Sampling) -> tuple[Drafter, DraftSession]:
@@ -340,8 +336,8 @@ class Engine:
         rng = random.Random(secrets.randbits(64))  # noqa: S311 - nobody must foresee the turns, which the seed takes care of
         return Auditor(
             session=request.session,
-            num_prompt=len(request.prompt),
-            sampling=request.sampling,
+            num_prompt=request.num_prompt,
+            text=request.text,
             replicas=self._trusted_replicas,
             ask=self._ask,
             shuffle=rng.shuffle,

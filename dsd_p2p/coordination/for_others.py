@@ -25,9 +25,9 @@ from dsd_p2p.peers.failures import error_of, kind_of
 from dsd_p2p.peers.links import Arrived, PeerLinks
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.types import MAX_TOKEN, PeerId, TokenId, short_peer
 from dsd_p2p.window.base import WindowPolicy
-from dsd_p2p.wire.messages import MAX_TOKEN, Answer, AnswerEnd, Ask, FailureKind, StopAnswer
+from dsd_p2p.wire.messages import Answer, AnswerEnd, Ask, FailureKind, StopAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +106,9 @@ class CoordinatorService:
         if len(self._answers) > _MAX_ANSWERS or per_peer[client] > _MAX_ANSWERS_PER_PEER:
             raise CapacityError(f"{len(self._answers)} answers are under way here: ask another peer, or later")
         options = GenerateOptions(
-            max_tokens=ask.max_tokens,
-            sampling=ask.sampling,
-            stop_tokens=frozenset(ask.stop_tokens),
+            text=ask.text,
+            num_written=ask.num_written,
             stall_timeout_s=ask.idle_timeout_s,
-            top_logprobs=ask.top_logprobs,
             owner=f"{client} {ask.owner}" if ask.owner else "",
         )
         start = 0
@@ -208,12 +206,10 @@ class ThinClient:
                 Ask(
                     request=request,
                     prompt=tuple(prompt),
-                    max_tokens=options.max_tokens - num_received,
-                    sampling=options.sampling,
-                    stop_tokens=tuple(sorted(options.stop_tokens)),
+                    text=options.text,
+                    num_written=num_received,
                     idle_timeout_s=options.stall_timeout_s,
                     deadline_s=deadline_s,
-                    top_logprobs=options.top_logprobs,
                     owner=options.owner,
                 ),
             )
@@ -222,16 +218,16 @@ class ThinClient:
                     piece = await pieces.receive()
                 if scope.cancelled_caught:
                     raise PeerTimeout(
-                        f"coordinator …{coordinator[-6:]} was silent for {2 * options.stall_timeout_s:g} s"
+                        f"coordinator {short_peer(coordinator)} was silent for {2 * options.stall_timeout_s:g} s"
                     )
                 match piece:
                     case Answer(start=start, tokens=tokens) as answer:
-                        if start != num_expected or num_received + start + len(tokens) > options.max_tokens:
+                        if start != num_expected or num_received + start + len(tokens) > options.text.max_tokens:
                             raise RemoteProtocolError(
-                                "answer start", start, f"{num_expected}, within {options.max_tokens} tokens"
+                                "answer start", start, f"{num_expected}, within {options.text.max_tokens} tokens"
                             )
-                        num_logprobs = len(tokens) if options.top_logprobs >= 0 else 0
-                        fits = all(each.is_of(options.top_logprobs, self._vocab_size) for each in answer.logprobs)
+                        num_logprobs = len(tokens) if options.text.top_logprobs >= 0 else 0
+                        fits = all(each.is_of(options.text.top_logprobs, self._vocab_size) for each in answer.logprobs)
                         if len(answer.logprobs) != num_logprobs or not fits:
                             raise RemoteProtocolError("logprobs", len(answer.logprobs), f"{num_logprobs} entries")
                         num_expected += len(tokens)
@@ -242,7 +238,7 @@ class ThinClient:
                         assert kind is not None
                         raise error_of(kind, text)
                     case Lost(reason=reason):
-                        raise PeerDisconnected(f"lost coordinator …{coordinator[-6:]}: {reason}")
+                        raise PeerDisconnected(f"lost coordinator {short_peer(coordinator)}: {reason}")
         finally:
             del self._waiting[request]
             queue.close()

@@ -38,7 +38,7 @@ class _Text:
 def scope_of(owner: str, route: Route, hidden_format: HiddenFormat) -> Scope:
     """Return where a request of `owner` may find text."""
     stages = (f"{hop.peer} {hop.span}" for hop in route.hops)
-    return Scope(owner=owner, stages=(route.model_digest, route.dtype, *stages), hidden_format=hidden_format)
+    return Scope(owner=owner, stages=(repr(route.model), *stages), hidden_format=hidden_format)
 
 
 class PrefixIndex:

@@ -1,36 +1,82 @@
-"""What a finished request tells people and scripts."""
+"""What a finished answer tells people and scripts."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from dsd_p2p.coordination.engine import Generation
+from dsd_p2p.session.request import RequestStats
+from dsd_p2p.session.timing import Timing
+from dsd_p2p.types import PeerId
+from dsd_p2p.window.base import Decision
 
 
-def summarise(generation: Generation, drafter: str, num_prompt_tokens: int, num_tokens: int) -> dict[str, object]:
-    """Return what a script wants to know of a finished request; times in seconds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestDetails:
+    """What only the coordinator of an answer knows. mean_accepted_length: committed tokens an epoch."""
 
-    tokens_per_s counts from the first tokens on, so that the prompt's cost is in `ttft_s` alone.
-    """
-    stats, decision = generation.stats, generation.decision
-    first_at_s, first_size = generation.arrivals[0]
-    last_at_s, _ = generation.arrivals[-1]
-    num_later, later_s = num_tokens - first_size, last_at_s - first_at_s
-    return {
-        "mode": decision.mode,
-        "verification": "relaxed" if generation.machine.is_relaxed else "exact",
-        "num_relaxed_tokens": stats.num_relaxed_tokens,
-        "drafter": drafter,
-        "decision": asdict(decision),
-        "finish_reason": generation.finish.reason if generation.finish else None,
-        "num_prompt_tokens": num_prompt_tokens,
-        "num_tokens": num_tokens,
-        "tokens_per_s": num_later / later_s if later_s > 0 else num_tokens / (last_at_s - generation.started_at_s),
-        "num_later_tokens": num_later,
-        "later_s": later_s,
-        "ttft_s": first_at_s - generation.started_at_s,
-        "total_s": last_at_s - generation.started_at_s,
-        "mean_accepted_length": num_tokens / stats.num_epochs,
-        "bytes_per_token": stats.link_bytes / num_tokens,
-        "mean_stage_s": [total / max(1, stats.num_verdicts) for total in stats.stage_s],
-        "mean_draft_step_s": stats.draft_s / max(1, stats.num_draft_steps),
-        "counts": asdict(stats),
-    }
+    drafter: str
+    decision: Decision
+    is_relaxed: bool
+    finish_reason: str | None
+    num_prompt_tokens: int
+    mean_accepted_length: float
+    bytes_per_token: float
+    mean_stage_s: list[float]
+    mean_draft_step_s: float
+    counts: RequestStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerStatistics:
+    """One answer. coordinator: the peer that wrote it for us, and kept the details; None: it was written here."""
+
+    timing: Timing
+    coordinator: PeerId | None = None
+    details: RequestDetails | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """Return everything that is known, flat, under the names of `dsd generate --json` (docs/api.md)."""
+        timing, details = self.timing, self.details
+        shown: dict[str, object] = {
+            "num_tokens": timing.num_tokens,
+            "tokens_per_s": timing.tokens_per_s,
+            "num_later_tokens": timing.num_later_tokens,
+            "later_s": timing.later_s,
+            "ttft_s": timing.ttft_s,
+            "total_s": timing.total_s,
+        }
+        if self.coordinator is not None:
+            shown["coordinator"] = self.coordinator
+        if details is not None:
+            shown |= {
+                "mode": details.decision.mode,
+                "verification": "relaxed" if details.is_relaxed else "exact",
+                "num_relaxed_tokens": details.counts.num_relaxed_tokens,
+                "drafter": details.drafter,
+                "decision": asdict(details.decision),
+                "finish_reason": details.finish_reason,
+                "num_prompt_tokens": details.num_prompt_tokens,
+                "mean_accepted_length": details.mean_accepted_length,
+                "bytes_per_token": details.bytes_per_token,
+                "mean_stage_s": details.mean_stage_s,
+                "mean_draft_step_s": details.mean_draft_step_s,
+                "counts": asdict(details.counts),
+            }
+        return shown
+
+
+def statistics_of(generation: Generation, drafter: str) -> AnswerStatistics:
+    """Return the statistics of an answer that was written here; at least one token has arrived."""
+    stats, timing = generation.stats, generation.timing
+    details = RequestDetails(
+        drafter=drafter,
+        decision=generation.decision,
+        is_relaxed=generation.machine.is_relaxed,
+        finish_reason=generation.finish.reason if generation.finish else None,
+        num_prompt_tokens=generation.machine.num_prompt_tokens,
+        mean_accepted_length=timing.num_tokens / stats.num_epochs,
+        bytes_per_token=stats.link_bytes / timing.num_tokens,
+        mean_stage_s=[total / max(1, stats.num_verdicts) for total in stats.stage_s],
+        mean_draft_step_s=stats.draft_s / max(1, stats.num_draft_steps),
+        counts=stats,
+    )
+    return AnswerStatistics(timing=timing, details=details)

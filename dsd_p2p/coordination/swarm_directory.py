@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import trio
 
-from dsd_p2p.coordination.directory import NO_DETOUR, Chain
+from dsd_p2p.coordination.directory import NO_DETOUR
 from dsd_p2p.errors import CoverageLost
 from dsd_p2p.peers.membership import Membership
 from dsd_p2p.placement.coordinator import speculation_of
 from dsd_p2p.placement.route import Detour, choose_route
 from dsd_p2p.placement.view import NodeView, Plan, Speculation, SwarmView
+from dsd_p2p.session.request import Route
 from dsd_p2p.swarm.registry import Member
-from dsd_p2p.types import PeerId, Span
+from dsd_p2p.types import ModelKey, PeerId, Span, short_peer
 from dsd_p2p.wire.membership import MemberState
 from dsd_p2p.wire.messages import Hop
 
@@ -23,28 +24,26 @@ _BELIEVED_BEATS = 2
 class SwarmDirectory:
     """A directory of a swarm's members: the fastest chain over what they hold, as heartbeats and measurements tell.
 
-    model_digest, dtype, num_layers: what the chain must serve. coverage_timeout_s: how long a gap may take to close.
+    model, num_layers: what the route must serve. coverage_timeout_s: how long a gap may take to close.
     """
 
     def __init__(
         self,
         membership: Membership,
         *,
-        model_digest: str,
-        dtype: str,
+        model: ModelKey,
         num_layers: int,
         speculation: Speculation | None = None,
         coverage_timeout_s: float = 30.0,
     ) -> None:
         self._membership = membership
-        self._model_digest = model_digest
-        self._dtype = dtype
+        self._model = model
         self._num_layers = num_layers
         self._speculation = speculation or Speculation()
         self._coverage_timeout_s = coverage_timeout_s
 
-    async def find(self, detour: Detour = NO_DETOUR) -> Chain:
-        """Return the fastest chain; waits for one while layers are uncovered.
+    async def find(self, detour: Detour = NO_DETOUR) -> Route:
+        """Return the fastest route; waits for one while layers are uncovered.
 
         Raises:
             CoverageLost: there was none in time: names the layers.
@@ -58,7 +57,7 @@ class SwarmDirectory:
                     await self._membership.changed()
                 if trio.current_time() > believed_until_s:
                     detour = replace(detour, links=frozenset())
-            return self._chain(plan)
+            return self._route(plan)
         raise CoverageLost(self._explain(detour))
 
     def plan(self, detour: Detour = NO_DETOUR) -> Plan | None:
@@ -106,18 +105,17 @@ class SwarmDirectory:
 
     def _serves_our_model(self, member: Member) -> bool:
         info = member.record.info
-        return (info.model_digest, info.dtype, info.num_layers) == (self._model_digest, self._dtype, self._num_layers)
+        return (info.model, info.num_layers) == (self._model, self._num_layers)
 
-    def _chain(self, plan: Plan) -> Chain:
+    def _route(self, plan: Plan) -> Route:
         records = [self._membership.registry.record_of(stage.peer) for stage in plan.stages]
         infos = [record.info for record in records if record is not None]
-        return Chain(
+        return Route(
             hops=tuple(
                 Hop(peer=stage.peer, address=info.addresses[0] if info.addresses else "", span=stage.span)
                 for stage, info in zip(plan.stages, infos, strict=True)
             ),
-            model_digest=self._model_digest,
-            dtype=self._dtype,
+            model=self._model,
             max_positions=min(info.max_positions for info in infos),
         )
 
@@ -141,4 +139,4 @@ def _ranges(layers: Sequence[int]) -> str:
 
 
 def _names(peers: Collection[str]) -> str:
-    return ", ".join(f"…{peer[-6:]}" for peer in sorted(peers))
+    return ", ".join(short_peer(peer) for peer in sorted(peers))

@@ -25,7 +25,7 @@ class ModelShape:
     kv_values_per_slot: int
 
 
-def read_config(folder: Path) -> Any:
+def read_model_config(folder: Path) -> Any:
     """Return transformers' config of the text model in `folder`.
 
     Raises:

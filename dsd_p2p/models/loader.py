@@ -26,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from dsd_p2p.errors import ConfigError, ModelError
-from dsd_p2p.models.architecture import attention_kinds, read_config
+from dsd_p2p.models.architecture import attention_kinds, read_model_config
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import Span
 
@@ -106,7 +106,7 @@ def load_span(
         ModelError: the checkpoint lacks tensors, does not fit the architecture, or is not what its manifest says.
     """
     transformers_logging.disable_progress_bar()
-    config = read_config(source.folder)
+    config = read_model_config(source.folder)
     num_layers = int(config.num_hidden_layers)
     if not 0 <= span.first < span.last <= num_layers:
         raise ConfigError(f"span {span} is outside the model's layers [0, {num_layers})")

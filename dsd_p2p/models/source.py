@@ -17,10 +17,23 @@ from dsd_p2p.models.convert import convert_gguf
 from dsd_p2p.models.manifest import Manifest, check_tensors, read_manifest
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.wheels import fetch_gguf
+from dsd_p2p.types import ComputeFormat, ModelKey
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+
+def compute_format(dtype: str) -> ComputeFormat:
+    """Return the format of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return ComputeFormat(dtype)
+    except ValueError:
+        raise ConfigError(f"dtype {dtype!r}: choose one of {', '.join(ComputeFormat)}") from None
 
 
 class _WeightIndex(msgspec.Struct):
@@ -62,6 +75,14 @@ class ModelSource:
         if self._revision is not None:
             return hashlib.sha256(f"{self._hub_id}@{self._revision}".encode()).hexdigest()
         return self._manifest.digest
+
+    def key(self, dtype: str) -> ModelKey:
+        """Return the model's key when its weights are held, and computed with, in `dtype`.
+
+        Raises:
+            ConfigError: there is no such format.
+        """
+        return ModelKey(digest=self.digest(), weights=dtype, compute=compute_format(dtype))
 
     def check(self, tensors: Iterable[str]) -> None:
         """Compare these tensors with the manifest whose digest our peers know; the hub's client has checked its own files.

@@ -11,18 +11,22 @@ from numpy.typing import NDArray
 
 from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import Forward
-from dsd_p2p.errors import ConfigError, DsdError, ModelError, RemoteProtocolError
-from dsd_p2p.models.architecture import SLIDING, attention_kinds, read_config, shape_of
+from dsd_p2p.errors import DsdError, ModelError, RemoteProtocolError
+from dsd_p2p.models.architecture import SLIDING, attention_kinds, read_model_config, shape_of
 from dsd_p2p.models.cache import CacheBudget, KvCache
 from dsd_p2p.models.loader import LoadedSpan, load_span
 from dsd_p2p.models.packed import PackedLinear, can_pack, pack_linear_layers
 from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
-from dsd_p2p.models.source import ModelSource
-from dsd_p2p.types import Span, TokenId
+from dsd_p2p.models.source import ModelSource, compute_format
+from dsd_p2p.types import ComputeFormat, Span, TokenId
 
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {
+    ComputeFormat.FLOAT32: torch.float32,
+    ComputeFormat.BFLOAT16: torch.bfloat16,
+    ComputeFormat.FLOAT16: torch.float16,
+}
 
 
 class LogitsRow:
@@ -45,7 +49,7 @@ class LogitsRow:
 class SpanModel:
     """A span of a model in memory, with the budget its sessions' caches share.
 
-    source: whose weights. dtype: a key of `DTYPES`. device: a torch device. donor: layers it holds are not loaded again.
+    source: whose weights. dtype: a name of `ComputeFormat`. device: a torch device. donor: layers it holds are not loaded again.
     is_packed: linear layers in the order that is fastest for a few rows, where the device has one.
 
     Raises:
@@ -64,15 +68,13 @@ class SpanModel:
         donor: "SpanModel | None" = None,
         is_packed: bool = True,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-        config = read_config(source.folder)
+        config = read_model_config(source.folder)
         self.shape = shape_of(config)
         self.span = span
         self.is_head = span.first == 0
         self.is_tail = span.last == self.shape.num_layers
         self.budget = CacheBudget(cache_bytes)
-        self.torch_dtype = DTYPES[dtype]
+        self.torch_dtype = TORCH_DTYPES[compute_format(dtype)]
         self._device = device
         self._loaded: LoadedSpan = load_span(source, span, self.torch_dtype, device, donor._loaded if donor else None)
         self._model: Any = self._loaded.model

@@ -30,7 +30,7 @@ class TextCodec:
         except OSError:
             settings = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         stop = getattr(settings, "eos_token_id", None)
-        self.stop_tokens = frozenset([stop] if isinstance(stop, int) else stop or [])
+        self.stop_tokens = tuple(sorted({stop} if isinstance(stop, int) else set(stop or ())))
 
     def encode(self, prompt: str, *, is_raw: bool) -> list[TokenId]:
         """Return the prompt's tokens, in the model's chat template unless `is_raw`.

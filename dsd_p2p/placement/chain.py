@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable
 
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.types import PeerInfo
+from dsd_p2p.types import PeerInfo, short_peer
 
 
 def even_spans(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
@@ -20,7 +20,7 @@ def even_spans(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
 
 
 def choose_chain(peers: Iterable[PeerInfo]) -> list[PeerInfo]:
-    """Return the shortest chain of stages of one model and dtype that covers all its layers.
+    """Return the shortest chain of stages of one model that covers all its layers.
 
     Raises:
         ConfigError: no stage is known, or they leave layers uncovered or disagree on the model: says which.
@@ -28,14 +28,14 @@ def choose_chain(peers: Iterable[PeerInfo]) -> list[PeerInfo]:
     stages = [peer for peer in peers if peer.span is not None]
     if not stages:
         raise ConfigError("none of the connected peers hosts a stage: connect to a node started with --span")
-    models = {(peer.model_digest, peer.dtype) for peer in stages}
-    chains = [_shortest([p for p in stages if (p.model_digest, p.dtype) == model]) for model in sorted(models)]
+    models = {peer.model for peer in stages}
+    chains = [_shortest([p for p in stages if p.model == model]) for model in sorted(models, key=str)]
     complete = [chain for chain in chains if chain and _end(chain) == chain[0].num_layers]
     if complete:
         return min(complete, key=len)
     if len(models) > 1:
-        described = "; ".join(f"{p.peer[-8:]} {p.span} {p.model_name} {p.model_digest[:12]} {p.dtype}" for p in stages)
-        raise ConfigError(f"the stages disagree on the model's digest or dtype: {described}; start them with one model")
+        described = "; ".join(f"{short_peer(p.peer)} {p.span} {p.model_name} {p.model}" for p in stages)
+        raise ConfigError(f"the stages hold different models: {described}; start them with one model")
     raise ConfigError(
         f"layers from {max(map(_end, chains))} of {stages[0].num_layers} are not covered by a connected stage: "
         "start a node with that span"

@@ -237,7 +237,7 @@ class Coordinator:
     @property
     def is_relaxed(self) -> bool:
         """True when the target's own token may be passed over."""
-        return self._request.relaxation is not None
+        return self._request.text.relaxation is not None
 
     @property
     def deadline_s(self) -> float:
@@ -396,10 +396,10 @@ class Coordinator:
             raise RemoteProtocolError("verdict epoch", verdict.epoch, f"at most {self._epoch}")
         if len(verdict.settled) != len(verdict.tokens):
             raise RemoteProtocolError("settled", len(verdict.settled), f"{len(verdict.tokens)} entries, one a token")
-        num_logprobs = len(verdict.tokens) if self._request.top_logprobs >= 0 else 0
+        num_logprobs = len(verdict.tokens) if self._request.text.top_logprobs >= 0 else 0
         if len(verdict.logprobs) != num_logprobs:
             raise RemoteProtocolError("logprobs", len(verdict.logprobs), f"{num_logprobs} entries")
-        num_top, vocab_size = self._request.top_logprobs, self._request.vocab_size
+        num_top, vocab_size = self._request.text.top_logprobs, self._request.vocab_size
         if not all(each.is_of(num_top, vocab_size) for each in verdict.logprobs):
             raise RemoteProtocolError("logprobs", verdict.logprobs, f"{num_top} of {vocab_size} tokens each")
         first_new = len(self._request.prompt)
@@ -427,7 +427,7 @@ class Coordinator:
         for token in verdict.tokens[num_known:]:
             is_sent = self._commit(token)
             emitted.append(token)
-            if token in self._request.stop_tokens:
+            if token in self._request.text.stop_tokens:
                 return [emit(), *self._finish("stop")]
             if len(self.tokens) >= self._end:
                 return [emit(), *self._finish("length")]
@@ -498,7 +498,7 @@ class Coordinator:
     @property
     def _end(self) -> int:
         """Length of the finished text, prompt included."""
-        return len(self._request.prompt) + self._request.max_tokens
+        return self._request.max_length
 
     def _open(self, now_s: float, kept: tuple[bool, ...]) -> list[Effect]:
         """Open the session at a new epoch; unless the head has kept it, send everything committed except the root, in chunks."""
@@ -543,19 +543,16 @@ class Coordinator:
             session=request.session,
             epoch=self._epoch,
             route=route.hops,
-            coordinator=route.coordinator,
-            model_digest=route.model_digest,
-            dtype=route.dtype,
-            sampling=request.sampling,
+            coordinator=request.coordinator,
+            model=route.model,
+            text=request.text,
+            num_prompt=request.num_prompt,
             num_given=len(self.tokens),
-            max_length=self._end,
             idle_timeout_s=2 * request.stall_timeout_s,
             formats=request.hidden_formats if len(route.hops) > 1 else (),
-            relaxation=request.relaxation,
             kept=kept,
             resume=passed[:2] if kept else (0, BASE),
             attest=request.attest,
-            top_logprobs=request.top_logprobs,
             prefix=self.prefix,
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dsd_p2p.session.retry import RetryPolicy
-from dsd_p2p.types import GREEDY, PeerId, Relaxation, Sampling, SessionId, TokenId
+from dsd_p2p.types import Endpoint, ModelKey, PeerId, SessionId, TextRequest, TokenId
 from dsd_p2p.window.base import Decision
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import Hop, Prefix
@@ -12,12 +12,14 @@ from dsd_p2p.wire.messages import Hop, Prefix
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A chain of stages that covers the model, head first, and the way back to the coordinator."""
+    """The stages that a request's windows pass, head first; together they hold the model.
+
+    max_positions: the longest text that all of them take.
+    """
 
     hops: tuple[Hop, ...]
-    coordinator: Hop
-    model_digest: str
-    dtype: str
+    model: ModelKey
+    max_positions: int
 
     @property
     def head(self) -> PeerId:
@@ -27,31 +29,40 @@ class Route:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked of the target.
+    """One text that a coordinator has the target write.
 
-    prompt: at least one token. stop_tokens: generation ends with the first of these, which is emitted.
+    prompt: at least one token; the last `num_written` of them belong to the answer already.
+    coordinator: where verdicts are sent.
     prefill_chunk: prompt tokens a window; chunks follow each other through the stages like an assembly line.
-    stall_timeout_s: without a verdict for this long the chain counts as lost.
-    hidden_formats: of each link between stages; empty is the model's own. relaxation: None is exact mode.
-    attest: stages sign what they compute. top_logprobs: see `OpenSession`.
-    prefix: what of the prompt the route's stages have parked. is_parked: they are to park the text when it is finished.
+    stall_timeout_s: without a verdict for this long the route counts as lost.
+    hidden_formats: of each link between stages; empty is the model's own.
+    attest: stages sign what they compute.
+    prefix: what of the prompt the route's stages have parked. is_parked: they park the text when it is finished.
     """
 
     session: SessionId
     prompt: Sequence[TokenId]
-    max_tokens: int
+    text: TextRequest
     vocab_size: int
-    sampling: Sampling = GREEDY
-    stop_tokens: frozenset[TokenId] = frozenset()
+    coordinator: Endpoint
+    num_written: int = 0
     prefill_chunk: int = 128
     stall_timeout_s: float = 60.0
     hidden_formats: tuple[HiddenFormat, ...] = ()
-    relaxation: Relaxation | None = None
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     attest: bool = False
-    top_logprobs: int = -1
     prefix: Prefix | None = None
     is_parked: bool = False
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt itself."""
+        return len(self.prompt) - self.num_written
+
+    @property
+    def max_length(self) -> int:
+        """Length of the finished text at most, prompt included."""
+        return self.num_prompt + self.text.max_tokens
 
 
 _MAX_DECISIONS = 64

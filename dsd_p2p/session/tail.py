@@ -53,12 +53,13 @@ def verdict_of(
 class TailWalk:
     """The position of one session's tail.
 
-    num_given: tokens at positions below this one are the prompt: taken as they come, not verified.
+    num_prompt: tokens of the prompt. num_given: tokens at positions below this one are taken as they come, not verified.
     at: the node it stands at; a tail that goes on with what it holds starts at the last but one of the given.
     """
 
-    def __init__(self, *, epoch: int, num_given: int, at: int = BASE) -> None:
+    def __init__(self, *, epoch: int, num_prompt: int, num_given: int, at: int = BASE) -> None:
         self._epoch = epoch
+        self._num_prompt = num_prompt
         self._num_given = num_given
         self._at = at
         self._awaited: TokenId | None = None
@@ -88,10 +89,13 @@ class TailWalk:
         """True when the target's pick after `position` is verified, not given."""
         return position >= self._num_given - 1
 
-    def walk(self, window: Window, live: Sequence[int], pick: Callable[[int], TokenId]) -> Committed:
+    def walk(
+        self, window: Window, live: Sequence[int], pick: Callable[[int], TokenId], written: Callable[[TokenId], None]
+    ) -> Committed:
         """Go on through the window's `live` nodes, committing the target's pick at each.
 
         pick: maps an index into `live` to the target's token for the position after that node.
+        written: receives each given token behind the prompt: a replay brings what was written before.
         """
         if window.epoch != self._epoch:
             self._epoch, self._at = window.epoch, BASE
@@ -105,7 +109,10 @@ class TailWalk:
             self._awaited = None
             if committed.tokens:
                 committed.settled[-1] = self._at
-            if self.wants_pick(window.positions[offset]):
+            position = window.positions[offset]
+            if self._num_prompt <= position < self._num_given:
+                written(window.tokens[offset])
+            if self.wants_pick(position):
                 self._awaited = pick(index)
                 committed.tokens.append(self._awaited)
                 committed.settled.append(BASE)

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from dsd_p2p.netmodel import LinkModel, LinkState
 from dsd_p2p.session.machine import Coordinator
 from dsd_p2p.session.request import Request, RequestStats, Route
+from dsd_p2p.session.timing import Timing
 from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
-from dsd_p2p.sim.request import DraftDevice, Path, RequestLog, RequestRun
+from dsd_p2p.sim.request import SIMULATED_MODEL, SIMULATED_PEER, DraftDevice, Path, RequestLog, RequestRun
 from dsd_p2p.sim.service import Dedicated, PassCost, SharedCores
 from dsd_p2p.sim.target import Stage, StageModel, Target
-from dsd_p2p.types import SessionId, Span, TokenId
+from dsd_p2p.types import MAX_POSITIONS, MAX_TOKEN, SessionId, Span, TextRequest, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.wire.messages import MAX_TOKEN, Hop
+from dsd_p2p.wire.messages import Hop
 
 _DEADLINE_S = 3600.0
 
@@ -49,10 +50,12 @@ class SimulatedRequest:
     stats: RequestStats
 
     @property
-    def tokens_per_s(self) -> float:
-        """Tokens a second after the first arrival, as the live benchmark counts."""
-        (first_s, first_size), (last_s, _) = self.arrivals[0], self.arrivals[-1]
-        return (len(self.tokens) - first_size) / (last_s - first_s)
+    def timing(self) -> Timing:
+        """The arrivals, summed up as a live answer's are."""
+        timing = Timing(started_at_s=0.0)
+        for at_s, num_tokens in self.arrivals:
+            timing.arrived(num_tokens, at_s)
+        return timing
 
 
 class _NoRng:
@@ -83,12 +86,13 @@ def simulate_request(
     ]
     target = Target("sim", stages, [chain.link] * (len(stages) - 1), clock, rng)
     hop = Hop(peer="sim", address="", span=Span(0, 1))
-    route = Route(hops=(hop,) * len(chain.stages), coordinator=hop, model_digest="", dtype="")
+    route = Route(hops=(hop,) * len(chain.stages), model=SIMULATED_MODEL, max_positions=MAX_POSITIONS)
     path = Path(target, LinkState(chain.up or chain.link), LinkState(chain.link), route)
     request = Request(
+        text=TextRequest(max_tokens=max_tokens),
+        coordinator=SIMULATED_PEER,
         session=SessionId(bytes(8)),
         prompt=[0] * num_prompt_tokens,
-        max_tokens=max_tokens,
         vocab_size=MAX_TOKEN,
         stall_timeout_s=_DEADLINE_S,
     )

@@ -16,7 +16,7 @@ from dsd_p2p.session.request import Request, Route
 from dsd_p2p.sim.answer import Answer, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.machines import Choice, Machines, PassLog, Place, TargetPark, Unit
-from dsd_p2p.sim.request import DraftDevice, Path, RequestLog, RequestRun
+from dsd_p2p.sim.request import SIMULATED_MODEL, DraftDevice, Path, RequestLog, RequestRun
 from dsd_p2p.sim.scenario import DrafterPool, Scenario
 from dsd_p2p.sim.service import Dedicated
 from dsd_p2p.sim.swarm import SimulatedSwarm
@@ -25,10 +25,10 @@ from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.sim.workload import Arrival, arrivals
 from dsd_p2p.telemetry.events import PeerStatus
 from dsd_p2p.telemetry.watch import RequestWatch, Sink
-from dsd_p2p.types import SessionId, Span
+from dsd_p2p.types import MAX_POSITIONS, MAX_TOKEN, Endpoint, SessionId, Span, TextRequest
 from dsd_p2p.window.base import WindowPolicy
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.wire.messages import MAX_TOKEN, Hop
+from dsd_p2p.wire.messages import Hop
 
 PolicyOf = Callable[[], WindowPolicy]
 
@@ -187,12 +187,7 @@ class Fleet:
                 Hop(peer=f"{target.name}/{stage}", address="", span=Span(stage, stage + 1))
                 for stage in range(len(target.stages))
             )
-            route = Route(
-                hops=hops,
-                coordinator=Hop(peer=drafter.peer, address="", span=Span(0, 1)),
-                model_digest="",
-                dtype="",
-            )
+            route = Route(hops=hops, model=SIMULATED_MODEL, max_positions=MAX_POSITIONS)
             path = drafter.paths[target.name] = Path(target, LinkState(there), LinkState(back), route, choice.device)
         return path
 
@@ -313,9 +308,10 @@ class Fleet:
         trackers = drafter.trackers if speculation.remembers else {}
         tracker = trackers.setdefault(path.target.name, Tracker())
         request = Request(
+            text=TextRequest(max_tokens=num_answer_tokens),
+            coordinator=Endpoint(drafter.peer),
             session=SessionId(log.number.to_bytes(8, "little")),
             prompt=[0] * log.num_prompt_tokens,
-            max_tokens=num_answer_tokens,
             vocab_size=MAX_TOKEN,
             prefill_chunk=speculation.prefill_chunk,
             stall_timeout_s=float("inf"),

@@ -16,7 +16,7 @@ from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.service import PassCost, Processor
 from dsd_p2p.sim.target import Target, TargetSession, window_bytes
 from dsd_p2p.telemetry.watch import RequestWatch
-from dsd_p2p.types import UniformRng
+from dsd_p2p.types import ComputeFormat, Endpoint, ModelKey, UniformRng
 from dsd_p2p.window.base import Mode
 from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Verdict, Window
 
@@ -24,6 +24,10 @@ _VERDICT_BYTES, _STATE_BYTES, _PROMPT_BYTES = 60, 64, 4
 _MAX_PUT_OFF_DRAFTS = 4
 _FUSED_AFTER = 2
 """Decisions in a row not to speculate after which a request moves to its target."""
+
+
+SIMULATED_MODEL = ModelKey(digest="simulated", weights="simulated", compute=ComputeFormat.FLOAT32)
+SIMULATED_PEER = Endpoint("sim")
 
 
 class DraftDevice:
@@ -235,10 +239,10 @@ class RequestRun:
             case Window() as window if session is not None:
                 self._device.handle_message()
                 self._clock.after(self._up_s(window_bytes(window)), path.target.put, session, window)
-            case OpenSession(epoch=epoch, num_given=num_given) as opened:
+            case OpenSession() as opened:
                 if self._told is not None:
                     self._told.opened(opened)
-                self._session = path.target.open(self, epoch, num_given)
+                self._session = path.target.open(self, opened.epoch, opened.num_prompt, opened.num_given)
             case Cancel(epoch=epoch) if session is not None:
                 self._clock.after(self._up_s(32), _cancel, session, epoch)
             case CloseSession() if session is not None:

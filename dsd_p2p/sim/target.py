@@ -213,9 +213,9 @@ class Target:
         self.sessions: dict[TargetSession, None] = {}
         self.is_up = True
 
-    def open(self, client: Client, epoch: int, num_given: int) -> TargetSession:
+    def open(self, client: Client, epoch: int, num_prompt: int, num_given: int) -> TargetSession:
         """Start a session; windows that are sent to it find it when they arrive."""
-        session = TargetSession(client, self, TailWalk(epoch=epoch, num_given=num_given))
+        session = TargetSession(client, self, TailWalk(epoch=epoch, num_prompt=num_prompt, num_given=num_given))
         self.sessions[session] = None
         return session
 
@@ -263,7 +263,7 @@ class Target:
         def pick(row: int) -> TokenId:
             return answer.pick(positions[live[row]])
 
-        committed = session.walk.walk(window, live, pick)
+        committed = session.walk.walk(window, live, pick, written=lambda _token: None)
         if committed.tokens:
             waited = round(flight.waited_s * WAITED_PER_S)
             measured = msgspec.structs.replace(window, costs=tuple(flight.costs), waited=waited)

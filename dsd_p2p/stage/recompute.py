@@ -1,19 +1,19 @@
 """Computing part of our span over somebody's text, for one that checks another stage (`dsd_p2p.coordination.audit`)."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import trio
 
 from dsd_p2p.cache.passes import SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.errors import CapacityError, DsdError, ModelError, PeerError, RemoteProtocolError
+from dsd_p2p.errors import CapacityError, DsdError, PeerDisconnected, PeerError, RemoteProtocolError
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.stage.span_model import SpanModel
-from dsd_p2p.types import PeerId, PeerInfo, Sampling, TokenId
+from dsd_p2p.types import PeerId, PeerInfo, Sampling, TokenId, check_same_model
 from dsd_p2p.verification.base import TargetView
-from dsd_p2p.verification.exact import ExactVerifier
+from dsd_p2p.verification.choice import choose_verifier
 from dsd_p2p.wire.messages import MAX_GAP, Recompute, Recomputed
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,12 @@ def _compute(
     model: SpanModel | None, me: PeerInfo, asked: Recompute, payload: bytes
 ) -> tuple[tuple[TokenId, ...], tuple[int, ...], bytes]:
     """In a worker thread: return the picks after each position and their gaps at the tail, else the hidden states."""
-    if model is None or (asked.model_digest, asked.dtype) != (me.model_digest, me.dtype):
-        raise ModelError("this peer does not hold that model")
+    check_same_model(me.model, asked.model)
+    if model is None:
+        raise PeerDisconnected("this peer holds no layers now: ask another")
     part, num_nodes = model.narrow(asked.span), len(asked.tokens)
+    if asked.num_prompt > num_nodes:
+        raise RemoteProtocolError("num_prompt", asked.num_prompt, f"at most the {num_nodes} tokens of the text")
     if not part.is_head and len(payload) != num_nodes * part.row_bytes:
         raise RemoteProtocolError("payload length", len(payload), f"{num_nodes * part.row_bytes} bytes")
     inputs: list[TokenId] | bytes = list(asked.tokens) if part.is_head else payload
@@ -82,13 +85,27 @@ def _compute(
         if not part.is_tail:
             return (), (), hidden_of(part.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
         asked_pass = SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=range(num_nodes))
-        verifier, views = ExactVerifier(asked.sampling), views_of(part.run([asked_pass])[0])
-        picks = tuple(verifier.judge(view, row + 1, None)[0] for row, view in enumerate(views))
+        picks = _picks(asked, views := views_of(part.run([asked_pass])[0]))
         claimed = (*asked.tokens[1:], picks[-1])
-        gaps = tuple(_gap(*row, asked.sampling) for row in zip(views, picks, claimed, strict=True))
+        gaps = tuple(_gap(*row, asked.text.sampling) for row in zip(views, picks, claimed, strict=True))
         return picks, gaps, b""
     finally:
         cache.free()
+
+
+def _picks(asked: Recompute, views: Sequence[TargetView]) -> tuple[TokenId, ...]:
+    """The token that the target would write after each position; within the prompt, the prompt's own."""
+    verifier = choose_verifier(asked.text).open(asked.num_prompt)
+    picks: list[TokenId] = []
+    for position, view in enumerate(views, start=1):
+        claimed = asked.tokens[position] if position < len(asked.tokens) else None
+        if position < asked.num_prompt and claimed is not None:
+            picks.append(claimed)
+            continue
+        picks.append(verifier.judge(view, None).token)
+        if claimed is not None:
+            verifier.accept(claimed)
+    return tuple(picks)
 
 
 def _gap(view: TargetView, pick: TokenId, claimed: TokenId, sampling: Sampling) -> int:

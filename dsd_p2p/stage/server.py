@@ -32,10 +32,8 @@ from dsd_p2p.stage.session import BoundaryLog, Queued, StageSession
 from dsd_p2p.stage.span_model import SpanCache, SpanModel
 from dsd_p2p.stage.window_pass import StagePass
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId, Span
-from dsd_p2p.verification.adaptive import AdaptiveVerifier
-from dsd_p2p.verification.base import Verifier
-from dsd_p2p.verification.exact import ExactVerifier
+from dsd_p2p.types import Endpoint, PeerId, Span, check_same_model, short_peer
+from dsd_p2p.verification.choice import choose_verifier
 from dsd_p2p.window.tracker import LineFit
 from dsd_p2p.wire.hidden import HiddenFormat, packed_row_bytes
 from dsd_p2p.wire.messages import (
@@ -44,7 +42,6 @@ from dsd_p2p.wire.messages import (
     Cancel,
     CloseSession,
     Failure,
-    Hop,
     Message,
     OpenSession,
     Recompute,
@@ -218,11 +215,7 @@ class StageServer:
             raise PeerDisconnected("this peer holds no layers now: choose another")
         self._check_route(opened, index)
         me = self._links.me
-        if opened.model_digest != me.model_digest or opened.dtype != me.dtype:
-            raise ModelError(
-                f"this stage holds {me.model_name} {me.model_digest[:12]} {me.dtype}, asked for "
-                f"{opened.model_digest[:12]} {opened.dtype}: start all stages with the same model"
-            )
+        check_same_model(me.model, opened.model)
         if opened.max_length > me.max_positions:
             raise CapacityError(f"{opened.max_length} tokens exceed the model's {me.max_positions}: ask for fewer")
         is_kept = bool(opened.kept) and opened.kept[index]
@@ -230,6 +223,8 @@ class StageServer:
         span = opened.route[index].span
         model = self._parts.setdefault(span, self._model.narrow(span))
         is_tail = index == len(opened.route) - 1
+        # Every stage refuses what the tail could not pick.
+        verifier = choose_verifier(opened.text)
         read_format = opened.formats[index - 1] if opened.formats and index else HiddenFormat.MODEL
         put, take = trio.open_memory_channel[Queued](self._limits.max_queued_windows)
         session = StageSession(
@@ -245,10 +240,10 @@ class StageServer:
                 num_held=opened.prefix.num_tokens if opened.prefix else 0,
             ),
             walk=_walk(opened, is_kept=is_kept) if is_tail else None,
-            verifier=_verifier(opened),
+            verifier=verifier.open(opened.num_prompt) if is_tail else None,
             read_format=read_format,
             write_format=opened.formats[index] if opened.formats and not is_tail else HiddenFormat.MODEL,
-            row_bytes=packed_row_bytes(model.row_bytes, opened.dtype, read_format),
+            row_bytes=packed_row_bytes(model.row_bytes, opened.model.compute, read_format),
             max_slots=opened.max_length + self._limits.max_draft_slots,
             replaces=old,
             is_kept=is_kept,
@@ -297,12 +292,15 @@ class StageServer:
             raise RemoteProtocolError("span", str(span), f"inside this stage's {me.span}")
         bounds = [0, *(hop.span.last for hop in route)]
         prefix, is_whole = opened.prefix, not any(opened.kept) and not opened.attest
-        if opened.num_given > opened.max_length:
-            raise RemoteProtocolError("num_given", opened.num_given, f"at most the {opened.max_length} of max_length")
+        if not opened.num_prompt <= opened.num_given <= opened.max_length:
+            limit = f"{opened.num_prompt} to {opened.max_length}, the prompt's and the text's length"
+            raise RemoteProtocolError("num_given", opened.num_given, limit)
         if prefix is not None and (prefix.num_tokens >= opened.num_given or not is_whole):
             raise RemoteProtocolError(
                 "prefix", prefix.num_tokens, f"below {opened.num_given}, nothing kept or attested"
             )
+        if prefix is not None and prefix.num_tokens > opened.num_prompt:
+            raise RemoteProtocolError("prefix", prefix.num_tokens, f"at most the {opened.num_prompt} of the prompt")
         if [hop.span.first for hop in route] != bounds[:-1] or bounds[-1] != me.num_layers:
             raise RemoteProtocolError("route spans", [str(hop.span) for hop in route], f"layers 0..{me.num_layers}")
 
@@ -345,7 +343,9 @@ class StageServer:
             elif event.peer == session.previous or (session.onward and event.peer == session.onward.peer):
                 self._orphan(
                     session,
-                    PeerDisconnected(f"{_short(self._links.me.peer)} lost {_short(event.peer)}: {event.reason}"),
+                    PeerDisconnected(
+                        f"{short_peer(self._links.me.peer)} lost {short_peer(event.peer)}: {event.reason}"
+                    ),
                     about=event.peer,
                 )
 
@@ -427,6 +427,10 @@ class StageServer:
         session.cache, session.log, old.cache = old.cache, old.log, None
         assert session.cache is not None
         opened = session.opened
+        session.verifier = old.verifier
+        if session.verifier is not None:
+            # The root is given once more, and with it the token that it holds.
+            session.verifier.rewind(max(opened.num_prompt, opened.num_given - 1))
         old_state, session.state = session.state, old.state
         edits = session.state.resume(epoch=old_state.epoch, at=opened.resume, num_kept=opened.num_given - 1)
         for edit in edits:
@@ -499,12 +503,12 @@ class StageServer:
                 self._parked.remove(parked)
 
     def _written_row_bytes(self, session: StageSession) -> int:
-        return packed_row_bytes(session.model.row_bytes, session.opened.dtype, session.write_format)
+        return packed_row_bytes(session.model.row_bytes, session.opened.model.compute, session.write_format)
 
     async def _open_onward(self, session: StageSession) -> None:
         """Open the session at the next stage, and refill that one if it lost what we still have."""
         onward, opened = session.onward, session.opened
-        next_hop = onward or opened.coordinator
+        next_hop = Endpoint(onward.peer, onward.address) if onward else opened.coordinator
         try:
             await self._reach(next_hop)
             if onward is None:
@@ -515,11 +519,11 @@ class StageServer:
         except PeerError as exc:
             self._orphan(session, exc, about="" if self._links.is_connected(next_hop.peer) else next_hop.peer)
 
-    async def _reach(self, hop: Hop) -> None:
+    async def _reach(self, hop: Endpoint) -> None:
         if self._links.is_connected(hop.peer):
             return
         if not self._limits.dials_routes:
-            raise PeerDisconnected(f"{_short(self._links.me.peer)} is not connected to {_short(hop.peer)}")
+            raise PeerDisconnected(f"{short_peer(self._links.me.peer)} is not connected to {short_peer(hop.peer)}")
         await self._links.connect(hop.address, _CONNECT_TIMEOUT_S)
 
     async def _refill(self, session: StageSession, to: PeerId) -> None:
@@ -536,7 +540,7 @@ class StageServer:
                 window=number,
                 root=(opened.epoch, start - 1),
                 first_node=start,
-                tokens=(0,) * len(positions),
+                tokens=log.tokens(start, positions[-1] + 1),
                 parents=tuple(position - 1 for position in positions),
                 positions=positions,
             )
@@ -605,14 +609,4 @@ def _is_same_part(old: StageSession, opened: OpenSession) -> bool:
 def _walk(opened: OpenSession, *, is_kept: bool) -> TailWalk:
     num_held = opened.num_given - 1 if is_kept else opened.prefix.num_tokens if opened.prefix else 0
     at = num_held - 1 if num_held else BASE
-    return TailWalk(epoch=opened.epoch, num_given=opened.num_given, at=at)
-
-
-def _short(peer: str) -> str:
-    return f"…{peer[-6:]}"
-
-
-def _verifier(opened: OpenSession) -> Verifier:
-    if opened.relaxation is None:
-        return ExactVerifier(opened.sampling)
-    return AdaptiveVerifier(opened.sampling, opened.relaxation)
+    return TailWalk(epoch=opened.epoch, num_prompt=opened.num_prompt, num_given=opened.num_given, at=at)

@@ -1,6 +1,8 @@
 """What one stage holds of one session."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import trio
@@ -11,46 +13,58 @@ from dsd_p2p.errors import DsdError
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk
 from dsd_p2p.stage.span_model import SpanCache, SpanModel
-from dsd_p2p.types import PeerId
-from dsd_p2p.verification.base import Verifier
+from dsd_p2p.types import PeerId, TokenId
+from dsd_p2p.verification.base import VerifierSession
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import Hop, OpenSession, Park, Window, WindowAttestation
 
 
 class BoundaryLog:
-    """The hidden states a stage has sent on, by cache slot: what refills the stage after it when that one is lost.
+    """The tokens and hidden states a stage has sent on, by cache slot: they refill the stage after it when that one is lost.
 
     row_bytes: of one node, as sent on the link.
     """
 
     def __init__(self, row_bytes: int) -> None:
         self._rows: NDArray[np.uint8] = np.empty((0, row_bytes), np.uint8)
+        self._tokens: NDArray[np.int64] = np.empty(0, np.int64)
         self.num_rows = 0
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return self._rows.nbytes
+        return self._rows.nbytes + self._tokens.nbytes
 
     def edit(self, edit: CacheEdit) -> None:
         """Do what the cache does."""
         self._rows[edit.num_kept : edit.num_slots] = self._rows[edit.gathered]
+        self._tokens[edit.num_kept : edit.num_slots] = self._tokens[edit.gathered]
         self.num_rows = edit.num_slots
 
-    def append(self, data: bytes) -> None:
-        """Take in the rows of one pass."""
+    def append(self, tokens: Sequence[TokenId], data: bytes) -> None:
+        """Take in the nodes of one window."""
         rows = np.frombuffer(data, np.uint8).reshape(-1, self._rows.shape[1])
         end = self.num_rows + len(rows)
         if end > len(self._rows):
-            grown = np.empty((max(64, 2 * end), self._rows.shape[1]), np.uint8)
-            grown[: self.num_rows] = self._rows[: self.num_rows]
-            self._rows = grown
+            num_slots = max(64, 2 * end)
+            self._rows, self._tokens = _grown(self._rows, num_slots), _grown(self._tokens, num_slots)
         self._rows[self.num_rows : end] = rows
+        self._tokens[self.num_rows : end] = tokens
         self.num_rows = end
 
     def rows(self, start: int, end: int) -> bytes:
         """Return the rows of these slots."""
         return self._rows[start:end].tobytes()
+
+    def tokens(self, start: int, end: int) -> tuple[TokenId, ...]:
+        """Return the tokens of these slots."""
+        return tuple(self._tokens[start:end].tolist())
+
+
+def _grown(array: NDArray[Any], num_slots: int) -> NDArray[Any]:
+    grown = np.empty((num_slots, *array.shape[1:]), array.dtype)
+    grown[: len(array)] = array
+    return grown
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +96,7 @@ class StageSession:
     onward: Hop | None
     state: StageState
     walk: TailWalk | None
-    verifier: Verifier
+    verifier: VerifierSession | None
     read_format: HiddenFormat
     write_format: HiddenFormat
     row_bytes: int

@@ -130,22 +130,26 @@ class StagePass:
 
     def _hand_on(self, cost: Cost) -> Answer:
         session = self.session
-        packed = pack(b"".join(self._hidden), session.model.row_bytes, session.opened.dtype, session.write_format)
+        packed = pack(
+            b"".join(self._hidden), session.model.row_bytes, session.opened.model.compute, session.write_format
+        )
         if session.log is not None:
-            session.log.append(packed)
+            session.log.append(self.window.tokens, packed)
         return self._measured(self._attested(packed), *cost()), packed
 
     def _judge(self, cost: Cost) -> Answer | None:
         """Walk on as far as the picks lead."""
-        session, window, walk = self.session, self.window, self.session.walk
+        session, window, walk, verifier = self.session, self.window, self.session.walk, self.session.verifier
         assert walk is not None
+        assert verifier is not None
         if session.opened.attest:
             window = self._attested(b"")
             session.attested.append(WindowAttestation(window=window.window, stages=window.attestations))
             del session.attested[:-MAX_ATTESTED_WINDOWS]
         if self._forward is None:
             return None
-        tops = {top.offset: top for top in window.drafts} if session.opened.relaxation else {}
+        text = session.opened.text
+        tops = {top.offset: top for top in window.drafts} if text.relaxation else {}
         live = self._live
         num_relaxed = 0
         logprobs: list[TokenLogprobs] = []
@@ -153,15 +157,14 @@ class StagePass:
         def pick(row: int) -> TokenId:
             nonlocal num_relaxed
             top = tops.get(live[row])
-            token, is_relaxed = session.verifier.judge(
-                self._views[row], window.positions[live[row]] + 1, _opinion(top) if top else None
-            )
+            token, is_relaxed = verifier.judge(self._views[row], _opinion(top) if top else None)
+            verifier.accept(token)
             num_relaxed += is_relaxed
-            if session.opened.top_logprobs >= 0:
-                logprobs.append(token_logprobs(self._views[row].logits(), token, session.opened.top_logprobs))
+            if text.top_logprobs >= 0:
+                logprobs.append(token_logprobs(self._views[row].logits(), token, text.top_logprobs))
             return token
 
-        committed = walk.walk(window, live, pick)
+        committed = walk.walk(window, live, pick, verifier.accept)
         if not committed.tokens:
             return None
         attested, session.attested = session.attested, []
@@ -183,7 +186,7 @@ class StagePass:
         if len(self._live) < len(window.tokens):
             size = session.row_bytes
             payload = b"".join(payload[offset * size : (offset + 1) * size] for offset in self._live)
-        return unpack(payload, session.model.row_bytes, session.opened.dtype, session.read_format)
+        return unpack(payload, session.model.row_bytes, session.opened.model.compute, session.read_format)
 
     def _attested(self, packed: bytes) -> Window:
         """The window with our signature under what came in and what goes out, when the session wants it."""

@@ -4,6 +4,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from dsd_p2p.telemetry.events import Event, Failover, PeerStatus, SessionEnded, SessionStarted, StageOf, WindowVerified
+from dsd_p2p.types import short_peer
 
 _MAX_PEERS, _MAX_SESSIONS, _MAX_HISTORY = 4096, 1024, 32
 _KEEP_ENDED_S = 10.0
@@ -120,7 +121,7 @@ class Picture:
         """What somebody should look at, the worst first."""
         alerts: list[Alert] = []
         for peer, status in self.peers.items():
-            name = short(peer)
+            name = short_peer(peer)
             if not status.is_online:
                 alerts.append(Alert(2, f"{name} is offline"))
             elif self.is_silent(peer):
@@ -191,11 +192,6 @@ class Picture:
     def _is_over(self, view: SessionView) -> bool:
         # One that falls silent without an end has lost its coordinator.
         return self.now_s - view.at_s > (_KEEP_ENDED_S if view.ended is not None else _KEEP_SILENT_S)
-
-
-def short(peer: str) -> str:
-    """Return a peer's id as people read it."""
-    return f"…{peer[-6:]}" if len(peer) > 12 else peer or "?"
 
 
 def _add_growth(sums: list[int], new: tuple[int, ...], old: tuple[int, ...]) -> None:

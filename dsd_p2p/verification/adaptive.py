@@ -11,8 +11,33 @@ from numpy.typing import NDArray
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.types import Relaxation, RelaxationRule, Sampling, TokenId
 from dsd_p2p.verification.base import Pick, TargetView
-from dsd_p2p.verification.exact import ExactVerifier, gumbel_noise, kept_tokens
+from dsd_p2p.verification.exact import ExactSession, ExactVerifier, gumbel_noise, kept_tokens
 from dsd_p2p.verification.importance import DraftOpinion, is_key, signals_of
+
+
+class AdaptiveSession:
+    """One text of an `AdaptiveVerifier`; what the text so far decides is the exact session's."""
+
+    def __init__(self, verifier: "AdaptiveVerifier", exact: ExactSession) -> None:
+        self._verifier = verifier
+        self._exact = exact
+
+    @property
+    def length(self) -> int:
+        """See `VerifierSession`."""
+        return self._exact.length
+
+    def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
+        """Return the token for the next position; raises as `VerifierSession.judge` does."""
+        return self._verifier.pick(view, self.length, draft)
+
+    def accept(self, token: TokenId) -> None:
+        """See `VerifierSession`."""
+        self._exact.accept(token)
+
+    def rewind(self, length: int) -> None:
+        """See `VerifierSession`."""
+        self._exact.rewind(length)
 
 
 class AdaptiveVerifier:
@@ -23,7 +48,11 @@ class AdaptiveVerifier:
         self._sampling = sampling
         self._relaxation = relaxation
 
-    def judge(self, view: TargetView, position: int, draft: DraftOpinion | None) -> Pick:
+    def open(self, num_prompt: int) -> "AdaptiveSession":
+        """Start on a text whose first `num_prompt` tokens are its prompt."""
+        return AdaptiveSession(self, self._exact.open(num_prompt))
+
+    def pick(self, view: TargetView, position: int, draft: DraftOpinion | None) -> Pick:
         """Return the token for `position`; without a drafter's opinion it is the exact one.
 
         Raises:

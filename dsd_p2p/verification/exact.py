@@ -48,19 +48,37 @@ def kept_tokens(scores: NDArray[np.float64], top_k: int, top_p: float) -> NDArra
     return kept
 
 
+class ExactSession:
+    """One text of an `ExactVerifier`: its length alone, because the noise depends on nothing else."""
+
+    def __init__(self, verifier: "ExactVerifier", num_prompt: int) -> None:
+        self._verifier = verifier
+        self._num_prompt = num_prompt
+        self.length = num_prompt
+
+    def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
+        """Return the target's token; the drafter's opinion does not matter. Raises as `VerifierSession.judge` does."""
+        return Pick(self._verifier.pick(view, self.length), is_relaxed=False)
+
+    def accept(self, token: TokenId) -> None:
+        """See `VerifierSession`."""
+        self.length += 1
+
+    def rewind(self, length: int) -> None:
+        """See `VerifierSession`."""
+        assert self._num_prompt <= length <= self.length, "a text is rewound to what it was"
+        self.length = length
+
+
 class ExactVerifier:
     """The target's own pick under `sampling`."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
 
-    def judge(self, view: TargetView, position: int, draft: DraftOpinion | None) -> Pick:
-        """Return the target's token; what the drafter thinks does not matter.
-
-        Raises:
-            ModelError: the logits are not finite.
-        """
-        return Pick(self.pick(view, position), is_relaxed=False)
+    def open(self, num_prompt: int) -> ExactSession:
+        """Start on a text whose first `num_prompt` tokens are its prompt."""
+        return ExactSession(self, num_prompt)
 
     def pick(self, view: TargetView, position: int) -> TokenId:
         """Return the target's token for `position`.

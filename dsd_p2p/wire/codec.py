@@ -11,7 +11,8 @@ from typing import NamedTuple
 import msgspec
 
 from dsd_p2p.errors import LocalProtocolError, RemoteProtocolError
-from dsd_p2p.wire.messages import Message, OpenSession, Recompute, Recomputed, Revealed, Window
+from dsd_p2p.types import TextRequest
+from dsd_p2p.wire.messages import Ask, Message, OpenSession, Recompute, Recomputed, Revealed, Window
 from dsd_p2p.wire.version import PROTOCOL_VERSION
 
 MAX_FRAME_BYTES = 64 << 20
@@ -68,23 +69,26 @@ def decode(frame: bytes) -> Frame:
     return Frame(message, payload)
 
 
+def _check_text(text: TextRequest) -> None:
+    relaxed = () if text.relaxation is None else msgspec.structs.astuple(text.relaxation)[1:]
+    numbers = (text.sampling.temperature, text.sampling.top_p, *relaxed)
+    if not all(math.isfinite(number) for number in numbers):
+        raise RemoteProtocolError("text", text, "finite numbers")
+
+
 def _check(message: Message, payload_bytes: int) -> None:
     """Check what the types cannot say."""
+    if isinstance(message, OpenSession | Ask | Recompute):
+        _check_text(message.text)
+    if isinstance(message, OpenSession | Ask | Recompute):
+        _check_text(message.text)
     if isinstance(message, OpenSession):
-        sampling = message.sampling
-        if not (math.isfinite(sampling.temperature) and math.isfinite(sampling.top_p)):
-            raise RemoteProtocolError("sampling", sampling, "finite numbers")
         if any(hop.span.first >= hop.span.last for hop in message.route):
             raise RemoteProtocolError("route span", [str(hop.span) for hop in message.route], "first < last")
         if message.formats and len(message.formats) != len(message.route) - 1:
             raise RemoteProtocolError("formats", len(message.formats), f"{len(message.route) - 1}, one a link, or none")
         if message.kept and len(message.kept) != len(message.route):
             raise RemoteProtocolError("kept", len(message.kept), f"{len(message.route)}, one a stage, or none")
-        relaxation = message.relaxation
-        if relaxation is not None and not all(
-            math.isfinite(value) for value in msgspec.structs.astuple(relaxation)[1:]
-        ):
-            raise RemoteProtocolError("relaxation", relaxation, "finite numbers")
     if isinstance(message, Revealed | Recompute | Recomputed):
         return
     if not isinstance(message, Window):

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
+from dsd_p2p.types import ComputeFormat
 
 GROUP = 32
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class HiddenFormat(StrEnum):
@@ -23,21 +23,23 @@ class HiddenFormat(StrEnum):
     INT8 = "int8"
 
 
-def packed_row_bytes(row_bytes: int, dtype: str, hidden_format: HiddenFormat) -> int:
+def packed_row_bytes(row_bytes: int, compute: ComputeFormat, hidden_format: HiddenFormat) -> int:
     """Return the bytes of one node's hidden state on the link.
 
-    row_bytes: its bytes in the model's `dtype`.
+    row_bytes: its bytes as the model computes it.
 
     Raises:
         ConfigError: the format does not fit the model.
     """
-    hidden_size = row_bytes // _VALUE_BYTES[dtype]
+    hidden_size = row_bytes // compute.value_bytes
     match hidden_format:
         case HiddenFormat.MODEL:
             return row_bytes
         case HiddenFormat.BF16:
-            if dtype != "float32":
-                raise ConfigError(f"hidden format bf16 is for float32 models, this one is {dtype}: use model or int8")
+            if compute is not ComputeFormat.FLOAT32:
+                raise ConfigError(
+                    f"hidden format bf16 is for float32 models, this one computes in {compute}: use model or int8"
+                )
             return 2 * hidden_size
         case HiddenFormat.INT8:
             if hidden_size % GROUP:
@@ -45,11 +47,11 @@ def packed_row_bytes(row_bytes: int, dtype: str, hidden_format: HiddenFormat) ->
             return hidden_size + 2 * hidden_size // GROUP
 
 
-def pack(data: bytes, row_bytes: int, dtype: str, hidden_format: HiddenFormat) -> bytes:
-    """Return hidden states `[n, H]` of the model's dtype in the link's format."""
+def pack(data: bytes, row_bytes: int, compute: ComputeFormat, hidden_format: HiddenFormat) -> bytes:
+    """Return hidden states `[n, H]` as the model computes them in the link's format."""
     if hidden_format is HiddenFormat.MODEL:
         return data
-    values = to_float32(data, dtype).reshape(len(data) // row_bytes, -1)
+    values = to_float32(data, compute).reshape(len(data) // row_bytes, -1)
     if hidden_format is HiddenFormat.BF16:
         return _round_to_bfloat16(values).tobytes()
     groups = values.reshape(len(values), -1, GROUP)
@@ -60,8 +62,8 @@ def pack(data: bytes, row_bytes: int, dtype: str, hidden_format: HiddenFormat) -
     return b"".join(row.tobytes() + scale.tobytes() for row, scale in zip(rounded, scales, strict=True))
 
 
-def unpack(data: bytes, row_bytes: int, dtype: str, hidden_format: HiddenFormat) -> bytes:
-    """Return hidden states in the model's dtype, as they were before `pack` up to rounding.
+def unpack(data: bytes, row_bytes: int, compute: ComputeFormat, hidden_format: HiddenFormat) -> bytes:
+    """Return hidden states as the model computes them, as they were before `pack` up to rounding.
 
     Raises:
         RemoteProtocolError: a scale is not finite.
@@ -70,13 +72,13 @@ def unpack(data: bytes, row_bytes: int, dtype: str, hidden_format: HiddenFormat)
         return data
     if hidden_format is HiddenFormat.BF16:
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).tobytes()
-    hidden_size = row_bytes // _VALUE_BYTES[dtype]
+    hidden_size = row_bytes // compute.value_bytes
     rows = np.frombuffer(data, np.uint8).reshape(-1, hidden_size + 2 * hidden_size // GROUP)
     values = rows[:, :hidden_size].view(np.int8).reshape(len(rows), -1, GROUP)
     scales = np.ascontiguousarray(rows[:, hidden_size:]).view("<f2").astype(np.float32)
     if not np.isfinite(scales).all():
         raise RemoteProtocolError("hidden state scales", "NaN or infinity", "finite values")
-    return _from_float32((values * scales[:, :, None]).astype(np.float32), dtype)
+    return _from_float32((values * scales[:, :, None]).astype(np.float32), compute)
 
 
 def _round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -86,22 +88,22 @@ def _round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return np.where(np.isfinite(values), rounded, bits >> 16).astype(np.uint16)
 
 
-def to_float32(data: bytes, dtype: str) -> NDArray[np.float32]:
-    """Return hidden states of a model's dtype as float32, flat."""
-    match dtype:
-        case "float32":
+def to_float32(data: bytes, compute: ComputeFormat) -> NDArray[np.float32]:
+    """Return hidden states of a model as float32, flat."""
+    match compute:
+        case ComputeFormat.FLOAT32:
             return np.frombuffer(data, "<f4")
-        case "bfloat16":
+        case ComputeFormat.BFLOAT16:
             return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-        case _:
+        case ComputeFormat.FLOAT16:
             return np.frombuffer(data, "<f2").astype(np.float32)
 
 
-def _from_float32(values: NDArray[np.float32], dtype: str) -> bytes:
-    match dtype:
-        case "float32":
+def _from_float32(values: NDArray[np.float32], compute: ComputeFormat) -> bytes:
+    match compute:
+        case ComputeFormat.FLOAT32:
             return values.tobytes()
-        case "bfloat16":
+        case ComputeFormat.BFLOAT16:
             return _round_to_bfloat16(values).tobytes()
-        case _:
+        case ComputeFormat.FLOAT16:
             return values.astype(np.float16).tobytes()

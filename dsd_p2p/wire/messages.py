@@ -13,15 +13,16 @@ from msgspec import Meta
 
 from dsd_p2p.types import (
     MAX_POSITIONS,
-    MAX_TOP_LOGPROBS,
     Address,
+    Endpoint,
+    ModelKey,
     Name,
     PeerInfo,
     Position,
-    Relaxation,
-    Sampling,
     Span,
     StageCost,
+    TextRequest,
+    Token,
     TokenLogprobs,
 )
 from dsd_p2p.wire.hidden import HiddenFormat
@@ -30,7 +31,6 @@ from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members
 MAX_WINDOW_NODES = 1024
 MAX_STAGES = 64
 MAX_KNOWN_PEERS = 64
-MAX_TOKEN = (1 << 31) - 1
 MAX_DRAFT_TOP = 32
 MAX_PING_BYTES = 256 << 10
 ROW_HASH_BYTES = 16
@@ -48,7 +48,6 @@ MAX_EPOCH = (1 << 31) - 1
 Epoch = Annotated[int, Meta(ge=0, le=MAX_EPOCH)]
 WindowNumber = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 NodeNumber = Annotated[int, Meta(ge=-1, le=MAX_POSITIONS)]
-Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 Centinats = Annotated[int, Meta(ge=0, le=100_000)]
 
 BASE = -1
@@ -78,7 +77,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Hop(msgspec.Struct, frozen=True, array_like=True):
-    """One stage of a chain: who, where, and the layers it is asked to run."""
+    """One stage of a route: which peer, its address, and the layers it is asked to run."""
 
     peer: Name
     address: Address
@@ -100,34 +99,38 @@ class Park(msgspec.Struct, frozen=True, array_like=True):
 
 
 class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Opens a session at `epoch` on every stage of `route`; travels down the chain ahead of the windows.
+    """Opens a session at `epoch` on every stage of `route`; travels down the route ahead of the windows.
 
-    `num_given` tokens are the prompt (and, in a replay, the tokens already committed): the tail does not verify them.
-    Received again with a higher epoch it resets the session: nothing of the old epochs is kept.
-    formats: of the hidden states on each link between stages; empty is the model's own on all. relaxation: None is exact mode.
-    kept: for each stage of the route, whether it goes on with what it holds of the session: everything given but the last token,
-        which ends at node `resume` (epoch, node). The others are refilled by the stage before them. Empty: nobody keeps anything.
-    attest: every stage signs what it takes in and gives out. top_logprobs: likeliest tokens to tell; -1: none.
+    The first `num_prompt` tokens are the prompt. The first `num_given` are given: the prompt and, in a replay, the tokens
+    that were committed before. The tail does not verify what is given.
+    Received again with a higher epoch, it resets the session: nothing of the old epochs is kept.
+    formats: of the hidden states on each link between stages; empty is the model's own on all of them.
+    kept: for each stage of the route, whether it goes on with what it holds of the session: everything given but the last
+        token, which ends at node `resume` (epoch, node). The others are refilled by the stage before them. Empty: no
+        stage keeps anything.
+    attest: every stage signs what it takes in and gives out.
     prefix: parked text that the prompt begins with; only what follows is sent.
     """
 
     session: SessionBytes
     epoch: Epoch
     route: Annotated[tuple[Hop, ...], Meta(min_length=1, max_length=MAX_STAGES)]
-    coordinator: Hop
-    model_digest: Name
-    dtype: Name
-    sampling: Sampling
+    coordinator: Endpoint
+    model: ModelKey
+    text: TextRequest
+    num_prompt: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     num_given: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
-    max_length: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
     formats: Annotated[tuple[HiddenFormat, ...], Meta(max_length=MAX_STAGES - 1)] = ()
-    relaxation: Relaxation | None = None
     kept: Annotated[tuple[bool, ...], Meta(max_length=MAX_STAGES)] = ()
     resume: tuple[Epoch, NodeNumber] = (0, BASE)
     attest: bool = False
-    top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
     prefix: Prefix | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Length of the finished text at most, prompt included."""
+        return self.num_prompt + self.text.max_tokens
 
 
 class Attestation(msgspec.Struct, frozen=True, array_like=True):
@@ -249,20 +252,19 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=9):
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag=12):
-    """Thin client → coordinator: write for me. What was received of an earlier answer is part of `prompt`.
+    """Thin client → coordinator: write this text for me.
 
-    owner: as whom; answers of one owner share parked text, those of no name ("") share none.
-    idle_timeout_s: give a silent chain up after so long. deadline_s: of the whole answer, from its arrival.
+    num_written: the last tokens of `prompt` that another coordinator wrote of the same answer already.
+    owner: answers of one owner share parked text; those without an owner ("") share none.
+    idle_timeout_s: how long a silent route is waited for. deadline_s: of the whole answer, counted from the message's arrival.
     """
 
     request: SessionBytes
     prompt: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_POSITIONS)]
-    max_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
-    sampling: Sampling
-    stop_tokens: Annotated[tuple[Token, ...], Meta(max_length=64)]
+    text: TextRequest
     idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
     deadline_s: Annotated[float, Meta(gt=0, le=86400)]
-    top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
+    num_written: Annotated[int, Meta(ge=0, le=MAX_POSITIONS)] = 0
     owner: Name = ""
 
 
@@ -307,16 +309,16 @@ class Revealed(msgspec.Struct, frozen=True, array_like=True, tag=17):
 class Recompute(msgspec.Struct, frozen=True, array_like=True, tag=18):
     """Coordinator → a peer that holds the span: compute it over a text from its start.
 
-    tokens: of the text; the payload is the hidden states before the span, in the model's dtype, none at the head.
-    sampling: how the tail picks.
+    tokens: of the text, the first `num_prompt` of them its prompt. text: how the tail picks.
+    The payload is the hidden states before the span, as the model computes them; none at the head.
     """
 
     request: SessionBytes
     span: Span
-    model_digest: Name
-    dtype: Name
+    model: ModelKey
     tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_RECOMPUTED)]
-    sampling: Sampling
+    text: TextRequest
+    num_prompt: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
 
 
 class Recomputed(msgspec.Struct, frozen=True, array_like=True, tag=19):

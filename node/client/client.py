@@ -10,22 +10,20 @@ import torch
 import trio
 
 from dsd_p2p import units
-from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
-from dsd_p2p.coordination.statistics import summarise
+from dsd_p2p.coordination.engine import Engine, GenerateOptions
+from dsd_p2p.coordination.open import load_coordinator_model, open_coordinator
+from dsd_p2p.coordination.statistics import AnswerStatistics, statistics_of
 from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.models.architecture import read_config as read_model_config
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.retry import RetryPolicy
-from dsd_p2p.transport.ephemeral import open_ephemeral
-from dsd_p2p.types import PeerId, PeerInfo, Relaxation, Span, TokenId
+from dsd_p2p.session.timing import Timing
+from dsd_p2p.types import PeerId, Relaxation, Span, TextRequest, TokenId
 from dsd_p2p.window.base import Mode, WindowPolicy
-from node.client.choices import make_drafter, make_relaxation
+from node.client.choices import make_relaxation
 from node.config import GenerateConfig, NodeConfig
 from node.local.local_swarm import LocalNode, local_swarm, stage_processes
 from node.local.netlab import address, namespace, netlab
@@ -54,7 +52,7 @@ class Client:
         max_tokens: int | None = None,
         relaxation: Relaxation | None = None,
         experience: str = "",
-    ) -> tuple[list[TokenId], dict[str, object]]:
+    ) -> tuple[list[TokenId], AnswerStatistics]:
         """Write the answer to the client's prompt or to `prompt`, handing its text to `show` as it comes.
 
         max_tokens, relaxation: instead of the configuration's. experience: see `GenerateOptions`.
@@ -66,20 +64,27 @@ class Client:
         """
         config, prompt = self.config, prompt or self.prompt
         options = GenerateOptions(
-            max_tokens=max_tokens or config.max_tokens,
-            sampling=config.sampling(),
-            stop_tokens=self.text.stop_tokens,
+            text=TextRequest(
+                max_tokens=max_tokens or config.max_tokens,
+                sampling=config.sampling(),
+                stop_tokens=self.text.stop_tokens,
+                relaxation=relaxation or make_relaxation(config),
+            ),
             prefill_chunk=config.prefill_chunk,
             stall_timeout_s=units.seconds(config.stall_timeout),
             hidden_format=config.hidden,
-            relaxation=relaxation or make_relaxation(config),
             retry=SWARM_RETRY if self.swarm else RetryPolicy(),
             audit=config.audit,
             experience=experience,
         )
         tokens: list[TokenId] = []
         streamer = self.text.streamer()
-        if self.swarm is not None and config.coordinator == "auto" and not options.audit and options.relaxation is None:
+        if (
+            self.swarm is not None
+            and config.coordinator == "auto"
+            and not options.audit
+            and options.text.relaxation is None
+        ):
             coordinator = choose_place(self.swarm, self.drafter.name)
             if coordinator is not None:
                 return await self._ask(coordinator, prompt, options, show)
@@ -88,30 +93,24 @@ class Client:
                 tokens.append(token)
                 if show is not None:
                     show(streamer.step(token))
-        return tokens, summarise(generation, self.drafter.name, len(prompt), len(tokens))
+        return tokens, statistics_of(generation, self.drafter.name)
 
     async def _ask(
         self, coordinator: PeerId, prompt: list[TokenId], options: GenerateOptions, show: Callable[[str], None] | None
-    ) -> tuple[list[TokenId], dict[str, object]]:
+    ) -> tuple[list[TokenId], AnswerStatistics]:
         """Let another peer coordinate."""
         assert self.swarm is not None
         tokens: list[TokenId] = []
-        streamer, start_s, first_s = self.text.streamer(), trio.current_time(), 0.0
+        streamer, timing = self.text.streamer(), Timing(started_at_s=trio.current_time())
         deadline_s = units.seconds(self.config.timeout)
         async with aclosing(self.swarm.thin.generate(prompt, options, deadline_s)) as answer:
             async for piece in answer:
-                first_s = first_s or trio.current_time()
+                timing.arrived(len(piece.tokens), trio.current_time())
                 for token in piece.tokens:
                     tokens.append(token)
                     if show is not None:
                         show(streamer.step(token))
-        later_s = trio.current_time() - first_s
-        return tokens, {
-            "coordinator": coordinator,
-            "num_tokens": len(tokens),
-            "ttft_s": first_s - start_s,
-            "tokens_per_s": (len(tokens) - 1) / later_s if later_s > 0 else 0.0,
-        }
+        return tokens, AnswerStatistics(timing=timing, coordinator=coordinator)
 
 
 @asynccontextmanager
@@ -128,27 +127,28 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     if state is not None:
         stored = state.membership()
         config = msgspec.structs.replace(config, model=stored.model, dtype=stored.dtype)
-    source = find_model(config.model, progress)
-    model_config = read_model_config(source.folder)
-    text = TextCodec(source.folder)
-    prompt = _prompt(config, text)
-    vocab_size = int(model_config.vocab_size)
-    is_plain = config.mode == Mode.PLAIN
-    drafter = NgramDrafter() if is_plain else make_drafter(config, source, progress)
+    draft = "ngram" if config.mode == Mode.PLAIN else config.draft
+    model = load_coordinator_model(config.model, draft, progress, draft_dtype=config.draft_dtype, device=config.device)
+    prompt = _prompt(config, model.text)
     async with AsyncExitStack() as stack:
         nodes: list[LocalNode] = []
         client = None
         if state is not None:
             link = config.link_model()
-            client = await stack.enter_async_context(open_swarm_client(state, source, drafter, link=link))
+            client = await stack.enter_async_context(open_swarm_client(state, model.source, model.drafter, link=link))
             engine = client.engine
         else:
-            nodes, addresses, link, host = await _stages(config, int(model_config.num_hidden_layers), progress, stack)
-            transport = await stack.enter_async_context(open_ephemeral(link, host))
-            engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
-            await stages.add(addresses)
-            _check_model(stages.stages()[0], source, config.dtype)
-        yield Client(config=config, engine=engine, text=text, drafter=drafter, prompt=prompt, nodes=nodes, swarm=client)
+            nodes, addresses, link, host = await _stages(config, model.shape.num_layers, progress, stack)
+            engine, _ = await stack.enter_async_context(open_coordinator(model, config.dtype, addresses, link, host))
+        yield Client(
+            config=config,
+            engine=engine,
+            text=model.text,
+            drafter=model.drafter,
+            prompt=prompt,
+            nodes=nodes,
+            swarm=client,
+        )
 
 
 async def _stages(
@@ -192,11 +192,3 @@ def _parse_ids(text: str) -> list[TokenId]:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError as exc:
         raise ConfigError(f"--prompt-ids {text!r}: write token ids separated by commas") from exc
-
-
-def _check_model(held: PeerInfo, source: ModelSource, dtype: str) -> None:
-    if (held.model_digest, held.dtype) != (source.digest(), dtype):
-        raise ConfigError(
-            f"the swarm runs {held.model_name} {held.model_digest[:12]} {held.dtype}, asked for "
-            f"{source.name} {source.digest()[:12]} {dtype}: give --model and --dtype as the swarm has them"
-        )

@@ -25,7 +25,7 @@ from dsd_p2p.errors import DsdError
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.telemetry.summary import describe
-from dsd_p2p.types import Sampling, TokenId
+from dsd_p2p.types import ModelKey, Sampling, TextRequest, TokenId
 from node.gateway.admission import Admission, PatientDoor
 from node.gateway.choice import Choice
 from node.gateway.door import Door
@@ -70,8 +70,7 @@ class Served:
     """The model behind the gateway. name: as clients ask for it; max_positions: of its context; vocab_size: tokens."""
 
     name: str
-    digest: str
-    dtype: str
+    key: ModelKey
     max_positions: int
     vocab_size: int
     text: TextCodec
@@ -192,12 +191,14 @@ class Gateway:
             seed=secrets.randbits(63) if asked.seed is None else asked.seed & ((1 << 63) - 1),
         )
         return GenerateOptions(
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop_tokens=self.served.text.stop_tokens,
+            text=TextRequest(
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop_tokens=self.served.text.stop_tokens,
+                top_logprobs=top_logprobs,
+            ),
             stall_timeout_s=self.stall_timeout_s,
             retry=self.retry,
-            top_logprobs=top_logprobs,
             owner=client.name,
         )
 
@@ -232,7 +233,7 @@ class Gateway:
             client=client,
             admission=self.admission,
             model=asked.model,
-            fingerprint=f"fp_{self.served.digest[:12]}_{self.served.dtype}",
+            fingerprint=f"fp_{self.served.key.digest[:12]}_{self.served.key.weights}",
             num_prompt_tokens=num_prompt_tokens,
             is_stream=bool(asked.stream),
             with_usage=bool(asked.stream_options and asked.stream_options.include_usage),
@@ -246,11 +247,11 @@ class Gateway:
         if max(map(max, prompts)) >= self.served.vocab_size or min(map(min, prompts)) < 0:
             raise ApiError(400, f"{param}: the model's tokens are 0 to {self.served.vocab_size - 1}", param=param)
         longest = max(map(len, prompts))
-        if longest + options.max_tokens > self.served.max_positions:
+        if longest + options.text.max_tokens > self.served.max_positions:
             raise ApiError(
                 400,
                 f"the model's context is {self.served.max_positions} tokens: the prompt has {longest}, "
-                f"{options.max_tokens} more were asked for",
+                f"{options.text.max_tokens} more were asked for",
                 code="context_length_exceeded",
                 param=param,
             )
@@ -330,8 +331,9 @@ def _messages(asked: ChatRequest) -> list[Mapping[str, str]]:
 
 def _with_seed(options: GenerateOptions, number: int) -> GenerateOptions:
     """The same settings, other dice: the `number`-th answer to a prompt."""
-    sampling = msgspec.structs.replace(options.sampling, seed=(options.sampling.seed + number) & ((1 << 63) - 1))
-    return replace(options, sampling=sampling)
+    sampling = options.text.sampling
+    sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + number) & ((1 << 63) - 1))
+    return replace(options, text=msgspec.structs.replace(options.text, sampling=sampling))
 
 
 def _no_model(asked: str, served: str) -> ApiError:

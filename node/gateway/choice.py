@@ -46,7 +46,7 @@ class Choice:
                 text = ""
                 for token in piece.tokens:
                     self.num_tokens += 1
-                    is_stopped = token in self.options.stop_tokens
+                    is_stopped = token in self.options.text.stop_tokens
                     if is_stopped:
                         break
                     shown += 1

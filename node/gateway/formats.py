@@ -80,7 +80,7 @@ class ChatFormat:
         )
 
     def _logprobs(self, choice: Choice, pieces: Sequence[Piece]) -> ChatLogprobs | None:
-        if choice.options.top_logprobs < 0:
+        if choice.options.text.top_logprobs < 0:
             return None
         pairs = ((token, each) for piece in pieces for token, each in zip(piece.tokens, piece.logprobs, strict=True))
         return ChatLogprobs(content=[self._token(*pair) for pair in pairs])
@@ -114,7 +114,9 @@ class TextFormat:
                 index=index,
                 text=self._echoes[index] + "".join(piece.text for piece in pieces),
                 finish_reason="length" if choice.finish_reason == "length" else "stop",
-                logprobs=self._logprobs(pieces, len(self._echoes[index])) if choice.options.top_logprobs >= 0 else None,
+                logprobs=self._logprobs(pieces, len(self._echoes[index]))
+                if choice.options.text.top_logprobs >= 0
+                else None,
             )
             for index, (choice, pieces) in enumerate(choices)
         ]

@@ -38,13 +38,12 @@ class GatewayMetrics:
         self._cached.inc(writing.num_cached_tokens)
         for choice in writing.choices:
             self._tokens.inc(choice.num_tokens)
-            statistics = choice.outcome.statistics
-            ttft_s, later_s = statistics.get("ttft_s"), statistics.get("later_s")
-            num_later = statistics.get("num_later_tokens")
-            if isinstance(ttft_s, float):
-                self._ttft.observe(ttft_s)
-            if isinstance(later_s, float) and isinstance(num_later, int) and num_later > 0:
-                self._tpot.observe(later_s / num_later)
+            if (statistics := choice.outcome.statistics) is None:
+                continue
+            timing = statistics.timing
+            self._ttft.observe(timing.ttft_s)
+            if timing.num_later_tokens:
+                self._tpot.observe(timing.later_s / timing.num_later_tokens)
 
     def note_refused(self, status: int) -> None:
         """Count a request that was refused before anything was written."""

@@ -1,8 +1,10 @@
 """What clients get, field by field as OpenAI documents it; `usage.speculation` is ours."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
+
+from dsd_p2p.coordination.statistics import AnswerStatistics
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,21 +187,29 @@ class Error(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-def speculation_of(statistics: dict[str, Any], coordinator: str) -> Speculation:
-    """Return what a client is told of `dsd_p2p.coordination.statistics.summarise`."""
-    counts = statistics.get("counts", {})
-    return Speculation(
-        mode=str(statistics.get("mode", "")),
-        drafter=statistics.get("drafter", ""),
-        coordinator=coordinator,
-        tokens_per_s=round(statistics.get("tokens_per_s", 0.0), 3),
-        ttft_s=round(statistics.get("ttft_s", 0.0), 4),
-        mean_accepted_length=round(statistics.get("mean_accepted_length", 0.0), 3),
-        num_windows=counts.get("num_windows", 0),
-        num_drafted=counts.get("num_drafted_nodes", 0),
-        num_misses=counts.get("num_misses", 0),
-        num_stale=counts.get("num_stale_nodes", 0),
-        num_relaxed=counts.get("num_relaxed_tokens", 0),
-        num_replays=counts.get("num_replays", 0),
-        bytes_per_token=round(statistics.get("bytes_per_token", 0.0), 1),
+def speculation_of(statistics: AnswerStatistics | None) -> Speculation:
+    """Return what a client is told about how its answer was written; nothing when it has no token."""
+    if statistics is None:
+        return Speculation()
+    timing, details = statistics.timing, statistics.details
+    known = Speculation(
+        coordinator=statistics.coordinator or "",
+        tokens_per_s=round(timing.tokens_per_s, 3),
+        ttft_s=round(timing.ttft_s, 4),
+    )
+    if details is None:
+        return known
+    counts = details.counts
+    return msgspec.structs.replace(
+        known,
+        mode=details.decision.mode,
+        drafter=details.drafter,
+        mean_accepted_length=round(details.mean_accepted_length, 3),
+        num_windows=counts.num_windows,
+        num_drafted=counts.num_drafted_nodes,
+        num_misses=counts.num_misses,
+        num_stale=counts.num_stale_nodes,
+        num_relaxed=counts.num_relaxed_tokens,
+        num_replays=counts.num_replays,
+        bytes_per_token=round(details.bytes_per_token, 1),
     )

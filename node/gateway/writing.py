@@ -212,9 +212,7 @@ class Writing:
             completion_tokens=num_tokens,
             total_tokens=self.num_prompt_tokens + num_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self.num_cached_tokens),
-            speculation=[
-                speculation_of(choice.outcome.statistics, choice.outcome.coordinator) for choice in self.choices
-            ],
+            speculation=[speculation_of(choice.outcome.statistics) for choice in self.choices],
         )
 
 

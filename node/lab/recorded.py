@@ -22,11 +22,11 @@ from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.sim.recorded import RecordedDrafts, recorded_pick
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
-from dsd_p2p.types import GREEDY, PeerInfo, Sampling, Span, TokenId
+from dsd_p2p.types import GREEDY, ComputeFormat, ModelKey, PeerInfo, Sampling, Span, TokenId
 from node.config import NodeConfig
 
 MODEL_NAME = "recorded"
-_DIGEST = "recorded"
+_KEY = ModelKey(digest="recorded", weights="float32", compute=ComputeFormat.FLOAT32)
 _TOKEN = struct.Struct("<q")
 
 
@@ -64,8 +64,7 @@ def stage_info(peer: str, addresses: tuple[str, ...], span: Span, num_stages: in
         span=span,
         num_layers=num_stages,
         model_name=MODEL_NAME,
-        model_digest=_DIGEST,
-        dtype="float32",
+        model=_KEY,
         max_positions=1 << 16,
     )
 

@@ -4,7 +4,8 @@ import torch
 
 from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_config
+from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.describe import stage_info
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import PeerInfo, Span
@@ -21,20 +22,10 @@ def load_span_of(
     Raises:
         ConfigError, ModelError: they do not exist, or cannot be loaded.
     """
-    num_layers = int(read_config(source.folder).num_hidden_layers)
+    num_layers = int(read_model_config(source.folder).num_hidden_layers)
     span = units.span(config.span) if config.span else Span(0, num_layers)
     model = load_span(source, span, config, config.dtype)
-    info = PeerInfo(
-        peer=peer,
-        addresses=addresses,
-        span=span,
-        num_layers=num_layers,
-        model_name=source.name[-128:],
-        model_digest=source.digest(),
-        dtype=config.dtype,
-        max_positions=model.shape.max_positions,
-    )
-    return model, info
+    return model, stage_info(source, config.dtype, model.shape, peer=peer, addresses=addresses, span=span)
 
 
 def load_span(

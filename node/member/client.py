@@ -16,7 +16,7 @@ from dsd_p2p.coordination.for_others import ThinClient
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import DsdError, PeerDisconnected
-from dsd_p2p.models.architecture import read_config, shape_of
+from dsd_p2p.models.architecture import read_model_config, shape_of
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.peers.links import PeerLinks
@@ -68,7 +68,7 @@ async def open_swarm_client(
         PeerDisconnected: nobody can be reached, or we are not let in: says why.
     """
     stored = state.membership()
-    shape = shape_of(read_config(source.folder))
+    shape = shape_of(read_model_config(source.folder))
     rng = random.Random(secrets.randbits(64))  # noqa: S311 - jitter of links and retries
     with state.client() as (identity, grants):
         async with (
@@ -97,8 +97,7 @@ async def open_swarm_client(
             links = membership.links = PeerLinks(transport, me, door=membership)
             directory = SwarmDirectory(
                 membership,
-                model_digest=source.digest(),
-                dtype=stored.dtype,
+                model=source.key(stored.dtype),
                 num_layers=shape.num_layers,
                 coverage_timeout_s=coverage_timeout_s,
             )

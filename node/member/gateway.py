@@ -114,7 +114,7 @@ def _hear_members(membership: Membership, hub: EventHub) -> None:
                 roles=(member.record.grants[-1].role,),
                 version=member.record.version,
                 model=info.model_name,
-                dtype=info.dtype,
+                dtype=info.model.weights if info.model else "",
                 first=info.span.first if info.span else 0,
                 last=info.span.last if info.span else 0,
                 num_layers=info.num_layers,
@@ -148,8 +148,7 @@ async def serve_door(
         SwarmDoor(here, parts.thin, partial(_coordinator, parts), units.seconds(config.answer_timeout)),
         Served(
             name=parts.stored.model,
-            digest=source.digest(),
-            dtype=parts.stored.dtype,
+            key=source.key(parts.stored.dtype),
             max_positions=parts.shape.max_positions,
             vocab_size=parts.shape.vocab_size,
             text=await trio.to_thread.run_sync(TextCodec, source.folder),

@@ -13,7 +13,7 @@ import torch
 
 from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_config, shape_of
+from dsd_p2p.models.architecture import read_model_config, shape_of
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
@@ -73,7 +73,7 @@ def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> NodePro
         measured = _measure(source, config, dtype)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(msgspec.json.encode(measured))
-    num_layers = int(read_config(source.folder).num_hidden_layers)
+    num_layers = int(read_model_config(source.folder).num_hidden_layers)
     if config.max_layers:
         room = config.max_layers
     else:
@@ -88,7 +88,7 @@ def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> NodePro
 
 
 def _measure(source: ModelSource, config: ServeFlags, dtype: str) -> _Measured:
-    config_ = read_config(source.folder)
+    config_ = read_model_config(source.folder)
     middle = int(config_.num_hidden_layers) // 2
     span = Span(middle, middle + 1)
     if shape_of(config_).num_layers == 1:

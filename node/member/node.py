@@ -21,7 +21,8 @@ from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
-from dsd_p2p.models.architecture import read_config, shape_of
+from dsd_p2p.models.architecture import read_model_config, shape_of
+from dsd_p2p.models.describe import stage_info
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.links import PeerLinks
@@ -95,9 +96,8 @@ class SwarmNode:
         self._report = report
         self._model: SpanModel | None = None
         self._engine: Engine | None = None
-        self._shape = shape_of(read_config(source.folder))
+        self._shape = shape_of(read_model_config(source.folder))
         self._scope = trio.CancelScope()
-        self._digest = source.digest()
         self._member_state = MemberState.JOINING
 
     async def run(self) -> None:
@@ -159,8 +159,7 @@ class SwarmNode:
         self._membership.load = self._load
         self._directory = SwarmDirectory(
             self._membership,
-            model_digest=self._digest,
-            dtype=stored.dtype,
+            model=self._source.key(stored.dtype),
             num_layers=self._shape.num_layers,
         )
 
@@ -356,16 +355,8 @@ class SwarmNode:
         return Load(num_sessions=self._server.num_sessions, cache_bytes=cache_bytes)
 
     def _info(self, span: Span | None) -> PeerInfo:
-        return PeerInfo(
-            peer=self._state.node_key().peer,
-            addresses=self._inner.addresses,
-            span=span,
-            num_layers=self._shape.num_layers if span else 0,
-            model_name=self._stored.model[-128:],
-            model_digest=self._digest,
-            dtype=self._stored.dtype,
-            max_positions=self._shape.max_positions,
-        )
+        peer, addresses = self._state.node_key().peer, self._inner.addresses
+        return stage_info(self._source, self._stored.dtype, self._shape, peer=peer, addresses=addresses, span=span)
 
     async def _remember_forever(self) -> None:
         while True:

@@ -8,8 +8,9 @@ import pytest
 import reference
 import trio
 from families import NUM_LAYERS, VOCAB
+from membership_keys import key
 from msgspec.structs import replace
-from test_swarm import key
+from swarms import TEST_MODEL
 
 from dsd_p2p.coordination.directory import StageList
 from dsd_p2p.coordination.engine import Engine, GenerateOptions
@@ -22,7 +23,7 @@ from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.stage.server import StageLimits, StageServer
 from dsd_p2p.transport.memory import MemoryNetwork
-from dsd_p2p.types import PeerInfo, Sampling, Span
+from dsd_p2p.types import PeerInfo, Sampling, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree
 from dsd_p2p.wire.messages import Window
 
@@ -124,8 +125,7 @@ async def serve(network, peer, model, span, task_status=trio.TASK_STATUS_IGNORED
             span=span,
             num_layers=NUM_LAYERS,
             model_name="tiny",
-            model_digest="digest",
-            dtype="float32",
+            model=TEST_MODEL,
             max_positions=1024,
         )
         links = PeerLinks(transport, me)
@@ -135,7 +135,7 @@ async def serve(network, peer, model, span, task_status=trio.TASK_STATUS_IGNORED
 
 
 async def write(engine, decision=CHAIN, sampling=None):
-    options = GenerateOptions(max_tokens=NUM_TOKENS, audit=True, sampling=sampling or Sampling())
+    options = GenerateOptions(text=TextRequest(max_tokens=NUM_TOKENS, sampling=sampling or Sampling()), audit=True)
     with trio.fail_after(120):
         async with engine.generate(PROMPT, options, StaticPolicy(decision)) as generation:
             try:

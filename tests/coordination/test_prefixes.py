@@ -7,10 +7,10 @@ import pytest
 import trio
 from msgspec.structs import replace
 from swarms import load_stages, model_swarm
-from test_core import TREE
-from test_stage_server import NUM_STAGES, TappedNetwork, toy_swarm, toys
 from toy import plain_text, toy_route
+from toy_drafts import TREE
 from toy_model import ToySpanModel
+from toy_swarm import NUM_STAGES, TappedNetwork, toy_swarm, toys
 
 from dsd_p2p.cache.slots import CacheEdit, SlotTable
 from dsd_p2p.coordination.engine import GenerateOptions
@@ -24,7 +24,7 @@ from dsd_p2p.stage.parking import Parked, ParkedTexts
 from dsd_p2p.stage.server import StageLimits
 from dsd_p2p.telemetry.events import Failover, SessionEnded
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import Span
+from dsd_p2p.types import Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import CloseSession, Failure, FailureKind, OpenSession, Park, Prefix, Window
@@ -34,7 +34,7 @@ MODES = pytest.mark.parametrize("decision", [PLAIN, sync_chain(4), TREE], ids=["
 
 
 async def write_beside_others(swarm, prompt, num_tokens, decision=TREE, owner="alice", **options):
-    options = GenerateOptions(max_tokens=num_tokens, owner=owner, **options)
+    options = GenerateOptions(text=TextRequest(max_tokens=num_tokens), owner=owner, **options)
     with trio.fail_after(60):
         async with swarm.engine.generate(prompt, options, StaticPolicy(decision)) as generation:
             tokens = [token async for token in generation]
@@ -125,7 +125,7 @@ async def test_nobody_elses_text_is_used():
 async def test_who_leaves_early_leaves_nothing():
     models = toys()
     async with toy_swarm(stages=models) as swarm:
-        options = GenerateOptions(max_tokens=200, owner="alice")
+        options = GenerateOptions(text=TextRequest(max_tokens=200), owner="alice")
         async with swarm.engine.generate(PROMPT, options, StaticPolicy(TREE)) as generation:
             await generation.__anext__()
         await swarm.all_closed()
@@ -191,9 +191,10 @@ async def test_it_goes_with_its_coordinator_with_other_layers_and_with_time():
         ({"prefix": Prefix(session=b"unknown!", num_tokens=20)}, FailureKind.PREFIX),
         ({"prefix": Prefix(session=b"unknown!", num_tokens=len(PROMPT))}, FailureKind.PROTOCOL),
         ({"prefix": Prefix(session=b"unknown!", num_tokens=3), "attest": True}, FailureKind.PROTOCOL),
-        ({"max_length": 5}, FailureKind.PROTOCOL),
+        ({"num_prompt": len(PROMPT) + 1}, FailureKind.PROTOCOL),
+        ({"prefix": Prefix(session=b"unknown!", num_tokens=len(PROMPT) - 1), "num_prompt": 3}, FailureKind.PROTOCOL),
     ],
-    ids=["not parked", "whole prompt", "attested", "longer than allowed"],
+    ids=["not parked", "whole prompt", "attested", "longer than given", "beyond the prompt"],
 )
 async def test_a_prefix_that_cannot_be_is_refused(change, kind):
     network = TappedNetwork()
@@ -228,7 +229,7 @@ async def test_more_than_there_is_cannot_be_parked(park):
     models = toys()
     network = TappedNetwork()
     async with toy_swarm(stages=models, network=network) as swarm:
-        options = GenerateOptions(max_tokens=200)
+        options = GenerateOptions(text=TextRequest(max_tokens=200))
         async with swarm.engine.generate(PROMPT, options, StaticPolicy(PLAIN)) as generation:
             await generation.__anext__()
             opened = first(network, OpenSession)
@@ -247,7 +248,7 @@ async def test_one_name_parked_twice_is_held_once():
         closed = first(network, CloseSession)
         prefix = Prefix(session=opened.session, num_tokens=20)
         for epoch in range(1, 5):
-            again = replace(opened, epoch=closed.epoch + epoch, prefix=prefix, num_given=22)
+            again = replace(opened, epoch=closed.epoch + epoch, prefix=prefix, num_prompt=22, num_given=22)
             park = Park(at=(again.epoch, 19), num_tokens=20)
             await swarm.engine.links.send("stage0", again)
             await until(lambda: swarm.servers[0]._sessions and swarm.servers[0]._sessions[opened.session].cache)
@@ -257,7 +258,7 @@ async def test_one_name_parked_twice_is_held_once():
             await swarm.all_closed()
         assert num_parked(swarm)[0] == 1
         # Without `park` a close ends both, the text that is held and the session that goes on from it.
-        await swarm.engine.links.send("stage0", replace(opened, epoch=99, prefix=prefix, num_given=22))
+        await swarm.engine.links.send("stage0", replace(opened, epoch=99, prefix=prefix, num_prompt=22, num_given=22))
         await until(lambda: swarm.servers[0]._sessions)
         for name in ("stage0", "stage1", "stage2"):
             await swarm.engine.links.send(name, CloseSession(session=opened.session, epoch=99))
@@ -301,7 +302,7 @@ async def test_a_close_that_never_comes_is_not_waited_for_for_long(monkeypatch):
     monkeypatch.setattr("dsd_p2p.stage.server._PARKING_TIMEOUT_S", 0.05)
     network = TappedNetwork()
     async with toy_swarm(network=network) as swarm:
-        options = GenerateOptions(max_tokens=200)
+        options = GenerateOptions(text=TextRequest(max_tokens=200))
         async with swarm.engine.generate(PROMPT, options, StaticPolicy(PLAIN)) as generation:
             await generation.__anext__()
             opened = first(network, OpenSession)
@@ -334,7 +335,7 @@ async def test_a_text_of_a_coordinator_that_went_is_not_parked():
     models = toys()
     network = TappedNetwork()
     async with toy_swarm(stages=models, network=network) as swarm:
-        options = GenerateOptions(max_tokens=200)
+        options = GenerateOptions(text=TextRequest(max_tokens=200))
         async with swarm.engine.generate(PROMPT, options, StaticPolicy(PLAIN)) as generation:
             await generation.__anext__()
             server = swarm.servers[1]

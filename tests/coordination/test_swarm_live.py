@@ -7,10 +7,11 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 import trio
 import trio.testing
-from test_core import TREE, drafter
-from test_membership import Node, settled
-from test_swarm import NOW_S, invite, key
+from membership_keys import NOW_S, invite, key
+from memory_members import Node, settled
+from swarms import TEST_MODEL
 from toy import VOCAB, plain_text
+from toy_drafts import TREE, drafter
 from toy_model import ToyDrafter, ToySpanModel
 
 from dsd_p2p.coordination.engine import Engine, GenerateOptions
@@ -26,7 +27,7 @@ from dsd_p2p.stage import server as stage_server
 from dsd_p2p.stage.server import StageLimits, StageServer
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.memory import MemoryNetwork
-from dsd_p2p.types import Sampling, Span
+from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from dsd_p2p.wire import messages
 from dsd_p2p.wire.membership import MemberState, NodeProfile, Role
@@ -66,7 +67,7 @@ class ToyNode(Node):
                 self.server = StageServer(self.links, self.model, self.limits, time.perf_counter)
                 self.membership.load = lambda: Load(num_sessions=self.server.num_sessions)
                 self.directory = SwarmDirectory(
-                    self.membership, model_digest="digest", dtype="float32", num_layers=NUM_LAYERS, coverage_timeout_s=5
+                    self.membership, model=TEST_MODEL, num_layers=NUM_LAYERS, coverage_timeout_s=5
                 )
                 toy = ToyDrafter(drafter(0.8, random.Random(self.peer)))
                 self.engine = Engine(self.links, toy, VOCAB, nursery, self.directory)
@@ -104,7 +105,9 @@ async def toy_swarm(*spans, **options):
 
 async def write(client, num_tokens, decision=TREE, after=None, sampling=None):
     """Return the tokens and statistics; `after` maps a number of tokens to what is done once so many have come."""
-    options = GenerateOptions(max_tokens=num_tokens, sampling=sampling or Sampling(), stall_timeout_s=5, retry=RETRY)
+    options = GenerateOptions(
+        text=TextRequest(max_tokens=num_tokens, sampling=sampling or Sampling()), stall_timeout_s=5, retry=RETRY
+    )
     after = dict(after or {})
     tokens = []
     with trio.fail_after(60):
@@ -226,7 +229,9 @@ async def test_what_waits_for_another_route_is_freed_when_none_comes():
 
 
 async def thin_write(client, num_tokens, after=None, sampling=None):
-    options = GenerateOptions(max_tokens=num_tokens, sampling=sampling or Sampling(), stall_timeout_s=5)
+    options = GenerateOptions(
+        text=TextRequest(max_tokens=num_tokens, sampling=sampling or Sampling()), stall_timeout_s=5
+    )
     after, tokens = dict(after or {}), []
     with trio.fail_after(60):
         async with aclosing(client.thin.generate(PROMPT, options, 60)) as answer:
@@ -277,7 +282,7 @@ async def test_the_next_turn_of_a_thin_client_is_not_computed_from_its_start():
 
         async def turn(owner, prompt):
             nonlocal rows
-            options, rows = GenerateOptions(max_tokens=1, stall_timeout_s=5, owner=owner), 0
+            options, rows = GenerateOptions(text=TextRequest(max_tokens=1), stall_timeout_s=5, owner=owner), 0
             async with aclosing(client.thin.generate(prompt, options, 60)) as answer:
                 tokens = [token async for piece in answer for token in piece.tokens]
             assert tokens == plain_text(prompt, 1)
@@ -295,7 +300,7 @@ async def test_a_stage_lost_in_a_later_turn_costs_no_token():
     async with toy_swarm(*SPANS) as (_, _, nodes, client):
         prompt, owned = [1, 2, 3] * 10, {"owner": "alice", "stall_timeout_s": 5, "retry": RETRY}
         for number in range(2):
-            options, tokens = GenerateOptions(max_tokens=60, **owned), []
+            options, tokens = GenerateOptions(text=TextRequest(max_tokens=60), **owned), []
             with trio.fail_after(60):
                 async with client.engine.generate(prompt, options, StaticPolicy(TREE)) as generation:
                     async for token in generation:
@@ -311,7 +316,7 @@ async def test_a_stage_lost_in_a_later_turn_costs_no_token():
 async def test_a_reader_that_leaves_frees_the_chain():
     async with toy_swarm(*SPANS[:3]) as (_, _, nodes, client):
         client.coordinators = [nodes[0].peer]
-        options = GenerateOptions(max_tokens=900, stall_timeout_s=5)
+        options = GenerateOptions(text=TextRequest(max_tokens=900), stall_timeout_s=5)
         async with aclosing(client.thin.generate(PROMPT, options, 60)) as answer:
             async for _ in answer:
                 break

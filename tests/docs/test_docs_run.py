@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from member_processes import alive, running, status, wait_until
 from test_docs import ROOT, commands
-from test_swarm_processes import alive, running, status, wait_until
 from upswarm import dsd_up
 
 LEFT_OUT = {

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from families import NUM_LAYERS, VOCAB
-from test_families import prompt_of
+from prompting import prompt_of
 
 from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter

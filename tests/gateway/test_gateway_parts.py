@@ -8,12 +8,14 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from test_stage_server import PROMPT, toy_swarm
+from swarms import TEST_MODEL
 from toy import plain_text
+from toy_swarm import PROMPT, toy_swarm
 
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import CapacityError, ConfigError
 from dsd_p2p.session.effects import Emit
+from dsd_p2p.types import TextRequest
 from dsd_p2p.window.static import StaticPolicy, sync_chain
 from node.gateway.admission import Admission, PatientDoor
 from node.gateway.app import Gateway, GatewayLimits, Served
@@ -164,7 +166,7 @@ async def test_waiting_is_bounded_in_number_and_time(autojump_clock):
 class Letters:
     """A tokenizer of letters."""
 
-    stop_tokens = frozenset()
+    stop_tokens = ()
 
     def encode(self, text, *, is_raw):
         return [ord(letter) for letter in text]
@@ -187,14 +189,14 @@ class Letters:
 
 class EchoDoor:
     async def write(self, prompt, options, outcome):
-        yield Emit(tokens=tuple(prompt[: options.max_tokens]))
+        yield Emit(tokens=tuple(prompt[: options.text.max_tokens]))
 
 
 @asynccontextmanager
 async def http(keys=(), **limits):
     gateway = Gateway(
         door=EchoDoor(),
-        served=Served(name="echo", digest="0" * 64, dtype="float32", max_positions=64, vocab_size=128, text=Letters()),
+        served=Served(name="echo", key=TEST_MODEL, max_positions=64, vocab_size=128, text=Letters()),
         clients=Clients(list(keys)),
         hub=EventHub(),
         metrics=lambda: b"",
@@ -270,9 +272,11 @@ async def test_the_door_speculates_only_where_that_helps_all():
         for allows in (True, False):
             swarm.engine._governor.allows = lambda _now_s, allows=allows: allows
             outcome = Outcome()
-            pieces = [piece async for piece in door.write(PROMPT, GenerateOptions(max_tokens=12), outcome)]
+            pieces = [
+                piece async for piece in door.write(PROMPT, GenerateOptions(text=TextRequest(max_tokens=12)), outcome)
+            ]
             assert [token for piece in pieces for token in piece.tokens] == plain_text(PROMPT, 12)
-            modes.append(outcome.statistics["mode"])
+            modes.append(outcome.statistics.details.decision.mode)
     assert modes == ["sync", "plain"]
 
 
@@ -288,7 +292,7 @@ class FullDoor:
 
 
 async def test_a_full_cache_is_waited_for(autojump_clock):
-    options = GenerateOptions(max_tokens=2)
+    options = GenerateOptions(text=TextRequest(max_tokens=2))
     pieces = [piece async for piece in PatientDoor(FullDoor(4), 10).write([1], options, Outcome())]
     assert pieces == [Emit(tokens=(1, 2))]
     with pytest.raises(CapacityError, match="full"):

@@ -16,7 +16,7 @@ import pytest
 import reference
 import trio
 from families import NUM_LAYERS, VOCAB
-from test_families import DECISIONS, prompt_of
+from prompting import DECISIONS, prompt_of
 
 from dsd_p2p.coordination.engine import GenerateOptions, open_engine
 from dsd_p2p.drafting.combined import CombinedDrafter
@@ -29,7 +29,7 @@ from dsd_p2p.models.span import SpanModel
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.transport.ephemeral import open_ephemeral
-from dsd_p2p.types import Sampling, Span
+from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.window.static import StaticPolicy
 from node.config import UpConfig
 from node.local.local_swarm import local_swarm, stage_processes
@@ -50,7 +50,7 @@ async def write_all(config, num_layers, vocab_size, requests):
             await stages.add([node.address for node in nodes])
             for drafter, decision, prompt, num_tokens, sampling in requests:
                 engine.drafter = drafter
-                options = GenerateOptions(max_tokens=num_tokens, sampling=sampling)
+                options = GenerateOptions(text=TextRequest(max_tokens=num_tokens, sampling=sampling))
                 async with engine.generate(prompt, options, StaticPolicy(decision)) as generation:
                     answers.append([token async for token in generation])
     return answers
@@ -245,7 +245,7 @@ def test_an_unknown_key_in_a_config_file_is_an_error(tmp_path):
 
 
 def test_stages_of_different_weights_are_refused(tiny):
-    """Two nodes over the same layers' shapes and other weights: their digests differ, and nothing is generated."""
+    """Two nodes over the same layers' shapes and other weights: their keys differ, and nothing is generated."""
     folders = [tiny("llama"), tiny("llama-tied")]
     nodes = [
         subprocess.Popen(
@@ -261,7 +261,7 @@ def test_stages_of_different_weights_are_refused(tiny):
         addresses = [node.stdout.readline().strip() for node in nodes]
         result = dsd("generate", "--model", str(folders[0]), "--connect", ",".join(addresses), "--prompt-ids", "1,2")
         assert result.returncode != 0
-        assert "disagree on the model's digest" in result.stderr
+        assert "hold different models" in result.stderr
     finally:
         for node in nodes:
             node.stdin.close()

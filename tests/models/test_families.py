@@ -1,13 +1,13 @@
 """Every family, split and speculated upon, writes what transformers writes with the whole model in one piece."""
 
 import itertools
-import random
 
 import numpy as np
 import pytest
 import reference
 import torch
 from families import FAMILIES, NUM_LAYERS, VOCAB
+from prompting import DECISIONS, prompt_of
 from safetensors import safe_open
 from swarms import load_stages, model_swarm
 
@@ -22,20 +22,9 @@ from dsd_p2p.models.packed import PackedLinear, can_pack
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
-from dsd_p2p.types import Span
-from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
+from dsd_p2p.types import Span, TextRequest
+from dsd_p2p.window.static import StaticPolicy
 from dsd_p2p.wire.hidden import HiddenFormat
-
-DECISIONS = {
-    "plain": PLAIN,
-    "sync": sync_chain(4),
-    "chain": continuous_tree(depth=8, width=1, window_nodes=2, max_in_flight=4),
-    "tree": continuous_tree(depth=8, width=3, window_nodes=5, max_in_flight=4),
-}
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(2, VOCAB), k=length)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])
@@ -66,7 +55,7 @@ async def test_smaller_hidden_states_change_bytes_and_no_window_changes_their_te
     link_bytes = {}
     async with model_swarm(load_stages(source, 2), drafter) as swarm:
         for hidden_format in HiddenFormat:
-            options = GenerateOptions(max_tokens=24, hidden_format=hidden_format)
+            options = GenerateOptions(text=TextRequest(max_tokens=24), hidden_format=hidden_format)
             texts = set()
             for decision in DECISIONS.values():
                 async with swarm.engine.generate(prompt_of(11), options, StaticPolicy(decision)) as generation:

@@ -1,23 +1,22 @@
 """The core under every interleaving: whatever is drafted and in whatever order messages travel, the text is the target's."""
 
-import math
 import random
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import SESSION, VOCAB, ToyNetwork, ToyStage, next_token, plain_text, toy_route
+from toy import SESSION, TOY_MODEL, VOCAB, ToyNetwork, ToyStage, plain_text, toy_route
+from toy_drafts import TREE, drafter
 
 from dsd_p2p.errors import CapacityError, DsdError, ModelError, PeerDisconnected, RemoteProtocolError
-from dsd_p2p.session.effects import Candidate, Draft, Emit, Finish, Replay, Send
+from dsd_p2p.session.effects import Draft, Emit, Finish, Replay, Send
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk
-from dsd_p2p.types import Sampling, Span, StageCost
+from dsd_p2p.types import Endpoint, StageCost, TextRequest
 from dsd_p2p.window.base import Decision, Mode
 from dsd_p2p.window.static import PLAIN, continuous_tree, sync_chain
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.wire.messages import BASE, Cancel, CloseSession, Hop, OpenSession, Verdict, Window
+from dsd_p2p.wire.messages import BASE, Cancel, CloseSession, OpenSession, Verdict, Window
 
 DECISIONS = [
     PLAIN,
@@ -28,19 +27,6 @@ DECISIONS = [
     continuous_tree(depth=12, width=3, window_nodes=4, max_in_flight=6),
     continuous_tree(depth=6, width=2, window_nodes=2, max_in_flight=2),
 ]
-
-
-def drafter(accuracy: float, rng: random.Random):
-    """Candidates that hold the target's own token first with this probability, else anywhere or nowhere."""
-
-    def drafts(text: Sequence[int], width: int) -> list[Candidate]:
-        tokens = rng.sample(range(VOCAB), k=min(width, VOCAB))
-        truth = next_token(text)
-        if rng.random() < accuracy:
-            tokens = [truth, *(t for t in tokens if t != truth)][:width]
-        return [Candidate(token=t, logprob=math.log(0.6 * 0.5**i)) for i, t in enumerate(tokens)]
-
-    return drafts
 
 
 @settings(max_examples=300, deadline=None)
@@ -89,9 +75,6 @@ def network_of(
         choose=rng.randrange,
         tracker=tracker,
     )
-
-
-TREE = continuous_tree(depth=12, width=3, window_nodes=4, max_in_flight=6)
 
 
 @pytest.mark.parametrize(("decision", "most_stems"), [(sync_chain(4), 1), (TREE, TREE.expand_nodes)])
@@ -220,12 +203,11 @@ def open_message(**changes: object) -> OpenSession:
         "session": SESSION,
         "epoch": 0,
         "route": toy_route(1).hops,
-        "coordinator": Hop(peer="coordinator", address="", span=Span(0, 1)),
-        "model_digest": "toy",
-        "dtype": "float32",
-        "sampling": Sampling(),
+        "coordinator": Endpoint("coordinator"),
+        "model": TOY_MODEL,
+        "text": TextRequest(max_tokens=18),
+        "num_prompt": 2,
         "num_given": 2,
-        "max_length": 20,
         "idle_timeout_s": 1.0,
     }
     return OpenSession(**{**values, **changes})
@@ -436,8 +418,8 @@ def test_a_miss_cancels_what_is_in_flight_at_every_stage():
 
 
 def test_the_walk_refuses_an_epoch_off_its_path():
-    walk = TailWalk(epoch=0, num_given=1)
+    walk = TailWalk(epoch=0, num_prompt=1, num_given=1)
     first = window(0, 0, (0, BASE), 0, [(1, BASE, 0)])
-    walk.walk(first, walk.live(first), lambda _row: 5)
+    walk.walk(first, walk.live(first), lambda _row: 5, lambda _token: None)
     with pytest.raises(RemoteProtocolError, match="root"):
         walk.live(window(1, 1, (0, 3), 0, [(5, BASE, 1)]))

@@ -34,8 +34,7 @@ from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_cha
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.codec import decode
 from dsd_p2p.wire.messages import Verdict, Window
-from node.config import ServiceTimes
-from node.lab.recorded import RecordedDrafter, RecordedSpan, bundled_trace
+from node.lab.recorded import RecordedDrafter, RecordedSpan, ServiceTimes, bundled_trace
 from node.lab.simulator.simulation import grid, sweep
 
 SCENARIO = """

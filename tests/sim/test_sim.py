@@ -1,65 +1,20 @@
 """The live core in virtual time on recorded agreement: what speculation gains, and that it never costs much. No clock is read."""
 
-import random
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sim_chains import CHAINS, TEXTS, Perfect, Useless, chain_of, tokens_per_s, write
 
-from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.session.effects import Candidate
 from dsd_p2p.sim.answer import RecordedAnswer
-from dsd_p2p.sim.chain import ChainModel, simulate_request
+from dsd_p2p.sim.chain import simulate_request
 from dsd_p2p.sim.service import PassCost
-from dsd_p2p.sim.trace import read_trace
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Decision, Mode
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
 from dsd_p2p.window.tracker import Tracker
 from node.lab.benches.ring import choose_arms
-from node.lab.recorded import bundled_trace
-
-TEXTS = (0, 12, 24)
-
-
-@pytest.fixture(scope="module")
-def trace():
-    return read_trace(bundled_trace())
-
-
-def chain_of(num_stages=4, *, link_s=0.05, stage_s=0.005, node_s=0.0, draft_s=0.006):
-    return ChainModel(
-        stages=(PassCost.line(stage_s, node_s),) * num_stages,
-        link=LinkModel(latency_s=link_s),
-        draft=PassCost.line(draft_s, 0.0),
-    )
-
-
-class DraftedBy:
-    """A recorded answer whose drafts come from elsewhere; `drafts(text)` expands."""
-
-    def __init__(self, answer, expand):
-        self.pick, self.expand = answer.pick, expand
-
-
-def write(trace, text, chain, policy, tracker, max_tokens, drafts=None):
-    recorded = trace.texts[text]
-    answer = RecordedAnswer(recorded, 1, trace.vocab_size)
-    if drafts is not None:
-        answer = DraftedBy(answer, lambda draft: drafts.expand(draft, recorded))
-    return simulate_request(answer, chain, policy, tracker, min(max_tokens, len(recorded.tokens)))
-
-
-def tokens_per_s(trace, chain, policy_of, texts=TEXTS, drafts=None, tracker=None, max_tokens=96):
-    tracker = tracker or Tracker()
-    num_tokens, seconds = 0, 0.0
-    for text in texts:
-        request = write(trace, text, chain, policy_of(), tracker, max_tokens, drafts)
-        assert request.tokens == list(trace.texts[text].tokens[:max_tokens])
-        num_tokens += len(request.tokens) - request.arrivals[0][1]
-        seconds += request.arrivals[-1][0] - request.arrivals[0][0]
-    return num_tokens / seconds
 
 
 def test_plain_decoding_takes_one_traversal_a_token(trace):
@@ -123,34 +78,6 @@ def test_the_first_draft_reads_the_prompt(trace):
     )
     assert short.num_draft_steps == long.num_draft_steps
     assert long.draft_s - short.draft_s == pytest.approx(100 * 0.001)
-
-
-class Useless:
-    """Sure of itself and always wrong."""
-
-    def expand(self, draft, recorded):
-        rng = random.Random(len(draft.tokens))
-        return [
-            [Candidate(token=rng.randrange(150_000), logprob=-0.2 - 2 * rank) for rank in range(min(draft.width, 3))]
-            for _ in draft.stems
-        ]
-
-
-class Perfect:
-    """Knows the text."""
-
-    def expand(self, draft, recorded):
-        tokens = recorded.tokens
-        ends = [len(draft.tokens) - 1 + len(stem.path) for stem in draft.stems]
-        return [[Candidate(token=tokens[end], logprob=-0.001)] if end < len(tokens) else [] for end in ends]
-
-
-CHAINS = [
-    chain_of(link_s=link_s, stage_s=stage_s, node_s=node_s, draft_s=draft_s)
-    for link_s in (0.001, 0.05)
-    for stage_s, node_s in ((0.005, 0.0), (0.02, 0.004), (0.02, 0.02))
-    for draft_s in (0.006, 0.03)
-]
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -7,12 +7,12 @@ import pytest
 import reference
 import trio
 from families import NUM_LAYERS
+from prompting import prompt_of
 from swarms import load_stages, model_swarm
-from test_core import TREE
-from test_families import prompt_of
-from test_stage_server import NUM_STAGES, SPANS, toy_swarm
 from toy import plain_text
+from toy_drafts import TREE
 from toy_model import ToySpanModel
+from toy_swarm import NUM_STAGES, SPANS, toy_swarm
 
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.drafting.model import ModelDrafter
@@ -22,7 +22,7 @@ from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.stage.batcher import Batcher
 from dsd_p2p.stage.server import StageLimits
-from dsd_p2p.types import Sampling, Span
+from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.window.tracker import Tracker
 
@@ -230,7 +230,7 @@ async def test_real_layers_write_for_sixteen_what_they_write_for_one(tiny, tempe
 
         async def write(index: int) -> None:
             sampling = Sampling(temperature=temperature, seed=index)
-            options = GenerateOptions(max_tokens=24, sampling=sampling)
+            options = GenerateOptions(text=TextRequest(max_tokens=24, sampling=sampling))
             policy = StaticPolicy(decisions[index % 3])
             async with swarm.engine.generate(prompts[index], options, policy) as generation:
                 texts[index] = [token async for token in generation]
@@ -255,7 +255,7 @@ async def test_nothing_is_left_of_five_hundred_sessions_with_random_cancels():
         async def write(index: int, leave_after: int) -> None:
             nonlocal num_whole
             prompt = [index % 7, 1, 2]
-            options = GenerateOptions(max_tokens=12)
+            options = GenerateOptions(text=TextRequest(max_tokens=12))
             async with swarm.engine.generate(prompt, options, StaticPolicy(TREE)) as generation:
                 tokens = []
                 async for token in generation:

@@ -11,10 +11,11 @@ import pytest
 import trio
 import trio.testing
 from msgspec.structs import replace
-from swarms import memory_swarm
-from test_core import TREE, drafter
+from swarms import TEST_MODEL, memory_swarm
 from toy import VOCAB, plain_text
+from toy_drafts import TREE, drafter
 from toy_model import ROW, ToyDrafter, ToySpanModel
+from toy_swarm import NUM_STAGES, PROMPT, SPANS, TappedNetwork, toy_swarm, toys
 
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import CapacityError, ConfigError, ModelError, PeerError, RemoteProtocolError
@@ -22,7 +23,7 @@ from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.stage.server import StageLimits
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.memory import MemoryNetwork
-from dsd_p2p.types import PeerInfo, Sampling, Span, StageCost
+from dsd_p2p.types import ComputeFormat, Endpoint, PeerInfo, Sampling, StageCost, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.wire.codec import decode, encode
 from dsd_p2p.wire.messages import (
@@ -38,50 +39,6 @@ from dsd_p2p.wire.messages import (
     Window,
 )
 from dsd_p2p.wire.version import PROTOCOL_VERSION
-
-PROMPT = [1, 2, 3, 4, 5]
-NUM_STAGES = 3
-SPANS = [Span(i, i + 1) for i in range(NUM_STAGES)]
-
-
-class TappedNetwork(MemoryNetwork):
-    """Notes every message: (from, to, message, payload bytes)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log: list[tuple[str, str, object, int]] = []
-
-    @asynccontextmanager
-    async def open(self, name):
-        async with super().open(name) as transport:
-            original = transport.send
-
-            async def send(to, frame):
-                message, payload = decode(frame)
-                self.log.append((name, str(to), message, len(payload)))
-                await original(to, frame)
-
-            transport.send = send
-            yield transport
-
-
-def toys(**options):
-    return [ToySpanModel(span, NUM_STAGES, **options) for span in SPANS]
-
-
-@asynccontextmanager
-async def toy_swarm(*, accuracy=0.9, stages=None, network=None, link=None, limits=None, is_instant=True):
-    async with memory_swarm(
-        stages or toys(),
-        ToyDrafter(drafter(accuracy, random.Random(0)), is_instant=is_instant),
-        vocab_size=VOCAB,
-        num_layers=NUM_STAGES,
-        spans=SPANS,
-        network=network or MemoryNetwork(),
-        link=link or LinkModel(),
-        limits=limits,
-    ) as swarm:
-        yield swarm
 
 
 @pytest.mark.parametrize("is_instant", [True, False])
@@ -149,17 +106,21 @@ async def test_a_refusal_reaches_the_user_with_its_kind(spoil, error, words):
         await swarm.all_closed()
 
 
-async def test_stages_of_different_weights_share_no_chain():
+LIE = replace(TEST_MODEL, digest="lie")
+
+
+async def test_stages_of_different_weights_share_no_route():
+    """A 4-bit copy of one checkpoint is another model, too."""
     async with toy_swarm() as swarm:
         info = swarm.engine.links.known["stage1"]
-        swarm.engine.links.known["stage1"] = replace(info, model_digest="other")
-        with pytest.raises(ConfigError, match="disagree on the model's digest"):
+        swarm.engine.links.known["stage1"] = replace(info, model=replace(TEST_MODEL, weights="q4_k"))
+        with pytest.raises(ConfigError, match="the stages hold different models"):
             await swarm.write(PROMPT, 10, PLAIN)
-        # One that claims the right digest to the coordinator and holds another is caught by the stage itself.
+        # One that claims the right model to the coordinator and holds another is caught by the stage itself.
         for i in range(3):
-            lie = {"peer": f"stage{i}", "span": SPANS[i], "addresses": (f"memory:stage{i}",), "model_digest": "lie"}
+            lie = {"peer": f"stage{i}", "span": SPANS[i], "addresses": (f"memory:stage{i}",), "model": LIE}
             swarm.engine.links.known[f"stage{i}"] = replace(info, **lie)
-        with pytest.raises(ModelError, match="start all stages with the same model"):
+        with pytest.raises(ModelError, match="start all peers with the same model"):
             await swarm.write(PROMPT, 10, PLAIN)
 
 
@@ -182,7 +143,9 @@ async def test_leaving_early_frees_every_stage():
     stages = toys()
     async with toy_swarm(stages=stages, link=LinkModel(latency_s=0.001)) as swarm:
         for _ in range(5):
-            async with swarm.engine.generate(PROMPT, GenerateOptions(max_tokens=500), StaticPolicy(TREE)) as generation:
+            async with swarm.engine.generate(
+                PROMPT, GenerateOptions(text=TextRequest(max_tokens=500)), StaticPolicy(TREE)
+            ) as generation:
                 async for _token in generation:
                     break
         await swarm.all_closed()
@@ -235,7 +198,7 @@ async def test_a_chain_that_falls_silent_ends_in_a_typed_error():
                     return event
 
         transport.receive = deaf_to_verdicts
-        options = GenerateOptions(max_tokens=20, stall_timeout_s=0.2)
+        options = GenerateOptions(text=TextRequest(max_tokens=20), stall_timeout_s=0.2)
         with pytest.raises(PeerError, match=r"no verdict for 0\.2 s"), trio.fail_after(60):
             async with swarm.engine.generate(PROMPT, options, StaticPolicy(PLAIN)) as generation:
                 async for _ in generation:
@@ -263,12 +226,11 @@ def open_message(**changes):
         "session": b"mallory!",
         "epoch": 0,
         "route": tuple(Hop(peer=f"stage{i}", address=f"memory:stage{i}", span=SPANS[i]) for i in range(3)),
-        "coordinator": Hop(peer="mallory", address="memory:mallory", span=Span(0, 1)),
-        "model_digest": "digest",
-        "dtype": "float32",
-        "sampling": Sampling(),
+        "coordinator": Endpoint("mallory", "memory:mallory"),
+        "model": TEST_MODEL,
+        "text": TextRequest(max_tokens=19),
+        "num_prompt": 1,
         "num_given": 1,
-        "max_length": 20,
         "idle_timeout_s": 1.0,
     }
     return OpenSession(**{**values, **changes})
@@ -305,10 +267,13 @@ async def answer(transport):
     [
         ([Verdict(session=b"mallory!", epoch=0, window=0, start_pos=1, tokens=(1,), settled=(0,))], "message"),
         ([open_message(route=open_message().route[1:])], "route"),
-        ([open_message(coordinator=Hop(peer="honest", address="", span=Span(0, 1)))], "sender"),
-        ([open_message(model_digest="other")], "same model"),
-        ([open_message(dtype="bfloat16")], "same model"),
-        ([open_message(max_length=5000)], "exceed the model's 1024"),
+        ([open_message(coordinator=Endpoint("honest"))], "sender"),
+        ([open_message(model=replace(TEST_MODEL, digest="other"))], "same model"),
+        ([open_message(model=replace(TEST_MODEL, weights="q4_k"))], "same model"),
+        ([open_message(model=replace(TEST_MODEL, compute=ComputeFormat.BFLOAT16))], "same model"),
+        ([open_message(text=TextRequest(max_tokens=5000))], "exceed the model's 1024"),
+        ([open_message(text=TextRequest(max_tokens=19, constraint="[0-9]+"))], "cannot follow a constraint"),
+        ([open_message(num_prompt=2)], "num_given"),
         ([open_message(), first_window(tokens=(99,))], "token"),
         ([open_message(), first_window(epoch=5)], "epoch"),
         ([open_message(), first_window(parents=(3,))], "parent"),
@@ -361,7 +326,9 @@ async def test_a_strangers_words_about_a_session_are_not_taken():
 
         nursery.start_soon(meddle)
         tokens = []
-        async with swarm.engine.generate(PROMPT, GenerateOptions(max_tokens=1000), StaticPolicy(PLAIN)) as generation:
+        async with swarm.engine.generate(
+            PROMPT, GenerateOptions(text=TextRequest(max_tokens=1000)), StaticPolicy(PLAIN)
+        ) as generation:
             async for token in generation:
                 tokens.append(token)
                 if is_done.is_set():

@@ -4,39 +4,18 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from membership_keys import NOW_S, OWNER, STRANGER, invite, key
 from msgspec.structs import replace
 
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.swarm.grants import check_grants, issue, revoke
-from dsd_p2p.swarm.invite import Invite, new_invite, parse_invite
+from dsd_p2p.swarm.invite import parse_invite
 from dsd_p2p.swarm.keys import SigningKey, is_signed_by, peer_of, public_of
 from dsd_p2p.swarm.records import check_record, sign_record
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.types import PeerInfo, Span
 from dsd_p2p.wire.codec import decode, encode
 from dsd_p2p.wire.membership import Grant, Heard, Heartbeat, MemberRecord, Members, MemberState, Role
-
-NOW_S = 1_800_000_000
-OWNER = SigningKey(b"o" * 32)
-STRANGER = SigningKey(b"s" * 32)
-
-
-def key(number: int) -> SigningKey:
-    return SigningKey(bytes([number]) * 32)
-
-
-def invite(*, role=Role.STAGE, expires_at_s=NOW_S + 100, max_uses=2, owner=OWNER, seed=b"i" * 32) -> Invite:
-    return new_invite(
-        owner,
-        seed=seed,
-        network_key=b"n" * 32,
-        bootstrap=("/ip4/127.0.0.1/tcp/4001/p2p/x",),
-        role=role,
-        expires_at_s=expires_at_s,
-        max_uses=max_uses,
-        model="smollm2-135m",
-        dtype="float32",
-    )
 
 
 def record(member: SigningKey, *, grants=None, age=(NOW_S * 1000, NOW_S * 1000), span=None, **changes) -> MemberRecord:

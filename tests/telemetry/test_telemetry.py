@@ -14,9 +14,9 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from test_core import TREE
-from test_stage_server import PROMPT, toy_swarm
 from toy import plain_text
+from toy_drafts import TREE
+from toy_swarm import PROMPT, toy_swarm
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.telemetry.events import (

@@ -14,7 +14,7 @@ from toy_model import ToyDrafter, ToySpanModel
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate
-from dsd_p2p.types import GREEDY, Relaxation, RelaxationRule, Sampling, Span
+from dsd_p2p.types import GREEDY, Relaxation, RelaxationRule, Sampling, Span, TextRequest
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import DraftOpinion, Signals, is_key, signals_of
@@ -49,14 +49,14 @@ PROBS = st.lists(st.floats(0.01, 1), min_size=6, max_size=6).map(lambda values: 
 @given(logits=LOGITS, probs=PROBS, temperature=st.sampled_from([0.0, 0.7]), position=st.integers(0, 99))
 def test_without_weight_of_the_drafter_nothing_is_relaxed(logits, probs, temperature, position):
     sampling = Sampling(temperature=temperature, seed=3)
-    pick = AdaptiveVerifier(sampling, Relaxation(tau=0.0)).judge(View(logits), position, opinion(probs))
+    pick = AdaptiveVerifier(sampling, Relaxation(tau=0.0)).pick(View(logits), position, opinion(probs))
     assert pick == (ExactVerifier(sampling).pick(View(logits), position), False)
 
 
 @given(logits=LOGITS, probs=PROBS, tau=st.floats(0, 1))
 def test_the_blend_is_the_softmax_of_blended_logits(logits, probs, tau):
     relaxation = Relaxation(tau=tau, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9)
-    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).judge(View(logits), 5, opinion(probs))
+    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).pick(View(logits), 5, opinion(probs))
     blended = (1 - tau) * np.float32(logits).astype(np.float64) + tau * np.log(probs)
     assert blended[token] == pytest.approx(blended.max(), abs=1e-9) or token == np.argmax(probs)
     assert is_relaxed == (token != View(logits).argmax())
@@ -65,7 +65,7 @@ def test_the_blend_is_the_softmax_of_blended_logits(logits, probs, tau):
 @given(logits=LOGITS, probs=PROBS, ceiling=st.floats(1, 4))
 def test_nothing_the_drafter_overrates_is_let_stand(logits, probs, ceiling):
     relaxation = Relaxation(tau=0.9, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=ceiling)
-    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).judge(View(logits), 5, opinion(probs))
+    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).pick(View(logits), 5, opinion(probs))
     target = np.exp(np.float32(logits).astype(np.float64))
     if is_relaxed:
         assert probs[token] <= ceiling * target[token] / target.sum() * (1 + 1e-6)
@@ -99,16 +99,16 @@ def test_the_margin_rule_takes_a_close_runner_up_only(runner_up, is_relaxed):
     relaxation = Relaxation(rule=RelaxationRule.MARGIN, max_margin=0.3, max_overshoot=10)
     view = View([3.0, runner_up, 1.0])
     draft = opinion(np.array([0.2, 0.7, 0.1]))
-    assert AdaptiveVerifier(GREEDY, relaxation).judge(view, 1, draft) == (int(is_relaxed), is_relaxed)
+    assert AdaptiveVerifier(GREEDY, relaxation).pick(view, 1, draft) == (int(is_relaxed), is_relaxed)
     third = opinion(np.array([0.2, 0.1, 0.7]))
-    assert AdaptiveVerifier(GREEDY, relaxation).judge(view, 1, third) == (0, False)
+    assert AdaptiveVerifier(GREEDY, relaxation).pick(view, 1, third) == (0, False)
 
 
 @pytest.mark.parametrize("tokens", [[1, 99], [1, 1]])
 def test_a_drafters_tokens_must_be_the_vocabularys(tokens):
     draft = DraftOpinion(tokens=np.array(tokens), logprobs=np.log([0.6, 0.2]))
     with pytest.raises(RemoteProtocolError, match="draft tokens"):
-        AdaptiveVerifier(GREEDY, LOOSE).judge(View([3.0, 1.0, 0.0]), 1, draft)
+        AdaptiveVerifier(GREEDY, LOOSE).pick(View([3.0, 1.0, 0.0]), 1, draft)
 
 
 def stubborn(text, width):
@@ -132,7 +132,7 @@ async def test_everything_relaxed_is_counted_and_the_rest_is_the_targets(decisio
     drafter = ToyDrafter(stubborn, is_instant=False)
     async with memory_swarm(stages, drafter, vocab_size=VOCAB, num_layers=2, spans=spans) as swarm:
         for relaxation in (None, LOOSE):
-            options = GenerateOptions(max_tokens=num_tokens, relaxation=relaxation)
+            options = GenerateOptions(text=TextRequest(max_tokens=num_tokens, relaxation=relaxation))
             async with swarm.engine.generate(prompt, options, StaticPolicy(decision)) as generation:
                 tokens = [token async for token in generation]
             text = [*prompt, *tokens]
@@ -169,5 +169,5 @@ def test_the_search_for_thresholds_judges_as_the_verifier_does(logits, probs, ta
         return
     position = position_of(Disagreement(strict=strict, target_row=torch.tensor(logits), opinion=draft))
     share, loss = outcome([position], 1, relaxation)
-    assert share == AdaptiveVerifier(GREEDY, relaxation).judge(View(logits), 1, draft).is_relaxed
+    assert share == AdaptiveVerifier(GREEDY, relaxation).pick(View(logits), 1, draft).is_relaxed
     assert loss >= 0

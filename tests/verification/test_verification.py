@@ -8,8 +8,8 @@ from families import VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from prompting import DECISIONS, prompt_of
 from swarms import load_stages, model_swarm
-from test_families import DECISIONS, prompt_of
 
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ModelError

@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from test_sim import CHAINS, Perfect, Useless, chain_of, tokens_per_s, write
+from sim_chains import CHAINS, Perfect, Useless, chain_of, tokens_per_s, write
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.sim.trace import read_trace

@@ -7,14 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
-from dsd_p2p.types import StageCost
+from dsd_p2p.types import ComputeFormat, StageCost
 from dsd_p2p.wire.codec import encode
 from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
 from dsd_p2p.wire.messages import Verdict, Window
 
 H = 96
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PAIRS = [(dtype, f) for dtype in DTYPES for f in HiddenFormat if (dtype, f) != ("bfloat16", HiddenFormat.BF16)]
+DTYPES = {ComputeFormat(name): getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+PAIRS = [
+    (dtype, f) for dtype in DTYPES for f in HiddenFormat if (dtype, f) != (ComputeFormat.BFLOAT16, HiddenFormat.BF16)
+]
 
 
 def rows(dtype, num_rows=5, scale=1.0, seed=0):
@@ -54,26 +56,31 @@ def test_size_and_error(dtype, hidden_format, scale):
 def test_bfloat16_rounds_as_torch_does(bits):
     array = np.array(bits, np.uint32).view(np.float32)
     array = np.where(np.isfinite(array), array, 1.0).astype(np.float32)
-    packed = pack(array.tobytes(), 4 * len(array), "float32", HiddenFormat.BF16)
+    packed = pack(array.tobytes(), 4 * len(array), ComputeFormat.FLOAT32, HiddenFormat.BF16)
     expected = torch.from_numpy(array.copy()).bfloat16()
     assert packed == expected.view(torch.uint8).numpy().tobytes()
 
 
 def test_zeros_stay_zeros():
     data = bytes(2 * H * 4)
-    assert unpack(pack(data, H * 4, "float32", HiddenFormat.INT8), H * 4, "float32", HiddenFormat.INT8) == data
+    assert (
+        unpack(
+            pack(data, H * 4, ComputeFormat.FLOAT32, HiddenFormat.INT8), H * 4, ComputeFormat.FLOAT32, HiddenFormat.INT8
+        )
+        == data
+    )
 
 
 def test_scales_from_a_peer_must_be_finite():
-    packed = bytearray(pack(raw(rows("float32")), H * 4, "float32", HiddenFormat.INT8))
+    packed = bytearray(pack(raw(rows(ComputeFormat.FLOAT32)), H * 4, ComputeFormat.FLOAT32, HiddenFormat.INT8))
     packed[H : H + 2] = np.array([np.inf], np.float16).tobytes()
     with pytest.raises(RemoteProtocolError, match="scales"):
-        unpack(bytes(packed), H * 4, "float32", HiddenFormat.INT8)
+        unpack(bytes(packed), H * 4, ComputeFormat.FLOAT32, HiddenFormat.INT8)
 
 
 @pytest.mark.parametrize(
     ("row_bytes", "dtype", "hidden_format"),
-    [(2 * H, "bfloat16", HiddenFormat.BF16), (4 * 33, "float32", HiddenFormat.INT8)],
+    [(2 * H, ComputeFormat.BFLOAT16, HiddenFormat.BF16), (4 * 33, ComputeFormat.FLOAT32, HiddenFormat.INT8)],
 )
 def test_formats_that_do_not_fit_are_refused(row_bytes, dtype, hidden_format):
     with pytest.raises(ConfigError, match="hidden format"):
@@ -97,10 +104,14 @@ def window_of(num_nodes):
 
 @pytest.mark.parametrize(
     ("dtype", "hidden_format"),
-    [("bfloat16", HiddenFormat.MODEL), ("float32", HiddenFormat.BF16), ("float32", HiddenFormat.INT8)],
+    [
+        (ComputeFormat.BFLOAT16, HiddenFormat.MODEL),
+        (ComputeFormat.FLOAT32, HiddenFormat.BF16),
+        (ComputeFormat.FLOAT32, HiddenFormat.INT8),
+    ],
 )
 def test_a_window_of_sixteen_nodes_of_a_model_of_1536_fits_in_64_kilobytes(dtype, hidden_format):
-    row_bytes = 1536 * (4 if dtype == "float32" else 2)
+    row_bytes = 1536 * (4 if dtype is ComputeFormat.FLOAT32 else 2)
     payload = bytes(16 * packed_row_bytes(row_bytes, dtype, hidden_format))
     assert len(encode(window_of(16), payload)) < 64_000
 

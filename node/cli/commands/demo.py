@@ -42,10 +42,9 @@ async def _demo(config: GenerateConfig) -> None:
                 tokens, stats = await client.write(make_policy(config, mode), show)
                 print(flush=True)
                 answers.append(tokens)
-                speed, ttft_s, length = stats["tokens_per_s"], stats["ttft_s"], stats["mean_accepted_length"]
-                assert isinstance(speed, float)
+                speed, length = stats.timing.tokens_per_s, stats.details.mean_accepted_length if stats.details else 0.0
                 speeds.append(speed)
-                table.add_row(mode, f"{speed:.2f}", f"{ttft_s:.2f} s", f"{length:.2f}")
+                table.add_row(mode, f"{speed:.2f}", f"{stats.timing.ttft_s:.2f} s", f"{length:.2f}")
     if answers[0] != answers[1]:
         raise LocalProtocolError("the two answers differ: exact mode is broken here, please report it")
     print()

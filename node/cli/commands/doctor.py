@@ -16,7 +16,7 @@ from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model, is_cached
-from dsd_p2p.types import PeerId
+from dsd_p2p.types import PeerId, short_peer
 from dsd_p2p.wire.messages import MAX_PING_BYTES
 from node.config import DEFAULT_SWARM
 from node.member.client import SwarmClient, open_swarm_client
@@ -167,7 +167,7 @@ async def _neighbours(state: SwarmState, stored: StoredMembership) -> list[Findi
                 elif member.record.profile.max_layers and member.record.state != "left":
                     says = f"known, not reached at {', '.join(member.record.info.addresses[:2])}"
                     findings.append(
-                        Finding(what=f"…{member.peer[-8:]}", is_ok=False, says=says, fix="dsd doctor there")
+                        Finding(what=short_peer(member.peer), is_ok=False, says=says, fix="dsd doctor there")
                     )
             findings.append(_clock(client))
     except DsdError as exc:
@@ -182,7 +182,7 @@ async def _neighbour(client: SwarmClient, peer: PeerId, findings: list[Finding])
         trip_s = min([await links.round_trip_s(peer, _PING_TIMEOUT_S) for _ in range(3)])
         wide_s = await links.round_trip_s(peer, _PING_TIMEOUT_S, MAX_PING_BYTES)
     except PeerError as exc:
-        findings.append(Finding(what=f"…{peer[-8:]}", is_ok=False, says=str(exc), fix="dsd doctor there"))
+        findings.append(Finding(what=short_peer(peer), is_ok=False, says=str(exc), fix="dsd doctor there"))
         return
     rate_bps = MAX_PING_BYTES * 8 / max(1e-6, wide_s - trip_s)
     is_relayed = client.transport.is_relayed(peer)
@@ -193,7 +193,7 @@ async def _neighbour(client: SwarmClient, peer: PeerId, findings: list[Finding])
         fix = "open TCP 4001 there, then start its node without --through"
     elif is_slow:
         fix = "dsd plan shows whether chains avoid it"
-    findings.append(Finding(what=f"…{peer[-8:]}", is_ok=not (is_relayed or is_slow), says=says, fix=fix))
+    findings.append(Finding(what=short_peer(peer), is_ok=not (is_relayed or is_slow), says=says, fix=fix))
 
 
 def _clock(client: SwarmClient) -> Finding:

@@ -6,6 +6,7 @@ import msgspec
 import trio
 
 from dsd_p2p.errors import ConfigError
+from dsd_p2p.types import short_peer
 from node.client.choices import make_policy
 from node.client.client import open_client
 from node.config import GenerateConfig, read_config
@@ -30,14 +31,15 @@ async def _generate(config: GenerateConfig) -> None:
             tokens, stats = await client.write(policy, None if config.json else show)
             text = client.text.decode(tokens)
     if config.json:
-        print(msgspec.json.encode({"text": text, "token_ids": tokens, "stats": stats}).decode(), flush=True)
+        print(msgspec.json.encode({"text": text, "token_ids": tokens, "stats": stats.as_json()}).decode(), flush=True)
     else:
         print(flush=True)
-        length = f", {stats['mean_accepted_length']:.2f} tokens an epoch" if "mean_accepted_length" in stats else ""
-        where = f", coordinated by …{str(stats['coordinator'])[-8:]}" if "coordinator" in stats else ""
+        timing = stats.timing
+        length = f", {stats.details.mean_accepted_length:.2f} tokens an epoch" if stats.details else ""
+        where = f", coordinated by {short_peer(stats.coordinator)}" if stats.coordinator else ""
         console.print(
-            f"[dim]{stats['num_tokens']} tokens, {stats['tokens_per_s']:.2f} tokens/s, first after "
-            f"{stats['ttft_s']:.2f} s{length}{where}[/]"
+            f"[dim]{timing.num_tokens} tokens, {timing.tokens_per_s:.2f} tokens/s, first after "
+            f"{timing.ttft_s:.2f} s{length}{where}[/]"
         )
 
 

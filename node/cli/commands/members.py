@@ -5,6 +5,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from dsd_p2p.types import short_peer
 from node.config import DEFAULT_SWARM
 from node.member.control import MemberStatus, NodeStatus, Status, ask_node
 from node.member.state import SwarmState
@@ -30,7 +31,7 @@ def run(options: dict[str, object]) -> int:
 
 
 def _row(member: MemberStatus, me: str) -> tuple[str, ...]:
-    name = f"…{member.peer[-8:]}" + (" (this)" if member.peer == me else "")
+    name = f"{short_peer(member.peer)}" + (" (this)" if member.peer == me else "")
     state = member.state if member.is_alive else "left" if member.state == "left" else "not reached"
     trip = (
         "" if member.round_trip_s is None else f"{member.round_trip_s * 1e3:.0f} ms" + (" relayed" * member.is_relayed)

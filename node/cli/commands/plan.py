@@ -11,7 +11,7 @@ from dsd_p2p.models.source import find_model
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.placement.route import choose_route
 from dsd_p2p.placement.view import Plan, SwarmView
-from dsd_p2p.types import PeerId
+from dsd_p2p.types import PeerId, short_peer
 from node.config import DEFAULT_SWARM
 from node.console import ConsoleProgress
 from node.member.client import open_swarm_client
@@ -58,7 +58,7 @@ def _show(view: SwarmView, coordinator: PeerId, plan: Plan, me: PeerId, own: Pla
         link_s = view.link_s(before, stage.peer) or 0.0
         pass_s = node.layer_pass_s(8) * stage.span.num_layers
         row = (
-            f"…{stage.peer[-8:]}",
+            short_peer(stage.peer),
             str(stage.span),
             str(node.span),
             f"{link_s * 1e3:.1f} ms",
@@ -67,7 +67,7 @@ def _show(view: SwarmView, coordinator: PeerId, plan: Plan, me: PeerId, own: Pla
         table.add_row(*row, str(node.num_sessions))
         before = stage.peer
     Console().print(table)
-    where = "this machine" if coordinator == me else f"…{coordinator[-8:]}"
+    where = "this machine" if coordinator == me else short_peer(coordinator)
     back_s = view.link_s(before, coordinator) or 0.0
     print(f"coordinator: {where}; link back {back_s * 1e3:.1f} ms")
     print(

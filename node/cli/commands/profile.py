@@ -3,7 +3,7 @@
 import sys
 import time
 
-from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span

@@ -10,16 +10,13 @@ import torch
 import trio
 
 from dsd_p2p.coordination.directory import StageList
-from dsd_p2p.coordination.engine import Engine, open_engine
+from dsd_p2p.coordination.engine import Engine
+from dsd_p2p.coordination.open import load_coordinator_model, open_coordinator
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.models.architecture import read_config as read_model_config
-from dsd_p2p.models.source import find_model
-from dsd_p2p.models.text import TextCodec
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.retry import RetryPolicy
-from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import PeerId, Span
-from node.client.choices import make_adaptive, make_drafter
+from node.client.choices import make_adaptive
 from node.config import GatewayConfig, UpConfig, read_with_gateway
 from node.console import ConsoleProgress, console
 from node.gateway.app import Served
@@ -60,30 +57,30 @@ async def _up(config: UpConfig, door: GatewayConfig) -> None:
     torch.set_num_threads(config.threads)
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(ConsoleProgress())
-        source = find_model(config.model, progress)
-        model_config = read_model_config(source.folder)
-        vocab_size, num_layers = int(model_config.vocab_size), int(model_config.num_hidden_layers)
-        drafter = make_drafter(config, source, progress)
+        model = load_coordinator_model(
+            config.model, config.draft, progress, draft_dtype=config.draft_dtype, device=config.device
+        )
         if not config.mqtt:
             config = msgspec.structs.replace(config, mqtt=await stack.enter_async_context(embedded_broker()))
-        spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
+        spans = [Span(*bounds) for bounds in even_spans(model.shape.num_layers, config.stages)]
         nodes = await stack.enter_async_context(local_swarm(stage_processes(config, spans), progress))
-        transport = await stack.enter_async_context(open_ephemeral(config.link_model()))
-        engine, stages = await stack.enter_async_context(open_engine(transport, drafter, vocab_size))
-        await _introduce(engine, stages, nodes)
+        addresses = [node.address for node in nodes]
+        engine, stages = await stack.enter_async_context(
+            open_coordinator(model, config.dtype, addresses, config.link_model())
+        )
+        await _introduce(engine, stages)
         served = Served(
             name=config.model,
-            digest=source.digest(),
-            dtype=config.dtype,
+            key=model.source.key(config.dtype),
             max_positions=stages.stages()[0].max_positions,
-            vocab_size=vocab_size,
-            text=TextCodec(source.folder),
+            vocab_size=model.shape.vocab_size,
+            text=model.text,
         )
         hub = EventHub()
         gateway = make_gateway(
             door,
             clients,
-            EngineDoor(engine, drafter, partial(make_adaptive, config.window)),
+            EngineDoor(engine, model.drafter, partial(make_adaptive, config.window)),
             served,
             hub,
             is_ready=partial(_has_chain, stages),
@@ -141,9 +138,8 @@ def _has_chain(stages: StageList) -> bool:
         return False
 
 
-async def _introduce(engine: Engine, stages: StageList, nodes: list[LocalNode]) -> None:
+async def _introduce(engine: Engine, stages: StageList) -> None:
     """Tell every node of all the others, so that the address of one is enough."""
-    await stages.add([node.address for node in nodes])
     await engine.links.introduce()
     for info in stages.stages():
         # Answered after the introduction before it on the same stream.

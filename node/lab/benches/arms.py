@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
+from dsd_p2p.coordination.statistics import AnswerStatistics
 from node.lab.receipt import Sample, sample
 
 PLAIN_ARM = "plain"
@@ -15,16 +16,18 @@ class ArmRuns:
 
     num_tokens: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
-    runs: list[dict[str, object]] = field(default_factory=list)
+    runs: list[tuple[str, AnswerStatistics]] = field(default_factory=list)
 
-    def add(self, round_number: int, stats: dict[str, object]) -> None:
-        """Take in one run's statistics (`node.client.client.summarise`)."""
-        num_later, later_s = stats["num_later_tokens"], stats["later_s"]
-        assert isinstance(num_later, int)
-        assert isinstance(later_s, float)
-        self.num_tokens[round_number] = self.num_tokens.get(round_number, 0) + num_later
-        self.seconds[round_number] = self.seconds.get(round_number, 0.0) + later_s
-        self.runs.append(stats)
+    def add(self, round_number: int, category: str, stats: AnswerStatistics) -> None:
+        """Take in one answer to a prompt of `category`."""
+        timing = stats.timing
+        self.num_tokens[round_number] = self.num_tokens.get(round_number, 0) + timing.num_later_tokens
+        self.seconds[round_number] = self.seconds.get(round_number, 0.0) + timing.later_s
+        self.runs.append((category, stats))
+
+    def rows(self) -> list[dict[str, object]]:
+        """Return the answers as a receipt keeps them."""
+        return [stats.as_json() | {"category": category} for category, stats in self.runs]
 
     def tokens_per_s(self) -> list[float]:
         """Tokens a second of each round: all its tokens over all their time, so that slow texts weigh most."""
@@ -47,5 +50,4 @@ def ratios_to_plain(arms: Mapping[str, ArmRuns]) -> dict[str, Sample]:
 
 def mean_accepted_length(runs: ArmRuns) -> float:
     """Return the median over the runs of committed tokens per epoch (docs/benchmarks.md)."""
-    values = [stats["mean_accepted_length"] for stats in runs.runs]
-    return median(value for value in values if isinstance(value, float))
+    return median(stats.details.mean_accepted_length for _, stats in runs.runs if stats.details is not None)

@@ -5,7 +5,7 @@ import time
 import torch
 
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel

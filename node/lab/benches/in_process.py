@@ -9,6 +9,7 @@ import trio
 from dsd_p2p import units
 from dsd_p2p.coordination.engine import Engine, open_engine
 from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.models.describe import stage_info
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.links import PeerLinks
@@ -49,13 +50,5 @@ async def in_process_swarm(
 
 
 def _info(config: UsersConfig, source: ModelSource, span: Span, transport: Transport, model: SpanModel) -> PeerInfo:
-    return PeerInfo(
-        peer=transport.peer,
-        addresses=transport.addresses,
-        span=span,
-        num_layers=model.shape.num_layers,
-        model_name=source.name[-128:],
-        model_digest=source.digest(),
-        dtype=config.dtype,
-        max_positions=model.shape.max_positions,
-    )
+    peer, addresses = transport.peer, transport.addresses
+    return stage_info(source, config.dtype, model.shape, peer=peer, addresses=addresses, span=span)

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import find_model
+from dsd_p2p.models.source import compute_format, find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.types import Span, TokenId
+from dsd_p2p.types import ComputeFormat, Span, TokenId
 from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
 from node.config import GenerateConfig
 from node.lab.quality.prompts import CATEGORIES, load_problems, spread
@@ -45,16 +45,16 @@ def run_formats(config: GenerateConfig, progress: Progress) -> dict[str, object]
     formats = [each for each in HiddenFormat if each is not HiddenFormat.BF16 or config.dtype == "float32"]
     measured = {each: _Measured() for each in formats}
     for number, prompt in enumerate(prompts):
-        reference = _run(stages, prompt, config.dtype, HiddenFormat.MODEL, measured[HiddenFormat.MODEL])
+        reference = _run(stages, prompt, compute_format(config.dtype), HiddenFormat.MODEL, measured[HiddenFormat.MODEL])
         for each in formats:
-            logprobs = _run(stages, prompt, config.dtype, each, measured[each])
+            logprobs = _run(stages, prompt, compute_format(config.dtype), each, measured[each])
             measured[each].compare(reference, logprobs)
         progress.step("compare formats", number + 1, len(prompts))
     row_bytes = stages[0].row_bytes
     rows = []
     report: dict[str, object] = {}
     for each, result in measured.items():
-        node_bytes = packed_row_bytes(row_bytes, config.dtype, each)
+        node_bytes = packed_row_bytes(row_bytes, compute_format(config.dtype), each)
         report[each] = {
             "bytes_a_node": node_bytes,
             "relative_error": result.relative_error,
@@ -89,7 +89,11 @@ class _Measured:
 
 
 def _run(
-    stages: Sequence[SpanModel], prompt: list[TokenId], dtype: str, hidden_format: HiddenFormat, measured: _Measured
+    stages: Sequence[SpanModel],
+    prompt: list[TokenId],
+    compute: ComputeFormat,
+    hidden_format: HiddenFormat,
+    measured: _Measured,
 ) -> torch.Tensor:
     """Log probabilities `[n, V]` after every position, float32."""
     inputs: list[TokenId] | bytes = prompt
@@ -99,7 +103,7 @@ def _run(
         cache = stage.new_cache(num_nodes)
         hidden = stage.hidden(cache, forward, inputs)
         cache.free()
-        inputs = unpack(pack(hidden, stage.row_bytes, dtype, hidden_format), stage.row_bytes, dtype, hidden_format)
+        inputs = unpack(pack(hidden, stage.row_bytes, compute, hidden_format), stage.row_bytes, compute, hidden_format)
         sent, received = _floats(hidden, stage), _floats(inputs, stage)
         measured.error += float(np.square(sent - received).sum())
         measured.norm += float(np.square(sent).sum())

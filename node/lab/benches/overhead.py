@@ -35,9 +35,8 @@ async def run_overhead(config: GenerateConfig, rounds: int) -> dict[str, object]
                 tokens, stats = await client.write(StaticPolicy(PLAIN))
                 if tokens != expected[: len(tokens)]:
                     raise LocalProtocolError("split and unsplit wrote different tokens")
-                token_s = 1 / _number(stats["tokens_per_s"])
-                stage_s = stats["mean_stage_s"]
-                assert isinstance(stage_s, list)
+                assert stats.details is not None, "stages of this machine are coordinated here"
+                token_s, stage_s = 1 / stats.timing.tokens_per_s, stats.details.mean_stage_s
                 split_s.append(token_s)
                 hop_s.append((token_s - sum(stage_s)) / (len(stage_s) + 1))
             memory = [_memory(node.pid, node.weight_bytes) for node in client.nodes]

@@ -7,7 +7,7 @@ import torch
 from dsd_p2p import units
 from dsd_p2p.cache.passes import SpanPass
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.packed import can_pack
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model

@@ -7,7 +7,7 @@ import msgspec
 
 from dsd_p2p import units
 from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
-from dsd_p2p.coordination.statistics import summarise
+from dsd_p2p.coordination.statistics import AnswerStatistics, statistics_of
 from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.netmodel import LinkModel
@@ -16,6 +16,7 @@ from dsd_p2p.sim.chain import ChainModel, simulate_request
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.sim.trace import AgreementTrace, read_trace
 from dsd_p2p.transport.ephemeral import open_ephemeral
+from dsd_p2p.types import TextRequest
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
 from dsd_p2p.window.tracker import Tracker
@@ -67,7 +68,8 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
             for text in round_texts:
                 for name, decision in arms.items():
                     max_tokens = _PLAIN_TOKENS if name == PLAIN_ARM else config.max_tokens
-                    runs[name].add(number, await _write(engine, trace, text, decision, max_tokens))
+                    stats = await _write(engine, trace, text, decision, max_tokens)
+                    runs[name].add(number, trace.texts[text].category, stats)
                     progress.step(f"round {number + 1}/{rounds} {name}", 0, 0)
     simulated = {
         name: _simulate(trace, chain, [text for group in texts for text in group], decision, config.max_tokens)
@@ -98,7 +100,7 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
         "config": msgspec.to_builtins(config),
         "trace": {"target": trace.target, "drafter": trace.drafter, "dtype": trace.dtype, "date": trace.date},
         "decisions": {name: asdict(decision) for name, decision in arms.items()},
-        "runs": {name: arm.runs for name, arm in runs.items()},
+        "runs": {name: arm.rows() for name, arm in runs.items()},
     }
 
 
@@ -152,12 +154,11 @@ def _texts_of_round(trace: AgreementTrace, number: int) -> list[int]:
 
 async def _write(
     engine: Engine, trace: AgreementTrace, text: int, decision: Decision, max_tokens: int
-) -> dict[str, object]:
+) -> AnswerStatistics:
     recorded = list(trace.texts[text].tokens[:max_tokens])
-    options = GenerateOptions(max_tokens=len(recorded))
+    options = GenerateOptions(text=TextRequest(max_tokens=len(recorded)))
     async with engine.generate([text], options, StaticPolicy(decision)) as generation:
         tokens = [token async for token in generation]
     if tokens != recorded:
         raise LocalProtocolError(f"text {trace.texts[text].source} came out differently: please report it")
-    stats = summarise(generation, engine.drafter.name, 1, len(tokens))
-    return {"text": trace.texts[text].source, "category": trace.texts[text].category, **stats}
+    return statistics_of(generation, engine.drafter.name)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.types import Span, TokenId
+from dsd_p2p.types import Span, TextRequest, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from node.client.choices import make_drafter
 from node.config import UsersConfig
@@ -76,14 +76,18 @@ async def write_together(
 ) -> Run:
     """Write one answer to each prompt, all at once."""
     run = Run()
-    options = GenerateOptions(max_tokens=config.max_tokens)
+    options = GenerateOptions(text=TextRequest(max_tokens=config.max_tokens))
 
     async def write(index: int) -> None:
         start_s = trio.current_time()
         async with engine.generate(prompts[index], options, policy()) as generation:
-            run.tokens[index] = [token async for token in generation]
-        run.seconds[index] = trio.current_time() - start_s
-        times = [at_s for at_s, _ in generation.arrivals]
+            tokens: list[TokenId] = []
+            times: list[float] = []
+            async with aclosing(generation.pieces()) as pieces:
+                async for piece in pieces:
+                    tokens += piece.tokens
+                    times.append(trio.current_time())
+        run.tokens[index], run.seconds[index] = tokens, trio.current_time() - start_s
         run.gaps_s += [after - before for before, after in pairwise(times)]
 
     start_s = trio.current_time()

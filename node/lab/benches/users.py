@@ -6,7 +6,7 @@ from statistics import median, quantiles
 import torch
 
 from dsd_p2p.coordination.engine import Engine
-from dsd_p2p.models.architecture import read_config as read_model_config
+from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.window.base import WindowPolicy

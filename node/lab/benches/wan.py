@@ -114,7 +114,7 @@ async def _run_cell(
         "recorded": recorded,
         "regret": _regret(runs, config),
         "swept_tokens_per_s": {name: arm.tokens_per_s()[0] for name, arm in swept.items()},
-        "runs": {name: arm.runs for name, arm in runs.items()},
+        "runs": {name: arm.rows() for name, arm in runs.items()},
     }
 
 
@@ -145,8 +145,7 @@ class _Cell:
                         # A policy must not profit from what the windows beside it have shown, nor they from one another.
                         experience=name if self.config.policies else "",
                     )
-                    stats |= {"problem": problem, "category": category}
-                    runs.setdefault(name, ArmRuns()).add(number, stats)
+                    runs.setdefault(name, ArmRuns()).add(number, category, stats)
                     self.answers.setdefault((number, problem), {})[name] = tokens
                     progress.step(f"{self.name}: round {number + 1}/{rounds.stop} {name}", 0, 0)
         return runs
@@ -229,9 +228,9 @@ def _ratios_of(runs: dict[str, ArmRuns], category: str) -> dict[str, float]:
     of_category: dict[str, ArmRuns] = {}
     for name, arm in runs.items():
         of_category[name] = ArmRuns()
-        for stats in arm.runs:
-            if stats["category"] == category:
-                of_category[name].add(0, stats)
+        for each, stats in arm.runs:
+            if each == category:
+                of_category[name].add(0, each, stats)
     return {name: ratio.median for name, ratio in ratios_to_plain(of_category).items()}
 
 

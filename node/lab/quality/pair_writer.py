@@ -4,7 +4,7 @@ For judging relaxed mode's quality, where how the tokens travel does not matter.
 every position, so as much is relaxed as ever can be.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import DTYPES, LogitsRow
+from dsd_p2p.models.source import compute_format, find_model
+from dsd_p2p.models.span import TORCH_DTYPES, LogitsRow
 from dsd_p2p.session.effects import NUM_CANDIDATES
 from dsd_p2p.types import TokenId
 from dsd_p2p.verification.base import Verifier
@@ -47,7 +47,9 @@ class _Model:
 
         progress.step(f"load {name}", 0, 0)
         folder = find_model(name, progress).folder
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).to(device).eval()
+        self._model: Any = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=TORCH_DTYPES[compute_format(dtype)]).to(device).eval()
+        )
         self._cache: Any = None
 
     def start(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -87,7 +89,7 @@ class PairWriter:
         self,
         prompts: Sequence[Sequence[TokenId]],
         max_tokens: int,
-        stop_tokens: frozenset[TokenId],
+        stop_tokens: Collection[TokenId],
         verifier: Verifier,
         observe: Callable[[Disagreement], None] | None = None,
     ) -> list[Written]:
@@ -132,6 +134,7 @@ class PairWriter:
             target_row = target[row].cpu()
             if observe is not None:
                 observe(Disagreement(strict=picks[row], target_row=target_row, opinion=opinion))
-            picks[row], is_relaxed = verifier.judge(LogitsRow(target_row, picks[row]), position, opinion)
+            view = LogitsRow(target_row, picks[row])
+            picks[row], is_relaxed = verifier.open(position).judge(view, opinion)
             text.num_relaxed += is_relaxed
         return picks

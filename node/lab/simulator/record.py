@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def _load(name: str, dtype: str, device: str, progress: Progress) -> Any:
 
 @torch.inference_mode()
 def _write_batch(
-    model: Any, prompts: Sequence[list[TokenId]], num_tokens: int, stop_tokens: frozenset[TokenId], device: str
+    model: Any, prompts: Sequence[list[TokenId]], num_tokens: int, stop_tokens: Collection[TokenId], device: str
 ) -> list[list[TokenId]]:
     longest = max(len(prompt) for prompt in prompts)
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -80,7 +80,7 @@ def _write_batch(
     return [_until_stop(row[longest:].tolist(), stop_tokens) for row in output]
 
 
-def _until_stop(tokens: list[TokenId], stop_tokens: frozenset[TokenId]) -> list[TokenId]:
+def _until_stop(tokens: list[TokenId], stop_tokens: Collection[TokenId]) -> list[TokenId]:
     for index, token in enumerate(tokens):
         if token in stop_tokens:
             return tokens[: index + 1]

@@ -92,8 +92,8 @@ def paper_a() -> list[dict[str, float]]:
                     "t1_over_t0": ratio,
                     "accepted": accepted,
                     "formula": formula,
-                    "synchronous": sync.tokens_per_s / plain.tokens_per_s,
-                    "continuous": continuous.tokens_per_s / plain.tokens_per_s,
+                    "synchronous": sync.timing.tokens_per_s / plain.timing.tokens_per_s,
+                    "continuous": continuous.timing.tokens_per_s / plain.timing.tokens_per_s,
                     "communication_saved": (accepted - 1) / accepted,
                 }
             )

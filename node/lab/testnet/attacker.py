@@ -17,11 +17,10 @@ import trio
 from dsd_p2p.errors import DsdError, PeerError
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
-from dsd_p2p.types import PeerId, PeerInfo, Sampling, Span
+from dsd_p2p.types import MAX_TOKEN, ComputeFormat, ModelKey, PeerId, PeerInfo, Span, TextRequest
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES, encode
 from dsd_p2p.wire.membership import Heartbeat, Members
 from dsd_p2p.wire.messages import (
-    MAX_TOKEN,
     Ask,
     Cancel,
     CloseSession,
@@ -37,6 +36,8 @@ from node.member.state import SwarmState
 
 _BURST = 400
 _NAME = b"attacker"
+_KEY = ModelKey(digest="x", weights="float32", compute=ComputeFormat.FLOAT32)
+_TEXT = TextRequest(max_tokens=1)
 _STARTS = (
     b"",
     b"\x13/multistream/1.0.0\n",
@@ -95,15 +96,11 @@ def _honest() -> list[bytes]:
         Heartbeat(beat=1, view=bytes(8)),
         Members(),
         Reveal(session=_NAME, end=5),
-        Recompute(
-            request=_NAME, span=Span(0, 1), model_digest="x", dtype="float32", tokens=(1, 2, 3), sampling=Sampling()
-        ),
+        Recompute(request=_NAME, span=Span(0, 1), model=_KEY, tokens=(1, 2, 3), text=_TEXT, num_prompt=1),
         Ask(
             request=_NAME,
             prompt=(MAX_TOKEN,),
-            max_tokens=1,
-            sampling=Sampling(),
-            stop_tokens=(),
+            text=_TEXT,
             idle_timeout_s=1,
             deadline_s=1,
         ),

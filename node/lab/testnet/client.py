@@ -15,6 +15,7 @@ from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import DsdError, first_cause
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
+from dsd_p2p.types import TextRequest
 from dsd_p2p.window.static import StaticPolicy, continuous_tree
 from node.lab.testnet.events import Answered, Asking, StartClient, report
 from node.local.events import Failed, Ready
@@ -103,7 +104,9 @@ async def _ask(client: SwarmClient, command: StartClient, prompt: int) -> Answer
 
 async def _write(client: SwarmClient, command: StartClient, prompt: int, written: _Written) -> None:
     """Write one answer, noting each pause that a lost chain made."""
-    options = GenerateOptions(max_tokens=command.max_tokens, stall_timeout_s=_STALL_S, retry=SWARM_RETRY)
+    options = GenerateOptions(
+        text=TextRequest(max_tokens=command.max_tokens), stall_timeout_s=_STALL_S, retry=SWARM_RETRY
+    )
     async with client.engine.generate(command.prompts[prompt], options, StaticPolicy(_WINDOWS)) as generation:
         num_replays, last_s = 0, trio.current_time()
         async for token in generation:

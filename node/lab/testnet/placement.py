@@ -11,6 +11,7 @@ from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
+from dsd_p2p.types import TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from node.lab.testnet.swarm import Layout, open_testnet
 from node.member.client import SwarmClient, open_swarm_client
@@ -83,7 +84,7 @@ async def _swarm(
 async def _write(client: SwarmClient, prompt: list[int], num_tokens: int) -> tuple[list[int], float]:
     """Return the tokens of one plain answer and the seconds it took."""
     start_s = trio.current_time()
-    options = GenerateOptions(max_tokens=num_tokens)
+    options = GenerateOptions(text=TextRequest(max_tokens=num_tokens))
     async with client.engine.generate(prompt, options, StaticPolicy(PLAIN)) as generation:
         tokens = [token async for token in generation]
     return tokens, trio.current_time() - start_s

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dsd_p2p.telemetry.events import PeerStatus
-from dsd_p2p.telemetry.picture import Picture, SessionView, short
+from dsd_p2p.telemetry.picture import Picture, SessionView
+from dsd_p2p.types import short_peer
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MAX_ALERTS = 3
@@ -135,9 +136,9 @@ def _ring_lines(picture: Picture, width: int) -> list[Text]:
 
 
 def _ring(picture: Picture, stages: tuple[tuple[str, int, int], ...], coordinator: str) -> str:
-    text, before = short(coordinator), coordinator
+    text, before = short_peer(coordinator), coordinator
     for peer, first, last in stages:
-        text += f" ─{_round_trip(picture, before, peer)}─ {short(peer)}[{first}:{last}]"
+        text += f" ─{_round_trip(picture, before, peer)}─ {short_peer(peer)}[{first}:{last}]"
         before = peer
     return f"{text} ─{_round_trip(picture, before, coordinator)}─ ↩"
 
@@ -169,7 +170,7 @@ def _peer_table(picture: Picture, peers: Sequence[PeerStatus], num_all: int, cho
         silent = picture.is_silent(peer.peer)
         state = "offline" if not peer.is_online else "silent" if silent else peer.state or "-"
         cells = [
-            _mark(index == choices.cursor) + short(peer.peer),
+            _mark(index == choices.cursor) + short_peer(peer.peer),
             f"{peer.first}:{peer.last}" if peer.last else "-",
             f"{peer.busy_share:.0%}",
             str(peer.queue),
@@ -220,7 +221,7 @@ def _peer_details(picture: Picture, peer: PeerStatus, width: int) -> list[Render
         f"cache     {peer.cache_bytes / 2**20:.0f} of {peer.max_cache_bytes / 2**20:.0f} MiB",
         f"passes    {peer.num_passes}, {peer.num_windows / max(1, peer.num_passes):.2f} windows in each",
         f"left out  {peer.num_dropped} events",
-        *(f"link to   {short(other)} {1000 * seconds:.1f} ms" for other, seconds in sorted(peer.links_s.items())),
+        *(f"link to   {short_peer(other)} {1000 * seconds:.1f} ms" for other, seconds in sorted(peer.links_s.items())),
     ]
     return [_line(line, width) for line in lines]
 
@@ -230,14 +231,14 @@ def _session_details(picture: Picture, view: SessionView, width: int) -> list[Re
     pairs = zip(newest.hits_by_depth, newest.outcomes_by_depth, strict=False)
     shares = " ".join(f"{hits / outcomes:.0%}" for hits, outcomes in pairs if outcomes)
     lines = [
-        f"request   {view.session} of {short(view.coordinator)}, drafter {view.drafter or '-'}",
+        f"request   {view.session} of {short_peer(view.coordinator)}, drafter {view.drafter or '-'}",
         f"written   {newest.num_tokens} of {view.max_tokens or '?'} tokens at {view.tokens_per_s(picture.now_s):.1f}/s",
         f"window    {newest.decision or '-'}: {newest.reason or '-'}",
         f"in flight {newest.num_in_flight}, a traversal takes {1000 * newest.traversal_s:.0f} ms",
         f"sent      {newest.num_windows} windows, {newest.num_nodes} nodes, {newest.num_stale} in vain",
         f"misses    {newest.num_misses}  relaxed {newest.num_relaxed}  failovers {view.num_failovers}",
         f"accepted  {shares or '-'} by depth",
-        "chain     " + " → ".join(f"{short(stage.peer)}[{stage.first}:{stage.last}]" for stage in view.stages),
+        "chain     " + " → ".join(f"{short_peer(stage.peer)}[{stage.first}:{stage.last}]" for stage in view.stages),
         "stages    " + " ".join(f"{us / 1000:.1f}ms" for us in newest.stage_us),
     ]
     return [_line(line, width) for line in lines]

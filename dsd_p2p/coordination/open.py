@@ -1,0 +1,71 @@
+"""Opens a coordinator on stages whose addresses are known: the one way, for the commands and for the Python API."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from dsd_p2p.coordination.directory import StageList
+from dsd_p2p.coordination.engine import Engine, open_engine
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.named import make_drafter
+from dsd_p2p.errors import ConfigError, ModelError
+from dsd_p2p.models.architecture import ModelShape, read_model_config, shape_of
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.source import ModelSource, find_model
+from dsd_p2p.models.text import TextCodec
+from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.transport.ephemeral import open_ephemeral
+from dsd_p2p.types import check_same_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorModel:
+    """What a coordinator needs of the target without holding layers of it: files, numbers, tokenizer, drafter."""
+
+    source: ModelSource
+    shape: ModelShape
+    text: TextCodec
+    drafter: Drafter
+
+
+def load_coordinator_model(
+    model: str, draft: str, progress: Progress, *, draft_dtype: str = "float32", device: str = "cpu"
+) -> CoordinatorModel:
+    """Load the tokenizer and the drafter for a target.
+
+    model: a catalog name, a folder or a Hugging Face id. draft: see `dsd_p2p.drafting.named.make_drafter`.
+
+    Raises:
+        ConfigError, ModelError: what is missing and what to do.
+    """
+    source = find_model(model, progress)
+    return CoordinatorModel(
+        source=source,
+        shape=shape_of(read_model_config(source.folder)),
+        text=TextCodec(source.folder),
+        drafter=make_drafter(draft, source, progress, model=model, dtype=draft_dtype, device=device),
+    )
+
+
+@asynccontextmanager
+async def open_coordinator(
+    model: CoordinatorModel, dtype: str, addresses: Sequence[str], link: LinkModel, host: str = "127.0.0.1"
+) -> AsyncIterator[tuple[Engine, StageList]]:
+    """Connect to the stages at `addresses`, and to those they know, until the end of the block.
+
+    dtype: as the stages hold the model. link: emulated for everything we send. host: the address we listen on.
+
+    Raises:
+        PeerError: one of the addresses cannot be reached.
+        ConfigError: the stages do not hold this model, or not all of it.
+    """
+    async with (
+        open_ephemeral(link, host) as transport,
+        open_engine(transport, model.drafter, model.shape.vocab_size) as (engine, stages),
+    ):
+        await stages.add(addresses)
+        try:
+            check_same_model(stages.stages()[0].model, model.source.key(dtype))
+        except ModelError as exc:
+            raise ConfigError(f"{exc}; give --model and --dtype as the stages have them") from exc
+        yield engine, stages

@@ -1,0 +1,79 @@
+"""Shared by several tests."""
+
+import random
+
+import trio
+from membership_keys import NOW_S, OWNER, invite, key
+from swarms import TEST_MODEL
+
+from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.peers.membership import Membership
+from dsd_p2p.peers.services import run_services
+from dsd_p2p.swarm.registry import Registry
+from dsd_p2p.types import PeerInfo
+from dsd_p2p.wire.membership import MemberState, NodeProfile
+
+INTERVAL_S = 1.0
+
+
+NUM_LAYERS = 30
+
+
+class Node:
+    """One member: start it in a nursery, cancel `scope` to kill it."""
+
+    def __init__(self, network, number, *, span=None, grants=None, bootstrap=(), interval_s=INTERVAL_S, belongs=True):
+        self.key = key(number)
+        self.network = network
+        self.span = span
+        self.belongs = belongs
+        self.scope = trio.CancelScope()
+        grants = invite(max_uses=20).admit(self.key.public) if grants is None else grants
+        registry = Registry(me=self.key.peer, swarm=OWNER.public, interval_s=interval_s)
+        self.membership = Membership(
+            self.key,
+            grants,
+            registry,
+            bootstrap=[f"memory:{key(n).peer}" for n in bootstrap],
+            unix=lambda: NOW_S + trio.current_time(),
+            rng=random.Random(number),
+        )
+        self.registry = registry
+
+    @property
+    def peer(self):
+        return self.key.peer
+
+    def info(self, span=None):
+        span = span or self.span
+        return PeerInfo(
+            peer=self.peer,
+            addresses=(f"memory:{self.peer}",),
+            span=span,
+            num_layers=NUM_LAYERS if span else 0,
+            model=TEST_MODEL if span else None,
+            max_positions=1024,
+        )
+
+    async def run(self, *, task_status=trio.TASK_STATUS_IGNORED):
+        with self.scope:
+            async with self.network.open(self.peer) as transport, trio.open_nursery() as nursery:
+                self.links = self.membership.links = PeerLinks(transport, self.info(), door=self.membership)
+                nursery.start_soon(run_services, self.links, [self.membership])
+                await trio.testing.wait_all_tasks_blocked()
+                if self.belongs:
+                    profile = NodeProfile(layer_us=1000, layer16_us=1500, max_layers=NUM_LAYERS if self.span else 0)
+                    await self.membership.announce(self.info(), MemberState.SERVING, profile)
+                task_status.started(self)
+                await trio.sleep_forever()
+
+    @property
+    def alive(self):
+        return {member.peer for member in self.registry.members() if member.is_alive}
+
+
+async def settled(nodes, within_s=30):
+    everybody = {node.peer for node in nodes}
+    with trio.fail_after(within_s):
+        while not all(node.alive == everybody for node in nodes):  # noqa: ASYNC110 - any of many changes
+            await trio.sleep(0.05)
