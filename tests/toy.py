@@ -13,7 +13,7 @@ import numpy as np
 
 from dsd_p2p.cache.slots import CacheEdit, Forward
 from dsd_p2p.session.effects import Candidate, Draft, Emit, Finish, Replay, Send
-from dsd_p2p.session.machine import Coordinator
+from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Request, Route
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk, verdict_of
@@ -140,7 +140,7 @@ Drafts = Callable[[Sequence[int], int], list[Candidate]]
 
 
 class ToyNetwork:
-    """Coordinator and stages with one queue a link; `choose` picks which link delivers next: any interleaving."""
+    """RequestMachine and stages with one queue a link; `choose` picks which link delivers next: any interleaving."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class ToyNetwork:
     ) -> None:
         self.route = toy_route(num_stages)
         rng_object = type("Rng", (), {"random": staticmethod(rng)})()
-        self.machine = Coordinator(
+        self.machine = RequestMachine(
             Request(
                 text=TextRequest(max_tokens=num_tokens),
                 session=SESSION,

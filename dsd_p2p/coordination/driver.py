@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -23,8 +23,8 @@ from dsd_p2p.peers.failures import error_of
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.placement.route import Detour
 from dsd_p2p.placement.view import PlannedStage
-from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
-from dsd_p2p.session.machine import Coordinator
+from dsd_p2p.session.effects import Candidate, Carried, Draft, Effect, Emit, Finish, Replay, Send
+from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Route
 from dsd_p2p.telemetry.watch import RequestWatch
 from dsd_p2p.transport.base import Lost
@@ -81,7 +81,7 @@ class RequestDriver:
 
     def __init__(
         self,
-        machine: Coordinator,
+        machine: RequestMachine,
         links: PeerLinks,
         drafter: DraftSession,
         *,
@@ -125,7 +125,7 @@ class RequestDriver:
                     self._pending.extend(self._machine.start(trio.current_time()))
                     while await self._perform(output, nursery):
                         event = await self._next_event()
-                        self._pending.extend(self._tell(event))
+                        self._pending.extend(self._heed_carried(self._tell(event)))
                         self._check_if_due(nursery)
                         await self._wait_for_overdue_check()
                     nursery.cancel_scope.cancel()
@@ -166,12 +166,11 @@ class RequestDriver:
             case Lost(peer=peer) if not self.involves(peer):
                 return []
             case Lost(peer=peer, reason=reason):
-                self._machine.gone(peer)
-                return self._machine.lost(PeerDisconnected(f"lost stage {peer}: {reason}"), now_s)
+                return self._machine.lost(PeerDisconnected(f"lost stage {peer}: {reason}"), now_s, gone=peer)
             case Rerouted(route=route, error=error):
                 if route is not None:
                     return self._machine.reopen(route, now_s)
-                return self._machine.chain_not_found(error or PeerDisconnected("no chain"), now_s)
+                return self._machine.route_not_found(error or PeerDisconnected("no chain"), now_s)
 
     def _hear(self, sender: PeerId, message: Verdict | Failure, now_s: float) -> Sequence[Effect]:
         if isinstance(message, Failure):
@@ -195,6 +194,14 @@ class RequestDriver:
             self._watch.verdict(message)
         return effects
 
+    def _heed_carried(self, effects: Sequence[Effect]) -> Iterator[Effect]:
+        """Tell the auditor at once which nodes were committed: the next spot check goes by it. Yields the other effects."""
+        for effect in effects:
+            if not isinstance(effect, Carried):
+                yield effect
+            elif self._auditor is not None:
+                self._auditor.committed(effect.position, effect.epoch, effect.node)
+
     def _caught(self, error: DishonestPeer, effects: Sequence[Effect]) -> Sequence[Effect]:
         self._blame(PeerId(error.peer), error)
         self._distrust(error)
@@ -203,9 +210,6 @@ class RequestDriver:
     def _check_if_due(self, nursery: trio.Nursery) -> None:
         if self._auditor is None or self._machine.is_finished:
             return
-        for position, epoch, node in self._machine.carried:
-            self._auditor.committed(position, epoch, node)
-        self._machine.carried.clear()
         if self._is_checking:
             return
         turn = self._auditor.turn(self._machine.tokens)

@@ -30,7 +30,7 @@ from dsd_p2p.peers.links import Arrived, PeerLinks
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.placement.route import Detour
 from dsd_p2p.session.effects import Emit, Finish
-from dsd_p2p.session.machine import Coordinator
+from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.session.timing import Timing
@@ -96,7 +96,7 @@ class Generation:
 
     batches: trio.MemoryReceiveChannel[Emit]
     stats: RequestStats
-    machine: Coordinator
+    machine: RequestMachine
     driver: RequestDriver
     timing: Timing
     waiting: deque[TokenId] = field(default_factory=deque)
@@ -204,7 +204,7 @@ class Engine:
         request = self._request(prompt, options, route)
         session = request.session
         tracker = self._tracker(route, options.experience)
-        machine = Coordinator(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
+        machine = RequestMachine(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
         drafter, drafting = self._open_drafter(request.max_length, options.text.sampling)
         share = _Share(self._governor)
         driver = RequestDriver(
@@ -262,15 +262,15 @@ class Engine:
             is_parked=is_parked,
         )
 
-    def _note_parked(self, request: Request, machine: Coordinator, options: GenerateOptions) -> None:
+    def _note_parked(self, request: Request, machine: RequestMachine, options: GenerateOptions) -> None:
         """Remember what the stages hold of a finished answer, and that they do not hold what they were thought to."""
-        lost = request.prefix.session if request.prefix is not None and machine.prefix is None else b""
+        lost = request.prefix.session if request.prefix is not None and machine.opening.prefix is None else b""
         if lost and (chain := self._prefixes.forget(lost)) is not None:
             self._nursery.start_soon(self._discard, lost, chain)
-        if machine.parked is None:
+        if machine.opening.parked is None:
             return
         scope = scope_of(options.owner, machine.route, options.hidden_format)
-        tokens = machine.tokens[: machine.parked.num_tokens]
+        tokens = machine.tokens[: machine.opening.parked.num_tokens]
         for session, route in self._prefixes.add(scope, machine.route, request.session, tokens, trio.current_time()):
             self._nursery.start_soon(self._discard, session, route)
 

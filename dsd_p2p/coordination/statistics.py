@@ -70,9 +70,9 @@ def statistics_of(generation: Generation, drafter: str) -> AnswerStatistics:
     details = RequestDetails(
         drafter=drafter,
         decision=generation.decision,
-        is_relaxed=generation.machine.is_relaxed,
+        is_relaxed=generation.machine.request.is_relaxed,
         finish_reason=generation.finish.reason if generation.finish else None,
-        num_prompt_tokens=generation.machine.num_prompt_tokens,
+        num_prompt_tokens=len(generation.machine.request.prompt),
         mean_accepted_length=timing.num_tokens / stats.num_epochs,
         bytes_per_token=stats.link_bytes / timing.num_tokens,
         mean_stage_s=[total / max(1, stats.num_verdicts) for total in stats.stage_s],

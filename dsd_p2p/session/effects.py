@@ -1,4 +1,4 @@
-"""What the coordinator machine asks its driver to do; the driver reports back with `Coordinator`'s methods."""
+"""What the coordinator machine asks its driver to do; the driver reports back with `RequestMachine`'s methods."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Draft the `width` likeliest children of each stem; answer with `Coordinator.drafted`. At most one is under way.
+    """Draft the `width` likeliest children of each stem; answer with `RequestMachine.drafted`. At most one is under way.
 
     levels: how long a chain below the stem is wanted before the next window; a drafter may answer all of it at once.
     tokens: prompt and committed tokens, the root last. keys: the name of each of them, same length; a key never
@@ -63,7 +63,7 @@ class Emit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
-    """The chain is lost: after `delay_s` find one that works, then call `Coordinator.reopen`."""
+    """The route is lost: after `delay_s` find one that works, then call `RequestMachine.reopen`."""
 
     delay_s: float
     reason: str
@@ -76,4 +76,12 @@ class Finish(msgspec.Struct, frozen=True, kw_only=True):
     error: DsdError | None = None
 
 
-Effect = Draft | Send | Emit | Replay | Finish
+class Carried(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """In an attested session: the token just committed at `position` travelled as this node, so its stages signed it."""
+
+    position: int
+    epoch: int
+    node: int
+
+
+Effect = Draft | Send | Emit | Carried | Replay | Finish

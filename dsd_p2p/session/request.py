@@ -64,6 +64,11 @@ class Request:
         """Length of the finished text at most, prompt included."""
         return self.num_prompt + self.text.max_tokens
 
+    @property
+    def is_relaxed(self) -> bool:
+        """True when the target's own token may be passed over."""
+        return self.text.relaxation is not None
+
 
 _MAX_DECISIONS = 64
 

@@ -64,6 +64,10 @@ class DraftTree:
         """Return the number of nodes below the root."""
         return len(self._by_key) - 1
 
+    def __repr__(self) -> str:
+        number = "unsent" if self.root.number is None else f"node {self.root.number}"
+        return f"tree of {len(self)} below {self.root.token}@{self.root.position} ({number}), {self.num_sent} sent"
+
     @property
     def num_sent(self) -> int:
         """Nodes that windows carry, the root included."""

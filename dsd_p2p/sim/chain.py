@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dsd_p2p.netmodel import LinkModel, LinkState
-from dsd_p2p.session.machine import Coordinator
+from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.timing import Timing
 from dsd_p2p.sim.answer import Answer
@@ -96,7 +96,7 @@ def simulate_request(
         vocab_size=MAX_TOKEN,
         stall_timeout_s=_DEADLINE_S,
     )
-    machine = Coordinator(request, route, policy, tracker, rng)
+    machine = RequestMachine(request, route, policy, tracker, rng)
     log = RequestLog(0, 0.0, num_prompt_tokens, arrivals=[])
     run = RequestRun(
         machine=machine,

@@ -11,7 +11,7 @@ from dsd_p2p.netmodel import LinkState
 from dsd_p2p.placement.balance import Balancer
 from dsd_p2p.placement.coordinator import MODEL_COVERAGE
 from dsd_p2p.placement.view import Speculation
-from dsd_p2p.session.machine import Coordinator
+from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Request, Route
 from dsd_p2p.sim.answer import Answer, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.clock import Clock
@@ -316,7 +316,7 @@ class Fleet:
             prefill_chunk=speculation.prefill_chunk,
             stall_timeout_s=float("inf"),
         )
-        machine = Coordinator(request, path.route, self._policy_of(), tracker, self._rng["retries"])
+        machine = RequestMachine(request, path.route, self._policy_of(), tracker, self._rng["retries"])
         run = RequestRun(
             machine=machine,
             answer=answer,
@@ -335,7 +335,7 @@ class Fleet:
         )
         run.start(path)
 
-    def _watch_of(self, machine: Coordinator) -> RequestWatch | None:
+    def _watch_of(self, machine: RequestMachine) -> RequestWatch | None:
         if self._tell is None:
             return None
         return RequestWatch(machine, self._tell, lambda: self.clock.now_s, "simulated")

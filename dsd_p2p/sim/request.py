@@ -9,7 +9,7 @@ from typing import Any
 from dsd_p2p.errors import DsdError, PeerDisconnected
 from dsd_p2p.netmodel import LinkState
 from dsd_p2p.session.effects import Candidate, Draft, Effect, Emit, Finish, Replay, Send
-from dsd_p2p.session.machine import Coordinator
+from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Route
 from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
@@ -138,7 +138,7 @@ class RequestRun:
     def __init__(
         self,
         *,
-        machine: Coordinator,
+        machine: RequestMachine,
         answer: Answer,
         device: DraftDevice,
         choose_path: Callable[[], Path | None],
@@ -207,7 +207,7 @@ class RequestRun:
         self._do([effect for effect in effects if type(effect) is Emit])
         link = self.path.up if is_wanted_at_target else self.path.down
         self._is_at_target = is_wanted_at_target
-        self.machine.detour_s = self.path.latency_s if is_wanted_at_target else 0.0
+        self.machine.moved(self.path.latency_s if is_wanted_at_target else 0.0)
         self.log.num_switches += 1
         self._moving = [effect for effect in effects if type(effect) is not Emit]
         self._clock.after(self._travel(link, _STATE_BYTES), self._moved_in)
@@ -247,7 +247,8 @@ class RequestRun:
                 self._clock.after(self._up_s(32), _cancel, session, epoch)
             case CloseSession() if session is not None:
                 self._clock.after(self._up_s(32), path.target.close, session)
-            case _:
+            case Window() | Cancel() | CloseSession():
+                # Sent to a target that is gone.
                 pass
 
     def _draft(self, draft: Draft) -> None:
@@ -318,7 +319,7 @@ class RequestRun:
         path = self._choose_path()
         if path is None:
             error = PeerDisconnected("no target is up")
-            self._now_or_moved(self.machine.chain_not_found(error, self._clock.now_s))
+            self._now_or_moved(self.machine.route_not_found(error, self._clock.now_s))
             return
         self._go_over(path)
         self._now_or_moved(self.machine.reopen(path.route, self._clock.now_s))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from dsd_p2p.session.machine import Coordinator
+from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.telemetry.events import (
     DecisionMade,
     Event,
@@ -26,7 +26,7 @@ _INTERVAL_S = 0.1
 class RequestWatch:
     """Follows a coordinator machine. now: of the events, seconds; drafter: its name."""
 
-    def __init__(self, machine: Coordinator, sink: Sink, now: Callable[[], float], drafter: str) -> None:
+    def __init__(self, machine: RequestMachine, sink: Sink, now: Callable[[], float], drafter: str) -> None:
         self._machine = machine
         self._sink = sink
         self._now = now
@@ -44,7 +44,7 @@ class RequestWatch:
     def opened(self, message: OpenSession) -> None:
         """A chain was opened, the first or another."""
         now_s, stages = self._now(), _stages(message.route)
-        num_tokens = len(self._machine.tokens) - self._machine.num_prompt_tokens
+        num_tokens = len(self._machine.tokens) - len(self._machine.request.prompt)
         if self._session:
             # A stage that no longer held what was parked costs a second opening, and is no failover.
             if self._machine.stats.num_replays == self._num_replays:
@@ -67,17 +67,17 @@ class RequestWatch:
                 session=self._session,
                 coordinator=self._coordinator,
                 stages=stages,
-                num_prompt_tokens=self._machine.num_prompt_tokens,
-                max_tokens=message.max_length - self._machine.num_prompt_tokens,
+                num_prompt_tokens=len(self._machine.request.prompt),
+                max_tokens=message.max_length - len(self._machine.request.prompt),
                 drafter=self._drafter,
-                verification="relaxed" if self._machine.is_relaxed else "exact",
+                verification="relaxed" if self._machine.request.is_relaxed else "exact",
             )
         )
 
     def verdict(self, verdict: Verdict) -> None:
         """The machine has taken a verdict in."""
         now_s, machine = self._now(), self._machine
-        num_tokens = len(machine.tokens) - machine.num_prompt_tokens
+        num_tokens = len(machine.tokens) - len(machine.request.prompt)
         if self._first_at_s is None and num_tokens:
             self._first_at_s = now_s
         self._stage_us = tuple(cost.us for cost in verdict.costs)
@@ -89,7 +89,7 @@ class RequestWatch:
             self._tell_window(now_s)
 
     def _tell_decision(self, now_s: float) -> None:
-        decision, observation = self._machine.decision, self._machine.observe()
+        decision, observation = self._machine.decision, self._machine.pacing.observe()
         if not observation.stages:
             return
         self._decision = decision.kind
@@ -112,7 +112,7 @@ class RequestWatch:
     def _tell_window(self, now_s: float) -> None:
         self._told_at_s = now_s
         machine = self._machine
-        num_tokens = len(machine.tokens) - machine.num_prompt_tokens
+        num_tokens = len(machine.tokens) - len(machine.request.prompt)
         stats, decision = machine.stats, machine.decision
         self._sink(
             WindowVerified(
@@ -128,8 +128,8 @@ class RequestWatch:
                 num_misses=stats.num_misses,
                 num_stale=stats.num_stale_nodes,
                 num_relaxed=stats.num_relaxed_tokens,
-                num_in_flight=machine.num_in_flight,
-                traversal_s=machine.traversal_s,
+                num_in_flight=len(machine.flight),
+                traversal_s=machine.flight.traversal_s,
                 stage_us=self._stage_us,
                 hits_by_depth=tuple(stats.hits_by_depth),
                 outcomes_by_depth=tuple(stats.outcomes_by_depth),
@@ -152,7 +152,7 @@ class RequestWatch:
                 coordinator=self._coordinator,
                 reason=reason,
                 error=error[:1024],
-                num_tokens=len(machine.tokens) - machine.num_prompt_tokens,
+                num_tokens=len(machine.tokens) - len(machine.request.prompt),
                 ttft_s=0.0 if self._first_at_s is None else self._first_at_s - self._started_at_s,
                 total_s=now_s - self._started_at_s,
                 num_replays=machine.stats.num_replays,

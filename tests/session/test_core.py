@@ -394,7 +394,7 @@ def test_what_the_same_stages_would_do_again_is_tried_elsewhere_or_ends_the_requ
     network = network_of(PLAIN)
     network.perform(network.machine.start(0.0))
     assert [type(effect) for effect in network.machine.lost(error, 0.0)] == [Replay]
-    effects = network.machine.chain_not_found(PeerDisconnected("no other"), 0.0)
+    effects = network.machine.route_not_found(PeerDisconnected("no other"), 0.0)
     assert [type(e.message) for e in effects if isinstance(e, Send)] == [CloseSession] * 3
     assert isinstance(effects[-1], Finish)
     assert effects[-1].error is error

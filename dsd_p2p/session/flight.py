@@ -1,0 +1,111 @@
+"""Epochs, node and window numbers, and the windows without a verdict (docs/protocol.md, rule 3: Nodes; rule 4: Roots)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsd_p2p.session.request import RequestStats
+from dsd_p2p.types import SessionId, TokenId
+from dsd_p2p.wire.messages import BASE, FILL_NODES, Cancel, DraftTop, Verdict, Window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    window: int
+    sent_at_s: float
+
+
+class Flight:
+    """Makes windows and knows which of them are under way.
+
+    epoch: the present one, -1 before the first. next_node: number of the next node in it.
+    root: the newest node known to be committed, as (epoch, node). progress_at_s: when the route last showed that it lives.
+    traversal_s: of the last window whose verdict came.
+    """
+
+    def __init__(self, session: SessionId, stats: RequestStats) -> None:
+        self._session = session
+        self._stats = stats
+        self.epoch = -1
+        self.next_node = 0
+        self._next_window = 0
+        self.root = (0, BASE)
+        self._in_flight: list[_Sent] = []
+        self.progress_at_s = 0.0
+        self.traversal_s = 0.0
+
+    def __len__(self) -> int:
+        """Return the number of windows without a verdict."""
+        return len(self._in_flight)
+
+    def __repr__(self) -> str:
+        return f"epoch {self.epoch}, {len(self)} windows in flight, next node {self.next_node}"
+
+    def raise_epoch(self) -> None:
+        """Begin the next epoch: nodes are numbered from 0 again."""
+        self.epoch += 1
+        self._stats.num_epochs += 1
+        self.next_node = 0
+
+    def opened(self, now_s: float) -> None:
+        """Note that a session was opened in the present epoch: nothing is under way yet."""
+        self._in_flight.clear()
+        self.root = (self.epoch, BASE)
+        self.progress_at_s = now_s
+
+    def held(self, num_tokens: int) -> None:
+        """Number on behind the first tokens, which the stages hold already: they count as sent, one under the other."""
+        if num_tokens:
+            self.next_node = num_tokens
+            self.root = (self.epoch, num_tokens - 1)
+
+    def skip_refill(self, num_tokens: int) -> None:
+        """Leave the window numbers free in which one stage refills the next with so many tokens."""
+        self._next_window = max(self._next_window, -(-num_tokens // FILL_NODES))
+
+    def window(
+        self,
+        tokens: Sequence[TokenId],
+        parents: Sequence[int],
+        positions: Sequence[int],
+        first_node: int,
+        now_s: float,
+        drafts: tuple[DraftTop, ...] = (),
+    ) -> Window:
+        """Return a window of these nodes; it is under way from now on."""
+        window = Window(
+            session=self._session,
+            epoch=self.epoch,
+            window=self._next_window,
+            root=self.root,
+            first_node=first_node,
+            tokens=tuple(tokens),
+            parents=tuple(parents),
+            positions=tuple(positions),
+            drafts=drafts,
+        )
+        if not self._in_flight:
+            self.progress_at_s = now_s
+        self._in_flight.append(_Sent(window=self._next_window, sent_at_s=now_s))
+        self._next_window += 1
+        stats = self._stats
+        stats.num_windows += 1
+        stats.num_nodes_sent += len(tokens)
+        stats.max_windows_in_flight = max(stats.max_windows_in_flight, len(self._in_flight))
+        return window
+
+    def landed(self, verdict: Verdict, now_s: float) -> bool:
+        """Note that a verdict came; True when it is on a window that is under way, whose traversal is known now."""
+        sent = next((each for each in self._in_flight if each.window == verdict.window), None)
+        if sent is not None:
+            self.traversal_s = now_s - sent.sent_at_s
+        # Frames keep their order, so the tail is done with every window up to this one.
+        self._in_flight = [each for each in self._in_flight if each.window > verdict.window]
+        return sent is not None
+
+    def clear(self) -> None:
+        """Wait for no verdict any more."""
+        self._in_flight.clear()
+
+    def cancel(self) -> Cancel:
+        """Return what drops the windows of earlier epochs."""
+        return Cancel(session=self._session, epoch=self.epoch)
