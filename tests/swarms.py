@@ -16,7 +16,8 @@ from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.stage.server import StageLimits, StageServer
+from dsd_p2p.stage.admission import StageLimits
+from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.memory import MemoryNetwork, MemoryTransport
 from dsd_p2p.types import ComputeFormat, ModelKey, PeerInfo, Sampling, Span, TextRequest
@@ -91,7 +92,7 @@ async def memory_swarm(
             server = StageServer(PeerLinks(linked, me), stages[index], limits or StageLimits(), time.perf_counter)
             servers.append(server)
             task_status.started()
-            await run_services(server._links, [server])
+            await run_services(server.links, [server])
 
     async with trio.open_nursery() as nursery:
         async with network.open("coordinator") as mine, emulate(mine, link, rng) as linked_mine:

@@ -5,7 +5,7 @@ import random
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -27,7 +27,7 @@ from dsd_p2p.errors import (
     PeerTimeout,
 )
 from dsd_p2p.peers.links import Arrived, PeerLinks
-from dsd_p2p.peers.services import run_services
+from dsd_p2p.peers.services import Handler, run_services
 from dsd_p2p.placement.route import Detour
 from dsd_p2p.session.effects import Emit, Finish
 from dsd_p2p.session.machine import RequestMachine
@@ -55,6 +55,7 @@ from dsd_p2p.wire.messages import (
     MAX_EPOCH,
     CloseSession,
     Failure,
+    Message,
     Recompute,
     Recomputed,
     Reveal,
@@ -150,8 +151,6 @@ class Engine:
 
     tell: is told what happens to the requests, if it is set.
     """
-
-    takes = (Verdict, Failure, Revealed, Recomputed)
 
     def __init__(
         self, links: PeerLinks, drafter: Drafter, vocab_size: int, nursery: trio.Nursery, directory: Directory
@@ -314,21 +313,29 @@ class Engine:
     def start(self, nursery: trio.Nursery) -> None:
         """Requests run in the nursery that the engine was made with."""
 
-    async def handle(self, event: Arrived) -> None:
+    @property
+    def handlers(self) -> Mapping[type[Message], Handler]:
+        """What it does with each message that it takes."""
+        return {
+            Verdict: self._hear,
+            Failure: self._hear,
+            Revealed: self._hear_answer,
+            Recomputed: self._hear_answer,
+        }
+
+    async def _hear(self, event: Arrived, message: Verdict | Failure) -> None:
         """Hand a verdict or failure to the request it belongs to."""
-        message = event.message
-        if isinstance(message, Revealed | Recomputed):
-            name = message.session if isinstance(message, Revealed) else message.request
-            if (waiting := self._asked.get((event.sender, name))) is not None:
-                with suppress(trio.WouldBlock, trio.BrokenResourceError):
-                    waiting.send_nowait(replace(event, payload=memoryview(bytes(event.payload))))
-            return
-        assert isinstance(message, Verdict | Failure)
         driver = self._drivers.get(message.session)
         if driver is not None and driver.involves(event.sender):
             self._hand(driver, Told(sender=event.sender, message=message))
         else:
             self.links.transport.penalise(event.sender)
+
+    async def _hear_answer(self, event: Arrived, message: Revealed | Recomputed) -> None:
+        name = message.session if isinstance(message, Revealed) else message.request
+        if (waiting := self._asked.get((event.sender, name))) is not None:
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):
+                waiting.send_nowait(replace(event, payload=memoryview(bytes(event.payload))))
 
     # Checking stages
 

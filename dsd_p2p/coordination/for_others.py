@@ -6,7 +6,7 @@ What was received is all a thin client needs to go on elsewhere: the text is a f
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 
 import trio
@@ -23,11 +23,12 @@ from dsd_p2p.errors import (
 )
 from dsd_p2p.peers.failures import error_of, kind_of
 from dsd_p2p.peers.links import Arrived, PeerLinks
+from dsd_p2p.peers.services import Handler
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import MAX_TOKEN, PeerId, TokenId, short_peer
 from dsd_p2p.window.base import WindowPolicy
-from dsd_p2p.wire.messages import Answer, AnswerEnd, Ask, FailureKind, StopAnswer
+from dsd_p2p.wire.messages import Answer, AnswerEnd, Ask, FailureKind, Message, StopAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,6 @@ class CoordinatorService:
     make_policy: a window policy for one request.
     """
 
-    takes = (Ask, StopAnswer)
-
     def __init__(self, engine: Engine, make_policy: Callable[[], WindowPolicy]) -> None:
         self._engine = engine
         self._make_policy = make_policy
@@ -56,22 +55,23 @@ class CoordinatorService:
         """Answer as long as the nursery is open."""
         self._nursery = nursery
 
-    async def handle(self, event: Arrived) -> None:
-        """Begin or stop an answer."""
+    @property
+    def handlers(self) -> Mapping[type[Message], Handler]:
+        """What it does with each message that it takes."""
+        return {Ask: self._begin, StopAnswer: self._stop}
+
+    async def _begin(self, event: Arrived, ask: Ask) -> None:
         assert self._nursery is not None, "start first"
-        match event.message:
-            case Ask() as ask:
-                name = (event.sender, ask.request)
-                if name in self._answers:
-                    raise RemoteProtocolError("request", ask.request.hex(), "one that is not under way")
-                scope = trio.CancelScope(deadline=trio.current_time() + ask.deadline_s)
-                self._answers[name] = scope
-                self._nursery.start_soon(self._answer, event.sender, ask, scope)
-            case StopAnswer(request=request):
-                if (known := self._answers.get((event.sender, request))) is not None:
-                    known.cancel()
-            case other:
-                raise AssertionError(other)
+        name = (event.sender, ask.request)
+        if name in self._answers:
+            raise RemoteProtocolError("request", ask.request.hex(), "one that is not under way")
+        scope = trio.CancelScope(deadline=trio.current_time() + ask.deadline_s)
+        self._answers[name] = scope
+        self._nursery.start_soon(self._answer, event.sender, ask, scope)
+
+    async def _stop(self, event: Arrived, stop: StopAnswer) -> None:
+        if (known := self._answers.get((event.sender, stop.request))) is not None:
+            known.cancel()
 
     def lost(self, event: Lost) -> None:
         """Nobody reads on: free the chain."""
@@ -128,8 +128,6 @@ class ThinClient:
     choose: the peer to ask next, without those to avoid; None when there is none. vocab_size: of the model.
     """
 
-    takes = (Answer, AnswerEnd)
-
     def __init__(
         self, links: PeerLinks, choose: Callable[[Collection[str]], PeerId | None], vocab_size: int = MAX_TOKEN
     ) -> None:
@@ -141,17 +139,21 @@ class ThinClient:
     def start(self, nursery: trio.Nursery) -> None:
         """Nothing is to be done beside the requests."""
 
-    async def handle(self, event: Arrived) -> None:
-        """Hand a piece of an answer to who waits for it."""
-        message = event.message
-        assert isinstance(message, Answer | AnswerEnd)
+    @property
+    def handlers(self) -> Mapping[type[Message], Handler]:
+        """What it does with each message that it takes."""
+        return {Answer: self._hear, AnswerEnd: self._hear}
+
+    async def _hear(self, event: Arrived, message: Answer | AnswerEnd) -> None:
+        """Hand a piece of an answer to the request that waits for it."""
         coordinator, queue = self._waiting.get(message.request, (None, None))
         if queue is not None and coordinator == event.sender:
             with suppress(trio.BrokenResourceError):
                 try:
                     queue.send_nowait(message)
                 except trio.WouldBlock:
-                    raise RemoteProtocolError("answer", "more than was read", f"{_QUEUED_MESSAGES} messages") from None
+                    unread = f"more than {_QUEUED_MESSAGES} unread messages"
+                    raise RemoteProtocolError("answer", unread, f"at most {_QUEUED_MESSAGES}") from None
 
     def lost(self, event: Lost) -> None:
         """Tell those who wait for this peer."""

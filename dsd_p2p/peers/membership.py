@@ -5,7 +5,7 @@ eight members (docs/adr/0006-membership-on-our-own-streams.md).
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import trio
 
 from dsd_p2p.errors import CapacityError, ConfigError, PeerError, RemoteProtocolError
 from dsd_p2p.peers.links import Arrived, PeerLinks
+from dsd_p2p.peers.services import Handler
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.swarm.records import sign_record
 from dsd_p2p.swarm.registry import DEAF_BEATS, REFRESH_S, Registry
@@ -60,8 +61,6 @@ class Membership:
     load: what our stage holds. unix: seconds since 1970.
     last_failure, is_refused: why the last attempt to reach a member failed, and whether that member does not want us.
     """
-
-    takes = (Heartbeat, Members)
 
     def __init__(
         self,
@@ -176,22 +175,23 @@ class Membership:
         nursery.start_soon(self._beat_forever)
         nursery.start_soon(self._sweep_forever)
 
-    async def handle(self, event: Arrived) -> None:
-        """Take in what a member says of itself and of others."""
-        match event.message:
-            case Heartbeat() as heartbeat:
-                was_alive = self.registry.is_alive(event.sender)
-                self.registry.heard(event.sender, heartbeat, trio.current_time())
-                if not was_alive:
-                    # An answer at once tells it the round trip.
-                    self._met.set()
-                    self._note()
-                if heartbeat.view != self.registry.view:
-                    self._sync(event.sender)
-            case Members() as members:
-                self._merge(event.sender, members)
-            case _:
-                raise AssertionError(event.message)
+    @property
+    def handlers(self) -> Mapping[type[Message], Handler]:
+        """What it does with each message that it takes."""
+        return {Heartbeat: self._hear_beat, Members: self._hear_members}
+
+    async def _hear_beat(self, event: Arrived, heartbeat: Heartbeat) -> None:
+        was_alive = self.registry.is_alive(event.sender)
+        self.registry.heard(event.sender, heartbeat, trio.current_time())
+        if not was_alive:
+            # An answer at once tells it the round trip.
+            self._met.set()
+            self._note()
+        if heartbeat.view != self.registry.view:
+            self._sync(event.sender)
+
+    async def _hear_members(self, event: Arrived, members: Members) -> None:
+        self._merge(event.sender, members)
 
     def lost(self, event: Lost) -> None:
         """The connection to a peer is gone."""

@@ -1,8 +1,8 @@
 """The one receive loop of a process: each message goes to the service that takes its kind."""
 
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import trio
 
@@ -14,24 +14,24 @@ from dsd_p2p.wire.messages import Failure, Message
 logger = logging.getLogger(__name__)
 
 
+Handler = Callable[[Arrived, Any], Awaitable[None]]
+"""Takes in a message and what arrived with it; soon done, because all others wait for it.
+
+Raises:
+    RemoteProtocolError: the sender broke the protocol and is dropped.
+"""
+
+
 class Service(Protocol):
     """Something a peer does for others: a stage, a coordinator, membership."""
 
     @property
-    def takes(self) -> tuple[type[Message], ...]:
-        """The messages it handles."""
+    def handlers(self) -> Mapping[type[Message], Handler]:
+        """What it does with each kind of message that it takes; asked once."""
         ...
 
     def start(self, nursery: trio.Nursery) -> None:
         """Get ready for messages; what it does beside them runs in `nursery`."""
-        ...
-
-    async def handle(self, event: Arrived) -> None:
-        """Take a message in; soon done, because everybody waits for it.
-
-        Raises:
-            RemoteProtocolError: the sender broke the protocol and is dropped.
-        """
         ...
 
     def lost(self, event: Lost) -> None:
@@ -41,6 +41,10 @@ class Service(Protocol):
 
 async def run_services(links: PeerLinks, services: Sequence[Service]) -> None:
     """Run the services and feed them until cancelled."""
+    handlers: dict[type[Message], list[Handler]] = {}
+    for service in services:
+        for kind, handler in service.handlers.items():
+            handlers.setdefault(kind, []).append(handler)
     async with trio.open_nursery() as nursery:
         for service in services:
             service.start(nursery)
@@ -51,15 +55,16 @@ async def run_services(links: PeerLinks, services: Sequence[Service]) -> None:
                     service.lost(event)
                 continue
             try:
-                await _hand(event, services)
+                await _hand(event, handlers)
             except RemoteProtocolError as exc:
                 await links.refuse(event.sender, exc)
 
 
-async def _hand(event: Arrived, services: Sequence[Service]) -> None:
+async def _hand(event: Arrived, handlers: Mapping[type[Message], Sequence[Handler]]) -> None:
     kind = type(event.message)
-    takers = [service for service in services if kind in service.takes]
+    takers = handlers.get(kind, ())
+    # A failure may still be on its way to a coordinator that has gone.
     if not takers and not isinstance(event.message, Failure):
         raise RemoteProtocolError("message", kind.__name__, "one that this peer takes")
-    for service in takers:
-        await service.handle(event)
+    for handler in takers:
+        await handler(event, event.message)

@@ -12,8 +12,9 @@ import trio
 
 from dsd_p2p.cache.passes import SpanOutput, SpanPass
 from dsd_p2p.stage.span_model import SpanModel
-from dsd_p2p.stage.window_pass import Answer, StagePass
+from dsd_p2p.stage.window_pass import Answer, WindowPass
 from dsd_p2p.types import PeerId, StageCost
+from dsd_p2p.window.tracker import LineFit
 
 _MAX_ROWS = 128
 """Nodes of one pass: what a prompt's chunk has (`GenerateOptions.prefill_chunk`), so that one alone is not cut."""
@@ -22,11 +23,13 @@ _MAX_SHARE = 32
 """Nodes of one session in a pass that others wait for."""
 
 _MAX_REMEMBERED = 1024
+_MIN_PASSES = 20
+"""Fewer say little of a machine that others share."""
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    work: StagePass
+    work: WindowPass
     number: int
     starts_at: int
     is_running: bool = False
@@ -38,6 +41,26 @@ class _Entry:
     num_rows: int = 0
 
 
+class PassCosts:
+    """What a layer of this stage lately took, from the passes that were run."""
+
+    def __init__(self) -> None:
+        self._layer_cost = LineFit()
+        self._num_passes = 0
+
+    def note(self, work: WindowPass, num_rows: int, seconds: float) -> None:
+        """Take in one pass over `num_rows` rows."""
+        self._layer_cost.add(num_rows, seconds / work.session.place.span.num_layers)
+        self._num_passes += 1
+
+    def layer_s(self) -> tuple[float, float] | None:
+        """Return the seconds of one layer over 1 and over 16 rows; None before enough passes."""
+        if self._num_passes < _MIN_PASSES:
+            return None
+        line = self._layer_cost.line()
+        return line.at(1), line.at(16)
+
+
 class Batcher:
     """Gives the model to the sessions' windows.
 
@@ -45,9 +68,9 @@ class Batcher:
     """
 
     def __init__(
-        self, model_in_use: trio.Lock, clock: Callable[[], float], note_pass: Callable[[StagePass, int, float], None]
+        self, model_in_use: trio.Lock, clock: Callable[[], float], note_pass: Callable[[WindowPass, int, float], None]
     ) -> None:
-        self._model_in_use = model_in_use
+        self.model_in_use = model_in_use
         self._clock = clock
         self._note_pass = note_pass
         self._waiting: list[_Entry] = []
@@ -64,7 +87,7 @@ class Batcher:
         """Windows that wait or are computed right now."""
         return len(self._waiting)
 
-    async def run(self, work: StagePass) -> Answer | None:
+    async def run(self, work: WindowPass) -> Answer | None:
         """Compute one window of a session; the next one of the same session only after it.
 
         Cancelling gives it up, but only once no pass uses the session's cache.
@@ -99,7 +122,7 @@ class Batcher:
             if not self._waiting:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
-            async with self._model_in_use:
+            async with self.model_in_use:
                 batch = self._choose()
                 for entry, _ in batch:
                     entry.is_running = True
@@ -140,7 +163,7 @@ class Batcher:
                 self._served_up_to = max(self._served_up_to, entry.starts_at)
         return batch
 
-    def _starts_at(self, work: StagePass) -> int:
+    def _starts_at(self, work: WindowPass) -> int:
         """Start-time fair queueing (Goyal et al. 1996) in rows, by coordinator: after what it has waiting already.
 
         Who comes back after a pause has saved nothing up.

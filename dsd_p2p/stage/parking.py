@@ -1,16 +1,23 @@
-"""Text that a stage still holds of closed sessions, so that the next turn of a conversation need not be computed from its start."""
+"""Text that a stage still holds of closed sessions, so that the next turn of a conversation need not be computed from its start.
 
+`ParkedTexts` is the list; `Parking` gives sessions their caches, copies parked text into them, and parks theirs in the end.
+"""
+
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import trio
 
-from dsd_p2p.errors import PrefixLost
+from dsd_p2p.errors import CapacityError, PrefixLost
+from dsd_p2p.stage.session import StageSession
 from dsd_p2p.stage.span_model import SpanCache
 from dsd_p2p.types import PeerId, Span
 from dsd_p2p.wire.messages import Prefix
+
+logger = logging.getLogger(__name__)
 
 PARKED_S = 1800.0
 """How long a text is held at most."""
@@ -116,3 +123,87 @@ class ParkedTexts:
         """Discard everything."""
         while self.evict():
             pass
+
+
+class Parking:
+    """The caches of a stage's sessions, and the texts that outlive them.
+
+    model_in_use: is held while the model runs. max_parked, parked_s: see `StageLimits`.
+    """
+
+    def __init__(self, model_in_use: trio.Lock, max_parked: int, parked_s: float) -> None:
+        self._model_in_use = model_in_use
+        # Copies of parked texts take turns before they wait for the model, so that a pass comes between two of them.
+        self._in_use = trio.Lock()
+        self._parked_s = parked_s
+        self._nursery: trio.Nursery | None = None
+        self.texts = ParkedTexts(max_parked)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Hold texts as long as the nursery is open."""
+        self._nursery = nursery
+
+    async def new_cache(self, session: StageSession, max_slots: int) -> SpanCache:
+        """Return the session's empty cache; what is parked makes room for it.
+
+        Raises:
+            CapacityError: the memory budget is full of sessions.
+        """
+        model = session.place.model
+        with suppress(CapacityError):
+            return model.new_cache(max_slots)
+        # Nobody copies what is parked meanwhile, so that it is free once it is evicted.
+        async with self._in_use, self._model_in_use:
+            while True:
+                try:
+                    return model.new_cache(max_slots)
+                except CapacityError:
+                    if not self.texts.evict():
+                        raise
+
+    async def copy_prefix(self, session: StageSession, cache: SpanCache) -> None:
+        """Fill the start of the session's cache with the parked text that it goes on from, if there is one.
+
+        Raises:
+            PrefixLost: the text is not here any more.
+        """
+        if (prefix := session.opened.prefix) is None:
+            return
+        async with self._in_use, self._model_in_use:
+            parked = self.texts.find(session.coordinator, prefix, session.place.span)
+            with parked.in_use() as held:
+                await trio.to_thread.run_sync(cache.copy, held, prefix.num_tokens)
+
+    def park(self, session: StageSession) -> bool:
+        """Hold the text of a session that has ended well, if its coordinator wishes it; False: its cache is to be freed."""
+        park, held, opened = session.park, session.held, session.opened
+        if park is None or session.error is not None or held.cache is None or self._nursery is None:
+            return False
+        try:
+            held.log = None
+            held.resume(epoch=opened.epoch, at=park.at, num_kept=park.num_tokens)
+        except Exception as exc:  # task boundary: whatever its coordinator made up, the session ends
+            logger.warning("text not parked session=%s error=%s", opened.session.hex(), exc)
+            return False
+        parked = Parked(
+            coordinator=session.coordinator,
+            session=opened.session,
+            span=session.place.span,
+            cache=held.cache,
+            num_tokens=park.num_tokens,
+        )
+        self.texts.add(parked)
+        self._nursery.start_soon(self._hold, parked)
+        return True
+
+    async def _hold(self, parked: Parked) -> None:
+        with parked.scope:
+            try:
+                async with self._in_use, self._model_in_use:
+                    with parked.in_use() as cache:
+                        await trio.to_thread.run_sync(cache.shrink)
+                await trio.sleep(self._parked_s)
+            except Exception:  # task boundary: a text that cannot be held is no reason to stop serving
+                logger.exception("parked text lost session=%s", parked.session.hex())
+            finally:
+                self.texts.remove(parked)

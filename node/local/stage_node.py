@@ -17,7 +17,8 @@ import trio
 from dsd_p2p.errors import DsdError, PeerError, first_cause
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.services import run_services
-from dsd_p2p.stage.server import StageLimits, StageServer
+from dsd_p2p.stage.admission import StageLimits
+from dsd_p2p.stage.server import StageServer
 from dsd_p2p.stage.span_model import SpanModel as StageModel
 from dsd_p2p.telemetry.mqtt import Broker
 from dsd_p2p.transport.emulated import emulate

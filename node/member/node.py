@@ -30,7 +30,8 @@ from dsd_p2p.peers.membership import Load, Membership
 from dsd_p2p.peers.services import Service, run_services
 from dsd_p2p.placement.span import choose_move, choose_span
 from dsd_p2p.placement.view import NodeView
-from dsd_p2p.stage.server import StageLimits, StageServer
+from dsd_p2p.stage.admission import StageLimits
+from dsd_p2p.stage.server import StageServer
 from dsd_p2p.swarm.grants import check_grants
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.transport.base import Transport

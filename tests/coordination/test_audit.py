@@ -21,7 +21,8 @@ from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.services import run_services
-from dsd_p2p.stage.server import StageLimits, StageServer
+from dsd_p2p.stage.admission import StageLimits
+from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import PeerInfo, Sampling, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree

@@ -20,8 +20,9 @@ from dsd_p2p.errors import LocalProtocolError, PrefixLost
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
+from dsd_p2p.peers.links import Arrived
+from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.parking import Parked, ParkedTexts
-from dsd_p2p.stage.server import StageLimits
 from dsd_p2p.telemetry.events import Failover, SessionEnded
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import Span, TextRequest
@@ -56,7 +57,7 @@ def failures(network):
 
 
 def num_parked(swarm):
-    return [len(server._parked) for server in swarm.servers]
+    return [len(server.parking.texts) for server in swarm.servers]
 
 
 async def until(condition):
@@ -138,7 +139,7 @@ async def test_who_leaves_early_leaves_nothing():
 async def test_a_stage_that_holds_it_no_longer_is_given_all(stage, decision):
     async with toy_swarm() as swarm:
         first, _ = await write(swarm, PROMPT, 20, decision)
-        swarm.servers[stage]._parked.clear()
+        swarm.servers[stage].parking.texts.clear()
         turn = [*PROMPT, *first, 3]
         second, stats = await write(swarm, turn, 20, decision)
         assert second == plain_text(turn, 20)
@@ -216,8 +217,10 @@ async def test_another_coordinators_text_is_not_there_for_us():
         server = swarm.servers[0]
         thief = replace(opened.coordinator, peer="thief")
         stolen = Prefix(session=opened.session, num_tokens=20)
-        session = server._accept(replace(opened, session=b"new-sess", coordinator=thief, prefix=stolen), 0)
-        server._nursery.start_soon(server._serve, session)
+        theirs = replace(opened, session=b"new-sess", coordinator=thief, prefix=stolen, num_prompt=22, num_given=22)
+        arrived = Arrived(sender="thief", message=theirs, payload=memoryview(b""), num_bytes=0)
+        await server.handlers[OpenSession](arrived, theirs)
+        session = server.sessions[b"new-sess"]
         with trio.fail_after(10):
             await session.is_over.wait()
         assert "not parked here" in str(session.error)
@@ -251,7 +254,7 @@ async def test_one_name_parked_twice_is_held_once():
             again = replace(opened, epoch=closed.epoch + epoch, prefix=prefix, num_prompt=22, num_given=22)
             park = Park(at=(again.epoch, 19), num_tokens=20)
             await swarm.engine.links.send("stage0", again)
-            await until(lambda: swarm.servers[0]._sessions and swarm.servers[0]._sessions[opened.session].cache)
+            await until(lambda: swarm.servers[0].sessions and swarm.servers[0].sessions[opened.session].held.cache)
             close = CloseSession(session=opened.session, epoch=again.epoch, park=park)
             for name in ("stage0", "stage1", "stage2"):
                 await swarm.engine.links.send(name, close)
@@ -259,28 +262,28 @@ async def test_one_name_parked_twice_is_held_once():
         assert num_parked(swarm)[0] == 1
         # Without `park` a close ends both, the text that is held and the session that goes on from it.
         await swarm.engine.links.send("stage0", replace(opened, epoch=99, prefix=prefix, num_prompt=22, num_given=22))
-        await until(lambda: swarm.servers[0]._sessions)
+        await until(lambda: swarm.servers[0].sessions)
         for name in ("stage0", "stage1", "stage2"):
             await swarm.engine.links.send(name, CloseSession(session=opened.session, epoch=99))
         await swarm.all_closed()
         assert num_parked(swarm)[0] == 0
         for server in swarm.servers:
-            server._parked.clear()
+            server.parking.texts.clear()
         await all_free(models)
 
 
 async def test_a_text_that_is_still_to_be_parked_is_waited_for():
     async with toy_swarm() as swarm:
         server = swarm.servers[1]
-        handle, late = server.handle, []
+        send, late = swarm.engine.links.send, []
 
-        async def hold_back_the_close(event):
-            if isinstance(event.message, CloseSession) and not late:
-                late.append(event)
+        async def hold_back_the_close(to, message, *payload):
+            if to == server.links.me.peer and isinstance(message, CloseSession) and not late:
+                late.append((to, message))
             else:
-                await handle(event)
+                await send(to, message, *payload)
 
-        server.handle = hold_back_the_close
+        swarm.engine.links.send = hold_back_the_close
         tokens, _ = await write_beside_others(swarm, PROMPT, 20)
         turn = [*PROMPT, *tokens, 1]
         written = []
@@ -290,16 +293,16 @@ async def test_a_text_that_is_still_to_be_parked_is_waited_for():
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write_the_next_turn)
-            await until(lambda: len(server._sessions) == 2)
+            await until(lambda: len(server.sessions) == 2)
             await trio.sleep(0.05)
-            await handle(late[0])
+            await send(*late[0])
         ((tokens, stats),) = written
         assert tokens == plain_text(turn, 8)
         assert (stats.num_prefix_tokens, stats.num_replays) == (len(PROMPT) + 19, 0)
 
 
 async def test_a_close_that_never_comes_is_not_waited_for_for_long(monkeypatch):
-    monkeypatch.setattr("dsd_p2p.stage.server._PARKING_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("dsd_p2p.stage.task._PARKING_TIMEOUT_S", 0.05)
     network = TappedNetwork()
     async with toy_swarm(network=network) as swarm:
         options = GenerateOptions(text=TextRequest(max_tokens=200))
@@ -307,7 +310,9 @@ async def test_a_close_that_never_comes_is_not_waited_for_for_long(monkeypatch):
             await generation.__anext__()
             opened = first(network, OpenSession)
             prefix = Prefix(session=opened.session, num_tokens=20)
-            await swarm.engine.links.send("stage0", replace(opened, session=b"new-sess", prefix=prefix))
+            await swarm.engine.links.send(
+                "stage0", replace(opened, session=b"new-sess", prefix=prefix, num_prompt=22, num_given=22)
+            )
             await until(lambda: failures(network))
             assert failures(network)[0].kind is FailureKind.PREFIX
 
@@ -319,15 +324,17 @@ async def test_what_was_never_copied_is_not_parked():
         await write(swarm, PROMPT, 8)
         opened = first(network, OpenSession)
         server = swarm.servers[0]
-        async with server._model_in_use:
+        async with server.work.model_in_use:
             prefix = Prefix(session=opened.session, num_tokens=20)
-            await swarm.engine.links.send("stage0", replace(opened, session=b"new-sess", prefix=prefix))
-            await until(lambda: server._sessions)
+            await swarm.engine.links.send(
+                "stage0", replace(opened, session=b"new-sess", prefix=prefix, num_prompt=22, num_given=22)
+            )
+            await until(lambda: server.sessions)
             park = Park(at=(opened.epoch, 19), num_tokens=20)
             await swarm.engine.links.send("stage0", CloseSession(session=b"new-sess", epoch=9, park=park))
-            await until(lambda: not server._sessions)
-        assert [name for _, name in server._parked._texts] == [opened.session]
-        server._parked.clear()
+            await until(lambda: not server.sessions)
+        assert [name for _, name in server.parking.texts._texts] == [opened.session]
+        server.parking.texts.clear()
         await until(lambda: models[0].num_caches == 0)
 
 
@@ -339,11 +346,11 @@ async def test_a_text_of_a_coordinator_that_went_is_not_parked():
         async with swarm.engine.generate(PROMPT, options, StaticPolicy(PLAIN)) as generation:
             await generation.__anext__()
             server = swarm.servers[1]
-            (session,) = server._sessions.values()
-            session.park = Park(at=(session.state.epoch, 0), num_tokens=1)
+            (session,) = server.sessions.values()
+            session.park = Park(at=(session.held.state.epoch, 0), num_tokens=1)
             server.lost(Lost(peer="coordinator", reason="gone"))
             await session.is_over.wait()
-            assert len(server._parked) == 0
+            assert len(server.parking.texts) == 0
 
 
 async def test_a_text_that_cannot_be_shrunk_is_lost_and_nothing_else():
@@ -368,7 +375,7 @@ async def test_a_second_opening_is_no_failover():
     async with toy_swarm() as swarm:
         swarm.engine.tell = told.append
         await write(swarm, PROMPT, 8)
-        swarm.servers[1]._parked.clear()
+        swarm.servers[1].parking.texts.clear()
         await write(swarm, [*PROMPT, 1], 8)
     assert not [event for event in told if isinstance(event, Failover)]
     assert len([event for event in told if isinstance(event, SessionEnded)]) == 2
@@ -438,7 +445,7 @@ async def test_conversations_over_random_interleavings_stay_exact(seed, decision
                 kept = len(text) + rng.randrange(num_tokens + 1)
                 text = [*[*text, *tokens][:kept], rng.randrange(7)]
                 if rng.random() < 0.3:
-                    rng.choice(swarm.servers)._parked.evict()
+                    rng.choice(swarm.servers).parking.texts.evict()
 
         async with trio.open_nursery() as nursery:
             for number in range(6):

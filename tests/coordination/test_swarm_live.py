@@ -3,6 +3,7 @@
 import random
 import time
 from contextlib import aclosing, asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -23,11 +24,13 @@ from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.membership import Load
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.session.retry import RetryPolicy
-from dsd_p2p.stage import server as stage_server
-from dsd_p2p.stage.server import StageLimits, StageServer
+from dsd_p2p.stage import refill
+from dsd_p2p.stage.admission import StageLimits
+from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import Sampling, Span, TextRequest
+from dsd_p2p.verification.exact import ExactSession, ExactVerifier
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from dsd_p2p.wire import messages
 from dsd_p2p.wire.membership import MemberState, NodeProfile, Role
@@ -137,14 +140,14 @@ async def used(client):
 @pytest.mark.parametrize("position", [0, 1, 2])
 async def test_a_killed_stage_costs_only_what_it_held(decision, position, monkeypatch):
     # Refills of more than one window.
-    for module in (messages, stage_server):
+    for module in (messages, refill):
         monkeypatch.setattr(module, "FILL_NODES", 4)
     async with toy_swarm(*SPANS) as (_, _, nodes, client):
         by_peer = {node.peer: node for node in nodes}
         chain = await used(client)
         victim = by_peer[chain[position]]
         kept = [by_peer[peer] for index, peer in enumerate(chain) if index != position]
-        monkeypatch.setattr("dsd_p2p.session.machine.FILL_NODES", 4)
+        monkeypatch.setattr("dsd_p2p.session.flight.FILL_NODES", 4)
         num_caches = {}
 
         def kill():
@@ -157,6 +160,51 @@ async def test_a_killed_stage_costs_only_what_it_held(decision, position, monkey
         # Those that are left have opened no second cache: they went on with theirs.
         assert {node.peer: node.model.num_opened for node in kept} == num_caches
         await all_free([node for node in nodes if node is not victim])
+
+
+class SeenTexts:
+    """Verifiers of a swarm's tails that note what they are told of each text."""
+
+    def __init__(self, num_prompt):
+        self.num_prompt = num_prompt
+        self.sessions = []
+
+    def choose(self, text):
+        exact, seen = ExactVerifier(text.sampling), self
+
+        class Session(ExactSession):
+            def __init__(self, num_prompt):
+                super().__init__(exact, num_prompt)
+                self.written = []
+                seen.sessions.append(self)
+
+            def accept(self, token):
+                super().accept(token)
+                self.written.append(token)
+
+            def rewind(self, length):
+                super().rewind(length)
+                del self.written[length - seen.num_prompt :]
+
+        return SimpleNamespace(open=Session)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+async def test_a_verifier_knows_the_text_whoever_is_lost(position, monkeypatch):
+    """A tail that goes on hands its verifier over; a new one is told what was written, also by a refill."""
+    seen = SeenTexts(len(PROMPT))
+    monkeypatch.setattr("dsd_p2p.stage.server.choose_verifier", seen.choose)
+    async with toy_swarm(*SPANS) as (_, _, nodes, client):
+        victim = {node.peer: node for node in nodes}[(await used(client))[position]]
+        tokens, stats = await write(client, 60, TREE, {20: victim.scope.cancel})
+        assert stats.num_resumes == 1
+        expected = plain_text(PROMPT, 60)
+        assert tokens == expected
+        for session in seen.sessions:
+            assert session.written == expected[: len(session.written)]
+        num_whole = sum(len(session.written) == 60 for session in seen.sessions)
+        num_part = sum(0 < len(session.written) < 60 for session in seen.sessions)
+        assert (num_whole, num_part) == (1, int(position == 2))
 
 
 async def test_all_stages_die_one_after_another():

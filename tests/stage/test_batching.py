@@ -20,8 +20,8 @@ from dsd_p2p.errors import ModelError
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
+from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.batcher import Batcher
-from dsd_p2p.stage.server import StageLimits
 from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.window.tracker import Tracker
@@ -276,7 +276,7 @@ async def test_nothing_is_left_of_five_hundred_sessions_with_random_cancels():
                 nursery.start_soon(limited, index)
         await swarm.all_closed()
         assert swarm.engine._drivers == {}
-        assert all(server._batcher.num_waiting == 0 for server in swarm.servers)
+        assert all(server.work.num_waiting == 0 for server in swarm.servers)
     assert 100 < num_whole < 400
     assert all(model.num_caches == 0 for model in models)
     assert models[0].num_opened == 500

@@ -20,7 +20,7 @@ from toy_swarm import NUM_STAGES, PROMPT, SPANS, TappedNetwork, toy_swarm, toys
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import CapacityError, ConfigError, ModelError, PeerError, RemoteProtocolError
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.stage.server import StageLimits
+from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import ComputeFormat, Endpoint, PeerInfo, Sampling, StageCost, TextRequest

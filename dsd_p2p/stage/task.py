@@ -1,0 +1,215 @@
+"""One session from its opening to its end: takes over or makes a cache, opens the next stage, computes windows in order."""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+import trio
+
+from dsd_p2p.errors import DsdError, ModelError, PeerDisconnected, PeerError, PeerTimeout
+from dsd_p2p.peers.failures import kind_of
+from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.stage.admission import StageLimits
+from dsd_p2p.stage.batcher import Batcher
+from dsd_p2p.stage.parking import Parking
+from dsd_p2p.stage.refill import ends_here, refill
+from dsd_p2p.stage.session import BoundaryLog, Held, Phase, Queued, StageSession
+from dsd_p2p.stage.window_pass import WindowPass
+from dsd_p2p.types import Endpoint, PeerId, short_peer
+from dsd_p2p.wire.messages import Failure, OpenSession
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 10.0
+_PARKING_TIMEOUT_S = 5.0
+
+
+class SessionTasks:
+    """Runs sessions. sessions: those that are open, by name; a task takes its own out in the end.
+
+    sign: with the peer's own key, for sessions that ask for it.
+    """
+
+    def __init__(
+        self,
+        links: PeerLinks,
+        batcher: Batcher,
+        parking: Parking,
+        limits: StageLimits,
+        sign: Callable[[bytes], bytes] | None,
+    ) -> None:
+        self.sessions: dict[bytes, StageSession] = {}
+        self._links = links
+        self._batcher = batcher
+        self._parking = parking
+        self._limits = limits
+        self._sign = sign
+        self._nursery: trio.Nursery | None = None
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Run as long as the nursery is open."""
+        self._nursery = nursery
+
+    async def run(self, session: StageSession, failed: Callable[[StageSession], None]) -> None:
+        """Handle the session's windows in order until it ends; an end that is our doing is reported to the coordinator.
+
+        failed: is told when it ended of an error.
+        """
+        name = session.opened.session
+        logger.info("session opened session=%s span=%s", name.hex(), session.place.span)
+        try:
+            with session.scope, session.inbox.take:
+                await self._take_over(session)
+                session.phase = Phase.SERVING
+                await self._open_onward(session)
+                while True:
+                    with trio.fail_after(session.opened.idle_timeout_s):
+                        queued = await session.inbox.next()
+                    await self._compute(session, queued)
+        except trio.TooSlowError:
+            session.error = PeerTimeout(f"stage heard nothing for {session.opened.idle_timeout_s:g} s")
+        except DsdError as exc:
+            session.error = exc
+        except Exception as exc:  # task boundary: one session's failed pass must not end the others
+            logger.exception("pass failed session=%s", name.hex())
+            session.error = ModelError(f"a stage failed: {type(exc).__name__}; see its log")
+        finally:
+            was_orphan = session.is_orphan
+            self._let_go(session)
+            session.is_over.set()
+            if self.sessions.get(name) is session:
+                del self.sessions[name]
+            logger.info("session closed session=%s phase=%s error=%s", name.hex(), session.phase.name, session.error)
+        if session.error is not None:
+            failed(session)
+            if not was_orphan:
+                await self.report(session.opened, session.error, session.about)
+
+    def _let_go(self, session: StageSession) -> None:
+        """Hand over, park, or free what the session holds."""
+        cache = session.held.cache
+        if cache is None:
+            session.phase = Phase.CLOSED
+        elif session.has_heir:
+            session.phase = Phase.HANDED_OVER
+        elif self._parking.park(session):
+            session.phase = Phase.PARKED
+        else:
+            session.phase = Phase.CLOSED
+            cache.free()
+
+    # Opening
+
+    async def _take_over(self, session: StageSession) -> None:
+        """Start with an empty cache, or with what the session before holds."""
+        old, session.replaces = session.replaces, None
+        if old is not None:
+            await self._until_over(old)
+        if old is None or not session.place.is_kept:
+            await self._start_empty(session)
+            return
+        opened, epoch = session.opened, session.held.state.epoch
+        session.held = Held(state=old.held.state, cache=old.held.cache, log=old.held.log)
+        old.held.cache = None
+        if session.tail is not None and old.tail is not None:
+            session.tail.verifier = old.tail.verifier
+            # The root is given once more, and with it the token that it holds.
+            session.tail.verifier.rewind(max(opened.num_prompt, opened.num_given - 1))
+        session.held.resume(epoch=epoch, at=opened.resume, num_kept=opened.num_given - 1)
+
+    async def _until_over(self, old: StageSession) -> None:
+        """Wait for the session before: its last pass may still run in its thread, and only then is its cache free.
+
+        Cancelled, we leave its cache to it, or free it where it is gone.
+        """
+        try:
+            await old.is_over.wait()
+        except trio.Cancelled:
+            if old.phase is Phase.HANDED_OVER and old.held.cache is not None:
+                old.held.cache.free()
+            old.has_heir = False
+            raise
+
+    async def _start_empty(self, session: StageSession) -> None:
+        await self._until_parked(session)
+        cache = await self._parking.new_cache(session, session.opened.max_length + self._limits.max_draft_slots)
+        try:
+            await self._parking.copy_prefix(session, cache)
+        except BaseException:
+            cache.free()
+            raise
+        session.held.cache = cache
+        if session.tail is None and session.opened.prefix is None:
+            session.held.log = BoundaryLog(session.place.written_row_bytes)
+
+    async def _until_parked(self, session: StageSession) -> None:
+        """Let the session whose text we go on from come to its end.
+
+        It may still be in a pass. And its close comes straight from the coordinator, our opening over the route.
+        """
+        prefix = session.opened.prefix
+        writing = self.sessions.get(prefix.session) if prefix is not None else None
+        if writing is not None and writing is not session and writing.coordinator == session.coordinator:
+            with trio.move_on_after(_PARKING_TIMEOUT_S):
+                await writing.is_over.wait()
+
+    async def _open_onward(self, session: StageSession) -> None:
+        """Open the session at the next stage, and refill that one if it lost what we still have."""
+        place, opened = session.place, session.opened
+        onward = place.onward
+        next_peer = Endpoint(onward.peer, onward.address) if onward else opened.coordinator
+        try:
+            await self._reach(next_peer)
+            if onward is None:
+                return
+            await self._links.send(PeerId(onward.peer), opened)
+            if place.is_kept and not place.next_is_kept:
+                await refill(self._links, session, PeerId(onward.peer))
+        except PeerError as exc:
+            self.orphan(session, exc, about="" if self._links.is_connected(next_peer.peer) else next_peer.peer)
+
+    async def _reach(self, peer: Endpoint) -> None:
+        if self._links.is_connected(peer.peer):
+            return
+        if not self._limits.dials_routes:
+            me = short_peer(self._links.me.peer)
+            raise PeerDisconnected(f"{me} is not connected to {short_peer(peer.peer)}")
+        await self._links.connect(peer.address, _CONNECT_TIMEOUT_S)
+
+    # Serving
+
+    async def _compute(self, session: StageSession, queued: Queued) -> None:
+        answer = await self._batcher.run(WindowPass(session, queued, self._sign))
+        self._bound_logs(session)
+        if answer is None or ends_here(session, queued.window):
+            return
+        onward = session.place.onward
+        to = session.coordinator if onward is None else PeerId(onward.peer)
+        try:
+            await self._links.send(to, *answer)
+        except PeerError as exc:
+            self.orphan(session, exc, about=to)
+
+    def _bound_logs(self, session: StageSession) -> None:
+        """Over the budget, refilling is given up: a replay takes longer but holds nothing."""
+        logs = (each.held.log for each in self.sessions.values())
+        if sum(log.num_bytes for log in logs if log is not None) > self._limits.max_boundary_bytes:
+            session.held.log = None
+
+    def orphan(self, session: StageSession, error: PeerError, about: str = "") -> None:
+        """Let a session wait for another route, and tell its coordinator why. about: the neighbour it cannot reach."""
+        assert self._nursery is not None, "start first"
+        if session.is_orphan:
+            return
+        session.phase = Phase.ORPHANED
+        session.scope.deadline = trio.current_time() + self._limits.orphan_s
+        self._nursery.start_soon(self.report, session.opened, error, about)
+
+    async def report(self, opened: OpenSession, error: DsdError, about: str = "") -> None:
+        """Tell the coordinator that its session cannot go on here. about: the neighbour that is to blame, if one is."""
+        logger.warning("session failed session=%s error=%s", opened.session.hex(), error)
+        failure = Failure(
+            session=opened.session, epoch=opened.epoch, kind=kind_of(error), peer=about, text=str(error)[:512]
+        )
+        with suppress(PeerError), trio.move_on_after(_CONNECT_TIMEOUT_S):
+            await self._links.send(PeerId(opened.coordinator.peer), failure)
