@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 import trio
 import trio.testing
 
-from dsd_p2p.coordination.engine import Engine, GenerateOptions, Generation, open_engine
+from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
+from dsd_p2p.coordination.generation import Generation
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel

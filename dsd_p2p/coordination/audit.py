@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsd_p2p.coordination.signed import SignedWindows
 from dsd_p2p.errors import DishonestPeer, PeerError
 from dsd_p2p.peers.links import Arrived
-from dsd_p2p.swarm.keys import is_signed_by, public_of
 from dsd_p2p.types import ComputeFormat, ModelKey, PeerId, SessionId, Span, TextRequest, TokenId
-from dsd_p2p.wire.attest import hash_rows, hash_tokens, row_hash, signed_text
+from dsd_p2p.wire.attest import hash_rows, row_hash
 from dsd_p2p.wire.hidden import to_float32
 from dsd_p2p.wire.messages import (
     MAX_RECOMPUTED,
-    ROW_HASH_BYTES,
     Attestation,
     Hop,
     Recompute,
@@ -43,16 +42,8 @@ _MAX_GAP_MILLI = {ComputeFormat.FLOAT32: 50, ComputeFormat.BFLOAT16: 1500, Compu
 _MAX_LAG = 64
 """Positions that a stage may not know to be committed yet: news of them travels with the windows."""
 
-_MAX_WINDOWS_KNOWN = 8192
-
 Ask = Callable[[PeerId, Reveal | Recompute, bytes], Awaitable[Arrived]]
 """Sends a message to a peer and returns its answer; raises PeerError when there is none in time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sent:
-    window: Window
-    stages: tuple[Attestation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +60,7 @@ class Auditor:
     """Follows one request's chain.
 
     num_prompt: tokens that nobody picked. replicas: connected peers that hold a span, without the one given.
-    shuffle: puts a list into random order.
+    shuffle: puts a list into random order. checked: for each stage, up to which position it was checked.
     """
 
     def __init__(
@@ -88,33 +79,25 @@ class Auditor:
         self._replicas = replicas
         self._ask = ask
         self._shuffle = shuffle
-        self._hops: tuple[Hop, ...] = ()
+        self._signed = SignedWindows(())
         self._turns: list[int] = []
         self._num_windows = 0
+        self.checked: list[int] = []
         self.num_checks = 0
         self.num_unchecked = 0
 
     def opened(self, hops: tuple[Hop, ...], model: ModelKey) -> None:
         """A route was opened, and is given everything again."""
-        self._hops, self._model = hops, model
-        self._sent: dict[int, _Sent] = {}
-        self._at: dict[tuple[int, int], tuple[int, int]] = {}
-        self._path: dict[int, tuple[int, int]] = {}
-        self._checked = [0] * len(hops)
-        self._num_complete = 0
+        self._model = model
+        self._signed = SignedWindows(hops)
+        self.checked = [0] * len(hops)
         self._num_windows = 0
         self._turns = []
 
     def sent(self, window: Window, num_committed: int) -> None:
         """A window leaves; its nodes at positions below `num_committed` are committed."""
         self._num_windows += 1
-        self._sent[window.window] = _Sent(window=window)
-        while len(self._sent) > _MAX_WINDOWS_KNOWN:
-            del self._sent[next(iter(self._sent))]
-        for offset, position in enumerate(window.positions):
-            self._at[window.epoch, window.first_node + offset] = (window.window, offset)
-            if position < num_committed:
-                self._path[position] = (window.window, offset)
+        self._signed.sent(window, num_committed)
 
     def heard(self, verdict: Verdict) -> None:
         """Check what the stages signed; called before the verdict counts.
@@ -122,40 +105,15 @@ class Auditor:
         Raises:
             DishonestPeer: names the stage that signed something else than its neighbour, or did not sign.
         """
-        for attested in verdict.attestations:
-            sent = self._sent.get(attested.window)
-            if sent is not None and not sent.stages:
-                self._check_chain(sent.window, attested.stages)
-                self._sent[attested.window] = _Sent(window=sent.window, stages=attested.stages)
-        known = self._sent.get(verdict.window)
-        if known is not None and not known.stages:
-            raise DishonestPeer(self._hops[-1].peer, "its verdict lacks the chain's signatures")
+        self._signed.heard(verdict)
 
     def committed(self, position: int, epoch: int, node: int) -> None:
         """The token at `position` turned out to be a node that was sent."""
-        at = self._at.get((epoch, node))
-        if at is not None:
-            self._path[position] = at
-
-    def _check_chain(self, window: Window, stages: Sequence[Attestation]) -> None:
-        if len(stages) != len(self._hops):
-            raise DishonestPeer(self._hops[-1].peer, f"{len(stages)} of {len(self._hops)} stages signed a window")
-        expected = hash_tokens(window.tokens)
-        for index, (hop, stage) in enumerate(zip(self._hops, stages, strict=True)):
-            text = signed_text(window, hop.span, stage.inputs, stage.outputs)
-            if not is_signed_by(public_of(hop.peer), stage.signature, text):
-                raise DishonestPeer(hop.peer, "its signature under a window is not its own")
-            if stage.inputs != expected:
-                before = f"what {self._hops[index - 1].peer} signed as sent" if index else "the tokens that were sent"
-                raise DishonestPeer(hop.peer, f"it signed another input than {before}")
-            is_tail = index == len(self._hops) - 1
-            if len(stage.outputs) != (0 if is_tail else len(window.tokens) * ROW_HASH_BYTES):
-                raise DishonestPeer(hop.peer, "it signed outputs of another number of nodes")
-            expected = stage.outputs
+        self._signed.committed(position, epoch, node)
 
     @property
     def _every(self) -> int:
-        return max(1, _CYCLE_WINDOWS // max(1, len(self._hops)))
+        return max(1, _CYCLE_WINDOWS // max(1, len(self._signed.hops)))
 
     @property
     def is_overdue(self) -> bool:
@@ -166,13 +124,11 @@ class Auditor:
         """Return the spot check that is due, if one is. tokens: everything committed."""
         if self._num_windows < self._every:
             return None
-        while (at := self._path.get(self._num_complete)) is not None and self._stages_of(at[0]):
-            self._num_complete += 1
         if not self._turns:
-            self._turns = list(range(len(self._hops)))
+            self._turns = list(range(len(self._signed.hops)))
             self._shuffle(self._turns)
-        hop, end = self._turns[-1], min(self._num_complete, MAX_RECOMPUTED, len(tokens))
-        if end <= self._checked[hop]:
+        hop, end = self._turns[-1], min(self._signed.num_complete(), MAX_RECOMPUTED, len(tokens))
+        if end <= self.checked[hop]:
             return None
         # The same order again: shuffled anew, a stage that came first could come last, almost two cycles later.
         self._turns.insert(0, self._turns.pop())
@@ -181,18 +137,9 @@ class Auditor:
         return Turn(
             hop=hop,
             tokens=tuple(tokens[:end]),
-            first_unchecked=self._checked[hop],
-            signed=tuple(self._signed(position, hop) for position in range(end)),
+            first_unchecked=self.checked[hop],
+            signed=tuple(self._signed.at(position, hop) for position in range(end)),
         )
-
-    def _stages_of(self, window: int) -> tuple[Attestation, ...]:
-        sent = self._sent.get(window)
-        return sent.stages if sent else ()
-
-    def _signed(self, position: int, hop: int) -> tuple[Attestation, Attestation | None, int]:
-        window, offset = self._path[position]
-        stages = self._stages_of(window)
-        return stages[hop], stages[hop - 1] if hop else None, offset
 
     async def check(self, turn: Turn) -> None:
         """Carry a spot check out.
@@ -200,13 +147,13 @@ class Auditor:
         Raises:
             DishonestPeer: names who lied.
         """
-        hop = self._hops[turn.hop]
+        hop = self._signed.hops[turn.hop]
         inputs, end = b"", len(turn.tokens)
         if turn.hop:
-            inputs, end = await self._shown(turn, self._hops[turn.hop - 1], end, is_before=True)
+            inputs, end = await self._shown(turn, self._signed.hops[turn.hop - 1], end, is_before=True)
         row_bytes = len(inputs) // max(1, end)
         outputs = b""
-        if turn.hop < len(self._hops) - 1:
+        if turn.hop < len(self._signed.hops) - 1:
             outputs, end = await self._shown(turn, hop, end, is_before=False)
         if end <= turn.first_unchecked:
             return
@@ -221,14 +168,14 @@ class Auditor:
 
     def _judge(self, turn: Turn, verdicts: list[tuple[PeerId, int]], end: int) -> None:
         """Where a replica agrees, the stage is right; where all that answered differ, it lied."""
-        hop = self._hops[turn.hop]
+        hop = self._signed.hops[turn.hop]
         if not verdicts:
             self.num_unchecked += 1
             return
         self.num_checks += 1
         liars = [replica for replica, wrong_at in verdicts if wrong_at >= 0]
         if any(wrong_at < 0 for _, wrong_at in verdicts):
-            self._checked[turn.hop] = max(self._checked[turn.hop], end)
+            self.checked[turn.hop] = max(self.checked[turn.hop], end)
             if liars:
                 raise DishonestPeer(liars[0], "its recomputation differs from two others'")
             return
@@ -262,7 +209,7 @@ class Auditor:
 
     async def _differs(self, turn: Turn, replica: PeerId, inputs: bytes, outputs: bytes, end: int) -> int | None:
         """Return the first unchecked position at which the replica differs, -1 for none; None: it does not answer."""
-        hop = self._hops[turn.hop]
+        hop = self._signed.hops[turn.hop]
         asked = Recompute(
             request=secrets.token_bytes(8),
             span=hop.span,
@@ -279,7 +226,7 @@ class Auditor:
         assert isinstance(message, Recomputed)
         if message.error:
             return None
-        if turn.hop == len(self._hops) - 1:
+        if turn.hop == len(self._signed.hops) - 1:
             return self._first_wrong_pick(turn, message, end)
         return self._first_wrong_row(turn, bytes(answer.payload), outputs, end)
 

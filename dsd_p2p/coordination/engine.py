@@ -4,34 +4,30 @@ import logging
 import random
 import secrets
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import trio
 
-from dsd_p2p.coordination.audit import Auditor
 from dsd_p2p.coordination.directory import NO_DETOUR, Directory, StageList
 from dsd_p2p.coordination.driver import RequestDriver, Told
+from dsd_p2p.coordination.generation import Generation
+from dsd_p2p.coordination.guessing import open_guesses
 from dsd_p2p.coordination.prefixes import PrefixIndex, scope_of
-from dsd_p2p.drafting.base import Drafter, DraftSession
-from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.coordination.trust import Trust
+from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import (
-    CapacityError,
     ConfigError,
-    DishonestPeer,
-    LocalProtocolError,
     PeerDisconnected,
     PeerError,
-    PeerTimeout,
 )
 from dsd_p2p.peers.links import Arrived, PeerLinks
 from dsd_p2p.peers.services import Handler, run_services
 from dsd_p2p.placement.route import Detour
-from dsd_p2p.session.effects import Emit, Finish
+from dsd_p2p.session.effects import Emit
 from dsd_p2p.session.machine import RequestMachine
-from dsd_p2p.session.request import Request, RequestStats, Route
+from dsd_p2p.session.request import Request, Route
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.session.timing import Timing
 from dsd_p2p.telemetry.watch import RequestWatch, Sink
@@ -40,15 +36,13 @@ from dsd_p2p.types import (
     Endpoint,
     PeerId,
     PeerInfo,
-    Sampling,
     SessionId,
-    Span,
     TextRequest,
     TokenId,
     check_text_request,
 )
-from dsd_p2p.window.base import Decision, Observation, WindowPolicy
-from dsd_p2p.window.governor import GovernedPolicy, Governor
+from dsd_p2p.window.base import Observation, WindowPolicy
+from dsd_p2p.window.governor import GovernedPolicy, Governor, Share
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import (
@@ -56,9 +50,7 @@ from dsd_p2p.wire.messages import (
     CloseSession,
     Failure,
     Message,
-    Recompute,
     Recomputed,
-    Reveal,
     Revealed,
     Verdict,
 )
@@ -66,9 +58,7 @@ from dsd_p2p.wire.messages import (
 logger = logging.getLogger(__name__)
 
 _OUTPUT_BATCHES = 1024
-_ASK_TIMEOUT_S = 15.0
-_DISTRUST_S = 3600.0
-_LOOKUP = NgramDrafter()
+_DISCARD_TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,61 +81,6 @@ class GenerateOptions:
     owner: str = ""
 
 
-@dataclass(slots=True, kw_only=True)
-class Generation:
-    """One request under way. Iterate over it for its tokens, or over `pieces`; then read the rest."""
-
-    batches: trio.MemoryReceiveChannel[Emit]
-    stats: RequestStats
-    machine: RequestMachine
-    driver: RequestDriver
-    timing: Timing
-    waiting: deque[TokenId] = field(default_factory=deque)
-
-    async def pieces(self) -> AsyncGenerator[Emit, None]:
-        """Yield the tokens as they come, those of one verdict together.
-
-        Raises:
-            DsdError: what ended the request; everything yielded before stands.
-        """
-        while (piece := await self._next_piece()) is not None:
-            yield piece
-
-    def __aiter__(self) -> "Generation":
-        return self
-
-    async def __anext__(self) -> TokenId:
-        """Return the next committed token; raises as `pieces` does."""
-        while not self.waiting:
-            piece = await self._next_piece()
-            if piece is None:
-                raise StopAsyncIteration
-            self.waiting.extend(piece.tokens)
-        return self.waiting.popleft()
-
-    async def _next_piece(self) -> Emit | None:
-        try:
-            piece = await self.batches.receive()
-        except trio.EndOfChannel:
-            if self.finish is None:
-                raise LocalProtocolError("the request ended without saying why: please report it") from None
-            if self.finish.error is not None:
-                raise self.finish.error from None
-            return None
-        self.timing.arrived(len(piece.tokens), trio.current_time())
-        return piece
-
-    @property
-    def finish(self) -> Finish | None:
-        """How it ended; None while it goes on."""
-        return self.driver.finish
-
-    @property
-    def decision(self) -> Decision:
-        """The window policy's present decision."""
-        return self.machine.decision
-
-
 class Engine:
     """A coordinator: chooses a chain, drafts, streams. Made by `open_engine`; a service of `dsd_p2p.peers.services`.
 
@@ -163,8 +98,7 @@ class Engine:
         self._drivers: dict[bytes, RequestDriver] = {}
         self._trackers: dict[tuple[str, ...], Tracker] = {}
         self._last_tracker = Tracker()
-        self._asked: dict[tuple[PeerId, bytes], trio.MemorySendChannel[Arrived]] = {}
-        self.distrusted: dict[str, float] = {}
+        self.trust = Trust(links, directory)
         self.tell: Sink | None = None
         self._governor = Governor()
         self._prefixes = PrefixIndex()
@@ -185,7 +119,7 @@ class Engine:
 
     async def _find_route(self, detour: Detour) -> Route:
         try:
-            return await self._directory.find(self._without_liars(detour))
+            return await self._directory.find(self.trust.avoid(detour))
         except ConfigError as exc:
             raise PeerDisconnected(f"a stage is gone: {exc}") from exc
 
@@ -198,24 +132,22 @@ class Engine:
         Raises:
             ConfigError: no chain, an empty prompt, or a prompt and answer longer than the model's context.
         """
-        route = await self._directory.find(self._without_liars(NO_DETOUR))
+        route = await self._directory.find(self.trust.avoid(NO_DETOUR))
         self._check(prompt, options, route.max_positions)
         request = self._request(prompt, options, route)
         session = request.session
         tracker = self._tracker(route, options.experience)
         machine = RequestMachine(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
-        drafter, drafting = self._open_drafter(request.max_length, options.text.sampling)
-        share = _Share(self._governor)
+        guesses = open_guesses(self.drafter, request.max_length, options.text.sampling)
+        share = Share(self._governor, trio.current_time)
         driver = RequestDriver(
             machine,
             self.links,
-            drafting,
-            is_instant_drafter=drafter.is_instant,
-            find_route=self._find_route,
-            auditor=self._auditor(request) if options.audit else None,
-            distrust=self._distrust,
+            guesses,
+            self._find_route,
+            checks=self.trust.checks_of(request) if options.audit else None,
+            watch=None if self.tell is None else RequestWatch(machine, self.tell, time.time, guesses.name),
             committed=share.committed,
-            watch=None if self.tell is None else RequestWatch(machine, self.tell, time.time, drafter.name),
         )
         self._drivers[session] = driver
         output, batches = trio.open_memory_channel[Emit](_OUTPUT_BATCHES)
@@ -236,7 +168,7 @@ class Engine:
             self._note_parked(request, machine, options)
             del self._drivers[session]
             share.left()
-            drafting.close()
+            guesses.close()
 
     def _request(self, prompt: Sequence[TokenId], options: GenerateOptions, route: Route) -> Request:
         is_parked = bool(options.owner) and not options.audit
@@ -276,7 +208,7 @@ class Engine:
     async def _discard(self, session: bytes, route: Route) -> None:
         """Have a parked text thrown away."""
         for hop in route.hops:
-            with suppress(PeerError), trio.move_on_after(_ASK_TIMEOUT_S):
+            with suppress(PeerError), trio.move_on_after(_DISCARD_TIMEOUT_S):
                 await self.links.send(PeerId(hop.peer), CloseSession(session=session, epoch=MAX_EPOCH))
 
     def _check(self, prompt: Sequence[TokenId], options: GenerateOptions, limit: int) -> None:
@@ -302,14 +234,6 @@ class Engine:
         if options.audit and (options.hidden_format is not HiddenFormat.MODEL or text.relaxation is not None):
             raise ConfigError("--audit compares exact rows: leave out --hidden and --verify relaxed")
 
-    def _open_drafter(self, max_length: int, sampling: Sampling) -> tuple[Drafter, DraftSession]:
-        """The drafter, or prompt lookup where it has no room for another request: a guess is never worth the answer."""
-        try:
-            return self.drafter, self.drafter.open(max_length, sampling)
-        except CapacityError as exc:
-            logger.info("drafter has no room, looking up instead error=%s", exc)
-            return _LOOKUP, _LOOKUP.open(max_length, sampling)
-
     def start(self, nursery: trio.Nursery) -> None:
         """Requests run in the nursery that the engine was made with."""
 
@@ -319,8 +243,8 @@ class Engine:
         return {
             Verdict: self._hear,
             Failure: self._hear,
-            Revealed: self._hear_answer,
-            Recomputed: self._hear_answer,
+            Revealed: self.trust.hear,
+            Recomputed: self.trust.hear,
         }
 
     async def _hear(self, event: Arrived, message: Verdict | Failure) -> None:
@@ -330,56 +254,6 @@ class Engine:
             self._hand(driver, Told(sender=event.sender, message=message))
         else:
             self.links.transport.penalise(event.sender)
-
-    async def _hear_answer(self, event: Arrived, message: Revealed | Recomputed) -> None:
-        name = message.session if isinstance(message, Revealed) else message.request
-        if (waiting := self._asked.get((event.sender, name))) is not None:
-            with suppress(trio.WouldBlock, trio.BrokenResourceError):
-                waiting.send_nowait(replace(event, payload=memoryview(bytes(event.payload))))
-
-    # Checking stages
-
-    def _auditor(self, request: Request) -> Auditor:
-        rng = random.Random(secrets.randbits(64))  # noqa: S311 - nobody must foresee the turns, which the seed takes care of
-        return Auditor(
-            session=request.session,
-            num_prompt=request.num_prompt,
-            text=request.text,
-            replicas=self._trusted_replicas,
-            ask=self._ask,
-            shuffle=rng.shuffle,
-        )
-
-    def _trusted_replicas(self, span: Span, but: str) -> list[PeerId]:
-        liars = self._without_liars(NO_DETOUR).peers
-        return [peer for peer in self._directory.replicas(span, but) if peer not in liars]
-
-    async def _ask(self, peer: PeerId, message: Reveal | Recompute, payload: bytes) -> Arrived:
-        """Return a peer's answer.
-
-        Raises:
-            PeerTimeout, PeerDisconnected: there was none.
-        """
-        name = (peer, message.session if isinstance(message, Reveal) else message.request)
-        self._asked[name], answers = trio.open_memory_channel[Arrived](1)
-        try:
-            with trio.fail_after(_ASK_TIMEOUT_S):
-                await self.links.send(peer, message, payload)
-                return await answers.receive()
-        except trio.TooSlowError:
-            raise PeerTimeout(f"no answer within {_ASK_TIMEOUT_S:g} s") from None
-        finally:
-            del self._asked[name]
-
-    def _distrust(self, error: DishonestPeer) -> None:
-        """Use the peer no more for a while."""
-        logger.error("dishonest peer avoided peer=%s for_s=%.0f error=%s", error.peer, _DISTRUST_S, error)
-        self.distrusted[error.peer] = trio.current_time() + _DISTRUST_S
-
-    def _without_liars(self, detour: Detour) -> Detour:
-        now_s = trio.current_time()
-        liars = {peer for peer, until_s in self.distrusted.items() if until_s > now_s}
-        return replace(detour, peers=detour.peers | liars)
 
     def lost(self, event: Lost) -> None:
         """Tell every request."""
@@ -392,26 +266,6 @@ class Engine:
             driver.inbox.send_nowait(event)
         except trio.WouldBlock:
             logger.exception("request overrun: event dropped, the stall deadline will end it")
-
-
-class _Share:
-    """A request in the governor's count: from its first token on, because its prompt writes none."""
-
-    def __init__(self, governor: Governor) -> None:
-        self._governor = governor
-        self._is_counted = False
-
-    def committed(self, num_tokens: int) -> None:
-        """It got tokens."""
-        if not self._is_counted:
-            self._is_counted = True
-            self._governor.joined(trio.current_time())
-        self._governor.committed(num_tokens, trio.current_time())
-
-    def left(self) -> None:
-        """It is over."""
-        if self._is_counted:
-            self._governor.left(trio.current_time())
 
 
 def _formats(hidden_format: HiddenFormat, num_links: int) -> tuple[HiddenFormat, ...]:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from dsd_p2p.coordination.engine import Generation
+from dsd_p2p.coordination.generation import Generation
 from dsd_p2p.session.request import RequestStats
 from dsd_p2p.session.timing import Timing
 from dsd_p2p.types import PeerId
@@ -11,7 +11,11 @@ from dsd_p2p.window.base import Decision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestDetails:
-    """What only the coordinator of an answer knows. mean_accepted_length: committed tokens an epoch."""
+    """What only the coordinator of an answer knows.
+
+    mean_accepted_length: committed tokens an epoch. num_checks, num_unchecked: spot checks that were carried out, and those that
+    no replica answered; None without `audit`.
+    """
 
     drafter: str
     decision: Decision
@@ -23,6 +27,8 @@ class RequestDetails:
     mean_stage_s: list[float]
     mean_draft_step_s: float
     counts: RequestStats
+    num_checks: int | None
+    num_unchecked: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +67,14 @@ class AnswerStatistics:
                 "mean_draft_step_s": details.mean_draft_step_s,
                 "counts": asdict(details.counts),
             }
+            if details.num_checks is not None:
+                shown |= {"num_checks": details.num_checks, "num_unchecked": details.num_unchecked}
         return shown
 
 
 def statistics_of(generation: Generation, drafter: str) -> AnswerStatistics:
     """Return the statistics of an answer that was written here; at least one token has arrived."""
-    stats, timing = generation.stats, generation.timing
+    stats, timing, checks = generation.stats, generation.timing, generation.driver.checks
     details = RequestDetails(
         drafter=drafter,
         decision=generation.decision,
@@ -78,5 +86,7 @@ def statistics_of(generation: Generation, drafter: str) -> AnswerStatistics:
         mean_stage_s=[total / max(1, stats.num_verdicts) for total in stats.stage_s],
         mean_draft_step_s=stats.draft_s / max(1, stats.num_draft_steps),
         counts=stats,
+        num_checks=checks.num_checks if checks else None,
+        num_unchecked=checks.num_unchecked if checks else None,
     )
     return AnswerStatistics(timing=timing, details=details)

@@ -145,3 +145,24 @@ class GovernedPolicy:
         if self._governor.allows(self._clock()):
             return self._policy.decide(observation)
         return replace(PLAIN, reason=self._governor.reason())
+
+
+class Share:
+    """A request in the governor's count: from its first token on, because its prompt writes none. clock: seconds."""
+
+    def __init__(self, governor: Governor, clock: Callable[[], float]) -> None:
+        self._governor = governor
+        self._clock = clock
+        self._is_counted = False
+
+    def committed(self, num_tokens: int) -> None:
+        """It got tokens."""
+        if not self._is_counted:
+            self._is_counted = True
+            self._governor.joined(self._clock())
+        self._governor.committed(num_tokens, self._clock())
+
+    def left(self) -> None:
+        """It is over."""
+        if self._is_counted:
+            self._governor.left(self._clock())

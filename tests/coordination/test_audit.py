@@ -154,11 +154,11 @@ async def test_honest_stages_are_checked_and_never_accused(tiny, decision, sampl
         if sampling.is_greedy:
             assert tokens == reference.greedy(tiny("llama"), PROMPT, NUM_TOKENS)
         assert len(tokens) == NUM_TOKENS
-        auditor = generation.driver._auditor
-        assert auditor.num_checks >= 3
-        assert auditor.num_unchecked == 0
-        assert all(checked > len(PROMPT) for checked in auditor._checked)
-        assert engine.distrusted == {}
+        checks = generation.driver.checks
+        assert checks.num_checks >= 3
+        assert checks.num_unchecked == 0
+        assert all(position > len(PROMPT) for position in checks.checked)
+        assert engine.trust.distrusted == {}
 
 
 @pytest.mark.parametrize("liar", [0, 1, 2], ids=["head", "middle", "tail"])
@@ -227,11 +227,11 @@ async def test_a_broken_chain_of_signatures_is_caught_before_it_counts(tiny, cha
         assert tokens == reference.greedy(tiny("llama"), PROMPT, NUM_TOKENS)
         assert generation.stats.num_replays >= 1
         # Neighbours contradict each other: the chain goes around one of them, and nobody else is ever named.
-        assert set(engine.distrusted) <= {peers[1].peer, peers[2].peer}
+        assert set(engine.trust.distrusted) <= {peers[1].peer, peers[2].peer}
 
 
 async def test_a_stage_that_does_not_show_what_it_computed_is_named(tiny, monkeypatch):
-    monkeypatch.setattr("dsd_p2p.coordination.engine._ASK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("dsd_p2p.coordination.trust._ASK_TIMEOUT_S", 0.5)
     async with stages(tiny) as (engine, network, peers):
         transport = network.transports[peers[1].peer]
         original = transport.send
@@ -261,5 +261,5 @@ async def test_without_replicas_nothing_is_claimed(tiny):
     async with stages(tiny, num_replicas=1) as (engine, _, _):
         tokens, generation = await write(engine)
         assert len(tokens) == NUM_TOKENS
-        assert generation.driver._auditor.num_checks == 0
-        assert generation.driver._auditor.num_unchecked > 0
+        assert generation.driver.checks.num_checks == 0
+        assert generation.driver.checks.num_unchecked > 0

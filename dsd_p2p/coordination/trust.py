@@ -1,0 +1,91 @@
+"""Whom a coordinator believes: makes the checks of audited requests, asks their questions, and avoids who was caught."""
+
+import logging
+import random
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import trio
+
+from dsd_p2p.coordination.audit import Auditor
+from dsd_p2p.coordination.checking import SpotChecks
+from dsd_p2p.coordination.directory import NO_DETOUR, Directory
+from dsd_p2p.errors import DishonestPeer, PeerTimeout
+from dsd_p2p.peers.links import Arrived, PeerLinks
+from dsd_p2p.placement.route import Detour
+from dsd_p2p.session.request import Request
+from dsd_p2p.types import PeerId, Span
+from dsd_p2p.wire.messages import Recompute, Recomputed, Reveal, Revealed
+
+logger = logging.getLogger(__name__)
+
+_ASK_TIMEOUT_S = 15.0
+"""A recomputation of the longest text that is checked takes a second or two; half a minute of silence would stop the answer."""
+
+_DISTRUST_S = 3600.0
+"""Who was caught is not used for an hour: longer than any answer, short enough that a mended machine comes back by itself."""
+
+
+class Trust:
+    """One coordinator's. distrusted: until when each peer that was caught is avoided."""
+
+    def __init__(self, links: PeerLinks, directory: Directory) -> None:
+        self._links = links
+        self._directory = directory
+        self._asked: dict[tuple[PeerId, bytes], trio.MemorySendChannel[Arrived]] = {}
+        self.distrusted: dict[str, float] = {}
+
+    def avoid(self, detour: Detour) -> Detour:
+        """Return the detour that also leaves out who was caught."""
+        return replace(detour, peers=detour.peers | self._liars())
+
+    def checks_of(self, request: Request) -> SpotChecks:
+        """Return the spot checks of an audited request."""
+        rng = random.Random(secrets.randbits(64))  # noqa: S311 - the seed is what nobody must foresee
+        auditor = Auditor(
+            session=request.session,
+            num_prompt=request.num_prompt,
+            text=request.text,
+            replicas=self._trusted_replicas,
+            ask=self._ask,
+            shuffle=rng.shuffle,
+        )
+        return SpotChecks(auditor, self._distrust)
+
+    async def hear(self, event: Arrived, message: Revealed | Recomputed) -> None:
+        """Take in an answer to a check's question; one that nobody waits for is dropped."""
+        name = message.session if isinstance(message, Revealed) else message.request
+        if (waiting := self._asked.get((event.sender, name))) is not None:
+            with suppress(trio.WouldBlock, trio.BrokenResourceError):
+                waiting.send_nowait(replace(event, payload=memoryview(bytes(event.payload))))
+
+    def _liars(self) -> frozenset[str]:
+        now_s = trio.current_time()
+        return frozenset(peer for peer, until_s in self.distrusted.items() if until_s > now_s)
+
+    def _trusted_replicas(self, span: Span, but: str) -> Sequence[PeerId]:
+        liars = self.avoid(NO_DETOUR).peers
+        return [peer for peer in self._directory.replicas(span, but) if peer not in liars]
+
+    async def _ask(self, peer: PeerId, message: Reveal | Recompute, payload: bytes) -> Arrived:
+        """Return a peer's answer.
+
+        Raises:
+            PeerTimeout, PeerDisconnected: there was none.
+        """
+        name = (peer, message.session if isinstance(message, Reveal) else message.request)
+        self._asked[name], answers = trio.open_memory_channel[Arrived](1)
+        try:
+            with trio.fail_after(_ASK_TIMEOUT_S):
+                await self._links.send(peer, message, payload)
+                return await answers.receive()
+        except trio.TooSlowError:
+            raise PeerTimeout(f"no answer within {_ASK_TIMEOUT_S:g} s") from None
+        finally:
+            del self._asked[name]
+
+    def _distrust(self, error: DishonestPeer) -> None:
+        logger.error("dishonest peer avoided peer=%s for_s=%.0f error=%s", error.peer, _DISTRUST_S, error)
+        self.distrusted[error.peer] = trio.current_time() + _DISTRUST_S
