@@ -2,7 +2,7 @@
 
 import math
 from enum import StrEnum
-from typing import Annotated, NewType, Protocol
+from typing import Annotated, NewType, Protocol, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -116,12 +116,19 @@ def check_text_request(request: TextRequest) -> None:
     Raises:
         ConfigError: names the field, its value and what is allowed.
     """
-    try:
-        msgspec.convert(msgspec.to_builtins(request), TextRequest)
-    except msgspec.ValidationError as exc:
-        raise ConfigError(f"the request cannot be sent: {exc}") from exc
+    _check_fields(request.sampling)
+    _check_fields(request)
     if not math.isfinite(request.sampling.temperature):
         raise ConfigError(f"temperature is {request.sampling.temperature}: give a finite number")
+
+
+def _check_fields(struct: msgspec.Struct) -> None:
+    for name, kind in get_type_hints(type(struct), include_extras=True).items():
+        value = getattr(struct, name)
+        try:
+            msgspec.convert(msgspec.to_builtins(value), kind)
+        except msgspec.ValidationError as exc:
+            raise ConfigError(f"{name} is {value!r}: {exc}") from exc
 
 
 class ComputeFormat(StrEnum):

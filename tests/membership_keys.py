@@ -1,6 +1,6 @@
 """Shared by several tests."""
 
-from dsd_p2p.swarm.invite import Invite, new_invite
+from dsd_p2p.swarm.invite import Invite, InviteTerms, SwarmSettings, new_invite
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.wire.membership import Role
 
@@ -20,12 +20,12 @@ def key(number: int) -> SigningKey:
 def invite(*, role=Role.STAGE, expires_at_s=NOW_S + 100, max_uses=2, owner=OWNER, seed=b"i" * 32) -> Invite:
     return new_invite(
         owner,
-        seed=seed,
-        network_key=b"n" * 32,
-        bootstrap=("/ip4/127.0.0.1/tcp/4001/p2p/x",),
-        role=role,
-        expires_at_s=expires_at_s,
-        max_uses=max_uses,
-        model="smollm2-135m",
-        dtype="float32",
+        seed,
+        InviteTerms(role=role, expires_at_s=expires_at_s, max_uses=max_uses),
+        SwarmSettings(
+            network_key=b"n" * 32,
+            bootstrap=("/ip4/127.0.0.1/tcp/4001/p2p/x",),
+            model="smollm2-135m",
+            dtype="float32",
+        ),
     )

@@ -6,8 +6,9 @@ import trio
 from membership_keys import NOW_S, OWNER, invite, key
 from swarms import TEST_MODEL
 
+from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
 from dsd_p2p.peers.links import PeerLinks
-from dsd_p2p.peers.membership import Membership
+from dsd_p2p.peers.membership import Load, MembershipSettings, open_membership
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.types import PeerInfo
@@ -19,6 +20,10 @@ INTERVAL_S = 1.0
 NUM_LAYERS = 30
 
 
+def unix():
+    return NOW_S + trio.current_time()
+
+
 class Node:
     """One member: start it in a nursery, cancel `scope` to kill it."""
 
@@ -28,17 +33,17 @@ class Node:
         self.span = span
         self.belongs = belongs
         self.scope = trio.CancelScope()
-        grants = invite(max_uses=20).admit(self.key.public) if grants is None else grants
-        registry = Registry(me=self.key.peer, swarm=OWNER.public, interval_s=interval_s)
-        self.membership = Membership(
-            self.key,
-            grants,
-            registry,
-            bootstrap=[f"memory:{key(n).peer}" for n in bootstrap],
-            unix=lambda: NOW_S + trio.current_time(),
-            rng=random.Random(number),
-        )
-        self.registry = registry
+        self.grants = invite(max_uses=20).admit(self.key.public) if grants is None else grants
+        self.registry = Registry(me=self.key.peer, swarm=OWNER.public, interval_s=interval_s)
+        self.bootstrap = [f"memory:{key(n).peer}" for n in bootstrap]
+        self.rng = random.Random(number)
+
+    def join(self, transport, load=Load):
+        """Make links and membership; the object's `links` and `membership` from now on."""
+        gatekeeper = SwarmGatekeeper(self.registry, self.grants, unix)
+        self.links = PeerLinks(transport, self.info(), gatekeeper)
+        settings = MembershipSettings(bootstrap=self.bootstrap, unix=unix, rng=self.rng)
+        self.membership = open_membership(self.links, gatekeeper, self.key, settings, load)
 
     @property
     def peer(self):
@@ -58,7 +63,7 @@ class Node:
     async def run(self, *, task_status=trio.TASK_STATUS_IGNORED):
         with self.scope:
             async with self.network.open(self.peer) as transport, trio.open_nursery() as nursery:
-                self.links = self.membership.links = PeerLinks(transport, self.info(), door=self.membership)
+                self.join(transport)
                 nursery.start_soon(run_services, self.links, [self.membership])
                 await trio.testing.wait_all_tasks_blocked()
                 if self.belongs:

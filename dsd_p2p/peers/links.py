@@ -38,12 +38,12 @@ class Arrived:
     num_bytes: int
 
 
-class Door(Protocol):
+class Gatekeeper(Protocol):
     """Decides who is let in; asked once a connection, before anything is allocated for the peer."""
 
     @property
     def grants(self) -> tuple[Grant, ...]:
-        """What lets us in at others' doors."""
+        """What we show to be let in elsewhere."""
         ...
 
     def admit(self, peer: PeerId, hello: Hello) -> None:
@@ -55,7 +55,7 @@ class Door(Protocol):
         ...
 
 
-class OpenDoor:
+class OpenGate:
     """Lets everybody in: for stages on one machine, started by hand or by a test."""
 
     grants: tuple[Grant, ...] = ()
@@ -67,13 +67,13 @@ class OpenDoor:
 class PeerLinks:
     """What a stage and a coordinator have in common. One task must keep calling `receive`.
 
-    door: of a swarm; without one everybody is let in.
+    gatekeeper: of a swarm; without one everybody is let in.
     """
 
-    def __init__(self, transport: Transport, me: PeerInfo, door: Door | None = None) -> None:
+    def __init__(self, transport: Transport, me: PeerInfo, gatekeeper: Gatekeeper | None = None) -> None:
         self.transport = transport
         self.me = me
-        self.door: Door = door or OpenDoor()
+        self._gatekeeper: Gatekeeper = gatekeeper or OpenGate()
         self.known: dict[PeerId, PeerInfo] = {}
         self.connected: set[PeerId] = set()
         self.bytes_sent: Counter[str] = Counter()
@@ -121,7 +121,9 @@ class PeerLinks:
             :MAX_KNOWN_PEERS
         ]
         try:
-            await self.send(peer, Hello(version=PROTOCOL_VERSION, sender=self.me, known=known, grants=self.door.grants))
+            await self.send(
+                peer, Hello(version=PROTOCOL_VERSION, sender=self.me, known=known, grants=self._gatekeeper.grants)
+            )
         except BaseException:
             self._greeted.discard(peer)
             raise
@@ -225,7 +227,7 @@ class PeerLinks:
             raise RemoteProtocolError("protocol version", hello.version, str(PROTOCOL_VERSION))
         if hello.sender.peer != sender:
             raise RemoteProtocolError("sender", hello.sender.peer, f"{sender}, the connection's own peer")
-        self.door.admit(sender, hello)
+        self._gatekeeper.admit(sender, hello)
         self.transport.admit(sender)
         for info in hello.known:
             # Others' word of a peer counts until it introduces itself, and only stages are worth remembering.

@@ -11,39 +11,34 @@ from dataclasses import dataclass
 
 import trio
 
-from dsd_p2p.errors import CapacityError, ConfigError, PeerError, RemoteProtocolError
+from dsd_p2p.errors import CapacityError, PeerError, RemoteProtocolError
+from dsd_p2p.peers.dialer import Dialer
+from dsd_p2p.peers.gatekeeper import Bell, SwarmGatekeeper
 from dsd_p2p.peers.links import Arrived, PeerLinks
+from dsd_p2p.peers.own_record import OwnRecord
 from dsd_p2p.peers.services import Handler
 from dsd_p2p.swarm.keys import SigningKey
-from dsd_p2p.swarm.records import sign_record
-from dsd_p2p.swarm.registry import DEAF_BEATS, REFRESH_S, Registry
+from dsd_p2p.swarm.registry import DEAF_BEATS, REFRESH_S
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId, PeerInfo, UniformRng
+from dsd_p2p.types import PeerId, PeerInfo, UniformRng, short_peer
 from dsd_p2p.wire.membership import (
     MAX_MEMBERS,
-    Grant,
     Heartbeat,
     MemberRecord,
     Members,
     MemberState,
     NodeProfile,
     Revocation,
-    Role,
 )
-from dsd_p2p.wire.messages import Hello, Message
+from dsd_p2p.wire.messages import Message
 
 logger = logging.getLogger(__name__)
 
-_DIAL_TIMEOUT_S = 5.0
-_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 30.0
-_YIELD_S = 3.0
-"""Of two members that see each other at the same time the one with the greater id waits this long before it dials."""
 
 _MIN_SYNC_S = 1.0
 """Least time between two exchanges of everything known with the same peer."""
 
 _GOODBYE_S = 1.0
-_MAX_FOUND = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,70 +50,45 @@ class Load:
 
 
 class Membership:
-    """A door for `PeerLinks` and a service of `dsd_p2p.peers.services`. Set `links` before it starts.
+    """A service of `dsd_p2p.peers.services` on the links that `gatekeeper` watches.
 
-    grants: what lets us in elsewhere. bootstrap: addresses to try when we are connected to nobody.
-    load: what our stage holds. unix: seconds since 1970.
-    last_failure, is_refused: why the last attempt to reach a member failed, and whether that member does not want us.
+    own: our record. dialer: keeps us connected. unix: seconds since 1970. load: what our stage holds.
     """
 
     def __init__(
         self,
-        key: SigningKey,
-        grants: tuple[Grant, ...],
-        registry: Registry,
-        *,
-        bootstrap: Sequence[str],
+        links: PeerLinks,
+        gatekeeper: SwarmGatekeeper,
+        own: OwnRecord,
+        dialer: Dialer,
         unix: Callable[[], float],
-        rng: UniformRng,
-        version: str = "",
+        load: Callable[[], Load] = Load,
     ) -> None:
-        self.links: PeerLinks
-        self.grants = grants
-        self.registry = registry
-        self.bootstrap = tuple(bootstrap)
-        self._found: tuple[str, ...] = ()
-        self.load: Callable[[], Load] = Load
-        self.last_failure = ""
-        self.is_refused = False
-        self._key = key
+        self.links = links
+        self.registry = gatekeeper.registry
+        self.dialer = dialer
+        self._own = own
         self._unix = unix
-        self._rng = rng
-        self._version = version
-        self._incarnation = int(unix() * 1000)
-        self._beat = self._incarnation
-        self._profile = NodeProfile()
-        self._state = MemberState.JOINING
-        self._changed = trio.Event()
-        self._met = trio.Event()
+        self._load = load
+        self._beat = own.incarnation
+        self._changed = Bell()
+        # Somebody new is greeted with a heartbeat at once.
+        self._met = gatekeeper.met
         self._connected_at_s: dict[PeerId, float] = {}
         self._synced_at_s: dict[PeerId, float] = {}
-        self._next_dial_s: dict[str, float] = {}
-        self._backoff_s: dict[str, float] = {}
-        self._dialing: set[str] = set()
         self._nursery: trio.Nursery | None = None
 
-    # The door
-
-    def admit(self, peer: PeerId, hello: Hello) -> None:
-        """Let a member in.
-
-        Raises:
-            RemoteProtocolError: it is none.
-        """
-        role = self.registry.admit(peer, hello.grants, self._unix())
-        if role is Role.CLIENT and hello.sender.span is not None:
-            raise RemoteProtocolError("span", str(hello.sender.span), "none: its invite is for clients")
-        logger.info("member let in peer=%s role=%s", peer, role)
-        self._met.set()
+    def __repr__(self) -> str:
+        alive = [short_peer(member.peer) for member in self.registry.members() if member.is_alive]
+        return f"<member {short_peer(self.links.me.peer)} {self._own.state.value}, alive: {', '.join(alive)}>"
 
     # What we say of ourselves
 
     async def announce(self, info: PeerInfo, state: MemberState, profile: NodeProfile | None = None) -> None:
         """Tell everybody what we are from now on."""
         self.links.me = info
-        self._state = state
-        self._profile = profile or self._profile
+        self._own.state = state
+        self._own.profile = profile or self._own.profile
         await self._tell_all(Members(records=(self._renew(),)))
 
     async def revoke(self, revocation: Revocation) -> None:
@@ -131,15 +101,9 @@ class Membership:
             await self._tell_all(Members(revocations=(revocation,)))
             self._sweep()
 
-    def also_try(self, address: str) -> None:
-        """An address where a member may be, like one of the bootstrap list; the latest few are kept."""
-        if address not in (*self.bootstrap, *self._found):
-            self._found = (*self._found, address)[-_MAX_FOUND:]
-            self._met.set()
-
     async def leave(self) -> None:
         """Say goodbye, so that nobody has to find out."""
-        self._state = MemberState.LEFT
+        self._own.state = MemberState.LEFT
         with trio.CancelScope(shield=True), trio.move_on_after(_GOODBYE_S):
             message = Members(records=(self._renew(),))
             for peer in list(self.links.connected):
@@ -149,22 +113,9 @@ class Membership:
             await trio.sleep(_GOODBYE_S / 4)
 
     def _renew(self) -> MemberRecord:
-        known = self.registry.record_of(PeerId(self.links.me.peer))
-        sequence = max(int(self._unix() * 1000), known.sequence + 1 if known else 0)
-        record = sign_record(
-            MemberRecord(
-                info=self.links.me,
-                incarnation=self._incarnation,
-                sequence=sequence,
-                state=self._state,
-                grants=self.grants,
-                profile=self._profile,
-                version=self._version,
-            ),
-            self._key,
-        )
+        record = self._own.renewed(self.links.me, self.registry.record_of(PeerId(self.links.me.peer)))
         self.registry.merge(record, self._unix())
-        self._note()
+        self._changed.ring()
         return record
 
     # The service
@@ -185,8 +136,8 @@ class Membership:
         self.registry.heard(event.sender, heartbeat, trio.current_time())
         if not was_alive:
             # An answer at once tells it the round trip.
-            self._met.set()
-            self._note()
+            self._met.ring()
+            self._changed.ring()
         if heartbeat.view != self.registry.view:
             self._sync(event.sender)
 
@@ -198,15 +149,11 @@ class Membership:
         self.registry.lost(event.peer)
         for index in (self._connected_at_s, self._synced_at_s):
             index.pop(event.peer, None)
-        self._note()
+        self._changed.ring()
 
     async def changed(self) -> None:
         """Wait until somebody came, went or changed."""
         await self._changed.wait()
-
-    def _note(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
 
     def _merge(self, sender: PeerId, members: Members) -> None:
         news_records: list[MemberRecord] = []
@@ -225,7 +172,7 @@ class Membership:
                 # Another's record may have expired or been revoked on its way here.
                 logger.info("record refused peer=%s from=%s error=%s", record.info.peer, sender, exc)
         if news_records or news_revocations:
-            self._note()
+            self._changed.ring()
             self._pass_on(Members(records=tuple(news_records), revocations=tuple(news_revocations)), but=sender)
         if news_revocations:
             self._sweep()
@@ -241,7 +188,7 @@ class Membership:
         """Somebody knows a record of ours from a life before this one that looks newer: outdate it."""
         mine = self.registry.record_of(PeerId(self.links.me.peer))
         if mine is not None and record.age > mine.age:
-            self._incarnation = record.incarnation + 1
+            self._own.incarnation = record.incarnation + 1
             self._pass_on(Members(records=(self._renew(),)), but=PeerId(""))
 
     # Heartbeats
@@ -254,17 +201,16 @@ class Membership:
             mine = self.registry.record_of(PeerId(self.links.me.peer))
             if mine is not None and self._unix() - mine.sequence / 1e3 > REFRESH_S:
                 self._pass_on(Members(records=(self._renew(),)), but=PeerId(""))
-            load = self.load()
+            load = self._load()
             self._pass_on(
                 self.registry.heartbeat(
                     self._beat, now_s, num_sessions=load.num_sessions, cache_bytes=load.cache_bytes
                 ),
                 but=PeerId(""),
             )
-            self._dial()
-            self._met = trio.Event()
+            if self._nursery is not None:
+                self.dialer.dial(self.registry.records, self._nursery)
             with trio.move_on_after(self.registry.interval_s):
-                # Somebody new is greeted with a heartbeat at once.
                 await self._met.wait()
                 await trio.sleep(0.01)
 
@@ -298,7 +244,7 @@ class Membership:
             if peer in self.links.connected:
                 self._start(self.links.transport.disconnect, peer, reason)
         if gone:
-            self._note()
+            self._changed.ring()
 
     def _pass_on(self, message: Message, *, but: PeerId) -> None:
         for peer in list(self.links.connected):
@@ -323,53 +269,29 @@ class Membership:
         message = Members(records=self.registry.records[:MAX_MEMBERS], revocations=self.registry.revocations)
         self._start(self._send, peer, message)
 
-    # Connections
-
-    def _dial(self) -> None:
-        """Try to reach every node that we are not connected to, and the bootstrap list when we are alone."""
-        now_s = trio.current_time()
-        for record in self.registry.records:
-            peer = PeerId(record.info.peer)
-            is_node = record.profile.max_layers > 0 or record.info.span is not None
-            if peer == self.links.me.peer or not is_node or record.state is MemberState.LEFT:
-                continue
-            if peer in self.links.connected:
-                self._next_dial_s.pop(peer, None)
-                continue
-            if peer not in self._next_dial_s:
-                self._next_dial_s[peer] = now_s + (_YIELD_S if peer < self.links.me.peer else 0.0)
-            self._try(peer, record.info.addresses, now_s)
-        if not self.links.connected:
-            for address in (*self.bootstrap, *self._found):
-                # By peer: two dials of one peer at a time, one of them to where it no longer is, keep each other from succeeding.
-                self._try(address.rpartition("/p2p/")[2], (address,), now_s)
-
-    def _try(self, name: str, addresses: Sequence[str], now_s: float) -> None:
-        if addresses and name not in self._dialing and now_s >= self._next_dial_s.get(name, 0.0):
-            self._dialing.add(name)
-            self._start(self._connect, name, addresses)
-
-    async def _connect(self, name: str, addresses: Sequence[str]) -> None:
-        try:
-            for address in addresses:
-                try:
-                    await self.links.connect(address, _DIAL_TIMEOUT_S)
-                except (PeerError, ConfigError) as exc:
-                    logger.info("member not reached address=%s error=%s", address, exc)
-                    # That we are not wanted matters more than that somebody is not there.
-                    if not self.is_refused:
-                        self.last_failure = str(exc)
-                    self.is_refused = self.is_refused or "refused us" in self.last_failure
-                else:
-                    self._backoff_s.pop(name, None)
-                    self._met.set()
-                    return
-            backoff_s = min(2 * self._backoff_s.get(name, _FIRST_BACKOFF_S / 2), _MAX_BACKOFF_S)
-            self._backoff_s[name] = backoff_s
-            self._next_dial_s[name] = trio.current_time() + backoff_s * (0.5 + self._rng.random() / 2)
-        finally:
-            self._dialing.discard(name)
-
     def _start(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
         assert self._nursery is not None, "start first"
         self._nursery.start_soon(function, *arguments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipSettings:
+    """bootstrap: addresses of members. unix: seconds since 1970. rng: of the dialer's pauses. version: of the software."""
+
+    bootstrap: Sequence[str]
+    unix: Callable[[], float]
+    rng: UniformRng
+    version: str = ""
+
+
+def open_membership(
+    links: PeerLinks,
+    gatekeeper: SwarmGatekeeper,
+    key: SigningKey,
+    settings: MembershipSettings,
+    load: Callable[[], Load] = Load,
+) -> Membership:
+    """Return a member whose records `key` signs, on links that `gatekeeper` watches. load: what our stage holds."""
+    own = OwnRecord(key, gatekeeper.grants, settings.unix, settings.version)
+    dialer = Dialer(links, settings.bootstrap, settings.rng, gatekeeper.met)
+    return Membership(links, gatekeeper, own, dialer, settings.unix, load)

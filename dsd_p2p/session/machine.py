@@ -333,8 +333,7 @@ class RequestMachine:
             waited_s=verdict.waited / WAITED_PER_S,
         )
         stats.num_verdicts += 1
-        stage_s = [cost.us / 1e6 for cost in verdict.costs]
-        stats.stage_s = [a + b for a, b in zip(stats.stage_s or [0.0] * len(stage_s), stage_s, strict=False)]
+        stats.add_stage_s([cost.us / 1e6 for cost in verdict.costs])
         stats.num_stale_nodes += verdict.num_stale
 
     def _commit(self, token: TokenId) -> list[Carried] | None:

@@ -74,7 +74,7 @@ _MAX_DECISIONS = 64
 
 
 @dataclass(slots=True, kw_only=True)
-class RequestStats:
+class RequestStats:  # size: counts, each written in one place and read by name in reports
     """Counts of one request; they add up over its replays.
 
     num_misses: verdicts that named a token no window carried: each costs a traversal. Plain decoding counts every token.
@@ -118,6 +118,11 @@ class RequestStats:
         """Remember that the policy changed its mind, and why."""
         if len(self.decisions) < _MAX_DECISIONS:
             self.decisions.append(f"{num_tokens}: {decision.mode} {decision.reason}")
+
+    def add_stage_s(self, stage_s: Sequence[float]) -> None:
+        """Count what each stage took for one window, seconds."""
+        totals = self.stage_s or [0.0] * len(stage_s)
+        self.stage_s = [a + b for a, b in zip(totals, stage_s, strict=False)]
 
     def outcome(self, *, depth: int, rank: int | None, source: str) -> None:
         """Count one committed token that a drafter was asked for; `rank` None: it was no candidate."""

@@ -8,7 +8,16 @@ from dsd_p2p.session.request import Request, RequestStats, Route
 from dsd_p2p.session.timing import Timing
 from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.clock import Clock
-from dsd_p2p.sim.request import SIMULATED_MODEL, SIMULATED_PEER, DraftDevice, Path, RequestLog, RequestRun
+from dsd_p2p.sim.request import (
+    SIMULATED_MODEL,
+    SIMULATED_PEER,
+    DraftDevice,
+    Path,
+    RequestLog,
+    RequestRun,
+    RunSettings,
+    RunWorld,
+)
 from dsd_p2p.sim.service import Dedicated, PassCost, SharedCores
 from dsd_p2p.sim.target import Stage, StageModel, Target
 from dsd_p2p.types import MAX_POSITIONS, MAX_TOKEN, SessionId, Span, TextRequest, TokenId
@@ -98,22 +107,16 @@ def simulate_request(
     )
     machine = RequestMachine(request, route, policy, tracker, rng)
     log = RequestLog(0, 0.0, num_prompt_tokens, arrivals=[])
-    run = RequestRun(
-        machine=machine,
-        answer=answer,
-        device=DraftDevice(
-            chain.draft, shared.user(chain.draft_weight) if shared else Dedicated(clock), chain.coordinator_s
-        ),
-        choose_path=lambda: path,
+    processor = shared.user(chain.draft_weight) if shared else Dedicated(clock)
+    world = RunWorld(
         clock=clock,
         rng=rng,
-        log=log,
-        deadline_s=_DEADLINE_S,
-        is_fusing=False,
-        is_at_target=False,
+        device=DraftDevice(chain.draft, processor, chain.coordinator_s),
+        choose_path=lambda: path,
         finished=lambda _run: None,
         moved=lambda _before, _after: None,
     )
+    run = RequestRun(machine, answer, log, RunSettings(deadline_s=_DEADLINE_S), world)
     run.start(path)
     clock.run(_DEADLINE_S)
     assert log.arrivals is not None

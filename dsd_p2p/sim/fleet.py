@@ -6,24 +6,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from dsd_p2p.errors import ConfigError, PeerDisconnected
 from dsd_p2p.netmodel import LinkState
 from dsd_p2p.placement.balance import Balancer
 from dsd_p2p.placement.coordinator import MODEL_COVERAGE
 from dsd_p2p.placement.view import Speculation
 from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Request, Route
-from dsd_p2p.sim.answer import Answer, ParametricAnswer, RecordedAnswer
+from dsd_p2p.sim.answer import Answer
+from dsd_p2p.sim.churn import Churn
 from dsd_p2p.sim.clock import Clock
-from dsd_p2p.sim.machines import Choice, Machines, PassLog, Place, TargetPark, Unit
-from dsd_p2p.sim.request import SIMULATED_MODEL, DraftDevice, Path, RequestLog, RequestRun
+from dsd_p2p.sim.machines import Choice, Machines, TargetPark
+from dsd_p2p.sim.request import SIMULATED_MODEL, DraftDevice, Path, RequestLog, RequestRun, RunSettings, RunWorld
 from dsd_p2p.sim.scenario import DrafterPool, Scenario
 from dsd_p2p.sim.service import Dedicated
+from dsd_p2p.sim.statuses import StageStatuses
 from dsd_p2p.sim.swarm import SimulatedSwarm
-from dsd_p2p.sim.target import Flight, Stage, Target, TargetSession
+from dsd_p2p.sim.tally import Tally, Timeline
+from dsd_p2p.sim.target import Stage, Target
+from dsd_p2p.sim.texts import Texts
 from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.sim.workload import Arrival, arrivals
-from dsd_p2p.telemetry.events import PeerStatus
 from dsd_p2p.telemetry.watch import RequestWatch, Sink
 from dsd_p2p.types import MAX_POSITIONS, MAX_TOKEN, Endpoint, SessionId, Span, TextRequest
 from dsd_p2p.window.base import WindowPolicy
@@ -33,9 +35,6 @@ from dsd_p2p.wire.messages import Hop
 PolicyOf = Callable[[], WindowPolicy]
 
 _ASK_AGAIN_S = 1.0
-
-_STATUS_S = 1.0
-"""Between two words of a stage, as live ones have it."""
 
 
 @dataclass(slots=True)
@@ -97,9 +96,7 @@ class Fleet:
         progress: Callable[[int, float], None] | None = None,
         tell: Sink | None = None,
     ) -> None:
-        self._scenario, self._policy_of, self._trace = scenario, policy_of, trace
-        self._is_recording, self._progress, self._tell = is_recording, progress, tell
-        self._busy_s: dict[str, float] = {}
+        self._scenario, self._policy_of, self._tell = scenario, policy_of, tell
         self.clock = Clock()
         # One source each: a change of the links leaves the texts and arrivals as they are.
         self._rng = {
@@ -107,21 +104,16 @@ class Fleet:
             for name in ("arrivals", "links", "service", "routing", "texts", "churn", "retries")
         }
         self._access = {name: link.models() for name, link in scenario.links.items()}
+        self._timeline = Timeline(is_recording=is_recording)
         self._machines: Machines[Any] = self._new_swarm() if scenario.nodes else self._new_park()
         self._drafters = [
             self._new_drafter(pool, index)
             for index, pool in enumerate(pool for pool in scenario.drafters for _ in range(pool.count))
         ]
-        self._texts = self._suitable_texts()
+        self._texts = Texts(scenario.acceptance, trace, self._rng["texts"])
         self._source: Iterator[Arrival] = iter(())
-        self._has_more = True
-        self._ended_s = 0.0
-        self._num_started = 0
-        self._num_ended = 0
-        self._under_way_s = 0.0
-        self._changed_s = 0.0
-        self._logs: list[RequestLog] = []
-        self._passes: list[tuple[str, int, float, float, int, int]] = []
+        self._tally = Tally(self.clock, progress)
+        self._churn = Churn(scenario.churn, self._machines, self.clock, self._rng["churn"], self._tally)
 
     @property
     def trackers(self) -> list[Tracker]:
@@ -132,7 +124,9 @@ class Fleet:
 
     def _new_park(self) -> TargetPark:
         balancer = Balancer(self._scenario.speculation.routing, self._rng["routing"])
-        return TargetPark(self._scenario, self._access, self.clock, self._rng["service"], balancer, self._pass_log)
+        return TargetPark(
+            self._scenario, self._access, self.clock, self._rng["service"], balancer, self._timeline.pass_log
+        )
 
     def _new_swarm(self) -> SimulatedSwarm:
         return SimulatedSwarm(
@@ -141,29 +135,11 @@ class Fleet:
             self._access,
             self.clock,
             self._rng["service"],
-            self._pass_log,
+            self._timeline.pass_log,
         )
-
-    @property
-    def _pass_log(self) -> PassLog | None:
-        return self._record_pass if self._is_recording else None
-
-    def _record_pass(self, unit: str, stage: int, start_s: float, end_s: float, batch: list[Flight]) -> None:
-        num_nodes = sum(len(flight.window.tokens) for flight in batch)
-        self._passes.append((unit, stage, start_s, end_s, len(batch), num_nodes))
 
     def _new_drafter(self, pool: DrafterPool, index: int) -> _Drafter:
         return _Drafter(index, pool, DraftDevice(pool.step.pass_cost(), Dedicated(self.clock)))
-
-    def _suitable_texts(self) -> list[int]:
-        if self._trace is None:
-            return []
-        category = self._scenario.acceptance.category
-        texts = [index for index, text in enumerate(self._trace.texts) if category in ("", text.category)]
-        if not texts:
-            known = ", ".join(sorted({text.category for text in self._trace.texts}))
-            raise ConfigError(f"acceptance.category is {category!r}: the trace has {known}")
-        return texts
 
     # Routing
 
@@ -203,34 +179,28 @@ class Fleet:
         else:
             self._next_open()
         if self._tell is not None:
-            self.clock.after(_STATUS_S, self._tell_stages, self._tell)
-        if self._scenario.churn.up:
-            for unit in self._machines.units:
-                self._schedule_failure(unit)
+            StageStatuses(self._machines, self.clock, self._tally, self._tell).start()
+        self._churn.start()
         self.clock.run(self._scenario.horizon)
-        if self._num_started > self._num_ended:
-            self._ended_s = self.clock.now_s
-            self._count_under_way()
-        duration_s = max(self._ended_s, 1e-12)
+        tally = self._tally
+        tally.close()
         return FleetRun(
             scenario=self._scenario,
-            duration_s=duration_s,
-            logs=self._logs,
+            duration_s=tally.duration_s,
+            logs=tally.logs,
             stages=[
                 self._stage_report(unit.name, index, stage)
                 for unit in self._machines.units
                 for index, stage in enumerate(unit.stages)
             ],
-            mean_under_way=self._under_way_s / duration_s,
-            num_leaked=sum(len(target.sessions) for target in self._machines.targets)
-            if self._num_ended == self._num_started
-            else 0,
-            num_unfinished=self._num_started - self._num_ended,
-            passes=self._passes,
+            mean_under_way=tally.under_way_s / tally.duration_s,
+            num_leaked=0 if tally.num_under_way else sum(len(target.sessions) for target in self._machines.targets),
+            num_unfinished=tally.num_under_way,
+            passes=self._timeline.passes,
         )
 
     def _stage_report(self, name: str, index: int, stage: Stage) -> StageReport:
-        duration_s = max(self._ended_s, 1e-12)
+        duration_s = self._tally.duration_s
         return StageReport(
             target=name,
             stage=index,
@@ -240,36 +210,9 @@ class Fleet:
             num_passes=stage.num_passes,
         )
 
-    def _tell_stages(self, tell: Sink) -> None:
-        """How each peer is, as a live one says it."""
-        for place in self._machines.places():
-            tell(self._status(place))
-        if not self._is_over():
-            self.clock.after(_STATUS_S, self._tell_stages, tell)
-
-    def _status(self, place: Place) -> PeerStatus:
-        total_s = sum(stage.busy_s for stage in place.stages)
-        busy_s, self._busy_s[place.peer] = total_s - self._busy_s.get(place.peer, 0.0), total_s
-        return PeerStatus(
-            at_s=self.clock.now_s,
-            peer=place.peer,
-            is_online=place.is_up,
-            roles=("stage",),
-            model="simulated",
-            first=place.span.first,
-            last=place.span.last,
-            num_layers=place.num_layers,
-            state="serving" if place.is_up else "down",
-            num_sessions=place.num_sessions,
-            queue=sum(stage.num_waiting for stage in place.stages),
-            busy_share=max(0.0, min(1.0, busy_s / _STATUS_S)),
-            num_passes=sum(stage.num_passes for stage in place.stages),
-            num_windows=sum(stage.num_served for stage in place.stages),
-        )
-
     def _next_arrival(self) -> Arrival | None:
         arrival = next(self._source, None)
-        self._has_more = arrival is not None
+        self._tally.has_more = arrival is not None
         return arrival
 
     def _next_open(self) -> None:
@@ -277,7 +220,7 @@ class Fleet:
             self.clock.after(arrival.arrived_s - self.clock.now_s, self._arrive_open, arrival)
 
     def _arrive_open(self, arrival: Arrival) -> None:
-        self._start(arrival, self._drafters[self._num_started % len(self._drafters)])
+        self._start(arrival, self._drafters[self._tally.num_started % len(self._drafters)])
         self._next_open()
 
     def _next_closed(self, drafter: _Drafter) -> None:
@@ -285,17 +228,9 @@ class Fleet:
             self._start(arrival, drafter)
 
     def _start(self, arrival: Arrival, drafter: _Drafter) -> None:
-        self._count_under_way()
-        number = self._num_started
-        self._num_started += 1
-        log = RequestLog(
-            number,
-            self.clock.now_s,
-            arrival.num_prompt_tokens,
-            arrivals=[] if self._is_recording else None,
-        )
-        answer, num_answer_tokens = self._answer(number, arrival)
-        self._ask(drafter, log, answer, num_answer_tokens)
+        number = self._tally.started()
+        log = RequestLog(number, self.clock.now_s, arrival.num_prompt_tokens, arrivals=self._timeline.new_arrivals())
+        self._ask(drafter, log, self._texts.answer(number, arrival), arrival.num_answer_tokens)
 
     def _ask(self, drafter: _Drafter, log: RequestLog, answer: Answer, num_answer_tokens: int) -> None:
         """Begin where the request may go, or ask again: while layers have no holder there is nowhere."""
@@ -317,35 +252,28 @@ class Fleet:
             stall_timeout_s=float("inf"),
         )
         machine = RequestMachine(request, path.route, self._policy_of(), tracker, self._rng["retries"])
-        run = RequestRun(
-            machine=machine,
-            answer=answer,
-            device=drafter.device,
-            choose_path=partial(self._choose_path, drafter),
-            clock=self.clock,
-            rng=self._rng["links"],
-            log=log,
+        settings = RunSettings(
             deadline_s=log.arrived_s + scenario.workload.slo_ttft + num_answer_tokens * scenario.workload.slo_tpot,
             notice_s=scenario.churn.notice,
             is_fusing=speculation.mode == "auto",
             is_at_target=speculation.placement == "target" or speculation.mode == "fused",
+        )
+        world = RunWorld(
+            clock=self.clock,
+            rng=self._rng["links"],
+            device=drafter.device,
+            choose_path=partial(self._choose_path, drafter),
             finished=partial(self._ended, drafter),
             moved=self._moved,
-            told=self._watch_of(machine),
+            watch=self._watch_of(machine),
         )
+        run = RequestRun(machine, answer, log, settings, world)
         run.start(path)
 
     def _watch_of(self, machine: RequestMachine) -> RequestWatch | None:
         if self._tell is None:
             return None
         return RequestWatch(machine, self._tell, lambda: self.clock.now_s, "simulated")
-
-    def _answer(self, number: int, arrival: Arrival) -> tuple[Answer, int]:
-        if self._trace is None:
-            seed = self._rng["texts"].getrandbits(48)
-            return ParametricAnswer(self._scenario.acceptance.agreement(), seed), arrival.num_answer_tokens
-        text = self._trace.texts[self._texts[number % len(self._texts)]]
-        return RecordedAnswer(text, arrival.num_prompt_tokens, self._trace.vocab_size), arrival.num_answer_tokens
 
     def _moved(self, before: Target | None, after: Target | None) -> None:
         """A request leaves one target's load for another's."""
@@ -354,45 +282,7 @@ class Fleet:
                 self._machines.moved(target, change)
 
     def _ended(self, drafter: _Drafter, run: RequestRun) -> None:
-        self._count_under_way()
-        self._num_ended += 1
-        self._ended_s = self.clock.now_s
-        self._logs.append(run.log)
-        if self._progress is not None and self._num_ended % 1000 == 0:
-            self._progress(self._num_ended, self.clock.now_s)
+        self._tally.ended(run.log)
         workload = self._scenario.workload
         if workload.arrivals == "closed":
             self.clock.after(workload.think, self._next_closed, drafter)
-
-    def _count_under_way(self) -> None:
-        now_s = self.clock.now_s
-        self._under_way_s += (self._num_started - self._num_ended) * (now_s - self._changed_s)
-        self._changed_s = now_s
-
-    # Churn
-
-    def _schedule_failure(self, unit: Unit) -> None:
-        self.clock.after(self._rng["churn"].expovariate(1 / self._scenario.churn.up), self._fail, unit)
-
-    def _fail(self, unit: Unit) -> None:
-        if self._is_over():
-            return
-        churn = self._scenario.churn
-        self._lose(self._machines.fail(unit), f"{unit.name} is down")
-        self.clock.after(churn.notice, self._mend)
-        self.clock.after(self._rng["churn"].expovariate(1 / churn.down), self._recover, unit)
-
-    def _recover(self, unit: Unit) -> None:
-        unit.is_up = True
-        if not self._is_over():
-            self._schedule_failure(unit)
-
-    def _mend(self) -> None:
-        self._lose(self._machines.mend(), "a peer of its chain loads other layers")
-
-    def _lose(self, sessions: list[TargetSession], reason: str) -> None:
-        for session in sessions:
-            self.clock.after(self._scenario.churn.notice, session.client.lost, PeerDisconnected(reason), session)
-
-    def _is_over(self) -> bool:
-        return not self._has_more and self._num_ended == self._num_started

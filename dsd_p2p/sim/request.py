@@ -125,71 +125,86 @@ class RequestLog:
         return (self.finished_s - self.first_s) / later if later > 0 else math.nan
 
 
-class RequestRun:
-    """Performs a machine's effects.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """How one request goes about it.
 
-    choose_path: the way to a target that is up, None when there is none; asked again when one is lost.
-    is_fusing: once the policy has decided twice in a row not to speculate the coordinator sits at the target, until it speculates
+    deadline_s: by when it should be finished. notice_s: until a target that is down is given up.
+    is_fusing: once the policy has decided twice in a row not to speculate, the coordinator sits at the target until it speculates
         again, and only committed tokens travel (arXiv:2511.21669).
-    is_at_target: drafter and coordinator sit there from the start. notice_s: until a target that is down is given up.
-    told: tells what happens, as a live one does.
+    is_at_target: drafter and coordinator sit there from the start.
     """
 
+    deadline_s: float
+    notice_s: float = 0.0
+    is_fusing: bool = False
+    is_at_target: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunWorld:
+    """What is around a request. rng: of the links.
+
+    choose_path: the way to a target that is up, None when there is none; asked again when one is lost.
+    finished, moved: are told of the end, and of a target left for another. watch: reports what happens, as a live one does.
+    """
+
+    clock: Clock
+    rng: UniformRng
+    device: DraftDevice
+    choose_path: Callable[[], Path | None]
+    finished: Callable[["RequestRun"], None]
+    moved: Callable[[Target | None, Target | None], None]
+    watch: RequestWatch | None = None
+
+
+class RequestRun:
+    """Performs a machine's effects in virtual time."""
+
     def __init__(
-        self,
-        *,
-        machine: RequestMachine,
-        answer: Answer,
-        device: DraftDevice,
-        choose_path: Callable[[], Path | None],
-        clock: Clock,
-        rng: UniformRng,
-        log: RequestLog,
-        deadline_s: float,
-        notice_s: float = 0.0,
-        is_fusing: bool,
-        is_at_target: bool,
-        finished: Callable[["RequestRun"], None],
-        moved: Callable[[Target | None, Target | None], None],
-        told: RequestWatch | None = None,
+        self, machine: RequestMachine, answer: Answer, log: RequestLog, settings: RunSettings, world: RunWorld
     ) -> None:
-        self.machine, self.answer, self.log, self.deadline_s = machine, answer, log, deadline_s
-        self._device, self._choose_path, self._clock, self._rng = device, choose_path, clock, rng
-        self._notice_s = notice_s
-        self._is_fusing = is_fusing
-        self._is_pinned = is_at_target
-        self._is_at_target = is_at_target
+        self.machine, self.answer, self.log = machine, answer, log
+        self._settings, self._world = settings, world
+        self._is_at_target = settings.is_at_target
+        # Decisions in a row not to speculate.
         self._num_plain = 0
+        # Tokens of the prompt that the drafter has not read yet.
         self._num_unread = log.num_prompt_tokens
-        self._finished = finished
-        self._moved = moved
-        self._told = told
         self.path: Path | None = None
         self._session: TargetSession | None = None
         self._timer_s = math.inf
+        # Effects that wait for the coordinator, which is moving; None while it is not.
         self._moving: list[Effect] | None = None
+
+    @property
+    def deadline_s(self) -> float:
+        """By when it should be finished."""
+        return self._settings.deadline_s
 
     def start(self, path: Path) -> None:
         """Begin over a path."""
         self._go_over(path)
         if self._is_at_target:
             # The question has to get there first.
-            self._clock.after(self._travel(path.up, _PROMPT_BYTES * self.log.num_prompt_tokens), self._begin)
+            self._world.clock.after(self._travel(path.up, _PROMPT_BYTES * self.log.num_prompt_tokens), self._begin)
         else:
             self._begin()
 
     def _go_over(self, path: Path | None) -> None:
-        self._moved(self.path.target if self.path else None, path.target if path else None)
+        self._world.moved(self.path.target if self.path else None, path.target if path else None)
         if path is not None:
             self.path = path
             self.log.target = path.target.name
 
     def _begin(self) -> None:
-        self._do(self.machine.start(self._clock.now_s))
+        self._do(self.machine.start(self._world.clock.now_s))
         target = self.path.target if self.path is not None else None
         if target is not None and not target.is_up:
             # Down before we came: noticed like any other.
-            self._clock.after(self._notice_s, self.lost, PeerDisconnected(f"{target.name} is down"), self._session)
+            self._world.clock.after(
+                self._settings.notice_s, self.lost, PeerDisconnected(f"{target.name} is down"), self._session
+            )
 
     # What the machine asks for
 
@@ -198,7 +213,9 @@ class RequestRun:
             self._do([effect for effect in effects if type(effect) is Emit])
             self._moving.extend(effect for effect in effects if type(effect) is not Emit)
             return
-        is_wanted_at_target = self._is_pinned or (self._is_fusing and self._num_plain >= _FUSED_AFTER)
+        is_wanted_at_target = self._settings.is_at_target or (
+            self._settings.is_fusing and self._num_plain >= _FUSED_AFTER
+        )
         if is_wanted_at_target is self._is_at_target or self.machine.is_finished:
             self._do(effects)
             return
@@ -210,7 +227,7 @@ class RequestRun:
         self.machine.moved(self.path.latency_s if is_wanted_at_target else 0.0)
         self.log.num_switches += 1
         self._moving = [effect for effect in effects if type(effect) is not Emit]
-        self._clock.after(self._travel(link, _STATE_BYTES), self._moved_in)
+        self._world.clock.after(self._travel(link, _STATE_BYTES), self._moved_in)
 
     def _moved_in(self) -> None:
         assert self._moving is not None
@@ -227,7 +244,7 @@ class RequestRun:
             elif kind is Emit:
                 self._emit(len(effect.tokens))  # type: ignore[union-attr]
             elif kind is Replay:
-                self._clock.after(effect.delay_s, self._reroute)  # type: ignore[union-attr]
+                self._world.clock.after(effect.delay_s, self._reroute)  # type: ignore[union-attr]
             elif kind is Finish:
                 self._finish(effect)  # type: ignore[arg-type]
         self._watch()
@@ -237,16 +254,16 @@ class RequestRun:
         assert path is not None
         match message:
             case Window() as window if session is not None:
-                self._device.handle_message()
-                self._clock.after(self._up_s(window_bytes(window)), path.target.put, session, window)
+                self._world.device.handle_message()
+                self._world.clock.after(self._up_s(window_bytes(window)), path.target.put, session, window)
             case OpenSession() as opened:
-                if self._told is not None:
-                    self._told.opened(opened)
+                if self._world.watch is not None:
+                    self._world.watch.opened(opened)
                 self._session = path.target.open(self, opened.epoch, opened.num_prompt, opened.num_given)
             case Cancel(epoch=epoch) if session is not None:
-                self._clock.after(self._up_s(32), _cancel, session, epoch)
+                self._world.clock.after(self._up_s(32), _cancel, session, epoch)
             case CloseSession() if session is not None:
-                self._clock.after(self._up_s(32), path.target.close, session)
+                self._world.clock.after(self._up_s(32), path.target.close, session)
             case Window() | Cancel() | CloseSession():
                 # Sent to a target that is gone.
                 pass
@@ -256,15 +273,15 @@ class RequestRun:
         levels = draft.levels if all(_is_deep(each) for each in children) else 1
         assert self.path is not None
         num_unread, self._num_unread = self._num_unread, 0
-        (self.path.device or self._device).draft(len(draft.stems), levels, num_unread, self._drafted, children)
+        (self.path.device or self._world.device).draft(len(draft.stems), levels, num_unread, self._drafted, children)
 
     def _drafted(self, children: list[list[Candidate]]) -> None:
-        self._perform(self.machine.drafted(children, self._clock.now_s))
+        self._perform(self.machine.drafted(children, self._world.clock.now_s))
 
     def _emit(self, num_tokens: int) -> None:
         log = self.log
         assert self.path is not None
-        now_s = self._clock.now_s + (self._travel(self.path.down, _VERDICT_BYTES) if self._is_at_target else 0.0)
+        now_s = self._world.clock.now_s + (self._travel(self.path.down, _VERDICT_BYTES) if self._is_at_target else 0.0)
         if log.num_tokens == 0:
             log.first_s, log.first_size = now_s, num_tokens
         log.num_tokens += num_tokens
@@ -275,33 +292,33 @@ class RequestRun:
     def _finish(self, finish: Finish) -> None:
         log = self.log
         log.error = str(finish.error or "")
-        if self._told is not None:
-            self._told.ended(finish.reason, log.error)
+        if self._world.watch is not None:
+            self._world.watch.ended(finish.reason, log.error)
         stats = self.machine.stats
         log.counts = {name: getattr(stats, name) for name in _KEPT_COUNTS}
         log.counts["draft_s"] = stats.draft_s
         if log.num_tokens == 0 or log.error:
-            log.finished_s = self._clock.now_s
+            log.finished_s = self._world.clock.now_s
         self._go_over(None)
         # What the target wrote last is still on its way.
-        self._clock.after(max(0.0, log.finished_s - self._clock.now_s), self._finished, self)
+        self._world.clock.after(max(0.0, log.finished_s - self._world.clock.now_s), self._world.finished, self)
 
     # What happens to it
 
     def verdict(self, verdict: Verdict, session: TargetSession) -> None:
         """A verdict leaves the tail."""
-        self._clock.after(self._down_s(_VERDICT_BYTES), self._receive, verdict, session)
+        self._world.clock.after(self._down_s(_VERDICT_BYTES), self._receive, verdict, session)
 
     def _receive(self, verdict: Verdict, session: TargetSession) -> None:
         if session is not self._session or self.machine.is_finished:
             return
-        self._device.handle_message()
+        self._world.device.handle_message()
         decision = self.machine.decision
         self.log.decisions[f"{decision.mode.value} {decision.depth}"] += 1
-        effects = self.machine.receive(verdict, self._clock.now_s)
+        effects = self.machine.receive(verdict, self._world.clock.now_s)
         self._num_plain = self._num_plain + 1 if self.machine.decision.mode is Mode.PLAIN else 0
-        if self._told is not None:
-            self._told.verdict(verdict)
+        if self._world.watch is not None:
+            self._world.watch.verdict(verdict)
         self._perform(effects)
 
     def lost(self, error: DsdError, session: TargetSession) -> None:
@@ -313,16 +330,16 @@ class RequestRun:
         if self._moving is not None:
             # What was to be sent there is lost too.
             self._moving = []
-        self._now_or_moved(self.machine.lost(error, self._clock.now_s))
+        self._now_or_moved(self.machine.lost(error, self._world.clock.now_s))
 
     def _reroute(self) -> None:
-        path = self._choose_path()
+        path = self._world.choose_path()
         if path is None:
             error = PeerDisconnected("no target is up")
-            self._now_or_moved(self.machine.route_not_found(error, self._clock.now_s))
+            self._now_or_moved(self.machine.route_not_found(error, self._world.clock.now_s))
             return
         self._go_over(path)
-        self._now_or_moved(self.machine.reopen(path.route, self._clock.now_s))
+        self._now_or_moved(self.machine.reopen(path.route, self._world.clock.now_s))
 
     def _now_or_moved(self, effects: Sequence[Effect]) -> None:
         if self._moving is not None:
@@ -335,7 +352,7 @@ class RequestRun:
         due_s = self.machine.deadline_s
         if due_s < self._timer_s and not self.machine.is_finished:
             self._timer_s = due_s
-            self._clock.deadline(max(0.0, due_s - self._clock.now_s), self._wake, due_s)
+            self._world.clock.deadline(max(0.0, due_s - self._world.clock.now_s), self._wake, due_s)
 
     def _wake(self, due_s: float) -> None:
         if due_s != self._timer_s:
@@ -343,8 +360,8 @@ class RequestRun:
         self._timer_s = math.inf
         if self.machine.is_finished:
             return
-        if self.machine.deadline_s <= self._clock.now_s:
-            self._perform(self.machine.wake(self._clock.now_s))
+        if self.machine.deadline_s <= self._world.clock.now_s:
+            self._perform(self.machine.wake(self._world.clock.now_s))
         else:
             self._watch()
 
@@ -359,8 +376,8 @@ class RequestRun:
         return 0.0 if self._is_at_target else self._travel(self.path.down, num_bytes)
 
     def _travel(self, link: LinkState, num_bytes: int) -> float:
-        now_s = self._clock.now_s
-        seconds = link.send(now_s=now_s, num_bytes=num_bytes, rng=self._rng) - now_s
+        now_s = self._world.clock.now_s
+        seconds = link.send(now_s=now_s, num_bytes=num_bytes, rng=self._world.rng) - now_s
         self.log.network_s += seconds
         return seconds
 

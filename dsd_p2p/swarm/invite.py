@@ -1,6 +1,7 @@
 """The one string that lets a machine in: `dsd1…`, made by `dsd invite`, taken by `dsd join`."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Annotated
 
 import base58
@@ -67,31 +68,42 @@ def parse_invite(text: str) -> Invite:
         raise ConfigError(f"the invite cannot be read: {exc}; ask for a new one, from the same version") from exc
 
 
-def new_invite(
-    owner: SigningKey,
-    *,
-    seed: bytes,
-    network_key: bytes,
-    bootstrap: tuple[str, ...],
-    role: Role,
-    expires_at_s: int,
-    max_uses: int,
-    model: str,
-    dtype: str,
-) -> Invite:
-    """Return an invite signed by the swarm's owner.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InviteTerms:
+    """Whom an invite lets in: as what, until when (seconds since 1970), and how often it may be used."""
 
-    seed: 32 fresh random bytes.
-    """
-    granted = issue(owner, SigningKey(seed).public, role=role, expires_at_s=expires_at_s, max_uses=max_uses)
+    role: Role
+    expires_at_s: int
+    max_uses: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmSettings:
+    """What a newcomer must know of the swarm. bootstrap: addresses of members. dtype: as the stages hold the model."""
+
+    network_key: bytes
+    bootstrap: tuple[str, ...]
+    model: str
+    dtype: str
+
+
+def new_invite(owner: SigningKey, seed: bytes, terms: InviteTerms, swarm: SwarmSettings) -> Invite:
+    """Return an invite signed by the swarm's owner. seed: 32 fresh random bytes."""
+    granted = issue(
+        owner,
+        SigningKey(seed).public,
+        role=terms.role,
+        expires_at_s=terms.expires_at_s,
+        max_uses=terms.max_uses,
+    )
     return Invite(
         swarm=owner.public,
-        network_key=network_key,
+        network_key=swarm.network_key,
         seed=seed,
         grants=(granted,),
-        bootstrap=bootstrap,
-        model=model,
-        dtype=dtype,
+        bootstrap=swarm.bootstrap,
+        model=swarm.model,
+        dtype=swarm.dtype,
     )
 
 

@@ -36,7 +36,7 @@ from node.gateway.openapi import openapi_document
 from node.gateway.replies import Model, ModelList
 from node.gateway.schema import MAX_CHOICES, ChatRequest, Common, CompletionRequest
 from node.gateway.stream import EventStream
-from node.gateway.writing import Writing
+from node.gateway.writing import Writing, WritingOptions
 from node.watch.telemetry import EventHub
 
 logger = logging.getLogger(__name__)
@@ -230,14 +230,16 @@ class Gateway:
         return Writing(
             choices,
             form,
+            WritingOptions(
+                model=asked.model,
+                fingerprint=f"fp_{self.served.key.digest[:12]}_{self.served.key.weights}",
+                is_stream=bool(asked.stream),
+                with_usage=bool(asked.stream_options and asked.stream_options.include_usage),
+                deadline_s=self.limits.deadline_s,
+            ),
             client=client,
             admission=self.admission,
-            model=asked.model,
-            fingerprint=f"fp_{self.served.key.digest[:12]}_{self.served.key.weights}",
             num_prompt_tokens=num_prompt_tokens,
-            is_stream=bool(asked.stream),
-            with_usage=bool(asked.stream_options and asked.stream_options.include_usage),
-            deadline_s=self.limits.deadline_s,
             note=self.note,
         )
 

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -62,38 +63,46 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritingOptions:
+    """How a request's answers are given. is_stream: as server-sent events. deadline_s: for everything."""
+
+    model: str
+    fingerprint: str
+    is_stream: bool
+    with_usage: bool
+    deadline_s: float
+
+
 class Writing:
     """A response of Starlette's: the answers to one request.
 
-    num_prompt_tokens: of all prompts. is_stream: as server-sent events. deadline_s: for everything.
+    num_prompt_tokens: of all prompts. note: is told when it has ended, and with which status.
     """
 
     def __init__(
         self,
         choices: Sequence[Choice],
         form: Format,
+        options: WritingOptions,
         *,
         client: Client,
         admission: Admission,
-        model: str,
-        fingerprint: str,
         num_prompt_tokens: int,
-        is_stream: bool,
-        with_usage: bool,
-        deadline_s: float,
         note: Callable[["Writing", int], None],
     ) -> None:
         self.choices = choices
         self._form = form
         self._client = client
         self._admission = admission
+        self._options = options
         self._head = Head(
-            id=f"{form.prefix}-{secrets.token_hex(12)}", created=int(time.time()), model=model, fingerprint=fingerprint
+            id=f"{form.prefix}-{secrets.token_hex(12)}",
+            created=int(time.time()),
+            model=options.model,
+            fingerprint=options.fingerprint,
         )
         self.num_prompt_tokens = num_prompt_tokens
-        self._is_stream = is_stream
-        self._with_usage = with_usage
-        self._deadline_s = deadline_s
         self._note = note
         self._is_started = False
         self._status = _LEFT
@@ -110,8 +119,8 @@ class Writing:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with trio.fail_after(self._deadline_s):
-                await (self._stream(send) if self._is_stream else self._whole(scope, receive, send))
+            with trio.fail_after(self._options.deadline_s):
+                await (self._stream(send) if self._options.is_stream else self._whole(scope, receive, send))
         except Exception as exc:  # task boundary: whatever goes wrong with one answer, its client is told
             error = self._explain(exc)
             self._status = error.status
@@ -126,7 +135,7 @@ class Writing:
             case DsdError() as cause:
                 return api_error(cause)
             case trio.TooSlowError():
-                return api_error(PeerTimeout(f"the answer took longer than {self._deadline_s:g} s"))
+                return api_error(PeerTimeout(f"the answer took longer than {self._options.deadline_s:g} s"))
             case cause:
                 logger.error("answer failed", exc_info=cause)
                 return unexpected()
@@ -155,7 +164,7 @@ class Writing:
                     await self._send_event(send, self._form.event(self._head, index, piece))
                 else:
                     await self._send_event(send, self._form.last(self._head, index, self.choices[index]))
-        if self._with_usage:
+        if self._options.with_usage:
             await self._send_event(send, self._form.usage(self._head, self._usage()))
         self._status = 200
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})

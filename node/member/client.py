@@ -19,8 +19,9 @@ from dsd_p2p.errors import DsdError, PeerDisconnected
 from dsd_p2p.models.architecture import read_model_config, shape_of
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
 from dsd_p2p.peers.links import PeerLinks
-from dsd_p2p.peers.membership import Membership
+from dsd_p2p.peers.membership import Membership, MembershipSettings, open_membership
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.session.retry import RetryPolicy
@@ -84,17 +85,12 @@ async def open_swarm_client(
         ):
             inner.addresses = reachable_addresses(inner.addresses, "")
             registry = Registry(me=inner.peer, swarm=stored.swarm, interval_s=heartbeat_s)
-            membership = Membership(
-                state.key_of(identity),
-                grants,
-                registry,
-                bootstrap=await _bootstrap(state),
-                unix=time.time,
-                rng=rng,
-                version=version("dsd-p2p"),
-            )
+            gatekeeper = SwarmGatekeeper(registry, grants, time.time)
             me = PeerInfo(peer=inner.peer, addresses=inner.addresses)
-            links = membership.links = PeerLinks(transport, me, door=membership)
+            links = PeerLinks(transport, me, gatekeeper)
+            bootstrap = await _bootstrap(state)
+            settings = MembershipSettings(bootstrap=bootstrap, unix=time.time, rng=rng, version=version("dsd-p2p"))
+            membership = open_membership(links, gatekeeper, state.key_of(identity), settings)
             directory = SwarmDirectory(
                 membership,
                 model=source.key(stored.dtype),
@@ -138,7 +134,7 @@ async def _meet(membership: Membership, timeout_s: float) -> None:
                 await membership.changed()
         return
     raise PeerDisconnected(
-        f"no member of the swarm was reached within {timeout_s:g} s: {membership.last_failure or 'nobody answers'}; "
+        f"no member of the swarm was reached within {timeout_s:g} s: {membership.dialer.last_failure or 'nobody answers'}; "
         "see `dsd doctor`"
     )
 

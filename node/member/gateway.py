@@ -3,32 +3,25 @@
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import trio
 
 from dsd_p2p import units
-from dsd_p2p.coordination.engine import Engine
-from dsd_p2p.coordination.for_others import ThinClient
-from dsd_p2p.coordination.swarm_directory import SwarmDirectory
-from dsd_p2p.models.architecture import ModelShape
-from dsd_p2p.models.cache import CacheBudget
-from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.peers.membership import Membership
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
-from dsd_p2p.stage.server import StageServer
 from dsd_p2p.telemetry.events import PeerStatus
 from dsd_p2p.types import PeerId
 from dsd_p2p.window.base import WindowPolicy
-from node.config import GatewayConfig, ServeFlags
+from node.config import GatewayConfig
 from node.gateway.app import Served
 from node.gateway.door import EngineDoor, SwarmDoor
 from node.gateway.keys import Clients
 from node.gateway.server import serve_gateway
 from node.gateway.setup import make_gateway
 from node.member.client import SWARM_RETRY
+from node.member.parts import NodeParts
 from node.member.state import StoredMembership
 from node.watch.telemetry import (
     EventHub,
@@ -42,23 +35,6 @@ from node.watch.telemetry import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeParts:
-    """What of a node the outside is shown. engine: None where it does not coordinate."""
-
-    config: ServeFlags
-    stored: StoredMembership
-    source: ModelSource
-    membership: Membership
-    directory: SwarmDirectory
-    server: StageServer
-    engine: Engine | None
-    thin: ThinClient
-    budget: Callable[[], CacheBudget | None]
-    state: Callable[[], str]
-    shape: ModelShape
-
-
 def swarm_topics(stored: StoredMembership) -> str:
     """Return what a swarm's topics are under at a broker."""
     return stored.swarm.hex()[:16]
@@ -68,16 +44,16 @@ def swarm_topics(stored: StoredMembership) -> str:
 async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
     """Tell the hub, and the broker if there is one, how the node and its requests are."""
     me = parts.membership.links.me.peer
-    broker = broker_of(parts.config.mqtt, parts.config.mqtt_ca, swarm_topics(parts.stored))
+    broker = broker_of(parts.settings.config.mqtt, parts.settings.config.mqtt_ca, swarm_topics(parts.settings.stored))
     async with (
         publishing(broker, me) as publisher,
         hearing(broker, hub, me),
-        tracing(parts.config.otlp, me) as trace,
+        tracing(parts.settings.config.otlp, me) as trace,
         AsyncExitStack() as stack,
         trio.open_nursery() as nursery,
     ):
         hub.pass_on_to(trace)
-        hub.pass_on_to(stack.enter_context(recording(parts.config.record)))
+        hub.pass_on_to(stack.enter_context(recording(parts.settings.config.record)))
         if publisher is not None:
             hub.pass_on_to(publisher.tell)
         if parts.engine is not None:
@@ -87,9 +63,9 @@ async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
             links=parts.membership.links,
             roles=roles,
             server=parts.server,
-            budget=parts.budget,
-            state=parts.state,
-            model=parts.stored.model,
+            budget=parts.placed.budget,
+            state=lambda: parts.placed.state,
+            model=parts.settings.stored.model,
             num_dropped=lambda: publisher.num_dropped if publisher else 0,
         )
         nursery.start_soon(report_forever, source, hub.tell, partial(_hear_members, parts.membership, hub))
@@ -140,15 +116,15 @@ async def serve_door(
         ConfigError: the port cannot be used.
     """
     assert config.port is not None, "a door has a port"
-    engine, source = parts.engine, parts.source
+    engine, source = parts.engine, parts.settings.source
     here = EngineDoor(engine, engine.drafter, make_policy) if engine else None
     gateway = make_gateway(
         config,
         clients,
         SwarmDoor(here, parts.thin, partial(_coordinator, parts), units.seconds(config.answer_timeout)),
         Served(
-            name=parts.stored.model,
-            key=source.key(parts.stored.dtype),
+            name=parts.settings.stored.model,
+            key=source.key(parts.settings.stored.dtype),
             max_positions=parts.shape.max_positions,
             vocab_size=parts.shape.vocab_size,
             text=await trio.to_thread.run_sync(TextCodec, source.folder),

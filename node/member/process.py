@@ -30,6 +30,7 @@ def serve_swarm(
     from dsd_p2p.models.source import find_model
     from node.member.measure import ThisMachine
     from node.member.node import SwarmNode
+    from node.member.settings import NodeSettings
 
     machine = machine or ThisMachine()
 
@@ -43,7 +44,17 @@ def serve_swarm(
             source = find_model(stored.model, progress)
         report(Loading(what="measure this machine"))
         profile = machine.measure(source, config, stored.dtype)
-        trio.run(SwarmNode(config, state, source, profile, report, door, machine).run)
+        settings = NodeSettings(
+            config=config,
+            gateway=door,
+            state=state,
+            stored=stored,
+            source=source,
+            profile=profile,
+            machine=machine,
+            report=report,
+        )
+        trio.run(SwarmNode(settings).run)
     except (DsdError, BaseExceptionGroup) as exc:
         if not isinstance(cause := first_cause(exc), DsdError):
             raise

@@ -20,7 +20,6 @@ from dsd_p2p.coordination.for_others import CoordinatorService, ThinClient
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.errors import CoverageLost, PeerDisconnected
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.membership import Load
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.session.retry import RetryPolicy
@@ -66,9 +65,8 @@ class ToyNode(Node):
                 emulate(inner, LINK, random.Random(1)) as transport,
                 trio.open_nursery() as nursery,
             ):
-                self.links = self.membership.links = PeerLinks(transport, self.info(), door=self.membership)
+                self.join(transport, lambda: Load(num_sessions=self.server.num_sessions))
                 self.server = StageServer(self.links, self.model, self.limits, time.perf_counter)
-                self.membership.load = lambda: Load(num_sessions=self.server.num_sessions)
                 self.directory = SwarmDirectory(
                     self.membership, model=TEST_MODEL, num_layers=NUM_LAYERS, coverage_timeout_s=5
                 )

@@ -2,6 +2,8 @@
 
 import pytest
 
+from dsd_p2p.coordination.statistics import AnswerStatistics
+from dsd_p2p.session.timing import Timing
 from node.cli.main import main
 from node.config import WanConfig
 from node.lab.benches.arms import ArmRuns
@@ -11,7 +13,10 @@ from node.lab.benches.wan import _finalists, _regret
 def arm(*tokens_per_s):
     runs = ArmRuns()
     for number, speed in enumerate(tokens_per_s, start=1):
-        runs.add(number, {"num_later_tokens": 100, "later_s": 100 / speed})
+        timing = Timing(started_at_s=0.0)
+        timing.arrived(1, 1.0)
+        timing.arrived(100, 1.0 + 100 / speed)
+        runs.add(number, "chat", AnswerStatistics(timing=timing))
     return runs
 
 

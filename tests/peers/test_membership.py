@@ -53,8 +53,8 @@ async def test_a_member_found_on_the_way_is_tried_when_the_known_addresses_are_d
         await trio.sleep(20 * INTERVAL_S)
         assert not lonely.links.connected
         for number in range(50, 70):
-            lonely.membership.also_try(f"memory:{key(number).peer}")
-        lonely.membership.also_try(f"memory:{nodes[0].peer}")
+            lonely.membership.dialer.also_try(f"memory:{key(number).peer}")
+        lonely.membership.dialer.also_try(f"memory:{nodes[0].peer}")
         await settled([nodes[0], lonely])
 
 

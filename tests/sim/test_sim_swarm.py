@@ -115,7 +115,7 @@ def test_when_a_layer_loses_its_last_holder_another_peer_loads_it_and_the_text_g
     nodes = fleet._machines.units
     for node in nodes:
         if node.span.first == 0:
-            fleet.clock.after(1.0, fleet._fail, node)
+            fleet.clock.after(1.0, fleet._churn._fail, node)
     run = fleet.run()
     holders = [node.span for node in nodes if node.is_up]
     assert {layer for span in holders for layer in range(span.first, span.last)} == set(range(6))
@@ -131,7 +131,7 @@ def test_a_request_counts_from_when_it_was_asked_for_though_layers_had_no_holder
     )
     for node in fleet._machines.units:
         if node.span.first == 0:
-            fleet.clock.after(0.5, fleet._fail, node)
+            fleet.clock.after(0.5, fleet._churn._fail, node)
     run = fleet.run()
     # It is noticed, and another peer loads three layers.
     served_again_s = 0.5 + 0.1 + 3 * 0.2

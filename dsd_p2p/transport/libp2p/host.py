@@ -5,45 +5,24 @@ What py-libp2p 0.8.1 needs from its caller is in docs/adr/0002-libp2p.md; each w
 
 import logging
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
-import libp2p.network.swarm
 import trio
-from libp2p import new_host
-from libp2p.crypto.ed25519 import Ed25519PrivateKey
-from libp2p.crypto.keys import KeyPair
-from libp2p.crypto.x25519 import create_new_key_pair as new_x25519_key_pair
-from libp2p.host.exceptions import HostException
-from libp2p.io.exceptions import IOException
-from libp2p.network.config import ConnectionConfig, RetryConfig
-from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import InvalidAddrError, info_from_p2p_addr
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
-from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
-from libp2p.stream_muxer.yamux.yamux import Yamux
-from libp2p.tools.anyio_service import background_trio_service
-from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from dsd_p2p.errors import ConfigError, PeerDisconnected, PeerTimeout
 from dsd_p2p.transport.base import Lost, Received
-from dsd_p2p.transport.identity import load_or_create_seed
 from dsd_p2p.transport.libp2p import relay
 from dsd_p2p.transport.libp2p.guard import (
     WRONG_NETWORK_KEY,
-    Doorman,
     Pace,
-    install_gate,
-    install_private_network,
-    limit_upgrade,
 )
-from dsd_p2p.transport.libp2p.sockets import check_listen, is_lossy, raw_socket, set_congestion_control
+from dsd_p2p.transport.libp2p.sockets import is_lossy, raw_socket, set_congestion_control
+from dsd_p2p.transport.libp2p.streams import NETWORK_ERRORS, Link, StreamBuffer, check_open, reset
 from dsd_p2p.types import PeerId
 
 logger = logging.getLogger(__name__)
@@ -68,52 +47,22 @@ _MAX_PACES = 1024
 _FLUSH_S = 0.5
 _SEND_TIMEOUT_S = 30.0
 _DIAL_TIMEOUT_S = 5.0
-_UPGRADE_TIMEOUT_S = 4.0
-"""Below the dial's: a dial that is cancelled from outside leaks a slot of libp2p's."""
 
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 2.0
 
 _TUNE_INTERVAL_S = 2.0
 
-_NETWORK_ERRORS = (IOException, SwarmException, HostException, OSError)
-
-
-class _Link:
-    """The outgoing side of one neighbour. is_attempt: `connect` waits for its stream, nobody has sent anything yet."""
-
-    def __init__(self, *, is_attempt: bool) -> None:
-        self.stream: Any = None
-        self.is_attempt = is_attempt
-        self.is_settled = trio.Event()
-        self.is_over = trio.Event()
-        self.queue, self.waiting = trio.open_memory_channel[bytes](_QUEUE_FRAMES)
-
-
-class _StreamBuffer:
-    """Cuts a stream into pieces; reads as much as there is, because each read passes through five layers."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._buffer = bytearray()
-
-    async def take(self, num_bytes: int) -> bytes:
-        while len(self._buffer) < num_bytes:
-            self._buffer += await self._stream.read(_READ_BYTES)
-        piece = bytes(memoryview(self._buffer)[:num_bytes])
-        del self._buffer[:num_bytes]
-        return piece
-
 
 class Libp2pTransport:
-    """A `Transport` over a libp2p host; made by `open_libp2p`."""
+    """A `Transport` over a libp2p host; made by `.open.open_libp2p`."""
 
     def __init__(self, host: Any, protocol: str, max_frame_bytes: int, nursery: trio.Nursery) -> None:
         self._host = host
         self._protocol = protocol
         self._max_frame_bytes = max_frame_bytes
         self._nursery = nursery
-        self._links: dict[PeerId, _Link] = {}
+        self._links: dict[PeerId, Link] = {}
         self._inbound: dict[PeerId, Any] = {}
         self._pending_bytes: dict[PeerId, int] = {}
         self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_EVENTS)
@@ -122,6 +71,10 @@ class Libp2pTransport:
         self._paces: dict[PeerId, Pace] = {}
         self.peer = PeerId(str(host.get_id()))
         self.addresses: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Report no losses from now on: we are leaving ourselves."""
+        self._is_closing = True
 
     async def connect(self, address: str, timeout_s: float) -> PeerId:
         """Dial until it works or time is up."""
@@ -141,7 +94,7 @@ class Libp2pTransport:
                         await self._dial(info, address)
                         link = self._link_to(peer, is_attempt=True)
                         await link.is_settled.wait()
-                        _check_open(link)
+                        check_open(link)
                 except Exception as exc:  # whatever a hostile answer makes libp2p raise is one failed attempt
                     last_error = exc
                     if "handshake" in str(exc.__cause__ or exc):
@@ -186,7 +139,7 @@ class Libp2pTransport:
                 await (link or self._link_to(to)).queue.send(frame)
         except trio.TooSlowError:
             raise PeerTimeout(f"{to} takes no frames in: it is stuck or the link is down") from None
-        except (*_NETWORK_ERRORS, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+        except (*NETWORK_ERRORS, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             raise PeerDisconnected(f"the connection to {to} is gone") from exc
 
     def admit(self, peer: PeerId) -> None:
@@ -218,7 +171,7 @@ class Libp2pTransport:
         self._nursery.start_soon(self._close, link, connections)
         await trio.lowlevel.checkpoint()
 
-    async def _close(self, link: _Link | None, connections: list[Any]) -> None:
+    async def _close(self, link: Link | None, connections: list[Any]) -> None:
         if link is not None:
             with trio.move_on_after(_FLUSH_S):
                 await link.is_over.wait()
@@ -231,15 +184,15 @@ class Libp2pTransport:
             del self._paces[next(iter(self._paces))]
         return self._paces.setdefault(peer, Pace(_FRAMES_PER_S, _BURST_FRAMES))
 
-    def _link_to(self, peer: PeerId, *, is_attempt: bool = False) -> _Link:
+    def _link_to(self, peer: PeerId, *, is_attempt: bool = False) -> Link:
         """Return the outgoing side to a connected peer; its stream is opened in the background on first use."""
         link = self._links.get(peer)
         if link is None:
-            link = self._links[peer] = _Link(is_attempt=is_attempt)
+            link = self._links[peer] = Link(is_attempt=is_attempt)
             self._nursery.start_soon(self._run_link, peer, link)
         return link
 
-    async def _run_link(self, peer: PeerId, link: _Link) -> None:
+    async def _run_link(self, peer: PeerId, link: Link) -> None:
         reason = "closed by the peer"
         try:
             with trio.fail_after(_DIAL_TIMEOUT_S):
@@ -256,10 +209,10 @@ class Libp2pTransport:
             link.is_settled.set()
             self._drop(peer, reason, link)
             if link.stream is not None:
-                await _reset(link.stream)
+                await reset(link.stream)
             link.is_over.set()
 
-    async def _write(self, link: _Link) -> None:
+    async def _write(self, link: Link) -> None:
         """One writer a stream, one write a frame."""
         raw = None if relay.is_relayed(link.stream.muxed_conn) else raw_socket(link.stream)
         set_congestion_control(raw, b"cubic")
@@ -274,7 +227,7 @@ class Libp2pTransport:
 
     async def _watch(self, stream: Any, scope: trio.CancelScope) -> None:
         """The peer sends nothing on our stream: a read that returns tells that it is gone, which a write does not."""
-        with suppress(*_NETWORK_ERRORS):
+        with suppress(*NETWORK_ERRORS):
             await stream.read(1)
         scope.cancel()
 
@@ -285,9 +238,9 @@ class Libp2pTransport:
         self._inbound[peer] = stream
         if replaced is not None:
             # One stream a direction: an old one that ends later must not take the new one down.
-            await _reset(replaced)
+            await reset(replaced)
         reason = "closed by the peer"
-        buffer = _StreamBuffer(stream)
+        buffer = StreamBuffer(stream)
         pace = self._pace_of(peer)
         try:
             while True:
@@ -307,15 +260,15 @@ class Libp2pTransport:
                     return
                 self._pending_bytes[peer] = pending_bytes
                 await self._deliver.send(Received(sender=peer, frame=frame))
-        except _NETWORK_ERRORS as exc:
+        except NETWORK_ERRORS as exc:
             logger.debug("stream ended peer=%s reason=%r", peer, exc)
         finally:
             if self._inbound.get(peer) is stream:
                 self._drop(peer, reason)
             else:
-                await _reset(stream)
+                await reset(stream)
 
-    def _drop(self, peer: PeerId, reason: str, link: _Link | None = None, *, is_flushing: bool = False) -> None:
+    def _drop(self, peer: PeerId, reason: str, link: Link | None = None, *, is_flushing: bool = False) -> None:
         """Forget both directions (only if the link is still `link`, when given) and tell the consumer once.
 
         is_flushing: the connection goes on until what is queued is sent, what still comes in is discarded. Resetting the peer's
@@ -331,7 +284,7 @@ class Libp2pTransport:
         self._admitted.discard(peer)
         for stream in () if is_flushing else (inbound, current and current.stream):
             if stream is not None:
-                self._nursery.start_soon(_reset, stream)
+                self._nursery.start_soon(reset, stream)
         if inbound is None and current is not None and current.is_attempt and current.stream is None:
             # One attempt of `connect`, which goes on: nothing was there to be lost.
             return
@@ -339,99 +292,6 @@ class Libp2pTransport:
             self._deliver.send_nowait(Lost(peer=peer, reason=reason))
         except trio.WouldBlock:
             logger.exception("inbox full, loss not reported peer=%s", peer)
-
-
-@asynccontextmanager
-async def open_libp2p(
-    *,
-    identity: Path,
-    listen: str,
-    protocol: str,
-    max_frame_bytes: int,
-    network_key: bytes | None = None,
-    is_relay: bool = False,
-) -> AsyncIterator[Libp2pTransport]:
-    """Run a host with the identity in that file, listening on a multiaddr like `/ip4/127.0.0.1/tcp/0`.
-
-    network_key: 32 bytes that all peers of a private network share. is_relay: pass connections on between others.
-
-    Raises:
-        ConfigError: the address cannot be listened on.
-    """
-    _quieten()
-    listen_address = check_listen(listen)
-    private_key = Ed25519PrivateKey.from_bytes(load_or_create_seed(identity))
-    key_pair = KeyPair(private_key, private_key.get_public_key())
-    host = new_host(
-        key_pair=key_pair,
-        transports=[TCP()],
-        sec_opt={NOISE_ID: NoiseTransport(key_pair, noise_privkey=new_x25519_key_pair().private_key)},
-        muxer_opt={YAMUX_ID: Yamux},
-        disable_identify_address_discovery=True,
-        connection_config=ConnectionConfig(max_connections_per_peer=2, inbound_upgrade_timeout=_UPGRADE_TIMEOUT_S + 1),
-        psk=network_key.hex() if network_key else None,
-    )
-    install_private_network()
-    network = host.get_network()
-    limit_upgrade(network, _UPGRADE_TIMEOUT_S)
-    network.retry_config = RetryConfig(max_retries=0)
-    network.auto_connector.maybe_connect = _never_connect
-    network.set_stream_handler(_guarded(network.common_stream_handler))
-    async with host.run(listen_addrs=[listen_address]):
-        try:
-            if not host.get_transport_addrs():
-                raise ConfigError(f"cannot listen on {listen}: choose another address with --listen")
-            circuits = relay.Relay(host) if is_relay else relay.accepting(host)
-            async with background_trio_service(circuits), trio.open_nursery() as nursery:
-                transport = Libp2pTransport(host, protocol, max_frame_bytes, nursery)
-                Doorman(network, transport.is_admitted)
-                install_gate(host, protocol, transport.is_admitted)
-                transport.addresses = tuple(str(address) for address in host.get_addrs())
-                host.set_stream_handler(protocol, transport.read)
-                yield transport
-                transport._is_closing = True
-                nursery.cancel_scope.cancel()
-        finally:
-            # Leaving host.run alone would keep its sockets open until the process ends.
-            with trio.CancelScope(shield=True), trio.move_on_after(2):
-                await network.close()
-
-
-def _quieten() -> None:
-    """Undo what importing py-libp2p does to logging, and wait less for a second address family."""
-    logging.getLogger("libp2p").addHandler(logging.NullHandler())
-    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
-    logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)
-    if not logging.getLogger().handlers:
-        logging.getLogger().addHandler(logging.NullHandler())
-    libp2p.network.swarm._HAPPY_EYEBALLS_DELAY = 0.02
-
-
-async def _never_connect(*_args: object, **_kwargs: object) -> None:
-    """Stands in for libp2p's auto-connector, which dials known peers on its own."""
-
-
-def _guarded(handler: Any) -> Any:
-    """An exception in libp2p's stream handler (a few junk bytes suffice) would end the whole host."""
-
-    async def handle(stream: Any) -> None:
-        try:
-            await handler(stream)
-        except Exception as exc:  # task boundary: drops this one stream, whatever the peer did to break it
-            logger.warning("stream dropped peer=%s error=%r", stream.muxed_conn.peer_id, exc)
-            await _reset(stream)
-
-    return handle
-
-
-async def _reset(stream: Any) -> None:
-    with trio.CancelScope(shield=True), trio.move_on_after(1), suppress(*_NETWORK_ERRORS):
-        await stream.reset()
-
-
-def _check_open(link: _Link) -> None:
-    if link.stream is None:
-        raise SwarmException("the peer does not speak this protocol")
 
 
 def _root(error: BaseException) -> BaseException:

@@ -9,7 +9,7 @@ import trio
 
 from dsd_p2p import units
 from dsd_p2p.errors import ConfigError, PeerTimeout
-from dsd_p2p.swarm.invite import new_invite
+from dsd_p2p.swarm.invite import InviteTerms, SwarmSettings, new_invite
 from node.config import InviteConfig, read_config
 from node.console import console
 from node.member.control import NodeStatus, Status, ask_node
@@ -26,14 +26,16 @@ def run(options: dict[str, object]) -> int:
     bootstrap = config.address or trio.run(_bootstrap, state)
     invite = new_invite(
         owner,
-        seed=secrets.token_bytes(32),
-        network_key=stored.network_key,
-        bootstrap=tuple(bootstrap)[:_MAX_BOOTSTRAP],
-        role=config.role,
-        expires_at_s=int(time.time() + units.seconds(config.expires)),
-        max_uses=config.uses,
-        model=stored.model,
-        dtype=stored.dtype,
+        secrets.token_bytes(32),
+        InviteTerms(
+            role=config.role, expires_at_s=int(time.time() + units.seconds(config.expires)), max_uses=config.uses
+        ),
+        SwarmSettings(
+            network_key=stored.network_key,
+            bootstrap=tuple(bootstrap)[:_MAX_BOOTSTRAP],
+            model=stored.model,
+            dtype=stored.dtype,
+        ),
     )
     if config.qr and sys.stderr.isatty():
         segno.make(str(invite), error="l").terminal(out=sys.stderr, compact=True)

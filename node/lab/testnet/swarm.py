@@ -17,7 +17,7 @@ import trio
 
 from dsd_p2p.errors import ModelError
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.swarm.invite import new_invite
+from dsd_p2p.swarm.invite import InviteTerms, SwarmSettings, new_invite
 from dsd_p2p.types import Span
 from dsd_p2p.wire.membership import Role
 from node.config import ServeFlags
@@ -235,14 +235,11 @@ class Testnet:
             role = Role.STAGE if process.index < self.layout.num_nodes else Role.CLIENT
             invite = new_invite(
                 first.owner_key(),
-                seed=os.urandom(32),
-                network_key=stored.network_key,
-                bootstrap=bootstrap,
-                role=role,
-                expires_at_s=int(time.time()) + _INVITE_S,
-                max_uses=1,
-                model=stored.model,
-                dtype=stored.dtype,
+                os.urandom(32),
+                InviteTerms(role=role, expires_at_s=int(time.time()) + _INVITE_S, max_uses=1),
+                SwarmSettings(
+                    network_key=stored.network_key, bootstrap=bootstrap, model=stored.model, dtype=stored.dtype
+                ),
             )
             process.state.join(invite)
 

@@ -1,0 +1,55 @@
+"""Who is let in: the registry of a swarm and the grants that are shown decide."""
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.swarm.registry import Registry
+from dsd_p2p.types import PeerId
+from dsd_p2p.wire.membership import Grant, Role
+from dsd_p2p.wire.messages import Hello
+
+logger = logging.getLogger(__name__)
+
+
+class Bell:
+    """An event that can happen again: `wait` returns at the next `ring`."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def ring(self) -> None:
+        """Wake everybody that waits."""
+        self._event.set()
+        self._event = trio.Event()
+
+    async def wait(self) -> None:
+        """Wait for the next ring."""
+        await self._event.wait()
+
+
+class SwarmGatekeeper:
+    """A `dsd_p2p.peers.links.Gatekeeper` that lets members in.
+
+    grants: what we show to other members. unix: seconds since 1970. met: rings whenever somebody was let in.
+    """
+
+    def __init__(self, registry: Registry, grants: tuple[Grant, ...], unix: Callable[[], float]) -> None:
+        self.registry = registry
+        self.grants = grants
+        self.met = Bell()
+        self._unix = unix
+
+    def admit(self, peer: PeerId, hello: Hello) -> None:
+        """Let a member in.
+
+        Raises:
+            RemoteProtocolError: it is none.
+        """
+        role = self.registry.admit(peer, hello.grants, self._unix())
+        if role is Role.CLIENT and hello.sender.span is not None:
+            raise RemoteProtocolError("span", str(hello.sender.span), "none: its invite is for clients")
+        logger.info("member let in peer=%s role=%s", peer, role)
+        self.met.ring()

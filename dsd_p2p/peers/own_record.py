@@ -1,0 +1,37 @@
+"""What a member says about itself, signed."""
+
+from collections.abc import Callable
+
+from dsd_p2p.swarm.keys import SigningKey
+from dsd_p2p.swarm.records import sign_record
+from dsd_p2p.types import PeerInfo
+from dsd_p2p.wire.membership import Grant, MemberRecord, MemberState, NodeProfile
+
+
+class OwnRecord:
+    """Makes our records. unix: seconds since 1970. version: of the software."""
+
+    def __init__(
+        self, key: SigningKey, grants: tuple[Grant, ...], unix: Callable[[], float], version: str = ""
+    ) -> None:
+        self._key = key
+        self._grants = grants
+        self._unix = unix
+        self._version = version
+        self.incarnation = int(unix() * 1000)
+        self.profile = NodeProfile()
+        self.state = MemberState.JOINING
+
+    def renewed(self, info: PeerInfo, known: MemberRecord | None) -> MemberRecord:
+        """Return a record that is newer than `known`, the last one of ours that is known."""
+        sequence = max(int(self._unix() * 1000), known.sequence + 1 if known else 0)
+        record = MemberRecord(
+            info=info,
+            incarnation=self.incarnation,
+            sequence=sequence,
+            state=self.state,
+            grants=self._grants,
+            profile=self.profile,
+            version=self._version,
+        )
+        return sign_record(record, self._key)

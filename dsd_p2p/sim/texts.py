@@ -1,0 +1,38 @@
+"""What the target will write: recorded answers, or parametric ones."""
+
+import random
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.sim.answer import Answer, ParametricAnswer, RecordedAnswer
+from dsd_p2p.sim.scenario import Acceptance
+from dsd_p2p.sim.trace import AgreementTrace
+from dsd_p2p.sim.workload import Arrival
+
+
+class Texts:
+    """The answers of one run. trace: recorded texts, instead of parametric ones. rng: of parametric ones.
+
+    Raises:
+        ConfigError: the trace has none of the category that is asked for.
+    """
+
+    def __init__(self, acceptance: Acceptance, trace: AgreementTrace | None, rng: random.Random) -> None:
+        self._acceptance = acceptance
+        self._trace = trace
+        self._rng = rng
+        self._suitable = [] if trace is None else _suitable(acceptance, trace)
+
+    def answer(self, number: int, arrival: Arrival) -> Answer:
+        """Return the answer to request `number`."""
+        if self._trace is None:
+            return ParametricAnswer(self._acceptance.agreement(), self._rng.getrandbits(48))
+        text = self._trace.texts[self._suitable[number % len(self._suitable)]]
+        return RecordedAnswer(text, arrival.num_prompt_tokens, self._trace.vocab_size)
+
+
+def _suitable(acceptance: Acceptance, trace: AgreementTrace) -> list[int]:
+    texts = [index for index, text in enumerate(trace.texts) if acceptance.category in ("", text.category)]
+    if not texts:
+        known = ", ".join(sorted({text.category for text in trace.texts}))
+        raise ConfigError(f"acceptance.category is {acceptance.category!r}: the trace has {known}")
+    return texts

@@ -1,0 +1,30 @@
+"""What a node of a swarm is made of, once it is connected."""
+
+from dataclasses import dataclass
+
+from dsd_p2p.coordination.engine import Engine
+from dsd_p2p.coordination.for_others import ThinClient
+from dsd_p2p.coordination.swarm_directory import SwarmDirectory
+from dsd_p2p.models.architecture import ModelShape
+from dsd_p2p.peers.membership import Membership
+from dsd_p2p.peers.services import Service
+from dsd_p2p.stage.server import StageServer
+from dsd_p2p.transport.libp2p import Libp2pTransport
+from node.member.placed import Placed
+from node.member.settings import NodeSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeParts:
+    """engine: None where it does not coordinate. placed: which layers it serves. services: what takes its messages."""
+
+    settings: NodeSettings
+    shape: ModelShape
+    transport: Libp2pTransport
+    membership: Membership
+    directory: SwarmDirectory
+    server: StageServer
+    placed: Placed
+    engine: Engine | None
+    thin: ThinClient
+    services: tuple[Service, ...]

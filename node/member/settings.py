@@ -1,0 +1,38 @@
+"""What a node of a swarm is started with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dsd_p2p.models.architecture import ModelShape, read_model_config, shape_of
+from dsd_p2p.models.describe import stage_info
+from dsd_p2p.models.source import ModelSource
+from dsd_p2p.types import PeerInfo, Span
+from dsd_p2p.wire.membership import NodeProfile
+from node.config import GatewayConfig, ServeFlags
+from node.local.events import NodeEvent
+from node.member.measure import Machine
+from node.member.state import StoredMembership, SwarmState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """profile: what this machine was measured at. report: is told what the node does."""
+
+    config: ServeFlags
+    gateway: GatewayConfig
+    state: SwarmState
+    stored: StoredMembership
+    source: ModelSource
+    profile: NodeProfile
+    machine: Machine
+    report: Callable[[NodeEvent], None]
+
+    @property
+    def shape(self) -> ModelShape:
+        """The numbers of the swarm's model."""
+        return shape_of(read_model_config(self.source.folder))
+
+    def describe(self, span: Span | None, addresses: tuple[str, ...]) -> PeerInfo:
+        """Return what the node says about itself while it serves `span`."""
+        peer = self.state.node_key().peer
+        return stage_info(self.source, self.stored.dtype, self.shape, peer=peer, addresses=addresses, span=span)

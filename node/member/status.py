@@ -1,0 +1,53 @@
+"""What a node answers when a command asks how it is."""
+
+import os
+import time
+
+from dsd_p2p.peers.membership import Membership
+from dsd_p2p.transport.libp2p import Libp2pTransport
+from node.member.control import MemberStatus, NodeStatus
+from node.member.parts import NodeParts
+
+
+def node_status(parts: NodeParts) -> NodeStatus:
+    """Return what `dsd node status` and other commands are told of this node."""
+    links, load, stored = parts.membership.links, parts.placed.load(), parts.settings.stored
+    return NodeStatus(
+        peer=links.me.peer,
+        pid=os.getpid(),
+        addresses=list(parts.transport.addresses),
+        model=stored.model,
+        dtype=stored.dtype,
+        span=str(links.me.span or ""),
+        state=parts.placed.state,
+        num_layers=parts.shape.num_layers,
+        num_sessions=load.num_sessions,
+        cache_bytes=load.cache_bytes,
+        num_refused=links.num_refused,
+        num_frames=links.num_frames,
+        members=_member_statuses(parts.membership, parts.transport),
+        uncovered=parts.directory.view().uncovered(),
+    )
+
+
+def _member_statuses(membership: Membership, transport: Libp2pTransport) -> list[MemberStatus]:
+    connected = membership.links.connected
+    return [
+        MemberStatus(
+            peer=member.peer,
+            state=member.record.state,
+            is_alive=member.is_alive,
+            role=member.record.grants[-1].role,
+            span=str(member.record.info.span or ""),
+            addresses=list(member.record.info.addresses),
+            round_trip_s=member.round_trip_s,
+            is_relayed=member.peer in connected and transport.is_relayed(member.peer),
+            num_sessions=member.num_sessions,
+            cache_bytes=member.cache_bytes,
+            max_layers=member.record.profile.max_layers,
+            layer_s=member.record.profile.layer_us / 1e6,
+            version=member.record.version,
+            age_s=max(0.0, time.time() - member.record.incarnation / 1e3),
+        )
+        for member in membership.registry.members()
+    ]
