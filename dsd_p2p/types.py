@@ -144,6 +144,14 @@ class ComputeFormat(StrEnum):
         return 4 if self is ComputeFormat.FLOAT32 else 2
 
 
+class HiddenFormat(StrEnum):
+    """Format of hidden states on one link (`dsd_p2p.wire.hidden`): as the model computes them, or smaller."""
+
+    MODEL = "model"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
 class ModelKey(msgspec.Struct, frozen=True, array_like=True):
     """Which model, exactly: two peers share a route only when their keys are equal.
 

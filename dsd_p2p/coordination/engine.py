@@ -34,6 +34,7 @@ from dsd_p2p.telemetry.watch import RequestWatch, Sink
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import (
     Endpoint,
+    HiddenFormat,
     PeerId,
     PeerInfo,
     SessionId,
@@ -44,7 +45,6 @@ from dsd_p2p.types import (
 from dsd_p2p.window.base import Observation, WindowPolicy
 from dsd_p2p.window.governor import GovernedPolicy, Governor, Share
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import (
     MAX_EPOCH,
     CloseSession,

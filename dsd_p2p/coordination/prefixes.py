@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from dsd_p2p.session.request import Route
 from dsd_p2p.stage.parking import PARKED_S
-from dsd_p2p.types import TokenId
-from dsd_p2p.wire.hidden import HiddenFormat
+from dsd_p2p.types import HiddenFormat, TokenId
 from dsd_p2p.wire.messages import Prefix
 
 _MAX_TEXTS = 64

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dsd_p2p.session.retry import RetryPolicy
-from dsd_p2p.types import Endpoint, ModelKey, PeerId, SessionId, TextRequest, TokenId
+from dsd_p2p.types import Endpoint, HiddenFormat, ModelKey, PeerId, SessionId, TextRequest, TokenId
 from dsd_p2p.window.base import Decision
-from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import Hop, Prefix
 
 

@@ -29,9 +29,9 @@ from dsd_p2p.errors import CapacityError, DsdError
 from dsd_p2p.session.stage import StageState
 from dsd_p2p.session.tail import TailWalk
 from dsd_p2p.stage.span_model import SpanCache, SpanModel
-from dsd_p2p.types import PeerId, Span, TokenId
+from dsd_p2p.types import HiddenFormat, PeerId, Span, TokenId
 from dsd_p2p.verification.base import VerifierSession
-from dsd_p2p.wire.hidden import HiddenFormat, packed_row_bytes
+from dsd_p2p.wire.hidden import packed_row_bytes
 from dsd_p2p.wire.messages import Hop, OpenSession, Park, Window, WindowAttestation
 
 

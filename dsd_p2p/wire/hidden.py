@@ -4,23 +4,13 @@
 scale and 32 signed bytes (scales of a row after its values).
 """
 
-from enum import StrEnum
-
 import numpy as np
 from numpy.typing import NDArray
 
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
-from dsd_p2p.types import ComputeFormat
+from dsd_p2p.types import ComputeFormat, HiddenFormat
 
 GROUP = 32
-
-
-class HiddenFormat(StrEnum):
-    """What travels on one link."""
-
-    MODEL = "model"
-    BF16 = "bf16"
-    INT8 = "int8"
 
 
 def packed_row_bytes(row_bytes: int, compute: ComputeFormat, hidden_format: HiddenFormat) -> int:

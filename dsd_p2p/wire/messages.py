@@ -15,6 +15,7 @@ from dsd_p2p.types import (
     MAX_POSITIONS,
     Address,
     Endpoint,
+    HiddenFormat,
     ModelKey,
     Name,
     PeerInfo,
@@ -25,7 +26,6 @@ from dsd_p2p.types import (
     Token,
     TokenLogprobs,
 )
-from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members
 
 MAX_WINDOW_NODES = 1024

@@ -1,10 +1,10 @@
-"""The configuration reference of docs/operations.md, made from the code: `python -m node.cli.reference` writes it anew."""
+"""The configuration reference of docs/operations.md, made from the settings: `python -m node.cli.reference` writes it anew."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from node.cli.main import command_parsers
+from node.cli.flags import Setting, settings_of
+from node.cli.table import COMMANDS
 
 PAGE = Path("docs/operations.md")
 _BEGIN, _END = "<!-- flags: made by python -m node.cli.reference -->", "<!-- end of flags -->"
@@ -13,8 +13,8 @@ _COMMANDS = ("up", "create", "join", "node", "generate", "top", "invite")
 
 def reference() -> str:
     """Return the tables of the flags that a person who runs a swarm needs."""
-    parsers = command_parsers()
-    return "\n\n".join(f"### `dsd {name}`\n\n{_table(parsers[name])}" for name in _COMMANDS)
+    tables = (_table([*settings_of(COMMANDS[name].load_settings())]) for name in _COMMANDS)
+    return "\n\n".join(f"### `dsd {name}`\n\n{table}" for name, table in zip(_COMMANDS, tables, strict=True))
 
 
 def with_reference(page: str) -> str:
@@ -24,15 +24,16 @@ def with_reference(page: str) -> str:
     return f"{before}{_BEGIN}\n\n{reference()}\n\n{_END}{after}"
 
 
-def _table(parser: argparse.ArgumentParser) -> str:
-    rows = ["| flag | what |", "|---|---|"]
-    for action in parser._actions:
-        if action.help in (argparse.SUPPRESS, None) or action.dest == "help":
-            continue
-        name = " ".join(f"`{option}`" for option in action.option_strings) or f"`{action.dest.upper()}`"
-        choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
-        rows.append(f"| {name} | {str(action.help).replace('%%', '%').replace('|', chr(92) + '|')}{choices} |")
-    return "\n".join(rows)
+def _table(settings: list[Setting]) -> str:
+    return "\n".join(["| flag | what |", "|---|---|", *(_row(each) for each in settings if not each.shape.is_hidden)])
+
+
+def _row(setting: Setting) -> str:
+    name = setting.name.upper() if setting.shape.is_positional else setting.flag
+    if setting.kind is bool and setting.default:
+        name = f"--no-{setting.flag.removeprefix('--')}"
+    choices = f" ({', '.join(setting.choices)})" if setting.choices else ""
+    return f"| `{name}` | {setting.shown_help.replace('%%', '%').replace('|', chr(92) + '|')}{choices} |"
 
 
 if __name__ == "__main__":

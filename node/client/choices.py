@@ -28,15 +28,12 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
     Raises:
         ConfigError: there is no such mode or policy.
     """
-    try:
-        mode = mode or Mode(config.mode)
-    except ValueError as exc:
-        raise ConfigError(f"mode {config.mode!r}: choose one of {', '.join(Mode)}") from exc
+    mode = mode or config.mode
     if mode is Mode.PLAIN:
         return StaticPolicy(PLAIN)
     is_given = any((config.depth, config.width, config.window_nodes, config.in_flight))
-    if config.window != "static" and not is_given:
-        return make_adaptive(config.window, frozenset({mode}))
+    if config.policy != "static" and not is_given:
+        return make_adaptive(config.policy, frozenset({mode}))
     if mode is Mode.SYNC:
         return StaticPolicy(sync_chain(config.depth or _SYNC_DEPTH))
     return StaticPolicy(
@@ -58,10 +55,10 @@ def make_adaptive(name: str, modes: frozenset[Mode] = frozenset({Mode.SYNC, Mode
     match name:
         case "analytic":
             return AnalyticPolicy(modes)
-        case "awc":
+        case "learned":
             return learned_policy(modes)
         case other:
-            raise ConfigError(f"window {other!r}: choose awc or analytic")
+            raise ConfigError(f"policy {other!r}: choose learned or analytic")
 
 
 def make_relaxation(config: GenerateConfig) -> Relaxation | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from dsd_p2p.errors import DsdError, first_cause
-from node.config import NO_DOOR, GatewayConfig, ServeFlags
+from node.config import NO_GATEWAY, GatewayConfig, ServeFlags
 from node.console import ConsoleProgress, console
 from node.local.events import DoorOpen, Failed, Loading, NodeEvent, Ready
 from node.member.state import SwarmState
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def serve_swarm(
     config: ServeFlags,
     report: Callable[[NodeEvent], None],
-    door: GatewayConfig = NO_DOOR,
+    door: GatewayConfig = NO_GATEWAY,
     machine: "Machine | None" = None,
 ) -> int:
     """Serve until stopped; what keeps the node from it is reported. Returns the exit code.

@@ -25,9 +25,8 @@ from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.parking import Parked, ParkedTexts
 from dsd_p2p.telemetry.events import Failover, SessionEnded
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import Span, TextRequest
+from dsd_p2p.types import HiddenFormat, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
-from dsd_p2p.wire.hidden import HiddenFormat
 from dsd_p2p.wire.messages import CloseSession, Failure, FailureKind, OpenSession, Park, Prefix, Window
 
 PROMPT = [1, 2, 3, 4, 5, 6] * 5

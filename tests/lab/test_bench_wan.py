@@ -5,9 +5,9 @@ import pytest
 from dsd_p2p.coordination.statistics import AnswerStatistics
 from dsd_p2p.session.timing import Timing
 from node.cli.main import main
-from node.config import WanConfig
 from node.lab.benches.arms import ArmRuns
 from node.lab.benches.wan import _finalists, _regret
+from node.lab.config import WanConfig
 
 
 def arm(*tokens_per_s):

@@ -22,9 +22,8 @@ from dsd_p2p.models.packed import PackedLinear, can_pack
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
-from dsd_p2p.types import Span, TextRequest
+from dsd_p2p.types import HiddenFormat, Span, TextRequest
 from dsd_p2p.window.static import StaticPolicy
-from dsd_p2p.wire.hidden import HiddenFormat
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4])

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
-from dsd_p2p.types import ComputeFormat, StageCost
+from dsd_p2p.types import ComputeFormat, HiddenFormat, StageCost
 from dsd_p2p.wire.codec import encode
-from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
+from dsd_p2p.wire.hidden import pack, packed_row_bytes, unpack
 from dsd_p2p.wire.messages import Verdict, Window
 
 H = 96

@@ -5,16 +5,14 @@ from pathlib import Path
 import torch
 
 from node.client.relaxation import write_calibration
-from node.config import CalibrateConfig, read_config
 from node.console import ConsoleProgress, console
+from node.lab.config import CalibrateConfig
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: CalibrateConfig) -> int:
     """Write a prompt set with the exact pair, then the thresholds that relax most within the budget."""
     from node.lab.quality.thresholds import find_thresholds
 
-    file = options.pop("config", None)
-    config = read_config(CalibrateConfig, str(file) if file else None, options)
     torch.set_num_threads(config.threads)
     with ConsoleProgress() as progress:
         calibration = find_thresholds(config, progress)

@@ -1,15 +1,13 @@
 """`dsd create`: a new swarm, and its first node."""
 
-from node.config import CreateConfig, read_with_gateway
+from node.config import CreateConfig, GatewayConfig
 from node.console import console
 from node.member.process import serve_swarm, tell_user
 from node.member.state import SwarmState
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: CreateConfig, gateway: GatewayConfig) -> int:
     """Make the swarm and serve until stopped."""
-    file = options.pop("config", None)
-    config, door = read_with_gateway(CreateConfig, str(file) if file else None, options)
     SwarmState(config.swarm).create(model=config.model, dtype=config.dtype)
     console.print(f"swarm {config.swarm!r} is made; let others in with `dsd invite` on this machine")
-    return serve_swarm(config, tell_user, door)
+    return serve_swarm(config, tell_user, gateway)

@@ -11,24 +11,17 @@ from dsd_p2p.window.base import Mode
 from node.cli.commands.generate import show
 from node.client.choices import make_policy
 from node.client.client import open_client
-from node.config import GenerateConfig, read_config
+from node.config import DemoConfig
 from node.console import ConsoleProgress
 
-_DEFAULTS: dict[str, object] = {
-    "prompt": "Why is the sky blue? Answer in three sentences.",
-    "link": "50ms",
-    "max_tokens": 80,
-}
 
-
-def run(options: dict[str, object]) -> int:
+def run(config: DemoConfig) -> int:
     """Show both."""
-    file = options.pop("config", None)
-    trio.run(_demo, read_config(GenerateConfig, str(file) if file else None, _DEFAULTS | options))
+    trio.run(_demo, config)
     return 0
 
 
-async def _demo(config: GenerateConfig) -> None:
+async def _demo(config: DemoConfig) -> None:
     table = Table(box=None)
     for column in ("mode", "tokens/s", "first token", "tokens an epoch"):
         table.add_column(column, justify="left" if column == "mode" else "right")

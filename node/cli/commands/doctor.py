@@ -18,7 +18,7 @@ from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model, is_cached
 from dsd_p2p.types import PeerId, short_peer
 from dsd_p2p.wire.messages import MAX_PING_BYTES
-from node.config import DEFAULT_SWARM
+from node.config import SwarmQuestion
 from node.member.client import SwarmClient, open_swarm_client
 from node.member.control import NodeStatus, Status, ask_node
 from node.member.measure import available_bytes
@@ -42,11 +42,11 @@ class Finding:
     fix: str = ""
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: SwarmQuestion) -> int:
     """Print the findings; 1 when something is wrong."""
-    state = SwarmState(str(options.get("swarm", DEFAULT_SWARM)))
+    state = SwarmState(config.swarm)
     findings = trio.run(examine, state)
-    if options.get("json"):
+    if config.json:
         print(msgspec.json.encode(findings).decode())
     else:
         table = Table(box=None, show_header=False)

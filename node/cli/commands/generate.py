@@ -9,14 +9,12 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.types import short_peer
 from node.client.choices import make_policy
 from node.client.client import open_client
-from node.config import GenerateConfig, read_config
+from node.config import GenerateConfig
 from node.console import ConsoleProgress, console
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: GenerateConfig) -> int:
     """Write the answer to standard output."""
-    file = options.pop("config", None)
-    config = read_config(GenerateConfig, str(file) if file else None, options)
     if not config.prompt and not config.prompt_ids:
         raise ConfigError("nothing to write about: give --prompt TEXT, --prompt - or --prompt-ids")
     trio.run(_generate, config)

@@ -10,7 +10,7 @@ import trio
 from dsd_p2p import units
 from dsd_p2p.errors import ConfigError, PeerTimeout
 from dsd_p2p.swarm.invite import InviteTerms, SwarmSettings, new_invite
-from node.config import InviteConfig, read_config
+from node.config import InviteConfig
 from node.console import console
 from node.member.control import NodeStatus, Status, ask_node
 from node.member.state import SwarmState
@@ -18,9 +18,8 @@ from node.member.state import SwarmState
 _MAX_BOOTSTRAP = 4
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: InviteConfig) -> int:
     """Print the invite on standard output, the code on standard error."""
-    config = read_config(InviteConfig, None, options)
     state = SwarmState(config.swarm)
     stored, owner = state.membership(), state.owner_key()
     bootstrap = config.address or trio.run(_bootstrap, state)

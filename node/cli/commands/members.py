@@ -6,17 +6,17 @@ from rich.console import Console
 from rich.table import Table
 
 from dsd_p2p.types import short_peer
-from node.config import DEFAULT_SWARM
+from node.config import SwarmQuestion
 from node.member.control import MemberStatus, NodeStatus, Status, ask_node
 from node.member.state import SwarmState
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: SwarmQuestion) -> int:
     """Print a table, or one JSON object."""
-    state = SwarmState(str(options.get("swarm", DEFAULT_SWARM)))
+    state = SwarmState(config.swarm)
     status = trio.run(ask_node, state.control_socket, Status())
     assert isinstance(status, NodeStatus)
-    if options.get("json"):
+    if config.json:
         print(msgspec.json.encode(status).decode())
         return 0
     table = Table(box=None)

@@ -5,16 +5,17 @@ from rich.table import Table
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.catalog import CATALOG
+from node.config import ModelsConfig
 from node.console import ConsoleProgress, console
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: ModelsConfig) -> int:
     """List the catalog, fetch a model, or print the folder that transformers loads."""
-    name = options.get("name")
-    match options["action"]:
+    name = config.name
+    match config.action:
         case "list":
             _list()
-        case action if not isinstance(name, str):
+        case action if not name:
             raise ConfigError(f"dsd models {action} needs a model: one of {', '.join(CATALOG)}, a folder or a hub id")
         case "pull":
             _find(name)

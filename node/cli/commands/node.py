@@ -1,30 +1,55 @@
-"""`dsd node`: one stage started by hand, or this machine's node of a swarm."""
+"""`dsd node`: this machine's peer of a swarm, or one stage started by hand."""
+
+from typing import TypeVar
 
 import msgspec
 import trio
 
 from dsd_p2p import units
-from node.config import DEFAULT_SWARM, NodeConfig, ServeFlags, read_config, read_with_gateway
+from node.config import FlagError, GatewayConfig, NodeCommand, NodeConfig, ServeFlags
 from node.local.stage_node import serve
 from node.member.control import Ask, Status, Stop, ask_node
 from node.member.process import serve_swarm, tell_user
 from node.member.state import SwarmState
 from node.parent import watch_parent
 
+Kind = TypeVar("Kind", ServeFlags, NodeConfig)
 
-def run(options: dict[str, object]) -> int:
-    """Serve until stopped."""
-    if options.pop("exit_with_parent", False):
+_BY_HAND = ("model", "dtype", "span", "peers", "identity")
+
+
+def run(config: NodeCommand, gateway: GatewayConfig) -> int:
+    """Serve until stopped; or ask the peer that serves."""
+    if config.exit_with_parent:
         watch_parent()
-    file = options.pop("config", None)
-    action, drain = options.pop("action", "run"), str(options.pop("drain", "30s"))
-    if action != "run":
-        state = SwarmState(str(options.get("swarm", DEFAULT_SWARM)))
-        drain_s = units.seconds(drain)
-        ask: Ask = Stop(drain_s=drain_s) if action == "stop" else Status()
-        print(msgspec.json.encode(trio.run(ask_node, state.control_socket, ask, drain_s + 10)).decode())
-        return 0
-    if "swarm" in options:
-        config, door = read_with_gateway(ServeFlags, str(file) if file else None, options)
-        return serve_swarm(config, tell_user, door)
-    return serve(read_config(NodeConfig, str(file) if file else None, options), tell_user)
+    if config.action != "run":
+        return _ask(config)
+    if config.swarm:
+        return serve_swarm(_as_member(config), tell_user, gateway)
+    return serve(_as_stage(config), tell_user)
+
+
+def _ask(config: NodeCommand) -> int:
+    state = SwarmState(config.swarm) if config.swarm else SwarmState(ServeFlags().swarm)
+    drain_s = units.seconds(config.drain)
+    ask: Ask = Stop(drain_s=drain_s) if config.action == "stop" else Status()
+    print(msgspec.json.encode(trio.run(ask_node, state.control_socket, ask, drain_s + 10)).decode())
+    return 0
+
+
+def _as_member(config: NodeCommand) -> ServeFlags:
+    given = [name for name in _BY_HAND if getattr(config, name)]
+    if given:
+        raise FlagError(f"--{given[0]} is for a stage by hand: leave it out, or leave out --swarm")
+    return _narrowed(config, ServeFlags)
+
+
+def _as_stage(config: NodeCommand) -> NodeConfig:
+    return _narrowed(config, NodeConfig)
+
+
+def _narrowed(config: NodeCommand, kind: type[Kind]) -> Kind:
+    """The settings that both have; where the command was not told, the other's default stands."""
+    names = set(kind.__struct_fields__) & set(config.__struct_fields__)
+    values = {name: getattr(config, name) for name in names}
+    return msgspec.convert({name: value for name, value in values.items() if value not in ("", ())}, kind)

@@ -12,7 +12,7 @@ from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.placement.route import choose_route
 from dsd_p2p.placement.view import Plan, SwarmView
 from dsd_p2p.types import PeerId, short_peer
-from node.config import DEFAULT_SWARM
+from node.config import SwarmQuestion
 from node.console import ConsoleProgress
 from node.member.client import open_swarm_client
 from node.member.state import SwarmState
@@ -22,9 +22,9 @@ _BEATS = 3
 """Heartbeats to hear before choosing: the first ones do not know the round trips yet."""
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: SwarmQuestion) -> int:
     """Print the plan."""
-    return trio.run(_plan, SwarmState(str(options.get("swarm", DEFAULT_SWARM))), bool(options.get("json")))
+    return trio.run(_plan, SwarmState(config.swarm), config.json)
 
 
 async def _plan(state: SwarmState, is_json: bool) -> int:

@@ -7,17 +7,15 @@ from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span
-from node.config import SwarmFlags, read_config
 from node.console import ConsoleProgress
+from node.lab.config import ProfileConfig
 from node.member.measure import describe_machine, pass_s
 
 _NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: ProfileConfig) -> int:
     """Measure one middle layer and the last one, and print a `[[targets]]` table."""
-    file = options.pop("config", None)
-    config = read_config(SwarmFlags, str(file) if file else None, options)
     with ConsoleProgress() as progress:
         source = find_model(config.model, progress)
         num_layers = int(read_model_config(source.folder).num_hidden_layers)

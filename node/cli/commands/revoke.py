@@ -5,16 +5,16 @@ import trio
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.swarm.grants import revoke
 from dsd_p2p.swarm.keys import public_of
-from node.config import DEFAULT_SWARM
+from node.config import RevokeConfig
 from node.member.control import NodeStatus, Revoke, Status, ask_node
 from node.member.state import SwarmState
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: RevokeConfig) -> int:
     """Sign the revocation and let this machine's node spread it."""
-    state = SwarmState(str(options.get("swarm", DEFAULT_SWARM)))
+    state = SwarmState(config.swarm)
     owner, stored = state.owner_key(), state.membership()
-    peer = trio.run(_full_id, state, str(options["peer"]))
+    peer = trio.run(_full_id, state, config.peer)
     trio.run(ask_node, state.control_socket, Revoke(revocation=revoke(owner, stored.swarm, public_of(peer))))
     print(f"{peer} is revoked")
     return 0

@@ -10,81 +10,62 @@ import msgspec
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.sim.report import Report, chrome_trace, rows, summarise
 from dsd_p2p.sim.scenario import Scenario, changed, read_scenario
-from node.config import CalibrateConfig, read_config
 from node.console import ConsoleProgress
+from node.lab.config import RecordConfig, ScenarioFlags, SimCompareConfig, SimRunConfig, SimSweepConfig, SimTraceConfig
 from node.lab.receipt import print_table
 from node.lab.simulator.fit import Comparison, compare
 from node.lab.simulator.simulation import Cell, assignment, draw, flat, grid, run_scenario, sweep, write_csv
 from node.watch.telemetry import recording
 
 
-def run(options: dict[str, object]) -> int:
-    """Run one of its commands; with --json its last line on standard output is one object."""
-    match str(options.pop("what")):
-        case "run":
-            return _run(options)
-        case "trace":
-            return _trace(options)
-        case "sweep":
-            return _sweep(options)
-        case "record":
-            return _record(options)
-        case _:
-            return _compare(options)
-
-
-def _run(options: dict[str, object]) -> int:
-    scenario = _scenario(options)
-    with ConsoleProgress() as progress, recording(str(options.get("record", ""))) as tell:
+def run(config: SimRunConfig) -> int:
+    """Simulate one scenario; with --json its last line on standard output is one object."""
+    scenario = _scenario(config)
+    with ConsoleProgress() as progress, recording(config.record) as tell:
         total = scenario.workload.requests
         fleet_run = run_scenario(
             scenario,
             progress=lambda done, _now_s: progress.step("simulate", done, total),
-            tell=tell if "record" in options else None,
+            tell=tell if config.record else None,
         )
     report = summarise(fleet_run)
-    if options.get("csv"):
-        write_csv(Path(str(options["csv"])), rows(fleet_run))
+    if config.csv:
+        write_csv(Path(config.csv), rows(fleet_run))
     _show(report)
-    if options.get("json"):
+    if config.json:
         print(msgspec.json.encode(report).decode(), flush=True)
     return 0
 
 
-def _trace(options: dict[str, object]) -> int:
-    fleet_run = run_scenario(_scenario(options), is_recording=True)
-    output = Path(str(options.get("output", "trace.json")))
+def trace(config: SimTraceConfig) -> int:
+    """Write a run's timeline."""
+    fleet_run = run_scenario(_scenario(config), is_recording=True)
+    output = Path(config.output)
     output.write_bytes(chrome_trace(fleet_run))
     print(output)
     return 0
 
 
-def _sweep(options: dict[str, object]) -> int:
-    scenario, points = _scenario(options), grid(_list(options.get("grid")))
+def sweep_grid(config: SimSweepConfig) -> int:
+    """Simulate every combination of changes; with --json its last line on standard output is one object."""
+    scenario, points = _scenario(config), grid(list(config.grid))
     with ConsoleProgress() as progress:
-        cells = sweep(
-            scenario,
-            points,
-            int(str(options.get("seeds", 1))),
-            progress,
-            num_processes=int(str(options.get("processes", 0))),
-            ray_address=str(options.get("ray", "")),
-        )
-    if options.get("csv"):
+        cells = sweep(scenario, points, config.seeds, progress, num_processes=config.processes, ray_address=config.ray)
+    if config.csv:
         table = [{**cell.changes, **flat(report)} for cell in cells for report in cell.reports]
-        write_csv(Path(str(options["csv"])), table)
-    if options.get("plot"):
-        draw(Path(str(options["plot"])), cells, next(iter(points[0])))
+        write_csv(Path(config.csv), table)
+    if config.plot:
+        draw(Path(config.plot), cells, next(iter(points[0])))
     _show_cells(cells)
-    if options.get("json"):
+    if config.json:
         print(msgspec.json.encode(cells).decode(), flush=True)
     return 0
 
 
-def _compare(options: dict[str, object]) -> int:
-    paths = [path for name in _list(options.get("receipts")) for path in _files(Path(name))]
-    comparisons = compare(paths)
-    if options.get("held_out"):
+def compare_receipts(config: SimCompareConfig) -> int:
+    """Predict measured runs; with --json its last line on standard output is one object."""
+    comparisons = compare([path for name in config.receipts for path in _files(Path(name))])
+    if config.held_out:
         comparisons = [each for each in comparisons if each.is_held_out]
     print_table(
         ("stages", "link", "window", "measured tokens/s", "predicted", "error", "TTFT error", ""),
@@ -106,8 +87,20 @@ def _compare(options: dict[str, object]) -> int:
     print_table(
         ("", ""), [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in result.items()]
     )
-    if options.get("json"):
+    if config.json:
         print(msgspec.json.encode({**result, "cells": [asdict(each) for each in comparisons]}).decode(), flush=True)
+    return 0
+
+
+def record(config: RecordConfig) -> int:
+    """Record how well one model guesses another."""
+    from dsd_p2p.sim.trace import write_trace
+    from node.lab.simulator.record import record_trace
+
+    with ConsoleProgress() as progress:
+        agreement = record_trace(config, progress)
+    write_trace(agreement, Path(config.output))
+    print(config.output)
     return 0
 
 
@@ -125,34 +118,16 @@ def _errors(comparisons: Sequence[Comparison]) -> dict[str, float | int]:
     }
 
 
-def _record(options: dict[str, object]) -> int:
-    from dsd_p2p.sim.trace import write_trace
-    from node.lab.simulator.record import record_trace
-
-    file = options.pop("config", None)
-    defaults: dict[str, object] = {"output": "agreement.json.gz"}
-    config = read_config(CalibrateConfig, str(file) if file else None, defaults | options)
-    with ConsoleProgress() as progress:
-        trace = record_trace(config, progress)
-    write_trace(trace, Path(config.output))
-    print(config.output)
-    return 0
-
-
-def _scenario(options: dict[str, object]) -> Scenario:
-    scenario = read_scenario(Path(str(options["scenario"])))
-    changes = dict(map(assignment, _list(options.get("set"))))
-    if "seed" in options:
-        changes["seed"] = options["seed"]
+def _scenario(config: ScenarioFlags) -> Scenario:
+    scenario = read_scenario(Path(config.scenario))
+    changes: dict[str, object] = dict(map(assignment, config.set))
+    if config.seed is not None:
+        changes["seed"] = config.seed
     return changed(scenario, changes) if changes else scenario
 
 
 def _files(path: Path) -> list[Path]:
     return sorted(path.glob("*.json")) if path.is_dir() else [path]
-
-
-def _list(value: object) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list | tuple) else []
 
 
 def _show(report: Report) -> None:

@@ -11,7 +11,7 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.telemetry.mqtt import parse_broker
 from dsd_p2p.telemetry.picture import Picture
 from dsd_p2p.telemetry.summary import describe
-from node.config import TopConfig, read_config
+from node.config import TopConfig
 from node.watch.dashboard.screen import follow, show
 from node.watch.dashboard.sources import BrokerSource, GatewaySource, Recorder, Replay, Source
 from node.watch.dashboard.view import Choices, render
@@ -20,9 +20,8 @@ _ONCE_S = 2.5
 """Nodes tell of themselves every second."""
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: TopConfig) -> int:
     """Watch until the person quits; once with --once or --svg."""
-    config = read_config(TopConfig, None, options)
     source = _source(config)
     if config.record:
         source = Recorder(source, Path(config.record))

@@ -17,7 +17,7 @@ from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import PeerId, Span
 from node.client.choices import make_adaptive
-from node.config import GatewayConfig, UpConfig, read_with_gateway
+from node.config import GatewayConfig, UpConfig
 from node.console import ConsoleProgress, console
 from node.gateway.app import Served
 from node.gateway.door import EngineDoor
@@ -42,10 +42,9 @@ from node.watch.telemetry import (
 DEFAULT_PORT = 8484
 
 
-def run(options: dict[str, object]) -> int:
+def run(config: UpConfig, gateway: GatewayConfig) -> int:
     """Serve until interrupted."""
-    file = options.pop("config", None)
-    trio.run(_up, *read_with_gateway(UpConfig, str(file) if file else None, options))
+    trio.run(_up, config, gateway)
     return 0
 
 
@@ -80,7 +79,7 @@ async def _up(config: UpConfig, door: GatewayConfig) -> None:
         gateway = make_gateway(
             door,
             clients,
-            EngineDoor(engine, model.drafter, partial(make_adaptive, config.window)),
+            EngineDoor(engine, model.drafter, partial(make_adaptive, config.policy)),
             served,
             hub,
             is_ready=partial(_has_chain, stages),

@@ -14,7 +14,7 @@ from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.types import Span
 from dsd_p2p.wire.attest import hash_rows, signed_text
 from dsd_p2p.wire.messages import Window
-from node.config import GenerateConfig
+from node.lab.config import SplitConfig
 from node.lab.receipt import print_table, sample
 
 _CONTEXT = 128
@@ -22,7 +22,7 @@ _NODES = (1, 4, 8, 16)
 _PASSES = 15
 
 
-def run_attestation(config: GenerateConfig, rounds: int, progress: Progress) -> dict[str, object]:
+def run_attestation(config: SplitConfig, rounds: int, progress: Progress) -> dict[str, object]:
     """Time a middle stage's passes and the hashing and signing of their rows, in turns.
 
     Raises:

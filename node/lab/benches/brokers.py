@@ -14,8 +14,8 @@ from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.telemetry.mqtt import MqttPublisher
 from dsd_p2p.window.static import StaticPolicy, sync_chain
-from node.config import UsersConfig
 from node.lab.benches.serving import Run, random_prompts, serving_swarm, write_together
+from node.lab.config import UsersConfig
 from node.lab.receipt import print_table, sample
 from node.watch.broker import embedded_broker
 from node.watch.telemetry import NO_BROKER, TOPICS, broker_of, publishing

@@ -19,7 +19,7 @@ from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.base import Transport
 from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import PeerInfo, Span
-from node.config import UsersConfig
+from node.lab.config import UsersConfig
 
 
 @asynccontextmanager

@@ -13,16 +13,16 @@ from dsd_p2p.models.source import compute_format, find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.placement.chain import even_spans
-from dsd_p2p.types import ComputeFormat, Span, TokenId
-from dsd_p2p.wire.hidden import HiddenFormat, pack, packed_row_bytes, unpack
-from node.config import GenerateConfig
+from dsd_p2p.types import ComputeFormat, HiddenFormat, Span, TokenId
+from dsd_p2p.wire.hidden import pack, packed_row_bytes, unpack
+from node.lab.config import SplitConfig
 from node.lab.quality.prompts import CATEGORIES, load_problems, spread
 from node.lab.receipt import print_table
 
 _PROMPTS_PER_CATEGORY = 4
 
 
-def run_formats(config: GenerateConfig, progress: Progress) -> dict[str, object]:
+def run_formats(config: SplitConfig, progress: Progress) -> dict[str, object]:
     """Run prompts through the model's stages in this process, with every link in each format, and compare all positions.
 
     Raises:

@@ -14,7 +14,7 @@ from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.types import Span
-from node.config import UsersConfig
+from node.lab.config import PassesConfig
 from node.lab.receipt import print_table, sample
 
 _CONTEXT = 128
@@ -23,7 +23,7 @@ _ROWS = (1, 4)
 _WINDOWS = (1, 2, 3, 4, 5, 8, 12, 16)
 
 
-def run_passes(config: UsersConfig, rounds: int, progress: Progress) -> dict[str, object]:
+def run_passes(config: PassesConfig, rounds: int, progress: Progress) -> dict[str, object]:
     """Time a middle stage's passes, in turns: so many sessions with so many new nodes each, all with a context of 128.
 
     Raises:
@@ -67,7 +67,7 @@ def run_passes(config: UsersConfig, rounds: int, progress: Progress) -> dict[str
     }
 
 
-def _compare_packing(config: UsersConfig, source: ModelSource, span: Span, rounds: int) -> dict[str, object]:
+def _compare_packing(config: PassesConfig, source: ModelSource, span: Span, rounds: int) -> dict[str, object]:
     """Passes of one window, with torch's linear layers and with packed ones, in turns."""
     cache_bytes = units.num_bytes(config.cache_memory)
     models = {

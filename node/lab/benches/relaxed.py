@@ -14,7 +14,7 @@ from dsd_p2p.verification.adaptive import AdaptiveVerifier
 from dsd_p2p.verification.base import Verifier
 from dsd_p2p.verification.exact import ExactVerifier
 from node.client.relaxation import Calibration
-from node.config import CalibrateConfig
+from node.lab.config import RelaxedConfig
 from node.lab.quality.pair_writer import PairWriter, Written
 from node.lab.quality.prompts import Problem, load_problems, spread
 from node.lab.quality.sandbox import passes
@@ -43,7 +43,7 @@ class Drift(msgspec.Struct, kw_only=True):
     solved_only_relaxed: list[str]
 
 
-def run_relaxed(config: CalibrateConfig, calibrations: Sequence[Calibration], progress: Progress) -> dict[str, object]:
+def run_relaxed(config: RelaxedConfig, calibrations: Sequence[Calibration], progress: Progress) -> dict[str, object]:
     """Answer `config.problems` problems of maths and of code in exact mode and under each calibration.
 
     Raises:

@@ -20,8 +20,9 @@ from dsd_p2p.types import TextRequest
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
 from dsd_p2p.window.tracker import Tracker
-from node.config import NodeConfig, RingConfig
+from node.config import NodeConfig
 from node.lab.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, ratios_to_plain
+from node.lab.config import RingConfig
 from node.lab.quality.prompts import CATEGORIES
 from node.lab.receipt import print_table, sample
 from node.lab.recorded import FakeStage, RecordedDrafter, ServiceTimes, bundled_trace

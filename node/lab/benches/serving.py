@@ -15,7 +15,7 @@ from dsd_p2p.placement.chain import even_spans
 from dsd_p2p.types import Span, TextRequest, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from node.client.choices import make_drafter
-from node.config import UsersConfig
+from node.lab.config import UsersConfig
 
 _PROMPT_TOKENS = 24
 

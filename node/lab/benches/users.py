@@ -12,8 +12,8 @@ from dsd_p2p.models.source import find_model
 from dsd_p2p.window.base import WindowPolicy
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from node.client.choices import make_adaptive
-from node.config import UsersConfig
 from node.lab.benches.serving import Run, random_prompts, serving_swarm, write_together
+from node.lab.config import UsersConfig
 from node.lab.receipt import print_table, sample
 
 

@@ -13,8 +13,9 @@ from dsd_p2p.window.catalogue import CATALOGUE
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
 from node.client.choices import make_adaptive, make_relaxation
 from node.client.client import Client, open_client
-from node.config import GenerateConfig, WanConfig
+from node.config import GenerateConfig
 from node.lab.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, ratios_to_plain
+from node.lab.config import WanConfig
 from node.lab.quality.prompts import load_problems, spread
 from node.lab.receipt import print_table, sample
 from node.lab.simulator.asking import record_text

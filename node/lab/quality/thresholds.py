@@ -16,7 +16,7 @@ from dsd_p2p.types import GREEDY, Relaxation
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import Signals, is_key, signals_of
 from node.client.relaxation import Calibration
-from node.config import CalibrateConfig
+from node.lab.config import CalibrateConfig
 from node.lab.quality.pair_writer import Disagreement, PairWriter
 from node.lab.quality.prompts import load_problems, spread
 

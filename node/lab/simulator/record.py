@@ -12,14 +12,14 @@ from dsd_p2p.models.source import find_model
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.sim.trace import AgreementTrace, RecordedText
 from dsd_p2p.types import TokenId
-from node.config import CalibrateConfig
+from node.lab.config import RecordConfig
 from node.lab.quality.prompts import CATEGORIES, Problem, load_problems, spread
 from node.lab.simulator.asking import MAX_CENTINATS
 
 _MAX_CANDIDATES = 16
 
 
-def record_trace(config: CalibrateConfig, progress: Progress) -> AgreementTrace:
+def record_trace(config: RecordConfig, progress: Progress) -> AgreementTrace:
     """Let the target answer prompts of every category greedily, then ask the drafter for its candidates along each answer.
 
     Raises:

@@ -1,0 +1,129 @@
+"""The commands, grouped by what people do; each is imported only when it runs or shows its help."""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command. settings: its structs, as `module:name`; run: the function that gets them, as `module:name`.
+
+    parts: the commands below it, like `dsd sim run`.
+    """
+
+    help: str
+    run: str = ""
+    settings: tuple[str, ...] = ()
+    parts: "dict[str, Command]" = field(default_factory=dict)
+
+    def load_settings(self) -> tuple[type[msgspec.Struct], ...]:
+        """Import the structs."""
+        return tuple(_load(name) for name in self.settings)
+
+    def load_run(self) -> Any:
+        """Import the function."""
+        return _load(self.run)
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _command(module: str, help_: str, *settings: str, run: str = "run") -> Command:
+    return Command(help=help_, run=f"node.cli.commands.{module}:{run}", settings=settings)
+
+
+_CONFIG, _LAB = "node.config", "node.lab.config"
+_GATEWAY = f"{_CONFIG}:GatewayConfig"
+
+
+def _bench(help_: str, config: str, rounds: str = "RoundFlags", run: str = "") -> Command:
+    settings = (f"{_LAB}:{config}", f"{_LAB}:{rounds}")
+    return _command("bench", help_, *settings, run=run)
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "run a model on this machine": {
+        "up": _command("up", "start a whole swarm on this machine, with its API", f"{_CONFIG}:UpConfig", _GATEWAY),
+        "demo": _command("demo", "write one answer plain and speculative, and compare", f"{_CONFIG}:DemoConfig"),
+        "models": _command("models", "list, fetch and locate models", f"{_CONFIG}:ModelsConfig"),
+    },
+    "join a swarm": {
+        "create": _command("create", "make a swarm and run its first peer", f"{_CONFIG}:CreateConfig", _GATEWAY),
+        "invite": _command("invite", "print a string that lets a machine in", f"{_CONFIG}:InviteConfig"),
+        "join": _command("join", "join with an invite, and serve", f"{_CONFIG}:JoinConfig", _GATEWAY),
+        "node": _command(
+            "node", "run, stop or describe this machine's peer of a swarm", f"{_CONFIG}:NodeCommand", _GATEWAY
+        ),
+        "members": _command("members", "show who is in the swarm", f"{_CONFIG}:SwarmQuestion"),
+        "plan": _command("plan", "show which route a request would use, and why", f"{_CONFIG}:SwarmQuestion"),
+        "doctor": _command("doctor", "find what is wrong, and say what mends it", f"{_CONFIG}:SwarmQuestion"),
+        "revoke": _command("revoke", "throw a member out", f"{_CONFIG}:RevokeConfig"),
+    },
+    "ask": {
+        "generate": _command("generate", "write an answer", f"{_CONFIG}:GenerateConfig"),
+    },
+    "watch": {
+        "top": _command("top", "watch a swarm on a terminal dashboard", f"{_CONFIG}:TopConfig"),
+    },
+    "measure": {
+        "bench": Command(
+            help="measure something; --receipt keeps the result in docs/benchmarks",
+            parts={
+                "overhead": _bench("what splitting a model into stages costs", "OverheadConfig", run="overhead"),
+                "ring": _bench("the protocol on fake stages with recorded tokens", "RingConfig", "OneRound", "ring"),
+                "relaxed": _bench(
+                    "problems solved in exact and in relaxed mode", "RelaxedConfig", "ReceiptFlags", "relaxed"
+                ),
+                "wan": _bench("real models on emulated wide-area links, every arm in turn", "WanConfig", run="wan"),
+                "users": _bench("many requests at once, beside one alone", "UsersConfig", run="users"),
+                "passes": _bench("what a stage's pass costs as sessions share it", "PassesConfig", run="passes"),
+                "brokers": _bench(
+                    "decoding beside a broker that lives, was killed, or never answers", "BrokersConfig", run="brokers"
+                ),
+                "formats": _bench("error and size of smaller hidden states on the links", "SplitConfig", run="formats"),
+                "attest": _bench("what signing every window costs a stage", "SplitConfig", run="attest"),
+                "simulator": _bench(
+                    "how fast the simulator is, and what it needs", "SimulatorConfig", "ReceiptFlags", "simulator"
+                ),
+                "plots": _command("bench", "draw the receipts in docs/benchmarks", f"{_LAB}:PlotsConfig", run="plots"),
+            },
+        ),
+        "sim": Command(
+            help="simulate a swarm in virtual time, with the live protocol",
+            parts={
+                "run": _command("sim", "simulate a scenario", f"{_LAB}:SimRunConfig", run="run"),
+                "sweep": _command(
+                    "sim", "simulate a grid of changes, on all cores", f"{_LAB}:SimSweepConfig", run="sweep_grid"
+                ),
+                "trace": _command(
+                    "sim", "write a run's timeline for chrome://tracing", f"{_LAB}:SimTraceConfig", run="trace"
+                ),
+                "compare": _command(
+                    "sim",
+                    "predict measured runs, and print predicted against measured",
+                    f"{_LAB}:SimCompareConfig",
+                    run="compare_receipts",
+                ),
+                "record": _command(
+                    "sim", "record how well one model guesses another", f"{_LAB}:RecordConfig", run="record"
+                ),
+            },
+        ),
+        "profile": _command("profile", "measure this machine for a scenario file", f"{_LAB}:ProfileConfig"),
+        "calibrate": _command(
+            "calibrate", "find relaxed mode's thresholds for a quality budget", f"{_LAB}:CalibrateConfig"
+        ),
+    },
+    "more": {
+        "completion": _command(
+            "completion", "print a script that completes dsd in a shell", f"{_CONFIG}:CompletionConfig"
+        ),
+    },
+}
+
+COMMANDS: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}

@@ -1,0 +1,53 @@
+"""What each command can be told: one struct for each, whose fields carry type, default and help."""
+
+from node.config.asking import DemoConfig, GenerateConfig, TopConfig
+from node.config.reading import FlagError, read_config, read_configs
+from node.config.running import (
+    DEFAULT_SWARM,
+    NO_GATEWAY,
+    CompletionConfig,
+    ComputeFlags,
+    CreateConfig,
+    DrafterFlags,
+    GatewayConfig,
+    InviteConfig,
+    JoinConfig,
+    LinkFlags,
+    ModelFlags,
+    ModelsConfig,
+    NodeCommand,
+    NodeConfig,
+    RevokeConfig,
+    ServeFlags,
+    SwarmFlags,
+    SwarmQuestion,
+    UpConfig,
+)
+
+__all__ = [
+    "DEFAULT_SWARM",
+    "NO_GATEWAY",
+    "CompletionConfig",
+    "ComputeFlags",
+    "CreateConfig",
+    "DemoConfig",
+    "DrafterFlags",
+    "FlagError",
+    "GatewayConfig",
+    "GenerateConfig",
+    "InviteConfig",
+    "JoinConfig",
+    "LinkFlags",
+    "ModelFlags",
+    "ModelsConfig",
+    "NodeCommand",
+    "NodeConfig",
+    "RevokeConfig",
+    "ServeFlags",
+    "SwarmFlags",
+    "SwarmQuestion",
+    "TopConfig",
+    "UpConfig",
+    "read_config",
+    "read_configs",
+]

@@ -1,0 +1,240 @@
+"""What a command can be told that measures or simulates."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from dsd_p2p.models.catalog import DEFAULT_MODEL
+from dsd_p2p.types import HiddenFormat
+from dsd_p2p.wire.messages import MAX_STAGES
+from node.config.asking import GenerateConfig
+from node.config.fields import FILE, POSITIONAL, Help, Positive, Settings, Shape
+from node.config.running import LinkFlags, SwarmFlags
+
+REPEATED = Shape(is_repeated=True)
+Texts = Annotated[tuple[str, ...], Meta(min_length=1)]
+Json = Annotated[bool, Help("print the result as one JSON object, on the last line")]
+
+
+class ReceiptFlags(Settings, frozen=True, kw_only=True):
+    """What every benchmark can be told."""
+
+    receipt: Annotated[str, Help("write the result to docs/benchmarks/NAME.json"), Shape(metavar="NAME")] = ""
+    json: Json = False
+
+
+class RoundFlags(ReceiptFlags, frozen=True, kw_only=True):
+    """A benchmark that repeats its arms."""
+
+    rounds: Annotated[Positive, Help("repetitions of every arm")] = 5
+
+
+class OneRound(RoundFlags, frozen=True, kw_only=True):
+    """A benchmark that needs no repetition to be read."""
+
+    rounds: Annotated[Positive, Help("repetitions of every arm")] = 1
+
+
+class OverheadConfig(GenerateConfig, frozen=True, kw_only=True):
+    """`dsd bench overhead`."""
+
+    max_tokens: Annotated[Positive, Help("tokens of each answer")] = 64
+
+
+class SplitConfig(SwarmFlags, frozen=True, kw_only=True):
+    """`dsd bench formats` and `attest`."""
+
+
+class UsersConfig(SplitConfig, frozen=True, kw_only=True):
+    """`dsd bench users`."""
+
+    sessions: Annotated[Positive, Help("requests at once")] = 16
+    policies: Annotated[tuple[str, ...], Help("policies to measure beside plain, separated by commas")] = ("learned",)
+    max_tokens: Annotated[Positive, Help("tokens of each answer")] = 64
+    in_process: Annotated[bool, Help("run all stages in this process, on one device")] = False
+
+
+class PassesConfig(UsersConfig, frozen=True, kw_only=True):
+    """`dsd bench passes`."""
+
+    sessions: Annotated[Positive, Help("most sessions that share a pass")] = 64
+
+
+class BrokersConfig(UsersConfig, frozen=True, kw_only=True):
+    """`dsd bench brokers`."""
+
+    sessions: Annotated[Positive, Help("requests at once")] = 1
+
+
+class SimulatorConfig(ReceiptFlags, frozen=True, kw_only=True):
+    """`dsd bench simulator`."""
+
+    large: Annotated[int, Meta(ge=0), Help("also simulate this many requests on all cores; 0: do not")] = 0
+
+
+class RingConfig(LinkFlags, frozen=True, kw_only=True):
+    """`dsd bench ring`."""
+
+    link: Annotated[str, Help("one-way latency of every link, like 50ms"), Shape(flag="--links")] = "50ms"
+    stages: Annotated[int, Meta(ge=1, le=MAX_STAGES), Help("number of fake stages")] = 4
+    stage_time: Annotated[str, Help("time of a stage's pass")] = "5ms"
+    node_time: Annotated[str, Help("time that each node adds to a pass")] = "0ms"
+    draft_time: Annotated[str, Help("time of a draft step")] = "6ms"
+    max_tokens: Annotated[Positive, Help("tokens of each text")] = 64
+    trace: Annotated[str, Help("file of recorded agreement; by default the bundled one"), FILE] = ""
+
+
+class WanConfig(Settings, frozen=True, kw_only=True):
+    """`dsd bench wan`: every model, number of stages and link, every category of prompts in each round."""
+
+    links: Annotated[Texts, Help("one-way latencies of the links, separated by commas")] = ("50ms",)
+    stages: Annotated[tuple[Positive, ...], Meta(min_length=1), Help("numbers of stages, separated by commas")] = (3,)
+    models: Annotated[Texts, Help("targets, separated by commas")] = (DEFAULT_MODEL,)
+    prompts: Annotated[tuple[str, ...], Meta(min_length=1), Help("categories of prompts, separated by commas")] = (
+        "chat",
+        "maths",
+        "code",
+    )
+    dtype: Annotated[str, Help("numbers that the targets compute with")] = "float32"
+    device: Annotated[str, Help("torch device to compute on")] = "cpu"
+    threads: Annotated[Positive, Help("torch threads of each process")] = 1
+    draft: Annotated[str, Help("drafter; auto: the one that measured fastest for each target")] = "auto"
+    draft_dtype: Annotated[str, Help("numbers that a drafting model computes with; by default the target's")] = ""
+    max_tokens: Annotated[Positive, Help("tokens of each answer")] = 64
+    plain_tokens: Annotated[Positive, Help("tokens of each plain answer")] = 16
+    temperature: Annotated[float, Meta(ge=0, le=100), Help("temperature of the sampler; 0 is greedy")] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1), Help("seed of the sampler")] = 0
+    hidden: Annotated[HiddenFormat, Help("format of hidden states between stages")] = HiddenFormat.MODEL
+    width: Annotated[int, Meta(ge=1, le=16), Help("tree: children kept of each node")] = 4
+    window_nodes: Annotated[int, Meta(ge=1, le=64), Help("tree: most nodes in a window")] = 8
+    in_flight: Annotated[int, Meta(ge=1, le=256), Help("tree: most windows under way")] = 64
+    netlab: Annotated[bool, Help("real TCP between network namespaces instead of emulated links (root)")] = False
+    relaxed: Annotated[bool, Help("also run the tree in relaxed mode")] = False
+    relaxation: Annotated[str, Help("thresholds of relaxed mode"), FILE] = ""
+    arms: Annotated[
+        tuple[str, ...], Help("windows of the catalogue, separated by commas, or all; by default one of each mode")
+    ] = ()
+    policies: Annotated[
+        tuple[str, ...],
+        Help("policies to run beside --arms, each with measurements of its own"),
+    ] = ()
+    finalists: Annotated[
+        int,
+        Meta(ge=0, le=64),
+        Help("after a round that is not counted, go on with this many of the fastest windows"),
+    ] = 0
+    record: Annotated[bool, Help("also record how well the drafter agrees along each answer, for the simulator")] = (
+        False
+    )
+
+    def __post_init__(self) -> None:
+        for link in self.links:
+            LinkFlags(link=link)
+
+
+class PlotsConfig(Settings, frozen=True, kw_only=True):
+    """`dsd bench plots`."""
+
+
+class PairFlags(Settings, frozen=True, kw_only=True):
+    """A target and a drafting model in one process."""
+
+    model: Annotated[str, Help("the target")] = "qwen2.5-coder-1.5b"
+    draft: Annotated[str, Help("the drafting model")] = "qwen2.5-coder-0.5b"
+    dtype: Annotated[str, Help("numbers that both compute with")] = "bfloat16"
+    device: Annotated[str, Help("torch device to compute on")] = "cpu"
+    threads: Annotated[Positive, Help("torch threads")] = 2
+    max_tokens: Annotated[Positive, Help("most tokens of each text")] = 128
+    batch: Annotated[Positive, Help("texts written side by side")] = 8
+
+
+class CalibrateConfig(PairFlags, frozen=True, kw_only=True):
+    """`dsd calibrate`."""
+
+    prompts: Annotated[Literal["chat", "maths", "code"], Help("what to calibrate on")] = "chat"
+    num_prompts: Annotated[Positive, Help("how many prompts")] = 24
+    budget: Annotated[
+        float, Meta(gt=0), Help("log-likelihood of the target that a token may lose on average, nats")
+    ] = 0.01
+    output: Annotated[str, Help("where to write the thresholds"), FILE] = "relaxation.json"
+
+
+class RelaxedConfig(PairFlags, frozen=True, kw_only=True):
+    """`dsd bench relaxed`."""
+
+    problems: Annotated[Positive, Help("problems of maths and of code, each")] = 80
+    max_tokens: Annotated[Positive, Help("most tokens of each text")] = 384
+    relaxation: Annotated[
+        tuple[str, ...],
+        Help("thresholds to compare with exact mode, separated by commas"),
+        Shape(metavar="FILES"),
+    ] = ()
+
+
+class RecordConfig(PairFlags, frozen=True, kw_only=True):
+    """`dsd sim record`."""
+
+    texts: Annotated[Positive, Help("texts of each category")] = 12
+    output: Annotated[str, Help("where to write the agreement"), FILE] = "agreement.json.gz"
+
+
+class ProfileConfig(SwarmFlags, frozen=True, kw_only=True):
+    """`dsd profile`."""
+
+    stages: Annotated[Positive, Help("stages of the swarm that this machine would be one of")] = 3
+
+
+class ScenarioFlags(Settings, frozen=True, kw_only=True):
+    """A scenario and changes to it."""
+
+    scenario: Annotated[str, Help("TOML file, see docs/simulator.md"), POSITIONAL]
+    set: Annotated[
+        tuple[str, ...],
+        Help("change a field, like workload.rate=20; may be given several times"),
+        Shape(metavar="NAME=VALUE", is_repeated=True),
+    ] = ()
+    seed: Annotated[int | None, Help("seed of the run, instead of the scenario's")] = None
+
+
+class SimRunConfig(ScenarioFlags, frozen=True, kw_only=True):
+    """`dsd sim run`."""
+
+    record: Annotated[str, Help("write the run's telemetry, for dsd top --replay"), FILE] = ""
+    csv: Annotated[str, Help("write one row for each request"), FILE] = ""
+    json: Json = False
+
+
+class SimTraceConfig(ScenarioFlags, frozen=True, kw_only=True):
+    """`dsd sim trace`."""
+
+    output: Annotated[str, Help("where to write the timeline"), FILE] = "trace.json"
+
+
+class SimSweepConfig(ScenarioFlags, frozen=True, kw_only=True):
+    """`dsd sim sweep`."""
+
+    grid: Annotated[
+        tuple[str, ...],
+        Meta(min_length=1),
+        Help("values of a field, like workload.rate=10,20; may be given several times"),
+        Shape(metavar="NAME=VALUE,VALUE", is_repeated=True),
+    ]
+    seeds: Annotated[Positive, Help("runs of every point")] = 1
+    processes: Annotated[int, Meta(ge=0), Help("processes to use; 0: one for each core")] = 0
+    ray: Annotated[str, Help("run on a Ray cluster at this address; local starts one"), Shape(metavar="ADDRESS")] = ""
+    plot: Annotated[str, Help("draw throughput and time per token"), FILE] = ""
+    csv: Annotated[str, Help("write one row for each report"), FILE] = ""
+    json: Json = False
+
+
+class SimCompareConfig(Settings, frozen=True, kw_only=True):
+    """`dsd sim compare`."""
+
+    receipts: Annotated[
+        tuple[str, ...],
+        Meta(min_length=1),
+        Help("receipts of dsd bench wan --arms ... --record, or their folder"),
+        POSITIONAL,
+    ]
+    held_out: Annotated[bool, Help("show only what nothing was fitted to")] = False
+    json: Json = False
