@@ -21,7 +21,7 @@ from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerTimeou
 from dsd_p2p.models.progress import NoProgress, Progress
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.types import Sampling, TextRequest, TokenId
-from dsd_p2p.window.wcdnn.bundled import learned_policy
+from dsd_p2p.window.learned.bundled import learned_policy
 
 logger = logging.getLogger(__name__)
 

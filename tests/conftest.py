@@ -10,8 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import ModelSource, find_model
-from dsd_p2p.sim.trace import read_trace
-from node.lab.recorded import bundled_trace
+from dsd_p2p.sim.agreement import read_agreement
+from node.lab.recorded import bundled_agreement
 
 # libp2p logs through the root logger's default handler, which would warn about a missing configuration.
 logging.getLogger().addHandler(logging.NullHandler())
@@ -41,4 +41,4 @@ def smollm() -> ModelSource:
 @pytest.fixture(scope="session")
 def trace():
     """Return the recorded agreement that the project brings along."""
-    return read_trace(bundled_trace())
+    return read_agreement(bundled_agreement())

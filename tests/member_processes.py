@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from node.member.control import NodeStatus
+from node.member.control import PeerReport
 
 DSD = [sys.executable, "-m", "node.cli"]
 
@@ -44,8 +44,8 @@ def running(*arguments, log):
             process.stdout.close()
 
 
-def status(swarm) -> NodeStatus:
-    return msgspec.json.decode(dsd("members", "--swarm", swarm, "--json").stdout, type=NodeStatus)
+def status(swarm) -> PeerReport:
+    return msgspec.json.decode(dsd("members", "--swarm", swarm, "--json").stdout, type=PeerReport)
 
 
 def alive(swarm):

@@ -12,7 +12,7 @@ from dsd_p2p.peers.membership import Load, MembershipSettings, open_membership
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.types import PeerInfo
-from dsd_p2p.wire.membership import MemberState, NodeProfile
+from dsd_p2p.wire.membership import MemberState, PeerProfile
 
 INTERVAL_S = 1.0
 
@@ -67,7 +67,7 @@ class Node:
                 nursery.start_soon(run_services, self.links, [self.membership])
                 await trio.testing.wait_all_tasks_blocked()
                 if self.belongs:
-                    profile = NodeProfile(layer_us=1000, layer16_us=1500, max_layers=NUM_LAYERS if self.span else 0)
+                    profile = PeerProfile(layer_us=1000, layer16_us=1500, max_layers=NUM_LAYERS if self.span else 0)
                     await self.membership.announce(self.info(), MemberState.SERVING, profile)
                 task_status.started(self)
                 await trio.sleep_forever()

@@ -5,7 +5,7 @@ import random
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.session.effects import Candidate
 from dsd_p2p.sim.answer import RecordedAnswer
-from dsd_p2p.sim.chain import ChainModel, simulate_request
+from dsd_p2p.sim.route import RouteModel, simulate_request
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.window.tracker import Tracker
 
@@ -13,7 +13,7 @@ TEXTS = (0, 12, 24)
 
 
 def chain_of(num_stages=4, *, link_s=0.05, stage_s=0.005, node_s=0.0, draft_s=0.006):
-    return ChainModel(
+    return RouteModel(
         stages=(PassCost.line(stage_s, node_s),) * num_stages,
         link=LinkModel(latency_s=link_s),
         draft=PassCost.line(draft_s, 0.0),

@@ -16,7 +16,7 @@ from dsd_p2p.models.span import SpanModel
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.services import run_services
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.emulated import emulate

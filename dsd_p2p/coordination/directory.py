@@ -6,7 +6,7 @@ from typing import Protocol
 
 from dsd_p2p.errors import ConfigError, PeerError
 from dsd_p2p.peers.links import PeerLinks
-from dsd_p2p.placement.chain import choose_chain
+from dsd_p2p.placement.listed import choose_listed_route
 from dsd_p2p.placement.route import Detour
 from dsd_p2p.session.request import Route
 from dsd_p2p.types import PeerId, PeerInfo, Span
@@ -66,9 +66,9 @@ class StageList:
         # Which end of a broken link is to blame is not known: without the far one if that is possible, else it is dialled again.
         far = {peer for _, peer in detour.links}
         try:
-            return choose_chain(info for info in usable if info.peer not in far)
+            return choose_listed_route(info for info in usable if info.peer not in far)
         except ConfigError:
-            return choose_chain(usable)
+            return choose_listed_route(usable)
 
     async def find(self, detour: Detour = NO_DETOUR) -> Route:
         """Reconnect to what is gone and return the route of fewest stages."""

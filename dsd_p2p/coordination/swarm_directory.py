@@ -10,7 +10,7 @@ from dsd_p2p.errors import CoverageLost
 from dsd_p2p.peers.membership import Membership
 from dsd_p2p.placement.coordinator import speculation_of
 from dsd_p2p.placement.route import Detour, choose_route
-from dsd_p2p.placement.view import NodeView, Plan, Speculation, SwarmView
+from dsd_p2p.placement.view import PeerView, Plan, Speculation, SwarmView
 from dsd_p2p.session.request import Route
 from dsd_p2p.swarm.registry import Member
 from dsd_p2p.types import ModelKey, PeerId, Span, short_peer
@@ -69,7 +69,7 @@ class SwarmDirectory:
         states = {MemberState.SERVING, MemberState.JOINING} if with_joining else {MemberState.SERVING}
         members = [member for member in self._membership.registry.members() if member.is_alive]
         nodes = tuple(
-            NodeView(
+            PeerView(
                 peer=member.peer,
                 span=member.record.info.span if self._serves_our_model(member) else None,
                 max_layers=member.record.profile.max_layers,
@@ -85,12 +85,12 @@ class SwarmDirectory:
             for member in members
             for peer, round_trip_s in member.neighbours_s.items()
         }
-        return SwarmView(num_layers=self._num_layers, nodes=nodes, one_way_s=links)
+        return SwarmView(num_layers=self._num_layers, peers=nodes, one_way_s=links)
 
     def replicas(self, span: Span, but: str) -> list[PeerId]:
         """Return members that serve a span, without one; ourselves first."""
         nodes = [
-            node for node in self.view().nodes if node.peer != but and node.span is not None and node.span.holds(span)
+            node for node in self.view().peers if node.peer != but and node.span is not None and node.span.holds(span)
         ]
         me = self._membership.links.me.peer
         return [node.peer for node in sorted(nodes, key=lambda node: (node.peer != me, node.num_sessions))]

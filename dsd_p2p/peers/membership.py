@@ -27,7 +27,7 @@ from dsd_p2p.wire.membership import (
     MemberRecord,
     Members,
     MemberState,
-    NodeProfile,
+    PeerProfile,
     Revocation,
 )
 from dsd_p2p.wire.messages import Message
@@ -84,7 +84,7 @@ class Membership:
 
     # What we say of ourselves
 
-    async def announce(self, info: PeerInfo, state: MemberState, profile: NodeProfile | None = None) -> None:
+    async def announce(self, info: PeerInfo, state: MemberState, profile: PeerProfile | None = None) -> None:
         """Tell everybody what we are from now on."""
         self.links.me = info
         self._own.state = state

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.swarm.records import sign_record
 from dsd_p2p.types import PeerInfo
-from dsd_p2p.wire.membership import Grant, MemberRecord, MemberState, NodeProfile
+from dsd_p2p.wire.membership import Grant, MemberRecord, MemberState, PeerProfile
 
 
 class OwnRecord:
@@ -19,7 +19,7 @@ class OwnRecord:
         self._unix = unix
         self._version = version
         self.incarnation = int(unix() * 1000)
-        self.profile = NodeProfile()
+        self.profile = PeerProfile()
         self.state = MemberState.JOINING
 
     def renewed(self, info: PeerInfo, known: MemberRecord | None) -> MemberRecord:

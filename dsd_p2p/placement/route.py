@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from dsd_p2p.placement.view import NodeView, Plan, PlannedStage, Speculation, SwarmView, seconds_per_token
+from dsd_p2p.placement.view import PeerView, Plan, PlannedStage, Speculation, SwarmView, seconds_per_token
 from dsd_p2p.types import PeerId, Span
 
 _MAX_HOPS = 64
@@ -30,8 +30,8 @@ class Detour:
             for (a, b), seconds in view.one_way_s.items()
             if (a, b) not in self.links and (b, a) not in self.links
         }
-        nodes = tuple(node for node in view.nodes if node.peer not in self.peers)
-        return replace(view, nodes=nodes, one_way_s=links)
+        nodes = tuple(node for node in view.peers if node.peer not in self.peers)
+        return replace(view, peers=nodes, one_way_s=links)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def choose_route(
     """
     speculation = speculation or Speculation()
     view = detour.without(view) if detour else view
-    nodes = [node for node in view.nodes if node.span is not None]
+    nodes = [node for node in view.peers if node.span is not None]
     kept = detour.kept if detour else frozenset()
     boundaries = _boundaries(view, nodes, kept)
     ending: dict[int, dict[PeerId, list[_Partial]]] = {}
@@ -87,7 +87,7 @@ def choose_route(
     return _best(ending.get(view.num_layers, {}), view, coordinator, speculation)
 
 
-def _boundaries(view: SwarmView, nodes: list[NodeView], kept: Iterable[PlannedStage]) -> list[int]:
+def _boundaries(view: SwarmView, nodes: list[PeerView], kept: Iterable[PlannedStage]) -> list[int]:
     """Layers at which one stage may hand over to the next: every span's ends, and a grid between."""
     step = -(-view.num_layers // _MAX_BOUNDARIES)
     spans = [*(node.span for node in nodes if node.span), *(stage.span for stage in kept)]
@@ -112,7 +112,7 @@ def _ways_to(
                 yield partial, link_s
 
 
-def _extend(before: _Partial | None, link_s: float, node: NodeView, stage: PlannedStage, num_nodes: int) -> _Partial:
+def _extend(before: _Partial | None, link_s: float, node: PeerView, stage: PlannedStage, num_nodes: int) -> _Partial:
     pass_s = node.layer_pass_s(num_nodes) * stage.span.num_layers
     return _Partial(
         traversal_s=(before.traversal_s if before else 0.0) + link_s + pass_s,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dsd_p2p.placement.route import choose_route
-from dsd_p2p.placement.view import NodeView, Speculation, SwarmView
+from dsd_p2p.placement.view import PeerView, Speculation, SwarmView
 from dsd_p2p.types import PeerId, Span
 
 _MAX_EVALUATED = 24
@@ -22,10 +22,10 @@ class Move:
 
 def proportional_spans(view: SwarmView) -> dict[PeerId, Span]:
     """Split the layers by memory alone, in the order of the nodes: what placement is measured against."""
-    total = sum(node.max_layers for node in view.nodes)
+    total = sum(node.max_layers for node in view.peers)
     spans: dict[PeerId, Span] = {}
     first, given = 0, 0
-    for node in view.nodes:
+    for node in view.peers:
         given += node.max_layers
         last = round(view.num_layers * given / total)
         if last > first:
@@ -34,13 +34,13 @@ def proportional_spans(view: SwarmView) -> dict[PeerId, Span]:
     return spans
 
 
-def choose_span(view: SwarmView, me: NodeView, speculation: Speculation | None = None) -> Span:
+def choose_span(view: SwarmView, me: PeerView, speculation: Speculation | None = None) -> Span:
     """Return the span with which `me`, who holds nothing yet, improves the swarm most.
 
     Uncovered layers count first; once all are covered, the predicted seconds a token of the best chain, averaged over the peers
     it could start from; then the layers that fewest peers hold.
     """
-    others = replace(view, nodes=tuple(node for node in view.nodes if node.peer != me.peer))
+    others = replace(view, peers=tuple(node for node in view.peers if node.peer != me.peer))
     holders = _holders(others)
     length = max(1, min(me.max_layers, view.num_layers))
     candidates = [Span(first, first + length) for first in range(view.num_layers - length + 1)]
@@ -71,9 +71,9 @@ def choose_move(view: SwarmView, speculation: Speculation | None = None) -> Move
         return None
     best: tuple[int, int, int, float, str] | None = None
     chosen: Move | None = None
-    for node in sorted(view.nodes, key=lambda node: node.peer):
+    for node in sorted(view.peers, key=lambda node: node.peer):
         for span in _spans_around(node, view):
-            moved = replace(view, nodes=tuple(replace(n, span=span) if n.peer == node.peer else n for n in view.nodes))
+            moved = replace(view, peers=tuple(replace(n, span=span) if n.peer == node.peer else n for n in view.peers))
             num_given_up = _num_new(span, node.span) if node.span else 0
             num_loaded = _num_new(node.span, span)
             key = (len(moved.uncovered()), num_loaded, num_given_up, node.layer_s * span.num_layers, node.peer)
@@ -82,7 +82,7 @@ def choose_move(view: SwarmView, speculation: Speculation | None = None) -> Move
     return chosen
 
 
-def _spans_around(node: NodeView, view: SwarmView) -> Iterator[Span]:
+def _spans_around(node: PeerView, view: SwarmView) -> Iterator[Span]:
     """Every span the peer has room for; a peer that holds something extends it first."""
     longest = max(1, min(node.max_layers, view.num_layers))
     for first in range(view.num_layers):
@@ -97,7 +97,7 @@ def _num_new(old: Span | None, new: Span) -> int:
 
 def _holders(view: SwarmView) -> list[int]:
     holders = [0] * view.num_layers
-    for node in view.nodes:
+    for node in view.peers:
         if node.span is not None:
             for layer in range(node.span.first, node.span.last):
                 holders[layer] += 1
@@ -110,9 +110,9 @@ def _pieces(holders: list[int], span: Span) -> int:
     return sum(is_gap and (index == 0 or not left[index - 1]) for index, is_gap in enumerate(left))
 
 
-def _cost_s(others: SwarmView, me: NodeView, span: Span, speculation: Speculation | None) -> float:
-    view = replace(others, nodes=(*others.nodes, replace(me, span=span)))
-    plans = [choose_route(view, node.peer, speculation) for node in view.nodes]
+def _cost_s(others: SwarmView, me: PeerView, span: Span, speculation: Speculation | None) -> float:
+    view = replace(others, peers=(*others.peers, replace(me, span=span)))
+    plans = [choose_route(view, node.peer, speculation) for node in view.peers]
     return math.fsum(plan.s_per_token for plan in plans if plan is not None) / len(plans) + sum(
         plan is None for plan in plans
     )

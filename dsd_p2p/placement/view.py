@@ -12,7 +12,7 @@ WIDE_WINDOW_NODES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodeView:
+class PeerView:
     """One peer that could hold layers.
 
     span: what it holds; None nothing. max_layers: what its memory has room for.
@@ -53,7 +53,7 @@ class SwarmView:
     """
 
     num_layers: int
-    nodes: tuple[NodeView, ...]
+    peers: tuple[PeerView, ...]
     one_way_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     def link_s(self, a: str, b: str) -> float | None:
@@ -62,7 +62,7 @@ class SwarmView:
 
     def uncovered(self) -> list[int]:
         """Layers that no peer holds."""
-        covered = {layer for node in self.nodes if node.span for layer in range(node.span.first, node.span.last)}
+        covered = {layer for node in self.peers if node.span for layer in range(node.span.first, node.span.last)}
         return [layer for layer in range(self.num_layers) if layer not in covered]
 
 
@@ -94,7 +94,7 @@ def evaluate(
     view: SwarmView, coordinator: PeerId, stages: Sequence[PlannedStage], speculation: Speculation
 ) -> Plan | None:
     """Return the prediction of a given chain; None when two neighbours in it cannot talk."""
-    by_peer = {node.peer: node for node in view.nodes}
+    by_peer = {node.peer: node for node in view.peers}
     loop = [coordinator, *(stage.peer for stage in stages), coordinator]
     links = [view.link_s(a, b) for a, b in itertools.pairwise(loop)]
     passes = [by_peer[stage.peer].layer_pass_s(speculation.window_nodes) * stage.span.num_layers for stage in stages]

@@ -85,7 +85,7 @@ class Drafting:
     def _grow(self, node: DraftNode, candidates: Sequence[Candidate], decision: Decision) -> None:
         """Hang a drafter's answer below `node`."""
         node.candidates = tuple((candidate.token, candidate.logprob) for candidate in candidates)
-        sharpened = self._tracker.calibrated([candidate.logprob for candidate in candidates])
+        sharpened = self._tracker.sharpened([candidate.logprob for candidate in candidates])
         kept = list(zip(candidates, sharpened, strict=True))[: decision.width]
         tree = self._text.tree
         for rank, (candidate, logprob) in enumerate(kept):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dsd_p2p.session.effects import Candidate, Draft
-from dsd_p2p.sim.trace import RecordedText
+from dsd_p2p.sim.agreement import RecordedText
 from dsd_p2p.types import TokenId
 
 _EASY, _HARD = 0.95, 0.5
-"""Agreement where the drafter is sure of itself, and where it is not."""
+"""AgreementModel where the drafter is sure of itself, and where it is not."""
 
 _NEXT_RANK = 0.35
 """How often a further candidate is right where all before it were wrong: about what `dsd sim record` finds."""
@@ -104,7 +104,7 @@ class RecordedAnswer(_AnswerBase):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
+class AgreementModel:
     """How often the drafter is right.
 
     rate: share of the tokens that are its first candidate. num_candidates: it names; 1 is enough for chains.
@@ -124,7 +124,7 @@ class ParametricAnswer(_AnswerBase):
 
     _SPACING = 16
 
-    def __init__(self, agreement: Agreement, seed: int) -> None:
+    def __init__(self, agreement: AgreementModel, seed: int) -> None:
         self._agreement = agreement
         self._rng = random.Random(seed)  # noqa: S311 - a simulation
         self._share_easy = min(1.0, max(0.0, (agreement.rate - _HARD) / (_EASY - _HARD)))

@@ -12,6 +12,7 @@ from dsd_p2p.placement.coordinator import MODEL_COVERAGE
 from dsd_p2p.placement.view import Speculation
 from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Request, Route
+from dsd_p2p.sim.agreement import Agreement
 from dsd_p2p.sim.answer import Answer
 from dsd_p2p.sim.churn import Churn
 from dsd_p2p.sim.clock import Clock
@@ -24,7 +25,6 @@ from dsd_p2p.sim.swarm import SimulatedSwarm
 from dsd_p2p.sim.tally import Tally, Timeline
 from dsd_p2p.sim.target import Stage, Target
 from dsd_p2p.sim.texts import Texts
-from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.sim.workload import Arrival, arrivals
 from dsd_p2p.telemetry.watch import RequestWatch, Sink
 from dsd_p2p.types import MAX_POSITIONS, MAX_TOKEN, Endpoint, SessionId, Span, TextRequest
@@ -90,7 +90,7 @@ class Fleet:
         self,
         scenario: Scenario,
         policy_of: PolicyOf,
-        trace: AgreementTrace | None = None,
+        trace: Agreement | None = None,
         *,
         is_recording: bool = False,
         progress: Callable[[int, float], None] | None = None,
@@ -105,7 +105,7 @@ class Fleet:
         }
         self._access = {name: link.models() for name, link in scenario.links.items()}
         self._timeline = Timeline(is_recording=is_recording)
-        self._machines: Machines[Any] = self._new_swarm() if scenario.nodes else self._new_park()
+        self._machines: Machines[Any] = self._new_swarm() if scenario.peers else self._new_park()
         self._drafters = [
             self._new_drafter(pool, index)
             for index, pool in enumerate(pool for pool in scenario.drafters for _ in range(pool.count))
@@ -130,7 +130,7 @@ class Fleet:
 
     def _new_swarm(self) -> SimulatedSwarm:
         return SimulatedSwarm(
-            self._scenario.nodes,
+            self._scenario.peers,
             self._scenario.layers,
             self._access,
             self.clock,
@@ -149,7 +149,7 @@ class Fleet:
         return None if choice is None else self._path(drafter, choice)
 
     def _choose(self, drafter: _Drafter) -> Choice | None:
-        is_plain = self._scenario.speculation.window == "plain"
+        is_plain = self._scenario.speculation.policy == "plain"
         # What placement expects of a drafter, as live peers do.
         expected = Speculation(coverage=0.0 if is_plain else MODEL_COVERAGE, draft_s=drafter.draft_s)
         return self._machines.choose(self._access[drafter.pool.link], expected)

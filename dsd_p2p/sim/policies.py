@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dsd_p2p.sim.scenario import Speculation
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
+from dsd_p2p.window.learned.bundled import learned_policy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain, usual_tree
 from dsd_p2p.window.threshold import ThresholdPolicy
-from dsd_p2p.window.wcdnn.bundled import learned_policy
 
 
 def policy_maker(speculation: Speculation) -> Callable[[], WindowPolicy]:
@@ -15,7 +15,7 @@ def policy_maker(speculation: Speculation) -> Callable[[], WindowPolicy]:
     if speculation.mode == "fused":
         return lambda: StaticPolicy(PLAIN)
     modes = frozenset(map(Mode, speculation.modes))
-    match speculation.window:
+    match speculation.policy:
         case "plain":
             decision = PLAIN
         case "static":

@@ -3,12 +3,12 @@
 from msgspec.structs import replace
 
 from dsd_p2p.session.effects import Candidate, Draft
+from dsd_p2p.sim.agreement import Agreement
 from dsd_p2p.sim.answer import RecordedAnswer
-from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.types import TokenId
 
 
-def recorded_pick(trace: AgreementTrace, text: TokenId, position: int) -> TokenId:
+def recorded_pick(trace: Agreement, text: TokenId, position: int) -> TokenId:
     """Return the target's token after `position` of text number `text`; position 0 is the prompt's only token."""
     return trace.texts[text].tokens[position]
 
@@ -16,7 +16,7 @@ def recorded_pick(trace: AgreementTrace, text: TokenId, position: int) -> TokenI
 class RecordedDrafts:
     """What the drafter said, for any stem of any text of `trace`, one level at a time."""
 
-    def __init__(self, trace: AgreementTrace) -> None:
+    def __init__(self, trace: Agreement) -> None:
         self._answers = [RecordedAnswer(text, 1, trace.vocab_size) for text in trace.texts]
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:

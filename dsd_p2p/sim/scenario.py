@@ -15,11 +15,13 @@ from dsd_p2p import units
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.placement.balance import Routing
-from dsd_p2p.sim.answer import Agreement
+from dsd_p2p.sim.answer import AgreementModel
 from dsd_p2p.sim.service import PassCost, Spread
 from dsd_p2p.sim.target import Batching
 
-MAX_NODES = 64
+_OLD_FIELDS = {"speculation.window": "speculation.policy"}
+_OLD_VALUES = {"awc": "learned"}
+MAX_PEERS = 64
 """Peers in a simulated swarm."""
 
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -121,7 +123,7 @@ class TargetPool(_Table, frozen=True, kw_only=True):
     draft_step: Cost | None = None
 
 
-class NodePool(_Table, frozen=True, kw_only=True):
+class PeerPool(_Table, frozen=True, kw_only=True):
     """Peers of one kind that each hold a part of the model (`layers`), which the live placement code chooses when they join.
 
     max_layers: that their memory has room for. layer: one layer's pass. link: to and from them, beside the other machine's own.
@@ -180,21 +182,21 @@ class Acceptance(_Table, frozen=True, kw_only=True):
     trace: str = ""
     category: str = ""
 
-    def agreement(self) -> Agreement:
+    def agreement(self) -> AgreementModel:
         """Return the parameters."""
-        return Agreement(rate=self.rate, persistence=self.persistence, num_candidates=self.num_candidates)
+        return AgreementModel(rate=self.rate, persistence=self.persistence, num_candidates=self.num_candidates)
 
 
 class Speculation(_Table, frozen=True, kw_only=True):
     """How windows are chosen.
 
-    window: "plain", "static" (`depth`), "tree" (`width`, `window_nodes`, `in_flight`), "threshold", "analytic", "awc".
-    modes: what analytic and awc may choose from.
+    policy: "plain", "static" (`depth`), "tree" (`width`, `window_nodes`, `in_flight`), "threshold", "analytic", "learned".
+    modes: what analytic and learned may choose from.
     mode: "distributed" (the drafter's machine coordinates), "fused" (the target writes alone), "auto" (fused while the policy does
         not speculate). placement: of drafter and coordinator, "drafter" or "target".
     """
 
-    window: Annotated[str, Meta(pattern="^(plain|static|tree|threshold|analytic|awc)$")] = "static"
+    policy: Annotated[str, Meta(pattern="^(plain|static|tree|threshold|analytic|learned)$")] = "static"
     modes: tuple[Annotated[str, Meta(pattern="^(sync|continuous)$")], ...] = ("sync", "continuous")
     depth: Annotated[int, Meta(ge=1, le=64)] = 4
     width: Annotated[int, Meta(ge=1, le=16)] = 4
@@ -216,7 +218,7 @@ class Churn(_Table, frozen=True, kw_only=True):
 
 
 class Scenario(_Table, frozen=True, kw_only=True):
-    """All of it. Whole `targets` verify, or `nodes` that share the model's `layers`. horizon: the run ends then at the latest."""
+    """All of it. Whole `targets` verify, or `peers` that share the model's `layers`. horizon: the run ends then at the latest."""
 
     name: str = ""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
@@ -224,7 +226,7 @@ class Scenario(_Table, frozen=True, kw_only=True):
     links: dict[str, Link]
     drafters: Annotated[tuple[DrafterPool, ...], Meta(min_length=1, max_length=64)]
     targets: Annotated[tuple[TargetPool, ...], Meta(max_length=64)] = ()
-    nodes: Annotated[tuple[NodePool, ...], Meta(max_length=64)] = ()
+    peers: Annotated[tuple[PeerPool, ...], Meta(max_length=64)] = ()
     layers: Annotated[int, Meta(ge=0, le=1024)] = 0
     workload: Workload
     acceptance: Acceptance = Acceptance()
@@ -272,34 +274,34 @@ def _check(scenario: Scenario, text: str, name: str) -> None:
     pools = [
         *((f"drafters[{index}].link", pool.link) for index, pool in enumerate(scenario.drafters)),
         *((f"targets[{index}].inner_link", pool.inner_link) for index, pool in enumerate(scenario.targets)),
-        *((f"nodes[{index}].link", pool.link) for index, pool in enumerate(scenario.nodes)),
+        *((f"peers[{index}].link", pool.link) for index, pool in enumerate(scenario.peers)),
     ]
     for field, link in pools:
         if link and link not in scenario.links:
             fail(field, f"{link!r} is none of the [links], {known}")
     if scenario.workload.arrivals == "trace" and not scenario.workload.file:
         fail("workload.arrivals", "a trace needs workload.file")
-    if bool(scenario.targets) == bool(scenario.nodes):
-        fail("nodes[0]" if scenario.nodes else "targets", "give [[targets]], or [[nodes]] and layers, and not both")
-    if scenario.nodes:
-        _check_nodes(scenario, fail)
+    if bool(scenario.targets) == bool(scenario.peers):
+        fail("peers[0]" if scenario.peers else "targets", "give [[targets]], or [[peers]] and layers, and not both")
+    if scenario.peers:
+        _check_peers(scenario, fail)
     for index, pool in enumerate(scenario.targets):
         if scenario.speculation.placement == "target" and pool.draft_step is None:
             fail(f"targets[{index}]", 'speculation.placement = "target" needs the draft_step of a drafter there')
 
 
-def _check_nodes(scenario: Scenario, fail: Callable[[str, str], None]) -> None:
-    room = sum(pool.count * pool.max_layers for pool in scenario.nodes)
+def _check_peers(scenario: Scenario, fail: Callable[[str, str], None]) -> None:
+    room = sum(pool.count * pool.max_layers for pool in scenario.peers)
     if not 1 <= scenario.layers <= room:
-        fail("layers", f"is {scenario.layers}: the nodes have room for 1..{room}")
-    if sum(pool.count for pool in scenario.nodes) > MAX_NODES:
-        fail("nodes[0]", f"at most {MAX_NODES} in all: placement looks at every pair of them")
+        fail("layers", f"is {scenario.layers}: the peers have room for 1..{room}")
+    if sum(pool.count for pool in scenario.peers) > MAX_PEERS:
+        fail("peers[0]", f"at most {MAX_PEERS} in all: placement looks at every pair of them")
     if scenario.speculation.placement == "target" or scenario.speculation.mode != "distributed":
-        fail("speculation", 'nodes are no place to draft at: mode = "distributed" and placement = "drafter" only')
+        fail("speculation", 'peers are no place to draft at: mode = "distributed" and placement = "drafter" only')
     if scenario.speculation.routing is not Routing.SHORTEST_QUEUE:
         fail(
             "speculation.routing",
-            "among nodes the chain with the fewest predicted seconds a token is taken: leave it out",
+            "among peers the route with the fewest predicted seconds a token is taken: leave it out",
         )
 
 
@@ -311,7 +313,7 @@ def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
     """
     tables = msgspec.to_builtins(scenario, enc_hook=float)
     for dotted, value in changes.items():
-        _set(tables, dotted.split("."), value, dotted)
+        _set(tables, _OLD_FIELDS.get(dotted, dotted).split("."), _present_value(value), dotted)
     return _convert(tables, "", "scenario")
 
 
@@ -332,7 +334,21 @@ def _set(table: Any, names: list[str], value: Any, dotted: str) -> None:
         raise ConfigError(f"scenario has no {dotted}")
 
 
+def _present_value(value: Any) -> Any:
+    return _OLD_VALUES.get(value, value) if isinstance(value, str) else value
+
+
+def _with_present_names(tables: dict[str, Any]) -> dict[str, Any]:
+    """Return a file's tables with today's names: files of before have `[[nodes]]` and `speculation.window`."""
+    tables = {"peers" if name == "nodes" else name: table for name, table in tables.items()}
+    if isinstance(speculation := tables.get("speculation"), dict):
+        renamed = {"policy" if name == "window" else name: value for name, value in speculation.items()}
+        tables["speculation"] = {name: _present_value(value) for name, value in renamed.items()}
+    return tables
+
+
 def _convert(tables: dict[str, Any], text: str, name: str) -> Scenario:
+    tables = _with_present_names(tables)
     try:
         scenario = msgspec.convert(tables, type=Scenario, dec_hook=_quantity)
     except msgspec.ValidationError as exc:

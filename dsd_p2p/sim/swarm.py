@@ -9,10 +9,10 @@ from functools import lru_cache, partial
 from dsd_p2p.netmodel import in_series
 from dsd_p2p.placement.route import choose_route
 from dsd_p2p.placement.span import choose_move, choose_span
-from dsd_p2p.placement.view import WIDE_WINDOW_NODES, NodeView, Plan, PlannedStage, Speculation, SwarmView
+from dsd_p2p.placement.view import WIDE_WINDOW_NODES, PeerView, Plan, PlannedStage, Speculation, SwarmView
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.machines import Access, Choice, PassLog, Place
-from dsd_p2p.sim.scenario import NodePool
+from dsd_p2p.sim.scenario import PeerPool
 from dsd_p2p.sim.service import PassCost, SharedCores
 from dsd_p2p.sim.target import Stage, StageModel, Target, TargetSession
 from dsd_p2p.types import PeerId, Span, UniformRng
@@ -24,14 +24,14 @@ _COORDINATOR = PeerId("coordinator")
 
 
 @dataclass(slots=True, eq=False)
-class Node:
+class SimulatedPeer:
     """One peer. layer: one layer's pass. access: its link. span: what it holds; None while it loads.
 
     stages: all that ever computed here, on its one core; serving: of them, by their layers, those that chains go through now.
     """
 
     peer: PeerId
-    pool: NodePool
+    pool: PeerPool
     layer: PassCost
     access: Access
     cores: SharedCores
@@ -47,9 +47,9 @@ class Node:
         """The peer's."""
         return self.peer
 
-    def view(self) -> NodeView:
+    def view(self) -> PeerView:
         """What other peers know of it."""
-        return NodeView(
+        return PeerView(
             peer=self.peer,
             span=self.span if self.is_up else None,
             max_layers=self.pool.max_layers,
@@ -67,7 +67,7 @@ class SimulatedSwarm:
 
     def __init__(
         self,
-        pools: Sequence[NodePool],
+        pools: Sequence[PeerPool],
         num_layers: int,
         links: Mapping[str, Access],
         clock: Clock,
@@ -76,7 +76,7 @@ class SimulatedSwarm:
     ) -> None:
         self._num_layers, self._clock, self._rng, self._log = num_layers, clock, rng, log
         self.units = [
-            Node(
+            SimulatedPeer(
                 peer=PeerId(f"node-{index}"),
                 pool=pool,
                 layer=pool.layer.pass_cost(),
@@ -92,9 +92,9 @@ class SimulatedSwarm:
         }
         self._chains: dict[tuple[PlannedStage, ...], Target] = {}
         self._num_chains = 0
-        self._nodes_of: dict[str, list[Node]] = {}
+        self._peers_of: dict[str, list[SimulatedPeer]] = {}
         self._plan = lru_cache(_MAX_PLANS)(self._planned)
-        joined: tuple[NodeView, ...] = ()
+        joined: tuple[PeerView, ...] = ()
         for node in self.units:
             node.span = choose_span(self._view(joined, {}), node.view())
             joined = (*joined, node.view())
@@ -132,10 +132,10 @@ class SimulatedSwarm:
 
     def moved(self, target: Target, change: int) -> None:
         """So many more requests go through a chain."""
-        for node in self._nodes_of[target.name]:
+        for node in self._peers_of[target.name]:
             node.num_sessions += change
 
-    def fail(self, unit: Node) -> list[TargetSession]:
+    def fail(self, unit: SimulatedPeer) -> list[TargetSession]:
         """A peer goes down, and every chain through it."""
         unit.is_up = False
         return self._end_chains(unit)
@@ -151,19 +151,19 @@ class SimulatedSwarm:
             self._clock.after(node.pool.load * span.num_layers, self._loaded, node, span)
         return lost
 
-    def _gap_closing(self) -> tuple[Node, Span] | None:
+    def _gap_closing(self) -> tuple[SimulatedPeer, Span] | None:
         """The peer that should hold other layers, and which; None if none should. A peer that loads counts as if it were done."""
         views = tuple(replace(node.view(), span=node.next_span or node.span) for node in self.units if node.is_up)
         move = choose_move(self._view(views, {}))
         return None if move is None else (self._by_peer[move.peer], move.span)
 
-    def _loaded(self, node: Node, span: Span) -> None:
+    def _loaded(self, node: SimulatedPeer, span: Span) -> None:
         """The peer has new layers, unless it has been asked for others meanwhile."""
         if node.next_span == span:
             node.span, node.next_span = span, None
 
     def _planned(
-        self, up_s: float, down_s: float, speculation: Speculation, views: tuple[NodeView, ...]
+        self, up_s: float, down_s: float, speculation: Speculation, views: tuple[PeerView, ...]
     ) -> Plan | None:
         own: dict[tuple[str, str], float] = {
             (_COORDINATOR, node.peer): up_s + node.access[0].latency_s for node in self.units
@@ -171,8 +171,8 @@ class SimulatedSwarm:
         own |= {(node.peer, _COORDINATOR): node.access[1].latency_s + down_s for node in self.units}
         return choose_route(self._view(views, own), _COORDINATOR, speculation)
 
-    def _view(self, nodes: tuple[NodeView, ...], links: dict[tuple[str, str], float]) -> SwarmView:
-        return SwarmView(num_layers=self._num_layers, nodes=nodes, one_way_s=ChainMap(links, self._one_way_s))
+    def _view(self, nodes: tuple[PeerView, ...], links: dict[tuple[str, str], float]) -> SwarmView:
+        return SwarmView(num_layers=self._num_layers, peers=nodes, one_way_s=ChainMap(links, self._one_way_s))
 
     def _new_chain(self, stages: tuple[PlannedStage, ...]) -> Target:
         nodes = [self._by_peer[stage.peer] for stage in stages]
@@ -184,10 +184,10 @@ class SimulatedSwarm:
             self._rng,
         )
         self._num_chains += 1
-        self._chains[stages], self._nodes_of[target.name] = target, nodes
+        self._chains[stages], self._peers_of[target.name] = target, nodes
         return target
 
-    def _stage(self, node: Node, span: Span) -> Stage:
+    def _stage(self, node: SimulatedPeer, span: Span) -> Stage:
         stage = node.serving.get(span)
         if stage is None:
             model = StageModel(
@@ -204,7 +204,7 @@ class SimulatedSwarm:
             node.stages.append(stage)
         return stage
 
-    def _end_chains(self, node: Node) -> list[TargetSession]:
+    def _end_chains(self, node: SimulatedPeer) -> list[TargetSession]:
         """Chains through a peer end for good: the same plan makes a new one."""
         ended = [stages for stages in self._chains if any(stage.peer == node.peer for stage in stages)]
         return [session for stages in ended for session in self._chains.pop(stages).fail()]

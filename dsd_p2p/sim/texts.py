@@ -3,9 +3,9 @@
 import random
 
 from dsd_p2p.errors import ConfigError
+from dsd_p2p.sim.agreement import Agreement
 from dsd_p2p.sim.answer import Answer, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.scenario import Acceptance
-from dsd_p2p.sim.trace import AgreementTrace
 from dsd_p2p.sim.workload import Arrival
 
 
@@ -16,7 +16,7 @@ class Texts:
         ConfigError: the trace has none of the category that is asked for.
     """
 
-    def __init__(self, acceptance: Acceptance, trace: AgreementTrace | None, rng: random.Random) -> None:
+    def __init__(self, acceptance: Acceptance, trace: Agreement | None, rng: random.Random) -> None:
         self._acceptance = acceptance
         self._trace = trace
         self._rng = rng
@@ -30,7 +30,7 @@ class Texts:
         return RecordedAnswer(text, arrival.num_prompt_tokens, self._trace.vocab_size)
 
 
-def _suitable(acceptance: Acceptance, trace: AgreementTrace) -> list[int]:
+def _suitable(acceptance: Acceptance, trace: Agreement) -> list[int]:
     texts = [index for index, text in enumerate(trace.texts) if acceptance.category in ("", text.category)]
     if not texts:
         known = ", ".join(sorted({text.category for text in trace.texts}))

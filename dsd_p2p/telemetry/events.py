@@ -70,7 +70,7 @@ class SessionStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
     verification: Label = ""
 
 
-class Failover(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="failover"):
+class Replayed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="replay"):
     """A request lost its chain and goes on over another."""
 
     at_s: Time = 0.0
@@ -117,7 +117,8 @@ class RateOf(msgspec.Struct, frozen=True, kw_only=True):
 class DecisionMade(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="decision"):
     """The window policy changed its mind, or the request is over: what it saw, and what each kind of window wrote so far.
 
-    Recordings teach the policy (`scripts/train_wcdnn --live`). decision: its kind. features: `dsd_p2p.window.wcdnn.features.NAMES`.
+    Recordings teach the policy (`scripts/train_policy --live`). decision: its kind.
+    features: those of `dsd_p2p.window.learned.features.NAMES`.
     """
 
     at_s: Time = 0.0
@@ -143,7 +144,7 @@ class SessionEnded(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
     num_replays: Count = 0
 
 
-Event = PeerStatus | SessionStarted | Failover | WindowVerified | DecisionMade | SessionEnded
+Event = PeerStatus | SessionStarted | Replayed | WindowVerified | DecisionMade | SessionEnded
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):

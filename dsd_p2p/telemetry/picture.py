@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from dsd_p2p.telemetry.events import Event, Failover, PeerStatus, SessionEnded, SessionStarted, StageOf, WindowVerified
+from dsd_p2p.telemetry.events import Event, PeerStatus, Replayed, SessionEnded, SessionStarted, StageOf, WindowVerified
 from dsd_p2p.types import short_peer
 
 _MAX_PEERS, _MAX_SESSIONS, _MAX_HISTORY = 4096, 1024, 32
@@ -32,7 +32,7 @@ class SessionView:
     max_tokens: int = 0
     newest: WindowVerified = field(default_factory=WindowVerified)
     ended: SessionEnded | None = None
-    num_failovers: int = 0
+    num_replays: int = 0
     is_from_its_start: bool = False
     samples: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=128))
 
@@ -62,7 +62,7 @@ class Picture:
         self.totals: Counter[str] = Counter()
         self.hits_by_depth: list[int] = []
         self.outcomes_by_depth: list[int] = []
-        self.failovers: deque[Failover] = deque(maxlen=_MAX_HISTORY)
+        self.replays: deque[Replayed] = deque(maxlen=_MAX_HISTORY)
         self.errors: deque[SessionEnded] = deque(maxlen=_MAX_HISTORY)
         self.series: deque[int] = deque(maxlen=_SERIES)
         self.now_s = 0.0
@@ -82,11 +82,11 @@ class Picture:
                 self._start(event)
             case WindowVerified():
                 self._window(event)
-            case Failover():
+            case Replayed():
                 view = self._view(event.session, event.coordinator)
-                view.stages, view.num_failovers, view.at_s = event.stages, view.num_failovers + 1, self.now_s
-                self.totals["failovers"] += 1
-                self.failovers.append(event)
+                view.stages, view.num_replays, view.at_s = event.stages, view.num_replays + 1, self.now_s
+                self.totals["replays"] += 1
+                self.replays.append(event)
             case SessionEnded():
                 self._end(event)
 
@@ -132,7 +132,7 @@ class Picture:
                 alerts.append(Alert(1, f"{name} has less than a tenth of its cache free"))
             if status.num_dropped:
                 alerts.append(Alert(1, f"{name} left {status.num_dropped} events out"))
-        recent = [each for each in self.failovers if each.at_s >= self.now_s - 30]
+        recent = [each for each in self.replays if each.at_s >= self.now_s - 30]
         if recent:
             alerts.append(Alert(1, f"{len(recent)} chain(s) lost in the last 30 s"))
         failed = [each for each in self.errors if each.at_s >= self.now_s - 60]

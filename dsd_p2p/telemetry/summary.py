@@ -49,5 +49,5 @@ def _session(view: SessionView, now_s: float) -> dict[str, object]:
         "num_tokens": newest.num_tokens,
         "tokens_per_s": round(view.tokens_per_s(now_s), 2),
         "windows_in_flight": newest.num_in_flight,
-        "num_failovers": view.num_failovers,
+        "num_replays": view.num_replays,
     }

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
-from dsd_p2p.telemetry.events import Event, Failover, SessionEnded, SessionStarted, StageOf, WindowVerified
+from dsd_p2p.telemetry.events import Event, Replayed, SessionEnded, SessionStarted, StageOf, WindowVerified
 
 _MAX_OPEN = 4096
 _EXPORT_TIMEOUT_S = 5.0
@@ -37,12 +37,12 @@ class Traces:
                 self._start(event)
             case WindowVerified() if (span := self._open.get(event.session)) is not None:
                 self._window(span, event)
-            case Failover() if (span := self._open.get(event.session)) is not None:
+            case Replayed() if (span := self._open.get(event.session)) is not None:
                 attributes: Mapping[str, AttributeValue] = {
                     "dsd.stages": _chain(event.stages),
                     "dsd.num_tokens": event.num_tokens,
                 }
-                span.add_event("failover", attributes, _nanoseconds(event.at_s))
+                span.add_event("replay", attributes, _nanoseconds(event.at_s))
             case SessionEnded() if (span := self._open.pop(event.session, None)) is not None:
                 _end(span, event)
             case _:

@@ -6,14 +6,14 @@ from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.telemetry.events import (
     DecisionMade,
     Event,
-    Failover,
     RateOf,
+    Replayed,
     SessionEnded,
     SessionStarted,
     StageOf,
     WindowVerified,
 )
-from dsd_p2p.window.wcdnn.features import features
+from dsd_p2p.window.learned.features import features
 from dsd_p2p.wire.messages import Hop, OpenSession, Verdict
 
 Sink = Callable[[Event], None]
@@ -46,12 +46,12 @@ class RequestWatch:
         now_s, stages = self._now(), _stages(message.route)
         num_tokens = len(self._machine.tokens) - len(self._machine.request.prompt)
         if self._session:
-            # A stage that no longer held what was parked costs a second opening, and is no failover.
+            # A stage that no longer held what was parked costs a second opening, and is no replay.
             if self._machine.stats.num_replays == self._num_replays:
                 return
             self._num_replays = self._machine.stats.num_replays
             self._sink(
-                Failover(
+                Replayed(
                     at_s=now_s,
                     session=self._session,
                     coordinator=self._coordinator,

@@ -12,7 +12,7 @@ from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.types import Relaxation, RelaxationRule, Sampling, TokenId
 from dsd_p2p.verification.base import Pick, TargetView
 from dsd_p2p.verification.exact import ExactSession, ExactVerifier, gumbel_noise, kept_tokens
-from dsd_p2p.verification.importance import DraftOpinion, is_key, signals_of
+from dsd_p2p.verification.importance import DraftOpinion, is_decisive, signals_of
 
 
 class AdaptiveSession:
@@ -93,7 +93,7 @@ class AdaptiveVerifier:
         candidate = int(draft.tokens[row])
         if blend[draft.tokens == strict][0] >= blend[row]:
             return None
-        return None if is_key(signals_of(target_logprobs, draft, candidate), relaxation) else candidate
+        return None if is_decisive(signals_of(target_logprobs, draft, candidate), relaxation) else candidate
 
     def _is_overshoot(self, target_logprobs: NDArray[np.float64], draft: DraftOpinion, candidate: TokenId) -> bool:
         draft_logprob = draft.logprobs[np.flatnonzero(draft.tokens == candidate)[0]]

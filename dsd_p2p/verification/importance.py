@@ -62,7 +62,7 @@ def signals_of(target_logprobs: NDArray[np.float64], draft: DraftOpinion, candid
     )
 
 
-def is_key(signals: Signals, relaxation: Relaxation) -> bool:
+def is_decisive(signals: Signals, relaxation: Relaxation) -> bool:
     """True when any signal crosses its threshold: such a token is verified strictly."""
     return (
         signals.ce_ratio > relaxation.max_ce_ratio

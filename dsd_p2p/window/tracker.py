@@ -63,7 +63,7 @@ class LineFit:
         return CostLine(fixed_s=max(0.0, mean_s - slope * mean_n), per_node_s=slope)
 
 
-class Calibration:
+class Sharpening:
     """How much surer a drafter is than it says: probabilities `p^s / Σ p^s`, s fitted to what the target went on to write.
 
     A drafter's probabilities are those of sampling; a greedy target takes its likeliest token more often than they say.
@@ -74,7 +74,7 @@ class Calibration:
         self.exponent = 1.3
 
     def apply(self, logprobs: Sequence[float]) -> list[float]:
-        """Return the calibrated log probabilities of one node's candidates."""
+        """Return the sharpened log probabilities of one node's candidates."""
         exponent, exp = self.exponent, math.exp
         log_mass = math.log(sum([exp(exponent * value) for value in logprobs]) + exp(exponent * _rest(logprobs)))
         return [exponent * value - log_mass for value in logprobs]
@@ -132,7 +132,7 @@ class Tracker:
         self._draft = LineFit()
         self._hits_by_rank = [0.0] * len(_PRIOR_HAZARDS)
         self._tries_by_rank = [0.0] * len(_PRIOR_HAZARDS)
-        self._calibration = Calibration()
+        self._sharpening = Sharpening()
         self._rates: dict[str, _Rate] = {}
         self._num_tokens = 0
         self._num_outcomes = 0
@@ -162,9 +162,9 @@ class Tracker:
         """Take in one draft step over so many stems."""
         self._draft.add(num_stems, seconds)
 
-    def calibrated(self, logprobs: Sequence[float]) -> list[float]:
+    def sharpened(self, logprobs: Sequence[float]) -> list[float]:
         """Return one node's candidates' log probabilities as experience corrects them."""
-        return self._calibration.apply(logprobs)
+        return self._sharpening.apply(logprobs)
 
     def outcome(self, rank: int | None, logprobs: Sequence[float] = ()) -> None:
         """Take in one committed token that the drafter was asked for: its rank, None where it was no candidate.
@@ -172,7 +172,7 @@ class Tracker:
         logprobs: of all its candidates, likeliest first.
         """
         if logprobs:
-            self._calibration.learn(rank, logprobs)
+            self._sharpening.learn(rank, logprobs)
             self._confidence += (1 - _DECAY) * (math.exp(logprobs[0]) - self._confidence)
         # A candidate that the drafter did not name, though asked for as many, was wrong, too.
         num_tried = len(self._tries_by_rank) if rank is None else rank + 1

@@ -58,7 +58,7 @@ class MemberState(StrEnum):
     LEFT = "left"
 
 
-class NodeProfile(msgspec.Struct, frozen=True, array_like=True):
+class PeerProfile(msgspec.Struct, frozen=True, array_like=True):
     """What a node measured of itself.
 
     layer_us, layer16_us: microseconds of one layer's pass over 1 and over 16 positions.
@@ -84,7 +84,7 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
     sequence: Annotated[int, Meta(ge=0, le=1 << 50)]
     state: MemberState
     grants: Annotated[tuple[Grant, ...], Meta(max_length=MAX_GRANTS)]
-    profile: NodeProfile = NodeProfile()
+    profile: PeerProfile = PeerProfile()
     version: Name = ""
     signature: SignatureBytes = b""
 

@@ -12,9 +12,9 @@ from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import Relaxation
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
+from dsd_p2p.window.learned.bundled import learned_policy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
-from dsd_p2p.window.wcdnn.bundled import learned_policy
-from node.client.relaxation import bundled_calibration, read_calibration
+from node.client.relaxation import bundled_thresholds, read_thresholds
 from node.config import DrafterFlags, GenerateConfig
 
 _SYNC_DEPTH = 8
@@ -65,14 +65,14 @@ def make_relaxation(config: GenerateConfig) -> Relaxation | None:
     """Return what `--verify` asks for; None is exact.
 
     Raises:
-        ConfigError: no such mode, or the calibration cannot be read.
+        ConfigError: no such mode, or the thresholds cannot be read.
     """
     match config.verify:
         case "exact":
             return None
         case "relaxed":
-            file = Path(config.relaxation) if config.relaxation else bundled_calibration()
-            relaxation = read_calibration(file).relaxation
+            file = Path(config.relaxation) if config.relaxation else bundled_thresholds()
+            relaxation = read_thresholds(file).relaxation
             return relaxation if config.tau is None else msgspec.structs.replace(relaxation, tau=config.tau)
         case other:
             raise ConfigError(f"verify {other!r}: choose exact or relaxed")

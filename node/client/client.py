@@ -18,14 +18,14 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.session.timing import Timing
 from dsd_p2p.types import PeerId, Relaxation, Span, TextRequest, TokenId
 from dsd_p2p.window.base import Mode, WindowPolicy
 from node.client.choices import make_relaxation
 from node.config import GenerateConfig, NodeConfig
-from node.local.local_swarm import LocalNode, local_swarm, stage_processes
+from node.local.local_swarm import LocalStage, local_swarm, stage_processes
 from node.local.netlab import address, namespace, netlab
 from node.local.stage_processes import StageProcess
 from node.member.client import SWARM_RETRY, SwarmClient, choose_place, open_swarm_client
@@ -41,7 +41,7 @@ class Client:
     text: TextCodec
     drafter: Drafter
     prompt: list[TokenId]
-    nodes: list[LocalNode]
+    nodes: list[LocalStage]
     swarm: SwarmClient | None = None
 
     async def write(
@@ -131,7 +131,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     model = load_coordinator_model(config.model, draft, progress, draft_dtype=config.draft_dtype, device=config.device)
     prompt = _prompt(config, model.text)
     async with AsyncExitStack() as stack:
-        nodes: list[LocalNode] = []
+        nodes: list[LocalStage] = []
         client = None
         if state is not None:
             link = config.link_model()
@@ -153,7 +153,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
 
 async def _stages(
     config: GenerateConfig, num_layers: int, progress: Progress, stack: AsyncExitStack
-) -> tuple[list[LocalNode], list[str], LinkModel, str]:
+) -> tuple[list[LocalStage], list[str], LinkModel, str]:
     """Return the stages to use, started here unless `config.connect` names some, and how we reach them."""
     link, host = config.link_model(), "127.0.0.1"
     if config.connect:

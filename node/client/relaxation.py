@@ -9,11 +9,11 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.types import Relaxation
 
 
-class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
     """Thresholds, and what they were found on.
 
     budget_nats: the most mean log-likelihood of the target a token may lose. loss_nats, relaxed_share: what these thresholds lose
-        and let stand on the calibration texts.
+        and let stand on the thresholds texts.
     """
 
     relaxation: Relaxation
@@ -36,21 +36,21 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     provenance: dict[str, float | int | str]
 
 
-def bundled_calibration() -> Path:
+def bundled_thresholds() -> Path:
     """Return the thresholds that the project brings along."""
     return Path(str(files("node").joinpath("data/relaxation.json")))
 
 
-def write_calibration(calibration: Calibration, path: Path) -> None:
+def write_thresholds(thresholds: Thresholds, path: Path) -> None:
     """Write it as JSON that people can read and edit."""
     content = _File(
-        relaxation=msgspec.structs.asdict(calibration.relaxation),
-        provenance={name: value for name, value in msgspec.structs.asdict(calibration).items() if name != "relaxation"},
+        relaxation=msgspec.structs.asdict(thresholds.relaxation),
+        provenance={name: value for name, value in msgspec.structs.asdict(thresholds).items() if name != "relaxation"},
     )
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
 
 
-def read_calibration(path: Path) -> Calibration:
+def read_thresholds(path: Path) -> Thresholds:
     """Return what is in `path`.
 
     Raises:
@@ -59,7 +59,7 @@ def read_calibration(path: Path) -> Calibration:
     try:
         content = msgspec.json.decode(path.read_bytes(), type=_File)
         values = tuple(content.relaxation[name] for name in Relaxation.__struct_fields__)
-        return Calibration(
+        return Thresholds(
             relaxation=msgspec.convert(values, Relaxation),
             **msgspec.convert(content.provenance, dict[str, object]),  # type: ignore[arg-type]
         )

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP door to a swarm."""
+"""The OpenAI-compatible HTTP backend to a swarm."""

@@ -11,7 +11,7 @@ from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import CapacityError
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.types import TokenId
-from node.gateway.door import Door, Outcome
+from node.gateway.backend import Backend, Outcome
 
 _FIRST_RETRY_S, _MAX_RETRY_S = 0.25, 4.0
 
@@ -93,17 +93,17 @@ class Admission:
             chosen.may_enter.set()
 
 
-class PatientDoor:
+class PatientBackend:
     """Waits where the stages have no room for another session's cache, instead of refusing at once. timeout_s: longest wait."""
 
-    def __init__(self, door: Door, timeout_s: float) -> None:
-        self._door = door
+    def __init__(self, backend: Backend, timeout_s: float) -> None:
+        self._door = backend
         self._timeout_s = timeout_s
 
     async def write(
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
-        """Yield an answer piece by piece. Raises as `Door.write` does."""
+        """Yield an answer piece by piece. Raises as `Backend.write` does."""
         deadline_s, delay_s = trio.current_time() + self._timeout_s, _FIRST_RETRY_S
         while True:
             is_begun = False

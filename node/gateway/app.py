@@ -26,9 +26,9 @@ from dsd_p2p.models.text import TextCodec
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.telemetry.summary import describe
 from dsd_p2p.types import ModelKey, Sampling, TextRequest, TokenId
-from node.gateway.admission import Admission, PatientDoor
+from node.gateway.admission import Admission, PatientBackend
+from node.gateway.backend import Backend
 from node.gateway.choice import Choice
-from node.gateway.door import Door
 from node.gateway.errors import ApiError, api_error, json_response, unexpected
 from node.gateway.formats import ChatFormat, TextFormat
 from node.gateway.keys import Client, Clients
@@ -80,7 +80,7 @@ class Served:
 class Gateway:
     """Everything the routes use. metrics: in Prometheus' text format; note, note_refused: are told of requests that ended."""
 
-    door: Door
+    backend: Backend
     served: Served
     clients: Clients
     hub: EventHub
@@ -99,7 +99,7 @@ class Gateway:
         self.admission = Admission(
             max_running=limits.max_running, max_waiting=limits.max_waiting, timeout_s=limits.wait_s
         )
-        self.door = PatientDoor(self.door, limits.wait_s)
+        self.backend = PatientBackend(self.backend, limits.wait_s)
 
     def app(self, hosts: Sequence[str]) -> ASGIApp:
         """Return the ASGI application. hosts: names it may be called by, so that no other site's name can point at it."""
@@ -218,7 +218,7 @@ class Gateway:
         client.take(num_prompt_tokens)
         choices = [
             Choice(
-                door=self.door,
+                backend=self.backend,
                 text=self.served.text,
                 prompt=prompt,
                 options=_with_seed(options, number),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import TokenId, TokenLogprobs
-from node.gateway.door import Door, Outcome
+from node.gateway.backend import Backend, Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Piece:
 class Choice:
     """One of the answers to a request; iterate over `pieces` once, then read the rest."""
 
-    door: Door
+    backend: Backend
     text: TextCodec
     prompt: Sequence[TokenId]
     options: GenerateOptions
@@ -40,7 +40,7 @@ class Choice:
         """
         streamer, stops = self.text.streamer(), StopStrings(self.stops)
         is_stopped = False
-        async with aclosing(self.door.write(self.prompt, self.options, self.outcome)) as answer:
+        async with aclosing(self.backend.write(self.prompt, self.options, self.outcome)) as answer:
             async for piece in answer:
                 shown = 0
                 text = ""

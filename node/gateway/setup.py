@@ -7,7 +7,7 @@ from dsd_p2p import units
 from dsd_p2p.session.retry import RetryPolicy
 from node.config import GatewayConfig
 from node.gateway.app import Gateway, GatewayLimits, Served
-from node.gateway.door import Door
+from node.gateway.backend import Backend
 from node.gateway.keys import Clients, read_keys
 from node.gateway.metrics import GatewayMetrics
 from node.gateway.server import check_exposure
@@ -28,7 +28,7 @@ def read_clients(config: GatewayConfig) -> Clients:
 def make_gateway(
     config: GatewayConfig,
     clients: Clients,
-    door: Door,
+    backend: Backend,
     served: Served,
     hub: EventHub,
     *,
@@ -38,7 +38,7 @@ def make_gateway(
     """Return the gateway; `node.gateway.server.serve_gateway` opens it."""
     metrics = GatewayMetrics(hub.picture)
     gateway = Gateway(
-        door=door,
+        backend=backend,
         served=served,
         clients=clients,
         hub=hub,

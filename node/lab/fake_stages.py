@@ -10,7 +10,7 @@ from functools import partial
 import msgspec
 
 from node.lab.recorded import FakeStage, load_recorded
-from node.local.events import NodeEvent
+from node.local.events import StageEvent
 from node.local.stage_node import serve
 from node.local.stage_processes import fork_each
 
@@ -21,7 +21,7 @@ def main() -> None:
     fork_each([partial(_serve, stage) for stage in stages])
 
 
-def _serve(stage: FakeStage, tell: Callable[[NodeEvent], None]) -> int:
+def _serve(stage: FakeStage, tell: Callable[[StageEvent], None]) -> int:
     return serve(stage.config, tell, partial(load_recorded, stage))
 
 

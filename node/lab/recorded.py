@@ -20,8 +20,8 @@ from dsd_p2p.cache.slots import CacheEdit
 from dsd_p2p.drafting.base import DraftSession
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft
+from dsd_p2p.sim.agreement import Agreement, read_agreement
 from dsd_p2p.sim.recorded import RecordedDrafts, recorded_pick
-from dsd_p2p.sim.trace import AgreementTrace, read_trace
 from dsd_p2p.types import GREEDY, ComputeFormat, ModelKey, PeerInfo, Sampling, Span, TokenId
 from node.config import NodeConfig
 
@@ -51,7 +51,7 @@ class FakeStage(msgspec.Struct, frozen=True, kw_only=True):
     num_stages: int
 
 
-def bundled_trace() -> Path:
+def bundled_agreement() -> Path:
     """Return the agreement trace that the project brings along."""
     return Path(str(files("node").joinpath("data/agreement.json.gz")))
 
@@ -78,7 +78,7 @@ def load_recorded(
         ConfigError: they cannot be read.
     """
     span = units.span(config.span)
-    model = RecordedSpan(span, stage.num_stages, stage.times, read_trace(Path(stage.times.trace)))
+    model = RecordedSpan(span, stage.num_stages, stage.times, read_agreement(Path(stage.times.trace)))
     return model, stage_info(peer, addresses, span, stage.num_stages)
 
 
@@ -124,7 +124,7 @@ class RecordedView:
 class RecordedSpan:
     """A stage server's model that sleeps; a node's hidden state is its token and padding."""
 
-    def __init__(self, span: Span, num_stages: int, times: ServiceTimes, trace: AgreementTrace) -> None:
+    def __init__(self, span: Span, num_stages: int, times: ServiceTimes, trace: Agreement) -> None:
         self._span = span
         self.is_head = span.first == 0
         self.is_tail = span.last == num_stages
@@ -181,7 +181,7 @@ class RecordedDrafter:
     name = "recorded"
     is_instant = False
 
-    def __init__(self, trace: AgreementTrace, draft_s: float) -> None:
+    def __init__(self, trace: Agreement, draft_s: float) -> None:
         self._drafts = RecordedDrafts(trace)
         self._draft_s = draft_s
 

@@ -9,7 +9,7 @@ from dsd_p2p.cache.passes import SpanOutput, SpanPass
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.stage.span_model import SpanCache, SpanModel
 from dsd_p2p.types import Span
-from dsd_p2p.wire.membership import NodeProfile
+from dsd_p2p.wire.membership import PeerProfile
 from node.config import ServeFlags
 from node.member.measure import measure_node
 
@@ -20,7 +20,7 @@ class SlowMachine:
     def __init__(self, factor: float) -> None:
         self._factor = factor
 
-    def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> NodeProfile:
+    def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> PeerProfile:
         """Return what this machine measures, slowed down."""
         profile = measure_node(source, config, dtype)
         return msgspec.structs.replace(

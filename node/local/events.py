@@ -25,7 +25,7 @@ class Ready(msgspec.Struct, tag="ready"):
     weight_bytes: int
 
 
-class DoorOpen(msgspec.Struct, tag="door"):
+class GatewayOpen(msgspec.Struct, tag="door"):
     """The gateway answers at this base URL."""
 
     url: str
@@ -37,20 +37,20 @@ class Failed(msgspec.Struct, tag="failed"):
     text: str
 
 
-NodeEvent = Started | Loading | Ready | DoorOpen | Failed
+StageEvent = Started | Loading | Ready | GatewayOpen | Failed
 
 
 class Report(msgspec.Struct):
     """An event and the number of the node it is about."""
 
     index: int
-    event: NodeEvent
+    event: StageEvent
 
 
 _decoder = msgspec.json.Decoder(Report)
 
 
-def report(index: int, event: NodeEvent) -> None:
+def report(index: int, event: StageEvent) -> None:
     """Write the event in one piece, so that several processes may share the pipe."""
     os.write(1, msgspec.json.encode(Report(index=index, event=event)) + b"\n")
 

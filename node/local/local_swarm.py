@@ -23,7 +23,7 @@ _STOP_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalNode:
+class LocalStage:
     """One process of the swarm."""
 
     address: str
@@ -32,7 +32,7 @@ class LocalNode:
 
 
 @asynccontextmanager
-async def local_swarm(stages: Sequence[StageProcess], progress: Progress) -> AsyncIterator[list[LocalNode]]:
+async def local_swarm(stages: Sequence[StageProcess], progress: Progress) -> AsyncIterator[list[LocalStage]]:
     """Start one process a stage of a real model; see `stage_swarm`."""
     async with stage_swarm("node.local.stage_processes", stages, progress) as nodes:
         yield nodes
@@ -41,7 +41,7 @@ async def local_swarm(stages: Sequence[StageProcess], progress: Progress) -> Asy
 @asynccontextmanager
 async def stage_swarm(
     program: str, stages: Sequence[msgspec.Struct], progress: Progress
-) -> AsyncIterator[list[LocalNode]]:
+) -> AsyncIterator[list[LocalStage]]:
     """Run the module `program`, which forks one process a stage; yields them, in order, once all of them serve.
 
     A process that dies later is seen by whoever talks to it. All end with the block, and also when this process is killed: each
@@ -75,10 +75,10 @@ def stage_processes(config: ModelFlags, spans: Sequence[Span]) -> list[StageProc
     return [StageProcess(config=NodeConfig(span=f"{span.first}:{span.last}", **shared)) for span in spans]
 
 
-async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) -> list[LocalNode]:
+async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) -> list[LocalStage]:
     assert process.stdout is not None
     pids: dict[int, int] = {}
-    ready: dict[int, LocalNode] = {}
+    ready: dict[int, LocalStage] = {}
     buffer = b""
     while len(ready) < num_nodes:
         chunk = await process.stdout.receive_some()
@@ -94,7 +94,7 @@ async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) 
                     pids[report.index] = pid
                 case Ready(address=address, weight_bytes=weight_bytes):
                     progress.step(f"stage {report.index}: ready", 1, 1)
-                    ready[report.index] = LocalNode(address=address, pid=pids[report.index], weight_bytes=weight_bytes)
+                    ready[report.index] = LocalStage(address=address, pid=pids[report.index], weight_bytes=weight_bytes)
                 case Failed(text=text):
                     raise ModelError(f"stage {report.index}: {text}")
     return [ready[index] for index in range(num_nodes)]

@@ -28,7 +28,7 @@ from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.version import PROTOCOL_ID
 from node.config import NodeConfig
 from node.console import ConsoleProgress
-from node.local.events import Failed, Loading, NodeEvent, Ready
+from node.local.events import Failed, Loading, Ready, StageEvent
 from node.watch.telemetry import TOPICS, StatusSource, broker_of, publishing, report_forever
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class LoadedSpan(StageModel, Protocol):
         ...
 
 
-def serve(config: NodeConfig, report: Callable[[NodeEvent], None], load: LoadStage | None = None) -> int:
+def serve(config: NodeConfig, report: Callable[[StageEvent], None], load: LoadStage | None = None) -> int:
     """Serve until stopped what `load` returns, by default the configured model; returns the exit code.
 
     A node that cannot start reports `Failed`.
@@ -73,7 +73,7 @@ def _model_loader(config: NodeConfig) -> LoadStage:
         return partial(load_span_of, find_model(config.model, progress))
 
 
-async def run_node(config: NodeConfig, load: LoadStage, report: Callable[[NodeEvent], None]) -> None:
+async def run_node(config: NodeConfig, load: LoadStage, report: Callable[[StageEvent], None]) -> None:
     """Serve what `load` returns until SIGINT or SIGTERM, or until cancelled.
 
     Raises:

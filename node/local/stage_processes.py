@@ -10,10 +10,10 @@ from functools import partial
 import msgspec
 
 from node.config import NodeConfig
-from node.local.events import Failed, NodeEvent, Started, report
+from node.local.events import Failed, StageEvent, Started, report
 from node.parent import watch_parent
 
-Serve = Callable[[Callable[[NodeEvent], None]], int]
+Serve = Callable[[Callable[[StageEvent], None]], int]
 """Serves one stage until stopped, reports its events, returns the exit code."""
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     import node.local.stage_models
     from node.local.stage_node import serve
 
-    def serve_one(process: StageProcess, tell: Callable[[NodeEvent], None]) -> int:
+    def serve_one(process: StageProcess, tell: Callable[[StageEvent], None]) -> int:
         if process.namespace:
             node.local.netlab.enter_namespace(process.namespace)
         return serve(process.config, tell)

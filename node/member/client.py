@@ -32,7 +32,7 @@ from dsd_p2p.types import PeerId, PeerInfo
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState
 from dsd_p2p.wire.version import PROTOCOL_ID
-from node.member.control import NodeStatus, Status, ask_node
+from node.member.control import PeerReport, Status, ask_node
 from node.member.reachable import reachable_addresses
 from node.member.state import SwarmState
 
@@ -143,7 +143,7 @@ async def _bootstrap(state: SwarmState) -> list[str]:
     """This machine's own node and whom it reaches; without one, whoever was known and the invite's addresses."""
     try:
         status = await ask_node(state.control_socket, Status(), timeout_s=2)
-        assert isinstance(status, NodeStatus)
+        assert isinstance(status, PeerReport)
     except DsdError:
         records = [record for record in state.known().records if record.profile.max_layers and record.info.addresses]
         return list(dict.fromkeys([*(r.info.addresses[0] for r in records[:8]), *state.membership().bootstrap]))

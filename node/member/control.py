@@ -23,7 +23,7 @@ _MAX_NAME = 100
 
 
 class Status(msgspec.Struct, tag="status"):
-    """Asks for a `NodeStatus`."""
+    """Asks for a `PeerReport`."""
 
 
 class Stop(msgspec.Struct, tag="stop"):
@@ -60,7 +60,7 @@ class MemberStatus(msgspec.Struct):
     age_s: float
 
 
-class NodeStatus(msgspec.Struct, tag="node"):
+class PeerReport(msgspec.Struct, tag="node"):
     """What a node says of itself and of its swarm."""
 
     peer: str
@@ -89,7 +89,7 @@ class Refused(msgspec.Struct, tag="refused"):
     text: str
 
 
-Answer = NodeStatus | Done | Refused
+Answer = PeerReport | Done | Refused
 
 _ask_decoder = msgspec.json.Decoder(Ask)
 _answer_decoder = msgspec.json.Decoder(Answer)

@@ -1,4 +1,4 @@
-"""What a node of a swarm shows outside: the OpenAI-compatible door, and its telemetry."""
+"""What a node of a swarm shows outside: the OpenAI-compatible backend, and its telemetry."""
 
 import time
 from collections.abc import AsyncIterator, Callable
@@ -16,12 +16,12 @@ from dsd_p2p.types import PeerId
 from dsd_p2p.window.base import WindowPolicy
 from node.config import GatewayConfig
 from node.gateway.app import Served
-from node.gateway.door import EngineDoor, SwarmDoor
+from node.gateway.backend import EngineBackend, SwarmBackend
 from node.gateway.keys import Clients
 from node.gateway.server import serve_gateway
 from node.gateway.setup import make_gateway
 from node.member.client import SWARM_RETRY
-from node.member.parts import NodeParts
+from node.member.parts import PeerParts
 from node.member.state import StoredMembership
 from node.watch.telemetry import (
     EventHub,
@@ -41,7 +41,7 @@ def swarm_topics(stored: StoredMembership) -> str:
 
 
 @asynccontextmanager
-async def telling(parts: NodeParts, hub: EventHub) -> AsyncIterator[None]:
+async def telling(parts: PeerParts, hub: EventHub) -> AsyncIterator[None]:
     """Tell the hub, and the broker if there is one, how the node and its requests are."""
     me = parts.membership.links.me.peer
     broker = broker_of(parts.settings.config.mqtt, parts.settings.config.mqtt_ca, swarm_topics(parts.settings.stored))
@@ -102,8 +102,8 @@ def _hear_members(membership: Membership, hub: EventHub) -> None:
         )
 
 
-async def serve_door(
-    parts: NodeParts,
+async def serve_peer_gateway(
+    parts: PeerParts,
     config: GatewayConfig,
     clients: Clients,
     hub: EventHub,
@@ -115,13 +115,13 @@ async def serve_door(
     Raises:
         ConfigError: the port cannot be used.
     """
-    assert config.port is not None, "a door has a port"
+    assert config.port is not None, "a backend has a port"
     engine, source = parts.engine, parts.settings.source
-    here = EngineDoor(engine, engine.drafter, make_policy) if engine else None
+    here = EngineBackend(engine, engine.drafter, make_policy) if engine else None
     gateway = make_gateway(
         config,
         clients,
-        SwarmDoor(here, parts.thin, partial(_coordinator, parts), units.seconds(config.answer_timeout)),
+        SwarmBackend(here, parts.thin, partial(_coordinator, parts), units.seconds(config.answer_timeout)),
         Served(
             name=parts.settings.stored.model,
             key=source.key(parts.settings.stored.dtype),
@@ -137,7 +137,7 @@ async def serve_door(
         opened(await nursery.start(serve_gateway, gateway, config.host, config.port, config.names))
 
 
-def _coordinator(parts: NodeParts) -> PeerId | None:
+def _coordinator(parts: PeerParts) -> PeerId | None:
     """The peer that should coordinate a request now; None for this node."""
     me = PeerId(parts.membership.links.me.peer)
     capable = dict(parts.directory.coordinators())

@@ -20,7 +20,7 @@ from dsd_p2p.models.span import SpanModel
 from dsd_p2p.placement.view import WIDE_WINDOW_NODES
 from dsd_p2p.stage.span_model import SpanModel as StageModel
 from dsd_p2p.types import Span
-from dsd_p2p.wire.membership import NodeProfile
+from dsd_p2p.wire.membership import PeerProfile
 from node.config import ComputeFlags, ServeFlags
 
 _REPEATS = 9
@@ -39,7 +39,7 @@ class _Measured(msgspec.Struct, frozen=True):
 class Machine(Protocol):
     """How a node measures this machine and runs a span on it; the lab has a slow one."""
 
-    def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> NodeProfile:
+    def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> PeerProfile:
         """Return what this machine does with one layer of the model; raises as `measure_node` does."""
         ...
 
@@ -51,7 +51,7 @@ class Machine(Protocol):
 class ThisMachine:
     """The machine as it is."""
 
-    def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> NodeProfile:
+    def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> PeerProfile:
         """See `measure_node`."""
         return measure_node(source, config, dtype)
 
@@ -60,7 +60,7 @@ class ThisMachine:
         return model
 
 
-def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> NodeProfile:
+def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> PeerProfile:
     """Return what this machine does with one layer of the model, and how many it has room for.
 
     Raises:
@@ -79,7 +79,7 @@ def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> NodePro
     else:
         free_bytes = units.num_bytes(config.memory) if config.memory else _MEMORY_SHARE * available_bytes()
         room = int((free_bytes - units.num_bytes(config.cache_memory)) / measured.layer_bytes)
-    return NodeProfile(
+    return PeerProfile(
         layer_us=round(measured.layer_s * 1e6),
         layer16_us=round(measured.layer16_s * 1e6),
         launch_us=round(measured.launch_s * 1e6),

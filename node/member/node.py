@@ -1,6 +1,6 @@
 """One node of a swarm: joins, serves the layers that help most, leaves politely.
 
-How it works. `SwarmNode.run` opens the transport, makes the parts (`.parts`), and serves until it is stopped. Two scopes nest: the
+How it works. `SwarmPeer.run` opens the transport, makes the parts (`.parts`), and serves until it is stopped. Two scopes nest: the
 inner one holds everything that serves; the outer one holds the control socket and the signals, which must still answer while the
 inner one drains. `.placed` decides which layers are served, `.status` tells how the node is, `.gateway` serves HTTP and telemetry.
 """
@@ -36,20 +36,20 @@ from dsd_p2p.transport.base import Transport
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
 from dsd_p2p.window.base import Mode, WindowPolicy
-from dsd_p2p.window.wcdnn.bundled import learned_policy
+from dsd_p2p.window.learned.bundled import learned_policy
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState
 from dsd_p2p.wire.version import PROTOCOL_ID
 from node.gateway.setup import read_clients
-from node.local.events import DoorOpen, Loading
+from node.local.events import GatewayOpen, Loading
 from node.member.client import next_coordinator
 from node.member.control import Answer, Ask, Done, Revoke, Status, Stop, serve_control
-from node.member.gateway import serve_door, swarm_topics, telling
+from node.member.gateway import serve_peer_gateway, swarm_topics, telling
 from node.member.lan import neighbours
-from node.member.parts import NodeParts
+from node.member.parts import PeerParts
 from node.member.placed import Placed
 from node.member.reachable import reachable_addresses
-from node.member.settings import NodeSettings
+from node.member.settings import PeerSettings
 from node.member.state import Known
 from node.member.status import node_status
 from node.watch.telemetry import EventHub, broker_of, check_collector
@@ -65,14 +65,14 @@ _REMEMBER_S = 10.0
 _DRAIN_S = 10.0
 
 
-class SwarmNode:
+class SwarmPeer:
     """Joins and serves; `run` until stopped.
 
     Raises:
         ConfigError: it cannot coordinate, or serve HTTP, as configured.
     """
 
-    def __init__(self, settings: NodeSettings) -> None:
+    def __init__(self, settings: PeerSettings) -> None:
         self._settings = settings
         self._drafter = _drafter(settings.config.draft)
         self._clients = read_clients(settings.gateway)
@@ -114,7 +114,7 @@ class SwarmNode:
 
     def _assemble(
         self, inner: Libp2pTransport, transport: Transport, rng: random.Random, nursery: trio.Nursery
-    ) -> NodeParts:
+    ) -> PeerParts:
         settings, config, stored = self._settings, self._settings.config, self._settings.stored
         key, shape = settings.state.node_key(), settings.shape
         registry = Registry(me=key.peer, swarm=stored.swarm, interval_s=units.seconds(config.heartbeat))
@@ -136,7 +136,7 @@ class SwarmNode:
         coordinating: list[Service] = (
             [] if engine is None else [engine, CoordinatorService(engine, _coordinating_policy)]
         )
-        return NodeParts(
+        return PeerParts(
             settings=settings,
             shape=shape,
             transport=inner,
@@ -149,7 +149,7 @@ class SwarmNode:
             services=(membership, server, *coordinating, thin),
         )
 
-    def _neighbours(self, parts: NodeParts) -> AbstractAsyncContextManager[None]:
+    def _neighbours(self, parts: PeerParts) -> AbstractAsyncContextManager[None]:
         addresses = [address for address in parts.transport.addresses if "/ip4/127." not in address]
         if not self._settings.config.lan or not addresses:
             return nullcontext()
@@ -160,7 +160,7 @@ class SwarmNode:
             found=parts.membership.dialer.also_try,
         )
 
-    async def _serve(self, parts: NodeParts, nursery: trio.Nursery) -> None:
+    async def _serve(self, parts: PeerParts, nursery: trio.Nursery) -> None:
         membership, gateway = parts.membership, self._settings.gateway
         nursery.start_soon(run_services, membership.links, parts.services)
         if self._settings.config.through:
@@ -172,10 +172,12 @@ class SwarmNode:
         async with telling(parts, self._hub):
             if gateway.port is not None:
                 opened = partial(_report_url, self._settings)
-                nursery.start_soon(serve_door, parts, gateway, self._clients, self._hub, _coordinating_policy, opened)
+                nursery.start_soon(
+                    serve_peer_gateway, parts, gateway, self._clients, self._hub, _coordinating_policy, opened
+                )
             await parts.placed.keep(membership, parts.directory)
 
-    async def _join(self, parts: NodeParts) -> None:
+    async def _join(self, parts: PeerParts) -> None:
         """Meet the swarm, unless we are its first node or the others are down.
 
         Raises:
@@ -200,11 +202,11 @@ class SwarmNode:
 
     # Stopping, and what commands ask
 
-    async def _stop(self, parts: NodeParts, drain_s: float) -> None:
+    async def _stop(self, parts: PeerParts, drain_s: float) -> None:
         await parts.placed.drain(parts.membership, drain_s)
         self._scope.cancel()
 
-    async def _stop_on_signal(self, parts: NodeParts) -> None:
+    async def _stop_on_signal(self, parts: PeerParts) -> None:
         """The first signal drains, the second does not wait for what is under way."""
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
@@ -214,7 +216,7 @@ class SwarmNode:
                         return
                     nursery.start_soon(self._stop, parts, _DRAIN_S)
 
-    async def _answer(self, parts: NodeParts, ask: Ask) -> Answer:
+    async def _answer(self, parts: PeerParts, ask: Ask) -> Answer:
         match ask:
             case Status():
                 return node_status(parts)
@@ -226,18 +228,18 @@ class SwarmNode:
                 self._remember(parts)
                 return Done()
 
-    async def _remember_forever(self, parts: NodeParts) -> None:
+    async def _remember_forever(self, parts: PeerParts) -> None:
         while True:
             self._remember(parts)
             await trio.sleep(_REMEMBER_S)
 
-    def _remember(self, parts: NodeParts) -> None:
+    def _remember(self, parts: PeerParts) -> None:
         registry = parts.membership.registry
         self._settings.state.remember(Known(records=registry.records, revocations=registry.revocations))
 
 
-def _report_url(settings: NodeSettings, url: str) -> None:
-    settings.report(DoorOpen(url=url))
+def _report_url(settings: PeerSettings, url: str) -> None:
+    settings.report(GatewayOpen(url=url))
 
 
 def _recall(registry: Registry, known: Known) -> None:

@@ -11,14 +11,14 @@ from dsd_p2p.peers.services import Service
 from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.libp2p import Libp2pTransport
 from node.member.placed import Placed
-from node.member.settings import NodeSettings
+from node.member.settings import PeerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodeParts:
+class PeerParts:
     """engine: None where it does not coordinate. placed: which layers it serves. services: what takes its messages."""
 
-    settings: NodeSettings
+    settings: PeerSettings
     shape: ModelShape
     transport: Libp2pTransport
     membership: Membership

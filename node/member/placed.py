@@ -10,13 +10,13 @@ from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.membership import Load, Membership
 from dsd_p2p.placement.span import choose_move, choose_span
-from dsd_p2p.placement.view import NodeView
+from dsd_p2p.placement.view import PeerView
 from dsd_p2p.stage.server import StageServer
 from dsd_p2p.types import Span
 from dsd_p2p.wire.membership import MemberState
 from node.local.events import Loading, Ready
 from node.local.stage_models import load_span
-from node.member.settings import NodeSettings
+from node.member.settings import PeerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _REPORT_CHANGE = 1.25
 class Placed:
     """The layers of one node. state: what the swarm is told of it."""
 
-    def __init__(self, settings: NodeSettings, server: StageServer) -> None:
+    def __init__(self, settings: PeerSettings, server: StageServer) -> None:
         self.state = MemberState.JOINING
         self._settings = settings
         self._profile = settings.profile
@@ -53,7 +53,7 @@ class Placed:
         Raises:
             ModelError: they cannot be loaded.
         """
-        me = NodeView(
+        me = PeerView(
             peer=membership.registry.me,
             max_layers=self._profile.max_layers,
             layer_s=self._profile.layer_us / 1e6,

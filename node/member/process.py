@@ -10,7 +10,7 @@ import trio
 from dsd_p2p.errors import DsdError, first_cause
 from node.config import NO_GATEWAY, GatewayConfig, ServeFlags
 from node.console import ConsoleProgress, console
-from node.local.events import DoorOpen, Failed, Loading, NodeEvent, Ready
+from node.local.events import Failed, GatewayOpen, Loading, Ready, StageEvent
 from node.member.state import SwarmState
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def serve_swarm(
     config: ServeFlags,
-    report: Callable[[NodeEvent], None],
-    door: GatewayConfig = NO_GATEWAY,
+    report: Callable[[StageEvent], None],
+    gateway: GatewayConfig = NO_GATEWAY,
     machine: "Machine | None" = None,
 ) -> int:
     """Serve until stopped; what keeps the node from it is reported. Returns the exit code.
@@ -29,8 +29,8 @@ def serve_swarm(
     """
     from dsd_p2p.models.source import find_model
     from node.member.measure import ThisMachine
-    from node.member.node import SwarmNode
-    from node.member.settings import NodeSettings
+    from node.member.node import SwarmPeer
+    from node.member.settings import PeerSettings
 
     machine = machine or ThisMachine()
 
@@ -44,9 +44,9 @@ def serve_swarm(
             source = find_model(stored.model, progress)
         report(Loading(what="measure this machine"))
         profile = machine.measure(source, config, stored.dtype)
-        settings = NodeSettings(
+        settings = PeerSettings(
             config=config,
-            gateway=door,
+            gateway=gateway,
             state=state,
             stored=stored,
             source=source,
@@ -54,7 +54,7 @@ def serve_swarm(
             machine=machine,
             report=report,
         )
-        trio.run(SwarmNode(settings).run)
+        trio.run(SwarmPeer(settings).run)
     except (DsdError, BaseExceptionGroup) as exc:
         if not isinstance(cause := first_cause(exc), DsdError):
             raise
@@ -63,7 +63,7 @@ def serve_swarm(
     return 0
 
 
-def tell_user(event: NodeEvent) -> None:
+def tell_user(event: StageEvent) -> None:
     """Show what the node does."""
     match event:
         case Loading(what=what):
@@ -71,7 +71,7 @@ def tell_user(event: NodeEvent) -> None:
         case Ready(address=address, span=span):
             console.print(f"serving layers {span} at")
             print(address, flush=True)
-        case DoorOpen(url=url):
+        case GatewayOpen(url=url):
             print(f"chat at {url}/, OpenAI clients at {url}/v1, dsd top {url}", flush=True)
         case Failed(text=text):
             print(f"dsd node: {text}", file=sys.stderr)

@@ -7,15 +7,15 @@ from dsd_p2p.models.architecture import ModelShape, read_model_config, shape_of
 from dsd_p2p.models.describe import stage_info
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import PeerInfo, Span
-from dsd_p2p.wire.membership import NodeProfile
+from dsd_p2p.wire.membership import PeerProfile
 from node.config import GatewayConfig, ServeFlags
-from node.local.events import NodeEvent
+from node.local.events import StageEvent
 from node.member.measure import Machine
 from node.member.state import StoredMembership, SwarmState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodeSettings:
+class PeerSettings:
     """profile: what this machine was measured at. report: is told what the node does."""
 
     config: ServeFlags
@@ -23,9 +23,9 @@ class NodeSettings:
     state: SwarmState
     stored: StoredMembership
     source: ModelSource
-    profile: NodeProfile
+    profile: PeerProfile
     machine: Machine
-    report: Callable[[NodeEvent], None]
+    report: Callable[[StageEvent], None]
 
     @property
     def shape(self) -> ModelShape:

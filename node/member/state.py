@@ -2,7 +2,7 @@
 
 identity      the node's secret          owner.key   the swarm owner's, on the machine that made it
 client        the command line's secret  membership  network key, grants, bootstrap addresses, model
-known         records and revocations heard so far    control.sock  the running node's door for commands
+known         records and revocations heard so far    control.sock  the running node's backend for commands
 """
 
 import os

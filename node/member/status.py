@@ -5,14 +5,14 @@ import time
 
 from dsd_p2p.peers.membership import Membership
 from dsd_p2p.transport.libp2p import Libp2pTransport
-from node.member.control import MemberStatus, NodeStatus
-from node.member.parts import NodeParts
+from node.member.control import MemberStatus, PeerReport
+from node.member.parts import PeerParts
 
 
-def node_status(parts: NodeParts) -> NodeStatus:
+def node_status(parts: PeerParts) -> PeerReport:
     """Return what `dsd node status` and other commands are told of this node."""
     links, load, stored = parts.membership.links, parts.placed.load(), parts.settings.stored
-    return NodeStatus(
+    return PeerReport(
         peer=links.me.peer,
         pid=os.getpid(),
         addresses=list(parts.transport.addresses),

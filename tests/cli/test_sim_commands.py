@@ -72,7 +72,7 @@ def test_predictions_of_held_out_runs_are_close(capsys):
     ("arguments", "words"),
     [
         (["run", "no/such.toml"], "No such file"),
-        (["run", "dsd_p2p/data/wcdnn.npz"], "must be a TOML file"),
+        (["run", "dsd_p2p/data/policy.npz"], "must be a TOML file"),
         (["run", SCENARIO, "--set", "workload.requests=0"], "workload.requests"),
         (["run", SCENARIO, "--set", "nonsense"], "NAME=VALUE"),
         (["sweep", SCENARIO, "--grid", "speculation.depths=1,2"], "depths"),

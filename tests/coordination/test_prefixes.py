@@ -23,7 +23,7 @@ from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.links import Arrived
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.parking import Parked, ParkedTexts
-from dsd_p2p.telemetry.events import Failover, SessionEnded
+from dsd_p2p.telemetry.events import Replayed, SessionEnded
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import HiddenFormat, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
@@ -376,7 +376,7 @@ async def test_a_second_opening_is_no_failover():
         await write(swarm, PROMPT, 8)
         swarm.servers[1].parking.texts.clear()
         await write(swarm, [*PROMPT, 1], 8)
-    assert not [event for event in told if isinstance(event, Failover)]
+    assert not [event for event in told if isinstance(event, Replayed)]
     assert len([event for event in told if isinstance(event, SessionEnded)]) == 2
 
 

@@ -32,7 +32,7 @@ from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.verification.exact import ExactSession, ExactVerifier
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from dsd_p2p.wire import messages
-from dsd_p2p.wire.membership import MemberState, NodeProfile, Role
+from dsd_p2p.wire.membership import MemberState, PeerProfile, Role
 
 INTERVAL_S = 0.25
 NUM_LAYERS = 3
@@ -78,7 +78,7 @@ class ToyNode(Node):
                 services = [self.membership, self.server, self.engine, self.thin, coordination]
                 nursery.start_soon(run_services, self.links, services)
                 await trio.testing.wait_all_tasks_blocked()
-                profile = NodeProfile(
+                profile = PeerProfile(
                     layer_us=1000, layer16_us=1500, max_layers=0 if self.role is Role.CLIENT else NUM_LAYERS
                 )
                 await self.membership.announce(self.info(), MemberState.SERVING, profile)

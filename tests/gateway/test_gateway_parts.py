@@ -17,10 +17,10 @@ from dsd_p2p.errors import CapacityError, ConfigError
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.types import TextRequest
 from dsd_p2p.window.static import StaticPolicy, sync_chain
-from node.gateway.admission import Admission, PatientDoor
+from node.gateway.admission import Admission, PatientBackend
 from node.gateway.app import Gateway, GatewayLimits, Served
+from node.gateway.backend import EngineBackend, Outcome
 from node.gateway.choice import StopStrings
-from node.gateway.door import EngineDoor, Outcome
 from node.gateway.errors import ApiError
 from node.gateway.keys import ApiKey, Client, Clients, read_keys
 from node.gateway.server import check_exposure
@@ -187,7 +187,7 @@ class Letters:
         return chr(token)
 
 
-class EchoDoor:
+class EchoBackend:
     async def write(self, prompt, options, outcome):
         yield Emit(tokens=tuple(prompt[: options.text.max_tokens]))
 
@@ -195,7 +195,7 @@ class EchoDoor:
 @asynccontextmanager
 async def http(keys=(), **limits):
     gateway = Gateway(
-        door=EchoDoor(),
+        backend=EchoBackend(),
         served=Served(name="echo", key=TEST_MODEL, max_positions=64, vocab_size=128, text=Letters()),
         clients=Clients(list(keys)),
         hub=EventHub(),
@@ -248,13 +248,13 @@ async def test_a_prompt_of_no_tokens_or_of_none_of_the_models_is_the_clients_mis
 async def test_a_failure_that_nobody_foresaw_is_logged_told_and_counted(caplog):
     statuses: list[int] = []
 
-    class BrokenDoor:
+    class BrokenBackend:
         async def write(self, prompt, options, outcome):
             yield Emit(tokens=(104,))
             raise KeyError("unforeseen")
 
     async with http() as client:
-        client.gateway.door = BrokenDoor()
+        client.gateway.backend = BrokenBackend()
         client.gateway.note = lambda _writing, status: statuses.append(status)
         whole = await client.post("/v1/completions", json=ASKED)
         assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
@@ -267,13 +267,14 @@ async def test_a_failure_that_nobody_foresaw_is_logged_told_and_counted(caplog):
 
 async def test_the_door_speculates_only_where_that_helps_all():
     async with toy_swarm() as swarm:
-        door = EngineDoor(swarm.engine, swarm.engine.drafter, lambda: StaticPolicy(sync_chain(4)))
+        backend = EngineBackend(swarm.engine, swarm.engine.drafter, lambda: StaticPolicy(sync_chain(4)))
         modes = []
         for allows in (True, False):
             swarm.engine._governor.allows = lambda _now_s, allows=allows: allows
             outcome = Outcome()
             pieces = [
-                piece async for piece in door.write(PROMPT, GenerateOptions(text=TextRequest(max_tokens=12)), outcome)
+                piece
+                async for piece in backend.write(PROMPT, GenerateOptions(text=TextRequest(max_tokens=12)), outcome)
             ]
             assert [token for piece in pieces for token in piece.tokens] == plain_text(PROMPT, 12)
             modes.append(outcome.statistics.details.decision.mode)
@@ -293,7 +294,7 @@ class FullDoor:
 
 async def test_a_full_cache_is_waited_for(autojump_clock):
     options = GenerateOptions(text=TextRequest(max_tokens=2))
-    pieces = [piece async for piece in PatientDoor(FullDoor(4), 10).write([1], options, Outcome())]
+    pieces = [piece async for piece in PatientBackend(FullDoor(4), 10).write([1], options, Outcome())]
     assert pieces == [Emit(tokens=(1, 2))]
     with pytest.raises(CapacityError, match="full"):
-        [piece async for piece in PatientDoor(FullDoor(99), 10).write([1], options, Outcome())]
+        [piece async for piece in PatientBackend(FullDoor(99), 10).write([1], options, Outcome())]

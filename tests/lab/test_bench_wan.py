@@ -20,24 +20,28 @@ def arm(*tokens_per_s):
     return runs
 
 
-SWEPT = {"plain": arm(5), "sync-4": arm(20), "sync-8": arm(30), "continuous-2x8-6": arm(25), "awc": arm(99)}
+SWEPT = {"plain": arm(5), "sync-4": arm(20), "sync-8": arm(30), "continuous-2x8-6": arm(25), "learned": arm(99)}
 
 
 @pytest.mark.parametrize(
     ("finalists", "expected"),
-    [(1, ["plain", "sync-8", "awc"]), (2, ["plain", "sync-8", "continuous-2x8-6", "awc"]), (9, ["plain", *SWEPT])],
+    [
+        (1, ["plain", "sync-8", "learned"]),
+        (2, ["plain", "sync-8", "continuous-2x8-6", "learned"]),
+        (9, ["plain", *SWEPT]),
+    ],
 )
 def test_the_fastest_windows_go_on_beside_plain_and_the_policies(finalists, expected):
-    chosen = _finalists(SWEPT, WanConfig(policies=("awc",), finalists=finalists))
+    chosen = _finalists(SWEPT, WanConfig(policies=("learned",), finalists=finalists))
     assert sorted(chosen) == sorted(set(expected))
     assert chosen[0] == "plain"
 
 
 def test_regret_is_of_all_answers_and_a_policy_is_no_fixed_window():
     """Each round has a text of its own; here the policy answers two of three as fast, and the hardest at half the speed."""
-    runs = {"plain": arm(5, 5, 5), "sync-8": arm(40, 10, 40), "awc": arm(40, 5, 40), "analytic": arm(20, 20, 20)}
-    regret = _regret(runs, WanConfig(policies=("awc", "analytic"), finalists=1))
-    assert regret == pytest.approx({"awc": 0.4, "analytic": 0.0})
+    runs = {"plain": arm(5, 5, 5), "sync-8": arm(40, 10, 40), "learned": arm(40, 5, 40), "analytic": arm(20, 20, 20)}
+    regret = _regret(runs, WanConfig(policies=("learned", "analytic"), finalists=1))
+    assert regret == pytest.approx({"learned": 0.4, "analytic": 0.0})
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.window.static import StaticPolicy

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.placement.route import Detour, choose_route
 from dsd_p2p.placement.span import choose_move, choose_span, proportional_spans
-from dsd_p2p.placement.view import NodeView, PlannedStage, Speculation, SwarmView, evaluate
+from dsd_p2p.placement.view import PeerView, PlannedStage, Speculation, SwarmView, evaluate
 from dsd_p2p.types import Span
 
 
 def node(name, span=None, *, layer_s=0.001, max_layers=30, num_sessions=0):
-    return NodeView(
+    return PeerView(
         peer=name, span=span, max_layers=max_layers, layer_s=layer_s, layer16_s=2 * layer_s, num_sessions=num_sessions
     )
 
@@ -24,7 +24,7 @@ def node(name, span=None, *, layer_s=0.001, max_layers=30, num_sessions=0):
 def view(*nodes, num_layers=30, link_s=0.01, links=None):
     names = [*(n.peer for n in nodes), "client"]
     one_way_s = {(a, b): link_s for a in names for b in names if a != b} | (links or {})
-    return SwarmView(num_layers=num_layers, nodes=nodes, one_way_s=one_way_s)
+    return SwarmView(num_layers=num_layers, peers=nodes, one_way_s=one_way_s)
 
 
 def random_swarm(seed):
@@ -38,19 +38,19 @@ def random_swarm(seed):
         layer_s = 0.0005 * 10 ** rng.uniform(0, 1)
         room = max(2, min(num_layers, -(-int(total * weight) // sum(weights))))
         nodes.append(
-            NodeView(peer=f"p{index}", max_layers=room, layer_s=layer_s, layer16_s=layer_s * rng.uniform(1, 2))
+            PeerView(peer=f"p{index}", max_layers=room, layer_s=layer_s, layer16_s=layer_s * rng.uniform(1, 2))
         )
     names = [*(n.peer for n in nodes), "client"]
     places = {name: complex(rng.random(), rng.random()) for name in names}
     links = {(a, b): 0.002 + 0.08 * abs(places[a] - places[b]) for a in names for b in names if a != b}
-    return SwarmView(num_layers=num_layers, nodes=tuple(nodes), one_way_s=links)
+    return SwarmView(num_layers=num_layers, peers=tuple(nodes), one_way_s=links)
 
 
 def joined(swarm):
     """The swarm after its peers have joined one by one."""
-    placed = replace(swarm, nodes=())
-    for each in swarm.nodes:
-        placed = replace(placed, nodes=(*placed.nodes, replace(each, span=choose_span(placed, each))))
+    placed = replace(swarm, peers=())
+    for each in swarm.peers:
+        placed = replace(placed, peers=(*placed.peers, replace(each, span=choose_span(placed, each))))
     return placed
 
 
@@ -72,7 +72,7 @@ def test_a_chain_covers_every_layer_once_and_is_what_it_predicts():
         plan = choose_route(swarm, "client")
         layers = [layer for stage in plan.stages for layer in range(stage.span.first, stage.span.last)]
         assert layers == list(range(swarm.num_layers))
-        held = {n.peer: n.span for n in swarm.nodes}
+        held = {n.peer: n.span for n in swarm.peers}
         assert all(held[stage.peer].holds(stage.span) for stage in plan.stages)
         assert evaluate(swarm, "client", plan.stages, Speculation()).s_per_token == pytest.approx(plan.s_per_token)
 
@@ -135,7 +135,7 @@ def test_a_gap_is_closed_by_who_loads_least_and_keeps_what_it_has():
     )
     move = choose_move(swarm)
     assert (move.peer, move.span) == ("a", Span(0, 20)), "ten layers more, none given up"
-    mended = replace(swarm, nodes=tuple(replace(n, span=move.span) if n.peer == move.peer else n for n in swarm.nodes))
+    mended = replace(swarm, peers=tuple(replace(n, span=move.span) if n.peer == move.peer else n for n in swarm.peers))
     assert mended.uncovered() == []
     assert choose_move(mended) is None, "nothing moves without a gap"
     swarm = view(node("a", Span(0, 15), max_layers=15), node("b", Span(0, 15), max_layers=15))
@@ -158,7 +158,7 @@ def test_moves_end_and_never_open_a_gap(spans):
             break
         before = len(swarm.uncovered())
         swarm = replace(
-            swarm, nodes=tuple(replace(n, span=move.span) if n.peer == move.peer else n for n in swarm.nodes)
+            swarm, peers=tuple(replace(n, span=move.span) if n.peer == move.peer else n for n in swarm.peers)
         )
         assert len(swarm.uncovered()) < before
     else:

@@ -14,17 +14,17 @@ from swarms import memory_swarm
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.netmodel import LinkModel, LinkState
-from dsd_p2p.sim.answer import Agreement, ParametricAnswer, RecordedAnswer
-from dsd_p2p.sim.chain import ChainModel, simulate_request
+from dsd_p2p.sim.agreement import read_agreement
+from dsd_p2p.sim.answer import AgreementModel, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.clock import Clock
 from dsd_p2p.sim.fleet import Fleet
 from dsd_p2p.sim.policies import policy_maker
 from dsd_p2p.sim.report import chrome_trace, rows, summarise
 from dsd_p2p.sim.request import RequestRun
+from dsd_p2p.sim.route import RouteModel, simulate_request
 from dsd_p2p.sim.scenario import changed, parse_scenario
 from dsd_p2p.sim.service import PassCost, SharedCores
 from dsd_p2p.sim.target import Batching
-from dsd_p2p.sim.trace import read_trace
 from dsd_p2p.sim.workload import arrivals
 from dsd_p2p.stage import server as stage_server
 from dsd_p2p.telemetry.events import decode_event, encode_event
@@ -34,7 +34,7 @@ from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_cha
 from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.codec import decode
 from dsd_p2p.wire.messages import Verdict, Window
-from node.lab.recorded import RecordedDrafter, RecordedSpan, ServiceTimes, bundled_trace
+from node.lab.recorded import RecordedDrafter, RecordedSpan, ServiceTimes, bundled_agreement
 from node.lab.simulator.simulation import grid, sweep
 
 SCENARIO = """
@@ -157,7 +157,7 @@ def described(message):
 @pytest.mark.parametrize("text", [0, 13])
 async def test_live_and_simulated_runs_send_the_same_windows_and_verdicts(decision, text, monkeypatch, autojump_clock):
     """Over the memory transport, in virtual time, with service times that never coincide."""
-    trace = read_trace(bundled_trace())
+    trace = read_agreement(bundled_agreement())
     link, stage_s, draft_s = LinkModel(latency_s=0.0301931), (0.0071237, 0.0113539), 0.0171413
     work = VirtualWork(monkeypatch)
     times = ServiceTimes(trace="", stage_s=0.0, node_s=0.0)
@@ -185,7 +185,7 @@ async def test_live_and_simulated_runs_send_the_same_windows_and_verdicts(decisi
 
             transport.send = send
         tokens, _ = await swarm.write([text], 60, decision)
-    chain = ChainModel(
+    chain = RouteModel(
         stages=tuple(PassCost.line(seconds, NODE_S) for seconds in stage_s),
         link=link,
         draft=PassCost.line(draft_s, 0.0),
@@ -243,7 +243,7 @@ def test_a_server_with_work_never_rests(tmp_path):
 VARIANTS = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 1 << 40),
-        "speculation.window": st.sampled_from(["plain", "static", "tree", "threshold", "analytic", "awc"]),
+        "speculation.policy": st.sampled_from(["plain", "static", "tree", "threshold", "analytic", "learned"]),
         "speculation.mode": st.sampled_from(["distributed", "auto", "fused"]),
         "speculation.placement": st.sampled_from(["drafter", "target"]),
         "speculation.routing": st.sampled_from(["random", "round-robin", "jsq", "power-of-two", "predicted-time"]),
@@ -307,7 +307,7 @@ def test_acceptance_is_of_drafts_and_not_of_prompts():
 
     assert report(acceptance__rate=1.0).acceptance > 0.9
     assert 0.4 < report(acceptance__rate=0.8).acceptance < 0.75, "of four, two or three"
-    assert report(speculation__window="plain").acceptance != report(speculation__window="plain").acceptance, "no drafts"
+    assert report(speculation__policy="plain").acceptance != report(speculation__policy="plain").acceptance, "no drafts"
 
 
 def test_nothing_happens_in_the_past():
@@ -352,7 +352,7 @@ def test_attention_takes_longer_the_longer_the_text():
     text = SCENARIO.replace('per_node = "0.1ms" }', 'per_node = "0.1ms", per_context = "20us" }')
 
     def tpot(text, prompt):
-        changes = {"speculation__window": "plain", "workload__prompt": {"mean": prompt}, "workload__requests": 4}
+        changes = {"speculation__policy": "plain", "workload__prompt": {"mean": prompt}, "workload__requests": 4}
         return summarise(simulate(text, workload__rate=0.1, **changes)).tpot_s.mean
 
     # One at a time, 30 tokens: 20 us for each of the positions behind, half of the answer's among them in the mean.
@@ -463,7 +463,7 @@ def test_loss_and_stalls_cost_time():
 
 def test_a_parametric_drafter_is_as_good_as_it_says():
     for rate in (0.3, 0.7, 0.9, 0.98):
-        answer = ParametricAnswer(Agreement(rate=rate, num_candidates=1), seed=5)
+        answer = ParametricAnswer(AgreementModel(rate=rate, num_candidates=1), seed=5)
         hits = []
         for position in range(4000):
             (first, *_rest) = answer._children(position, is_on_path=True, salt=0, width=16)

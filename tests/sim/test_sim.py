@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sim_chains import CHAINS, TEXTS, Perfect, Useless, chain_of, tokens_per_s, write
 
 from dsd_p2p.sim.answer import RecordedAnswer
-from dsd_p2p.sim.chain import simulate_request
+from dsd_p2p.sim.route import simulate_request
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Decision, Mode

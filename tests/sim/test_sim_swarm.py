@@ -26,7 +26,7 @@ count = 3
 link = "near"
 step = { fixed = "5ms" }
 
-[[nodes]]
+[[peers]]
 count = 2
 max_layers = 3
 layer = { fixed = "2ms", per_node = "0.1ms" }
@@ -34,7 +34,7 @@ link = "near"
 hidden_bytes = 1024
 max_batch = 4
 
-[[nodes]]
+[[peers]]
 count = 2
 max_layers = 3
 layer = { fixed = "2ms", per_node = "0.1ms" }
@@ -52,7 +52,7 @@ answer = { mean = 30 }
 [acceptance]
 rate = 0.8
 """
-FIRST_NODE = SCENARIO.splitlines().index("[[nodes]]") + 1
+FIRST_NODE = SCENARIO.splitlines().index("[[peers]]") + 1
 
 
 def fleet_of(text=SCENARIO, *, tell=None, is_recording=False, **changes):
@@ -127,7 +127,7 @@ def test_when_a_layer_loses_its_last_holder_another_peer_loads_it_and_the_text_g
 
 def test_a_request_counts_from_when_it_was_asked_for_though_layers_had_no_holder():
     fleet = fleet_of(
-        workload__rate=20, nodes__load="200ms", churn__up="1000000s", churn__down="1000000s", churn__notice="100ms"
+        workload__rate=20, peers__load="200ms", churn__up="1000000s", churn__down="1000000s", churn__notice="100ms"
     )
     for node in fleet._machines.units:
         if node.span.first == 0:
@@ -161,18 +161,18 @@ def test_two_links_in_a_row():
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
-        ("layers = 6", "layers = 13", r"test\.toml:3: layers: is 13: the nodes have room for 1\.\.12"),
-        ("layers = 6", "", r"layers: is 0: the nodes have room for"),
-        ("count = 2", "count = 65", rf"test\.toml:{FIRST_NODE}: nodes\[0\]: at most 64 in all"),
-        ('link = "far"', 'link = "moon"', r"nodes\[1\]\.link: 'moon' is none of the \[links\], near, far"),
-        ("[workload]", "[speculation]\nrouting = 'random'\n[workload]", r"speculation\.routing: among nodes"),
-        ("[workload]", "[speculation]\nmode = 'auto'\n[workload]", r"speculation: nodes are no place to draft at"),
+        ("layers = 6", "layers = 13", r"test\.toml:3: layers: is 13: the peers have room for 1\.\.12"),
+        ("layers = 6", "", r"layers: is 0: the peers have room for"),
+        ("count = 2", "count = 65", rf"test\.toml:{FIRST_NODE}: peers\[0\]: at most 64 in all"),
+        ('link = "far"', 'link = "moon"', r"peers\[1\]\.link: 'moon' is none of the \[links\], near, far"),
+        ("[workload]", "[speculation]\nrouting = 'random'\n[workload]", r"speculation\.routing: among peers"),
+        ("[workload]", "[speculation]\nmode = 'auto'\n[workload]", r"speculation: peers are no place to draft at"),
         (
             "[workload]",
             "[[targets]]\nstage = { fixed = '1ms' }\n[workload]",
-            rf"test\.toml:{FIRST_NODE}: nodes\[0\]: give \[\[targets\]\], or \[\[nodes\]\]",
+            rf"test\.toml:{FIRST_NODE}: peers\[0\]: give \[\[targets\]\], or \[\[peers\]\]",
         ),
-        ("max_layers = 3", "", r"nodes\[\.\.\.\]: Object missing required field `max_layers`|max_layers"),
+        ("max_layers = 3", "", r"peers\[\.\.\.\]: Object missing required field `max_layers`|max_layers"),
     ],
 )
 def test_a_bad_swarm_is_named(old, new, what):

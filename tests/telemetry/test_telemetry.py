@@ -21,8 +21,8 @@ from toy_swarm import PROMPT, toy_swarm
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.telemetry.events import (
     DecisionMade,
-    Failover,
     PeerStatus,
+    Replayed,
     SessionEnded,
     SessionStarted,
     StageOf,
@@ -33,7 +33,7 @@ from dsd_p2p.telemetry.events import (
 from dsd_p2p.telemetry.mqtt import MqttPublisher, MqttSubscriber, parse_broker
 from dsd_p2p.telemetry.picture import Picture
 from dsd_p2p.telemetry.summary import describe
-from dsd_p2p.window.wcdnn.features import NAMES
+from dsd_p2p.window.learned.features import NAMES
 
 # paho leaves the socket of a connection that did not come about to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -76,7 +76,7 @@ def test_what_is_wrong_is_told_the_worst_first():
     picture.add(PeerStatus(at_s=100.0, peer="gone", is_online=False))
     picture.add(PeerStatus(at_s=90.0, peer="silent"))
     picture.heard_at_s["silent"] = 90.0
-    picture.add(Failover(at_s=100.0, session="s", coordinator="c"))
+    picture.add(Replayed(at_s=100.0, session="s", coordinator="c"))
     picture.tick(101.0)
     alerts = picture.alerts()
     assert [alert.level for alert in alerts] == sorted((a.level for a in alerts), reverse=True)
@@ -98,7 +98,7 @@ EVENTS = st.one_of(
         outcomes_by_depth=st.lists(st.integers(0, 99), max_size=9).map(tuple),
     ),
     st.builds(DecisionMade, at_s=st.floats(0, 1e9), decision=st.text(max_size=8), features=st.just((0.5,) * 9)),
-    st.builds(Failover, at_s=st.floats(0, 1e9), session=st.text(max_size=8)),
+    st.builds(Replayed, at_s=st.floats(0, 1e9), session=st.text(max_size=8)),
     st.builds(SessionEnded, at_s=st.floats(0, 1e9), session=st.text(max_size=8), error=st.text(max_size=20)),
 )
 
@@ -195,7 +195,7 @@ async def test_a_lost_chain_is_a_failover_and_a_failure_has_its_reason():
             nursery.start_soon(cut)
             tokens, _ = await swarm.write(PROMPT, 300, TREE)
         assert tokens == plain_text(PROMPT, 300)
-    assert [type(event).__name__ for event in events].count("Failover") >= 1
+    assert [type(event).__name__ for event in events].count("Replayed") >= 1
     assert events[-1].num_replays >= 1
 
 

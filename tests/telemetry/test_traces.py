@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from upswarm import dsd_up
 
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.telemetry.events import Failover, SessionEnded, SessionStarted, StageOf, WindowVerified
+from dsd_p2p.telemetry.events import Replayed, SessionEnded, SessionStarted, StageOf, WindowVerified
 from dsd_p2p.telemetry.traces import Traces, export_to
 from node.watch.telemetry import check_collector
 
@@ -83,7 +83,7 @@ def test_failovers_errors_and_what_never_ended():
         stages = (StageOf(peer="a", first=0, last=4), StageOf(peer="b", first=4, last=8))
         for name in ("lost", "cut off"):
             traces.tell(SessionStarted(at_s=100.0, session=name, coordinator="me", stages=stages))
-        traces.tell(Failover(at_s=101.0, session="lost", stages=stages[:1], num_tokens=7))
+        traces.tell(Replayed(at_s=101.0, session="lost", stages=stages[:1], num_tokens=7))
         traces.tell(WindowVerified(at_s=102.0, session="lost", traversal_s=0.25, stage_us=(5, 6)))
         traces.tell(SessionEnded(at_s=103.0, session="lost", reason="error", error="no chain", num_tokens=9))
         traces.tell(SessionEnded(at_s=103.0, session="never begun"))
@@ -94,8 +94,8 @@ def test_failovers_errors_and_what_never_ended():
     (lost,) = [span for span in named(spans, "generate") if span.events]
     assert lost.status.message == "no chain"
     assert (lost.start_time_unix_nano, lost.end_time_unix_nano) == (100 * 10**9, 103 * 10**9)
-    (failover,) = lost.events
-    assert failover.name == "failover"
+    (replay,) = lost.events
+    assert replay.name == "replay"
     (window,) = named(spans, "window")
     assert window.end_time_unix_nano - window.start_time_unix_nano == 250_000_000
 

@@ -17,9 +17,9 @@ from dsd_p2p.session.effects import Candidate
 from dsd_p2p.types import GREEDY, Relaxation, RelaxationRule, Sampling, Span, TextRequest
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
 from dsd_p2p.verification.exact import ExactVerifier
-from dsd_p2p.verification.importance import DraftOpinion, Signals, is_key, signals_of
+from dsd_p2p.verification.importance import DraftOpinion, Signals, is_decisive, signals_of
 from dsd_p2p.window.static import StaticPolicy, continuous_tree, sync_chain
-from node.client.relaxation import Calibration, bundled_calibration, read_calibration, write_calibration
+from node.client.relaxation import Thresholds, bundled_thresholds, read_thresholds, write_thresholds
 from node.lab.quality.pair_writer import Disagreement
 from node.lab.quality.thresholds import outcome, position_of
 
@@ -90,8 +90,8 @@ def test_signals_are_those_of_the_docstring():
 )
 def test_any_signal_alone_makes_a_token_key(signals):
     relaxation = Relaxation(max_ce_ratio=8, max_prob_gap=0.4, min_norm_match=0.6)
-    assert is_key(signals, relaxation)
-    assert not is_key(Signals(ce_ratio=1, prob_gap=0.1, norm_match=0.9), relaxation)
+    assert is_decisive(signals, relaxation)
+    assert not is_decisive(Signals(ce_ratio=1, prob_gap=0.1, norm_match=0.9), relaxation)
 
 
 @pytest.mark.parametrize(("runner_up", "is_relaxed"), [(2.8, True), (2.6, False)])
@@ -145,10 +145,10 @@ async def test_everything_relaxed_is_counted_and_the_rest_is_the_targets(decisio
 
 
 def test_a_calibration_survives_its_file(tmp_path):
-    bundled = read_calibration(bundled_calibration())
-    write_calibration(bundled, tmp_path / "copy.json")
-    assert read_calibration(tmp_path / "copy.json") == bundled
-    assert isinstance(bundled, Calibration)
+    bundled = read_thresholds(bundled_thresholds())
+    write_thresholds(bundled, tmp_path / "copy.json")
+    assert read_thresholds(tmp_path / "copy.json") == bundled
+    assert isinstance(bundled, Thresholds)
     assert 0 < bundled.relaxed_share < 1
 
 
@@ -156,7 +156,7 @@ def test_a_calibration_survives_its_file(tmp_path):
 def test_a_broken_calibration_says_so(tmp_path, text):
     (tmp_path / "broken.json").write_text(text)
     with pytest.raises(ConfigError, match="dsd calibrate"):
-        read_calibration(tmp_path / "broken.json")
+        read_thresholds(tmp_path / "broken.json")
 
 
 @given(logits=LOGITS, probs=PROBS, tau=st.floats(0, 1), keep=st.integers(1, 6), overshoot=st.floats(1, 5))

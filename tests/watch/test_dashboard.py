@@ -17,8 +17,8 @@ import pytest
 from rich.console import Console
 
 from dsd_p2p.telemetry.events import (
-    Failover,
     PeerStatus,
+    Replayed,
     SessionEnded,
     SessionStarted,
     StageOf,
@@ -39,7 +39,7 @@ CHAIN = (
 
 
 def story() -> list[object]:
-    """Half a minute of a small swarm: three requests, a failover, a peer that vanishes."""
+    """Half a minute of a small swarm: three requests, a replay, a peer that vanishes."""
     events: list[object] = []
     for second in range(30):
         at_s = 1000.0 + second
@@ -107,7 +107,7 @@ def story() -> list[object]:
                         outcomes_by_depth=(10 * second, 9 * second, 5 * second),
                     )
                 )
-    events.append(Failover(at_s=1029.2, session="session1", coordinator="hub", stages=CHAIN[:2], num_tokens=100))
+    events.append(Replayed(at_s=1029.2, session="session1", coordinator="hub", stages=CHAIN[:2], num_tokens=100))
     events.append(
         SessionEnded(
             at_s=1029.5, session="session2", coordinator="hub", reason="error", error="no chain is left", num_tokens=100
@@ -326,5 +326,5 @@ def test_a_recorded_chaos_run_is_shown_from_its_first_event_to_its_last():
             for width, height in ((80, 24), (200, 60)):
                 assert screen(picture, width, height, choices)
     assert len(picture.peers) == 5
-    assert picture.totals["failovers"] == 14
+    assert picture.totals["replays"] == 14
     assert picture.totals["num_tokens"] >= 384

@@ -7,7 +7,7 @@ import msgspec
 import trio
 
 from dsd_p2p.models.progress import Progress
-from node.client.relaxation import bundled_calibration, read_calibration
+from node.client.relaxation import bundled_thresholds, read_thresholds
 from node.console import ConsoleProgress
 from node.lab.config import (
     BrokersConfig,
@@ -87,9 +87,9 @@ def relaxed(config: RelaxedConfig, flags: ReceiptFlags) -> int:
     """Problems in exact and in relaxed mode."""
     from node.lab.benches.relaxed import run_relaxed
 
-    paths = [Path(name) for name in config.relaxation] or [bundled_calibration()]
-    calibrations = [read_calibration(path) for path in paths]
-    return _measure("relaxed", flags, lambda progress: run_relaxed(config, calibrations, progress))
+    paths = [Path(name) for name in config.relaxation] or [bundled_thresholds()]
+    thresholds = [read_thresholds(path) for path in paths]
+    return _measure("relaxed", flags, lambda progress: run_relaxed(config, thresholds, progress))
 
 
 def overhead(config: OverheadConfig, flags: RoundFlags) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from node.client.relaxation import write_calibration
+from node.client.relaxation import write_thresholds
 from node.console import ConsoleProgress, console
 from node.lab.config import CalibrateConfig
 
@@ -15,10 +15,10 @@ def run(config: CalibrateConfig) -> int:
 
     torch.set_num_threads(config.threads)
     with ConsoleProgress() as progress:
-        calibration = find_thresholds(config, progress)
-    write_calibration(calibration, Path(config.output))
+        thresholds = find_thresholds(config, progress)
+    write_thresholds(thresholds, Path(config.output))
     console.print(
-        f"{calibration.relaxed_share:.1%} of the tokens would be relaxed, losing {calibration.loss_nats:.4f} nats a token "
+        f"{thresholds.relaxed_share:.1%} of the tokens would be relaxed, losing {thresholds.loss_nats:.4f} nats a token "
         f"(budget {config.budget:g}); written to"
     )
     print(config.output)

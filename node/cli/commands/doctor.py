@@ -20,7 +20,7 @@ from dsd_p2p.types import PeerId, short_peer
 from dsd_p2p.wire.messages import MAX_PING_BYTES
 from node.config import SwarmQuestion
 from node.member.client import SwarmClient, open_swarm_client
-from node.member.control import NodeStatus, Status, ask_node
+from node.member.control import PeerReport, Status, ask_node
 from node.member.measure import available_bytes
 from node.member.state import StoredMembership, SwarmState
 
@@ -123,7 +123,7 @@ async def _node(state: SwarmState) -> list[Finding]:
         if state.membership().grants[-1].role == "client":
             return [Finding(what="node", is_ok=True, says="none: this machine is a client")]
         return [Finding(what="node", is_ok=False, says=str(exc), fix=f"dsd node --swarm {state.name}")]
-    assert isinstance(status, NodeStatus)
+    assert isinstance(status, PeerReport)
     others = [member for member in status.members if member.peer != status.peer and member.is_alive]
     public = [address for address in status.addresses if "/127." not in address]
     return [

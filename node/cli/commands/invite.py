@@ -12,7 +12,7 @@ from dsd_p2p.errors import ConfigError, PeerTimeout
 from dsd_p2p.swarm.invite import InviteTerms, SwarmSettings, new_invite
 from node.config import InviteConfig
 from node.console import console
-from node.member.control import NodeStatus, Status, ask_node
+from node.member.control import PeerReport, Status, ask_node
 from node.member.state import SwarmState
 
 _MAX_BOOTSTRAP = 4
@@ -49,7 +49,7 @@ async def _bootstrap(state: SwarmState) -> tuple[str, ...]:
         status = await ask_node(state.control_socket, Status())
     except (ConfigError, PeerTimeout) as exc:
         raise ConfigError(f"{exc}; an invite names a running node, or give one with --address") from exc
-    assert isinstance(status, NodeStatus)
+    assert isinstance(status, PeerReport)
     # Loopback addresses are of use on this machine only: they come last.
     others = [
         m.addresses[0] for m in status.members if m.is_alive and m.addresses and m.peer != status.peer and m.max_layers

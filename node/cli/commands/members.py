@@ -7,7 +7,7 @@ from rich.table import Table
 
 from dsd_p2p.types import short_peer
 from node.config import SwarmQuestion
-from node.member.control import MemberStatus, NodeStatus, Status, ask_node
+from node.member.control import MemberStatus, PeerReport, Status, ask_node
 from node.member.state import SwarmState
 
 
@@ -15,7 +15,7 @@ def run(config: SwarmQuestion) -> int:
     """Print a table, or one JSON object."""
     state = SwarmState(config.swarm)
     status = trio.run(ask_node, state.control_socket, Status())
-    assert isinstance(status, NodeStatus)
+    assert isinstance(status, PeerReport)
     if config.json:
         print(msgspec.json.encode(status).decode())
         return 0

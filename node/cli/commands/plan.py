@@ -51,7 +51,7 @@ def _show(view: SwarmView, coordinator: PeerId, plan: Plan, me: PeerId, own: Pla
     table = Table(box=None)
     for column in ("stage", "layers", "holds", "link in", "pass of 8", "sessions"):
         table.add_column(column)
-    nodes = {node.peer: node for node in view.nodes}
+    nodes = {node.peer: node for node in view.peers}
     before = coordinator
     for stage in plan.stages:
         node = nodes[stage.peer]

@@ -6,7 +6,7 @@ from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.swarm.grants import revoke
 from dsd_p2p.swarm.keys import public_of
 from node.config import RevokeConfig
-from node.member.control import NodeStatus, Revoke, Status, ask_node
+from node.member.control import PeerReport, Revoke, Status, ask_node
 from node.member.state import SwarmState
 
 
@@ -23,7 +23,7 @@ def run(config: RevokeConfig) -> int:
 async def _full_id(state: SwarmState, name: str) -> str:
     """Return the peer id that `name` is, or is the end of."""
     status = await ask_node(state.control_socket, Status())
-    assert isinstance(status, NodeStatus)
+    assert isinstance(status, PeerReport)
     found = [member.peer for member in status.members if member.peer.endswith(name.lstrip("…"))]
     if len(found) == 1:
         return found[0]

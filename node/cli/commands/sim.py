@@ -94,12 +94,12 @@ def compare_receipts(config: SimCompareConfig) -> int:
 
 def record(config: RecordConfig) -> int:
     """Record how well one model guesses another."""
-    from dsd_p2p.sim.trace import write_trace
-    from node.lab.simulator.record import record_trace
+    from dsd_p2p.sim.agreement import write_agreement
+    from node.lab.simulator.record import record_agreement
 
     with ConsoleProgress() as progress:
-        agreement = record_trace(config, progress)
-    write_trace(agreement, Path(config.output))
+        agreement = record_agreement(config, progress)
+    write_agreement(agreement, Path(config.output))
     print(config.output)
     return 0
 

@@ -1,4 +1,4 @@
-"""`dsd up`: a whole swarm on this machine, the door to it and its broker, until Ctrl-C."""
+"""`dsd up`: a whole swarm on this machine, its API and its broker, until Ctrl-C."""
 
 import signal
 from collections.abc import AsyncIterator
@@ -13,17 +13,17 @@ from dsd_p2p.coordination.directory import StageList
 from dsd_p2p.coordination.engine import Engine
 from dsd_p2p.coordination.open import load_coordinator_model, open_coordinator
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import PeerId, Span
 from node.client.choices import make_adaptive
 from node.config import GatewayConfig, UpConfig
 from node.console import ConsoleProgress, console
 from node.gateway.app import Served
-from node.gateway.door import EngineDoor
+from node.gateway.backend import EngineBackend
 from node.gateway.server import serve_gateway
 from node.gateway.setup import make_gateway, read_clients
-from node.local.local_swarm import LocalNode, local_swarm, stage_processes
+from node.local.local_swarm import LocalStage, local_swarm, stage_processes
 from node.watch.broker import embedded_broker
 from node.watch.telemetry import (
     NO_BROKER,
@@ -48,8 +48,8 @@ def run(config: UpConfig, gateway: GatewayConfig) -> int:
     return 0
 
 
-async def _up(config: UpConfig, door: GatewayConfig) -> None:
-    clients = read_clients(door)
+async def _up(config: UpConfig, api: GatewayConfig) -> None:
+    clients = read_clients(api)
     # Before anything slow: the stages would only die of it.
     broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     check_collector(config.otlp)
@@ -77,17 +77,17 @@ async def _up(config: UpConfig, door: GatewayConfig) -> None:
         )
         hub = EventHub()
         gateway = make_gateway(
-            door,
+            api,
             clients,
-            EngineDoor(engine, model.drafter, partial(make_adaptive, config.policy)),
+            EngineBackend(engine, model.drafter, partial(make_adaptive, config.policy)),
             served,
             hub,
-            is_ready=partial(_has_chain, stages),
+            is_ready=partial(_has_route, stages),
             retry=RetryPolicy(),
         )
         async with _telling(config, engine, hub), trio.open_nursery() as nursery:
-            port = DEFAULT_PORT if door.port is None else door.port
-            url = await nursery.start(serve_gateway, gateway, door.host, port, door.names)
+            port = DEFAULT_PORT if api.port is None else api.port
+            url = await nursery.start(serve_gateway, gateway, api.host, port, api.names)
             progress.close()
             _tell(config, url, nodes)
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -130,7 +130,7 @@ async def _telling(config: UpConfig, engine: Engine, hub: EventHub) -> AsyncIter
         nursery.cancel_scope.cancel()
 
 
-def _has_chain(stages: StageList) -> bool:
+def _has_route(stages: StageList) -> bool:
     try:
         return bool(stages.stages())
     except ConfigError:
@@ -145,7 +145,7 @@ async def _introduce(engine: Engine, stages: StageList) -> None:
         await engine.links.round_trip_s(PeerId(info.peer), timeout_s=10)
 
 
-def _tell(config: UpConfig, url: str, nodes: list[LocalNode]) -> None:
+def _tell(config: UpConfig, url: str, nodes: list[LocalStage]) -> None:
     console.print(f"{config.stages} stages of {config.model} are up; Ctrl-C ends them.")
     print(f"chat in a browser:   {url}/")
     print(f"an OpenAI client:    export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none")

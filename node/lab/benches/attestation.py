@@ -9,7 +9,7 @@ from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.types import Span
 from dsd_p2p.wire.attest import hash_rows, signed_text

@@ -12,7 +12,7 @@ from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import compute_format, find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.models.text import TextCodec
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.types import ComputeFormat, HiddenFormat, Span, TokenId
 from dsd_p2p.wire.hidden import pack, packed_row_bytes, unpack
 from node.lab.config import SplitConfig

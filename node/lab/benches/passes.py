@@ -12,7 +12,7 @@ from dsd_p2p.models.packed import can_pack
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.span import SpanModel
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.types import Span
 from node.lab.config import PassesConfig
 from node.lab.receipt import print_table, sample

@@ -18,6 +18,7 @@ _LABELS = {
     "continuous_tree_relaxed": "continuous tree, relaxed",
     "analytic": "analytic policy",
     "awc": "learned policy",
+    "learned": "learned policy",
 }
 
 

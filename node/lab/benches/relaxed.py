@@ -13,7 +13,7 @@ from dsd_p2p.types import GREEDY
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
 from dsd_p2p.verification.base import Verifier
 from dsd_p2p.verification.exact import ExactVerifier
-from node.client.relaxation import Calibration
+from node.client.relaxation import Thresholds
 from node.lab.config import RelaxedConfig
 from node.lab.quality.pair_writer import PairWriter, Written
 from node.lab.quality.prompts import Problem, load_problems, spread
@@ -34,7 +34,7 @@ class ModeResult(msgspec.Struct, kw_only=True):
 
 
 class Drift(msgspec.Struct, kw_only=True):
-    """One calibration beside exact mode, by problem."""
+    """One thresholds beside exact mode, by problem."""
 
     relaxation: dict[str, object]
     budget_nats: float
@@ -43,8 +43,8 @@ class Drift(msgspec.Struct, kw_only=True):
     solved_only_relaxed: list[str]
 
 
-def run_relaxed(config: RelaxedConfig, calibrations: Sequence[Calibration], progress: Progress) -> dict[str, object]:
-    """Answer `config.problems` problems of maths and of code in exact mode and under each calibration.
+def run_relaxed(config: RelaxedConfig, thresholds: Sequence[Thresholds], progress: Progress) -> dict[str, object]:
+    """Answer `config.problems` problems of maths and of code in exact mode and under each thresholds.
 
     Raises:
         ModelError: a model or the problems cannot be had.
@@ -75,12 +75,12 @@ def run_relaxed(config: RelaxedConfig, calibrations: Sequence[Calibration], prog
 
     exact = answer(ExactVerifier(GREEDY), "exact")
     drifts = []
-    for calibration in calibrations:
-        relaxed = answer(AdaptiveVerifier(GREEDY, calibration.relaxation), f"relaxed (τ={calibration.relaxation.tau})")
+    for each in thresholds:
+        relaxed = answer(AdaptiveVerifier(GREEDY, each.relaxation), f"relaxed (τ={each.relaxation.tau})")
         drifts.append(
             Drift(
-                relaxation=msgspec.structs.asdict(calibration.relaxation),
-                budget_nats=calibration.budget_nats,
+                relaxation=msgspec.structs.asdict(each.relaxation),
+                budget_nats=each.budget_nats,
                 result=relaxed,
                 solved_only_exact=sorted(set(exact.solved) - set(relaxed.solved)),
                 solved_only_relaxed=sorted(set(relaxed.solved) - set(exact.solved)),

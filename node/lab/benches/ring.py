@@ -11,10 +11,10 @@ from dsd_p2p.coordination.statistics import AnswerStatistics, statistics_of
 from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.sim.agreement import Agreement, read_agreement
 from dsd_p2p.sim.answer import RecordedAnswer
-from dsd_p2p.sim.chain import ChainModel, simulate_request
+from dsd_p2p.sim.route import RouteModel, simulate_request
 from dsd_p2p.sim.service import PassCost
-from dsd_p2p.sim.trace import AgreementTrace, read_trace
 from dsd_p2p.transport.ephemeral import open_ephemeral
 from dsd_p2p.types import TextRequest
 from dsd_p2p.window.base import Decision
@@ -25,7 +25,7 @@ from node.lab.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, rati
 from node.lab.config import RingConfig
 from node.lab.quality.prompts import CATEGORIES
 from node.lab.receipt import print_table, sample
-from node.lab.recorded import FakeStage, RecordedDrafter, ServiceTimes, bundled_trace
+from node.lab.recorded import FakeStage, RecordedDrafter, ServiceTimes, bundled_agreement
 from node.local.local_swarm import stage_swarm
 
 _SYNC_DEPTHS = (4, 6, 8, 12, 16, 24)
@@ -40,9 +40,9 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
     Raises:
         ConfigError: a flag or the trace is unusable.
     """
-    trace_path = Path(config.trace) if config.trace else bundled_trace()
-    trace = read_trace(trace_path)
-    chain = _chain_model(config)
+    trace_path = Path(config.trace) if config.trace else bundled_agreement()
+    trace = read_agreement(trace_path)
+    chain = _route_model(config)
     texts = [_texts_of_round(trace, number) for number in range(rounds)]
     arms = choose_arms(trace, chain, texts[0], config.max_tokens)
     times = ServiceTimes(
@@ -105,7 +105,7 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
     }
 
 
-def choose_arms(trace: AgreementTrace, chain: ChainModel, texts: list[int], max_tokens: int) -> dict[str, Decision]:
+def choose_arms(trace: Agreement, chain: RouteModel, texts: list[int], max_tokens: int) -> dict[str, Decision]:
     """Return one decision per arm; the synchronous ones get the γ and the tree size that the simulator finds best."""
 
     def best(candidates: list[Decision]) -> Decision:
@@ -120,7 +120,7 @@ def choose_arms(trace: AgreementTrace, chain: ChainModel, texts: list[int], max_
     }
 
 
-def _simulate(trace: AgreementTrace, chain: ChainModel, texts: list[int], decision: Decision, max_tokens: int) -> float:
+def _simulate(trace: Agreement, chain: RouteModel, texts: list[int], decision: Decision, max_tokens: int) -> float:
     """Tokens a second over all `texts`, counted as `ArmRuns` does."""
     num_tokens, seconds = 0, 0.0
     tracker = Tracker()
@@ -134,16 +134,16 @@ def _simulate(trace: AgreementTrace, chain: ChainModel, texts: list[int], decisi
     return num_tokens / seconds
 
 
-def _chain_model(config: RingConfig) -> ChainModel:
+def _route_model(config: RingConfig) -> RouteModel:
     stage = PassCost.line(units.seconds(config.stage_time), units.seconds(config.node_time))
-    return ChainModel(
+    return RouteModel(
         stages=(stage,) * config.stages,
         link=LinkModel(latency_s=units.seconds(config.link)),
         draft=PassCost.line(units.seconds(config.draft_time), 0.0),
     )
 
 
-def _texts_of_round(trace: AgreementTrace, number: int) -> list[int]:
+def _texts_of_round(trace: Agreement, number: int) -> list[int]:
     texts = []
     for category in CATEGORIES:
         of_category = [index for index, text in enumerate(trace.texts) if text.category == category]
@@ -153,9 +153,7 @@ def _texts_of_round(trace: AgreementTrace, number: int) -> list[int]:
     return texts
 
 
-async def _write(
-    engine: Engine, trace: AgreementTrace, text: int, decision: Decision, max_tokens: int
-) -> AnswerStatistics:
+async def _write(engine: Engine, trace: Agreement, text: int, decision: Decision, max_tokens: int) -> AnswerStatistics:
     recorded = list(trace.texts[text].tokens[:max_tokens])
     options = GenerateOptions(text=TextRequest(max_tokens=len(recorded)))
     async with engine.generate([text], options, StaticPolicy(decision)) as generation:

@@ -11,7 +11,7 @@ import trio
 from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.types import Span, TextRequest, TokenId
 from dsd_p2p.window.base import WindowPolicy
 from node.client.choices import make_drafter

@@ -15,10 +15,10 @@ from node.lab.simulator.simulation import Change, run_scenario, sweep
 _SCENARIO = Path("docs/scenarios/paper-b.toml")
 _OPEN: Change = {"workload.arrivals": "poisson", "drafters.count": 1000, "acceptance.num_candidates": 1}
 _WINDOWS: dict[str, Change] = {
-    "plain": {"speculation.window": "plain"},
+    "plain": {"speculation.policy": "plain"},
     "static γ=4": {},
-    "awc": {"speculation.window": "awc"},
-    "tree": {"speculation.window": "tree", "acceptance.num_candidates": 4},
+    "learned": {"speculation.policy": "learned"},
+    "tree": {"speculation.policy": "tree", "acceptance.num_candidates": 4},
 }
 _DRAFTERS = (10, 100, 1000, 10_000)
 _LOAD_OF_DRAFTER = 0.02

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.sim.trace import RecordedText
+from dsd_p2p.sim.agreement import RecordedText
 from dsd_p2p.types import Relaxation, TokenId
 from dsd_p2p.window.analytic import SYNC_DEPTHS, predicted_tokens_per_s
 from dsd_p2p.window.base import Observation, WindowPolicy
@@ -211,7 +211,7 @@ def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy
         "sync_tree": StaticPolicy(sync_tree(16, depth=6)),
         "continuous_chain": StaticPolicy(continuous_tree(depth=48, width=1, window_nodes=4, max_in_flight=64)),
         "continuous_tree": _tree(config),
-        **{name: make_adaptive(name) for name in ("analytic", "awc")},
+        **{name: make_adaptive(name) for name in ("analytic", "learned")},
     }
 
 

@@ -14,8 +14,8 @@ from dsd_p2p.models.source import find_model
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import GREEDY, Relaxation
 from dsd_p2p.verification.exact import ExactVerifier
-from dsd_p2p.verification.importance import Signals, is_key, signals_of
-from node.client.relaxation import Calibration
+from dsd_p2p.verification.importance import Signals, is_decisive, signals_of
+from node.client.relaxation import Thresholds
 from node.lab.config import CalibrateConfig
 from node.lab.quality.pair_writer import Disagreement, PairWriter
 from node.lab.quality.prompts import load_problems, spread
@@ -37,7 +37,7 @@ class _Position:
     signals: tuple[Signals, ...]
 
 
-def find_thresholds(config: CalibrateConfig, progress: Progress) -> Calibration:
+def find_thresholds(config: CalibrateConfig, progress: Progress) -> Thresholds:
     """Return the thresholds with the greatest share of relaxed tokens whose mean loss stays within `config.budget`.
 
     Raises:
@@ -66,7 +66,7 @@ def find_thresholds(config: CalibrateConfig, progress: Progress) -> Calibration:
     if best is None or best[0] == 0:
         raise ConfigError(f"no thresholds relax anything within {config.budget:g} nats a token: raise --budget")
     share, loss, relaxation = best
-    return Calibration(
+    return Thresholds(
         relaxation=relaxation,
         target=config.model,
         drafter=config.draft,
@@ -113,7 +113,7 @@ def outcome(positions: list[_Position], num_tokens: int, relaxation: Relaxation)
     for position in positions:
         blend = (1 - relaxation.tau) * position.target_logprobs + relaxation.tau * position.draft_logprobs
         row = int(np.argmax(blend))
-        if blend[position.strict_row] >= blend[row] or is_key(position.signals[row], relaxation):
+        if blend[position.strict_row] >= blend[row] or is_decisive(position.signals[row], relaxation):
             continue
         if position.draft_logprobs[row] - position.target_logprobs[row] > max_log_overshoot:
             continue

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.session.effects import NUM_CANDIDATES, Draft, Stem
-from dsd_p2p.sim.trace import RecordedText
+from dsd_p2p.sim.agreement import RecordedText
 from dsd_p2p.types import TokenId
 
 MAX_CENTINATS = 690

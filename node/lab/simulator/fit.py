@@ -22,11 +22,11 @@ import msgspec
 from dsd_p2p import units
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.placement.chain import even_spans
+from dsd_p2p.placement.listed import even_spans
+from dsd_p2p.sim.agreement import RecordedText
 from dsd_p2p.sim.answer import RecordedAnswer
-from dsd_p2p.sim.chain import ChainModel, SimulatedRequest, simulate_request
+from dsd_p2p.sim.route import RouteModel, SimulatedRequest, simulate_request
 from dsd_p2p.sim.service import PassCost
-from dsd_p2p.sim.trace import RecordedText
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import StaticPolicy, sync_chain
 from dsd_p2p.window.tracker import Tracker
@@ -186,12 +186,12 @@ class Profile:
     draft_weight: float
     cores: float
 
-    def chain(self, num_stages: int, link_s: float) -> ChainModel:
+    def chain(self, num_stages: int, link_s: float) -> RouteModel:
         """Return a chain of so many stages with even spans."""
         spans = even_spans(self.num_layers, num_stages)
         stages = [self.layer.scaled(last - first) for first, last in spans]
         stages[-1] = _sum(stages[-1], self.tail)
-        return ChainModel(
+        return RouteModel(
             stages=tuple(stages),
             link=LinkModel(latency_s=link_s + self.hop_s * max(0.0, 1 - self.handled_share)),
             draft=self.draft,

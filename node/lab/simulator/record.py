@@ -10,7 +10,7 @@ import torch
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.text import TextCodec
-from dsd_p2p.sim.trace import AgreementTrace, RecordedText
+from dsd_p2p.sim.agreement import Agreement, RecordedText
 from dsd_p2p.types import TokenId
 from node.lab.config import RecordConfig
 from node.lab.quality.prompts import CATEGORIES, Problem, load_problems, spread
@@ -19,7 +19,7 @@ from node.lab.simulator.asking import MAX_CENTINATS
 _MAX_CANDIDATES = 16
 
 
-def record_trace(config: RecordConfig, progress: Progress) -> AgreementTrace:
+def record_agreement(config: RecordConfig, progress: Progress) -> Agreement:
     """Let the target answer prompts of every category greedily, then ask the drafter for its candidates along each answer.
 
     Raises:
@@ -43,7 +43,7 @@ def record_trace(config: RecordConfig, progress: Progress) -> AgreementTrace:
     for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
         texts.append(_ask_drafter(model, problem, prompt, answer, config.device))
         progress.step("record the drafter", len(texts), len(problems))
-    return AgreementTrace(
+    return Agreement(
         target=config.model,
         drafter=config.draft,
         dtype=config.dtype,

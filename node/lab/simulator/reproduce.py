@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.sim.answer import Agreement, ParametricAnswer
-from dsd_p2p.sim.chain import ChainModel, SimulatedRequest, simulate_request
+from dsd_p2p.sim.answer import AgreementModel, ParametricAnswer
 from dsd_p2p.sim.report import Report
+from dsd_p2p.sim.route import RouteModel, SimulatedRequest, simulate_request
 from dsd_p2p.sim.scenario import changed, read_scenario
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.window.base import Decision
@@ -33,9 +33,9 @@ _POLICIES: dict[str, Change] = {
     "round-robin, γ=4": {"speculation.routing": "round-robin"},
     "JSQ, γ=4": {},
     "JSQ, LAB, γ=4": {"targets.batching": "length-aware"},
-    "JSQ, threshold": {"speculation.window": "threshold"},
-    "JSQ, analytic": {"speculation.window": "analytic", "speculation.mode": "auto"},
-    "JSQ, AWC": {"speculation.window": "awc", "speculation.mode": "auto"},
+    "JSQ, threshold": {"speculation.policy": "threshold"},
+    "JSQ, analytic": {"speculation.policy": "analytic", "speculation.mode": "auto"},
+    "JSQ, AWC": {"speculation.policy": "learned", "speculation.mode": "auto"},
 }
 _STATIC, _AWC = "JSQ, γ=4", "JSQ, AWC"
 _EVERYWHERE = (_STATIC, "JSQ, threshold", _AWC)
@@ -43,7 +43,7 @@ _DRAFTERS = (600, 1000)
 _RTT_MS = (10, 30)
 _CROSSOVER_RTT_MS = (5, 20, 40, 50, 60, 80, 120)
 
-_AGREEMENT = Agreement(rate=0.8, persistence=0.5, num_candidates=8)
+_AGREEMENT = AgreementModel(rate=0.8, persistence=0.5, num_candidates=8)
 _DEPTH = 8
 """γ of paper A."""
 
@@ -118,7 +118,7 @@ def paper_a() -> list[dict[str, float]]:
 def _write(num_nodes: int, ratio: float, decision: Decision, num_tokens: int) -> SimulatedRequest:
     """One text on `num_nodes` nodes, t1 apart, that compute t0 = 10 ms in all, for many positions as for one."""
     t0_s = 0.01
-    chain = ChainModel(
+    chain = RouteModel(
         stages=(PassCost.line(t0_s / num_nodes, 0.0),) * num_nodes,
         link=LinkModel(latency_s=t0_s * ratio),
         up=LinkModel(),

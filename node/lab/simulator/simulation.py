@@ -14,13 +14,13 @@ import msgspec
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.progress import Progress
+from dsd_p2p.sim.agreement import Agreement, read_agreement
 from dsd_p2p.sim.fleet import Fleet, FleetRun
 from dsd_p2p.sim.policies import policy_maker
 from dsd_p2p.sim.report import Report, summarise
 from dsd_p2p.sim.scenario import Scenario, changed
-from dsd_p2p.sim.trace import AgreementTrace, read_trace
 from dsd_p2p.telemetry.watch import Sink
-from node.lab.recorded import bundled_trace
+from node.lab.recorded import bundled_agreement
 
 Change = dict[str, Any]
 
@@ -41,14 +41,14 @@ def run_scenario(
     return Fleet(scenario, policy_of, _trace(scenario), is_recording=is_recording, progress=progress, tell=tell).run()
 
 
-def _trace(scenario: Scenario) -> AgreementTrace | None:
+def _trace(scenario: Scenario) -> Agreement | None:
     match scenario.acceptance.trace:
         case "":
             return None
         case "bundled":
-            return read_trace(bundled_trace())
+            return read_agreement(bundled_agreement())
         case file:
-            return read_trace(Path(file))
+            return read_agreement(Path(file))
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):

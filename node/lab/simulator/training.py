@@ -1,4 +1,4 @@
-"""Teaches the window policy in the simulator: `scripts/train_wcdnn` (docs/simulator.md).
+"""Teaches the window policy in the simulator: `scripts/train_policy` (docs/simulator.md).
 
 Each scenario is a random chain, drafter and kind of text; in some of them several drafters share one target's passes. Every window
 of the catalogue writes the same texts there; the label is the logarithm of its speed over plain decoding's, the inputs are what the
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.sim.answer import Agreement, Answer, ParametricAnswer, RecordedAnswer
-from dsd_p2p.sim.chain import ChainModel, simulate_request
+from dsd_p2p.sim.agreement import Agreement, read_agreement
+from dsd_p2p.sim.answer import AgreementModel, Answer, ParametricAnswer, RecordedAnswer
 from dsd_p2p.sim.fleet import Fleet
+from dsd_p2p.sim.route import RouteModel, simulate_request
 from dsd_p2p.sim.scenario import (
     Acceptance,
     Cost,
@@ -36,15 +37,14 @@ from dsd_p2p.sim.scenario import (
     Workload,
 )
 from dsd_p2p.sim.service import PassCost
-from dsd_p2p.sim.trace import AgreementTrace, read_trace
 from dsd_p2p.telemetry.events import DecisionMade, decode_event
 from dsd_p2p.window.base import Mode
 from dsd_p2p.window.catalogue import CATALOGUE
+from dsd_p2p.window.learned.features import NAMES, features
+from dsd_p2p.window.learned.network import NUM_BLOCKS, VERSION
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.window.wcdnn.features import NAMES, features
-from dsd_p2p.window.wcdnn.network import NUM_BLOCKS, VERSION
-from node.lab.recorded import bundled_trace
+from node.lab.recorded import bundled_agreement
 
 _TOKENS = 40
 _PLAIN_TOKENS = 12
@@ -68,13 +68,13 @@ class Sample:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sweep, train, write the weights; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="scripts/train_wcdnn", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/train_policy", description=__doc__)
     parser.add_argument("--scenarios", type=int, default=2100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--live", type=Path, nargs="*", default=[], help="recordings of live runs to learn from, too")
-    parser.add_argument("--output", type=Path, default=Path("dsd_p2p/data/wcdnn.npz"))
+    parser.add_argument("--output", type=Path, default=Path("dsd_p2p/data/policy.npz"))
     options = parser.parse_args(arguments)
     samples = sweep(options.scenarios, options.seed, options.processes)
     samples += [sample for path in options.live for sample in read_live(path)]
@@ -130,12 +130,12 @@ def sweep(num_scenarios: int, seed: int, num_processes: int) -> list[Sample]:
     return samples
 
 
-_trace: AgreementTrace | None = None
+_trace: Agreement | None = None
 
 
 def _load_trace() -> None:
     global _trace
-    _trace = read_trace(bundled_trace())
+    _trace = read_agreement(bundled_agreement())
 
 
 def _simulate(seed: str) -> Sample:
@@ -217,7 +217,7 @@ def _log_uniform(rng: random.Random, low: float, high: float) -> float:
     return low * math.exp(rng.random() * math.log(high / low))
 
 
-def _random_chain(rng: random.Random) -> ChainModel:
+def _random_chain(rng: random.Random) -> RouteModel:
     num_stages = rng.choice((1, 1, 2, 2, 3, 3, 4, 6, 8))
     stage_s = _log_uniform(rng, 0.001, 0.06)
     per_node = rng.choice((0.0, 0.02, 0.1, 0.3)) * rng.random() * 2
@@ -226,7 +226,7 @@ def _random_chain(rng: random.Random) -> ChainModel:
         for scale in (rng.uniform(0.6, 1.6) for _ in range(num_stages))
     )
     draft_s = _log_uniform(rng, 0.0005, 0.06)
-    return ChainModel(
+    return RouteModel(
         stages=stages,
         link=LinkModel(latency_s=_log_uniform(rng, 0.0005, 0.12)),
         draft=PassCost.line(draft_s, draft_s * rng.choice((0.0, 0.05, 0.3)) * rng.random()),
@@ -245,12 +245,12 @@ def _random_answers(rng: random.Random) -> list:  # type: ignore[type-arg]
         chosen = rng.sample(texts, _TEXTS)
         vocab_size = _trace.vocab_size
         return [lambda text=text: RecordedAnswer(text, 1, vocab_size) for text in chosen]
-    agreement = Agreement(rate=rng.uniform(0.3, 0.98), persistence=rng.uniform(0, 0.9), num_candidates=12)
+    agreement = AgreementModel(rate=rng.uniform(0.3, 0.98), persistence=rng.uniform(0, 0.9), num_candidates=12)
     seeds = [rng.getrandbits(32) for _ in range(_TEXTS)]
     return [lambda seed=seed: _parametric(agreement, seed) for seed in seeds]
 
 
-def _parametric(agreement: Agreement, seed: int) -> Answer:
+def _parametric(agreement: AgreementModel, seed: int) -> Answer:
     return ParametricAnswer(agreement, seed)
 
 

@@ -18,7 +18,7 @@ import trio
 from dsd_p2p.errors import DsdError
 from node.lab.testnet.events import Answered, Event
 from node.lab.testnet.swarm import Testnet
-from node.member.control import NodeStatus, Status, ask_node
+from node.member.control import PeerReport, Status, ask_node
 
 _DEADLINE_S = 120.0
 _COVERAGE_S = 60.0
@@ -259,7 +259,7 @@ class Chaos:
             except DsdError as exc:
                 held.append(f"node {node.index} does not answer: {exc}")
                 continue
-            assert isinstance(status, NodeStatus)
+            assert isinstance(status, PeerReport)
             if status.num_sessions or status.cache_bytes:
                 held.append(f"node {node.index}: {status.num_sessions} sessions, {status.cache_bytes} bytes")
         return held

@@ -15,7 +15,7 @@ import trio
 
 from node.lab.testnet.events import Answered, Event
 from node.lab.testnet.swarm import Testnet
-from node.member.control import NodeStatus, Status, ask_node
+from node.member.control import PeerReport, Status, ask_node
 
 ATTACKERS = 4
 
@@ -111,9 +111,9 @@ class Siege:
             self.sent_handshakes += int(num_handshakes)
             self.sent_frames += int(num_frames)
 
-    async def _status(self) -> NodeStatus:
+    async def _status(self) -> PeerReport:
         status = await ask_node(self.net.nodes[0].state.control_socket, Status(), timeout_s=30)
-        assert isinstance(status, NodeStatus)
+        assert isinstance(status, PeerReport)
         return status
 
 

@@ -115,7 +115,7 @@ def _quality(picture: Picture, width: int) -> Text:
     sent = totals["num_nodes"]
     text = (
         f"accepted by depth {shares}  misses {totals['num_misses']}  stale {totals['num_stale'] / sent if sent else 0:.0%}"
-        f"  relaxed {totals['num_relaxed']}  failovers {totals['failovers']}  failed {totals['failed']}"
+        f"  relaxed {totals['num_relaxed']}  replays {totals['replays']}  failed {totals['failed']}"
     )
     return _line(text, width)
 
@@ -205,7 +205,7 @@ def _session_table(
             f"{view.tokens_per_s(picture.now_s):.1f}",
             str(newest.num_in_flight),
             newest.decision or newest.mode or "-",
-            newest.reason + (f" ({view.num_failovers} failovers)" if view.num_failovers else ""),
+            newest.reason + (f" ({view.num_replays} replays)" if view.num_replays else ""),
         )
         table.add_row(*map(_cell, cells))
     return table
@@ -236,7 +236,7 @@ def _session_details(picture: Picture, view: SessionView, width: int) -> list[Re
         f"window    {newest.decision or '-'}: {newest.reason or '-'}",
         f"in flight {newest.num_in_flight}, a traversal takes {1000 * newest.traversal_s:.0f} ms",
         f"sent      {newest.num_windows} windows, {newest.num_nodes} nodes, {newest.num_stale} in vain",
-        f"misses    {newest.num_misses}  relaxed {newest.num_relaxed}  failovers {view.num_failovers}",
+        f"misses    {newest.num_misses}  relaxed {newest.num_relaxed}  replays {view.num_replays}",
         f"accepted  {shares or '-'} by depth",
         "chain     " + " → ".join(f"{short_peer(stage.peer)}[{stage.first}:{stage.last}]" for stage in view.stages),
         "stages    " + " ".join(f"{us / 1000:.1f}ms" for us in newest.stage_us),

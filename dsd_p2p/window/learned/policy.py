@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from dsd_p2p.window.analytic import Trials, kept_share, predicted_tokens_per_s, pulled, trust
 from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
 from dsd_p2p.window.catalogue import CATALOGUE
+from dsd_p2p.window.learned.features import features
+from dsd_p2p.window.learned.network import Network
 from dsd_p2p.window.static import PLAIN
-from dsd_p2p.window.wcdnn.features import features
-from dsd_p2p.window.wcdnn.network import Network
 
 _SMOOTHING = 0.4
 """Weight of the newest ratings (arXiv:2511.21669)."""
@@ -26,7 +26,7 @@ _GUARD = math.log(1.5)
 """A rating further than this from the latency model's is cut: far from what it was trained on a network errs without limit."""
 
 
-class AwcPolicy:
+class LearnedPolicy:
     """Argmax over the catalogue. One instance serves one request; what it knows of the chain is in the observations.
 
     modes: it may choose from besides plain.

@@ -5,7 +5,7 @@ and the chain's shape beside them; two residual blocks; where it has one output,
 that the engine can choose.
 """
 
-from dsd_p2p.window.wcdnn.network import Network
-from dsd_p2p.window.wcdnn.policy import AwcPolicy
+from dsd_p2p.window.learned.network import Network
+from dsd_p2p.window.learned.policy import LearnedPolicy
 
-__all__ = ["AwcPolicy", "Network"]
+__all__ = ["LearnedPolicy", "Network"]

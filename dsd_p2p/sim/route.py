@@ -29,7 +29,7 @@ _DEADLINE_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChainModel:
+class RouteModel:
     """What the chain costs, seconds.
 
     stages: one pass of each. draft: one step over n stems. link: one direction of each of the `len(stages) + 1` links, all alike.
@@ -74,7 +74,7 @@ class _NoRng:
 
 def simulate_request(
     answer: Answer,
-    chain: ChainModel,
+    chain: RouteModel,
     policy: WindowPolicy,
     tracker: Tracker,
     max_tokens: int,

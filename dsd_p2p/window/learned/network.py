@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.window.catalogue import CATALOGUE
-from dsd_p2p.window.wcdnn.features import NAMES
+from dsd_p2p.window.learned.features import NAMES
 
 VERSION = 3
 NUM_BLOCKS = 2
@@ -17,7 +17,7 @@ Array = NDArray[np.float32]
 
 
 class Network:
-    """Rates the windows of the catalogue. weights: by name, as `scripts/train_wcdnn` writes them.
+    """Rates the windows of the catalogue. weights: by name, as `scripts/train_policy` writes them.
 
     Raises:
         ConfigError: made for other features or another catalogue.
@@ -27,7 +27,7 @@ class Network:
         arms, names = list(map(str, weights["arms"])), list(map(str, weights["features"]))
         if int(weights["version"]) != VERSION or arms != list(CATALOGUE) or names != list(NAMES):
             raise ConfigError(
-                "the weights of the window policy are of another version: train them with scripts/train_wcdnn"
+                "the weights of the window policy are of another version: train them with scripts/train_policy"
             )
         self._mean, self._scale = _array(weights["mean"]), _array(weights["scale"])
         self._first = _array(weights["first.weight"]).T.copy(), _array(weights["first.bias"])
@@ -54,7 +54,7 @@ class Network:
             with np.load(io.BytesIO(data), allow_pickle=False) as weights:
                 return cls({name: weights[name] for name in weights.files})
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as exc:
-            raise ConfigError(f"weights of the window policy: {exc}; train them with scripts/train_wcdnn") from exc
+            raise ConfigError(f"weights of the window policy: {exc}; train them with scripts/train_policy") from exc
 
     def rate(self, features: Array) -> Array:
         """Return for each window of the catalogue the logarithm of its speed over plain decoding's: float32 `[arms]`."""

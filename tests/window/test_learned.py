@@ -10,25 +10,25 @@ from msgspec.structs import replace
 from sim_chains import CHAINS, Perfect, Useless, chain_of, tokens_per_s, write
 
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.sim.trace import read_trace
+from dsd_p2p.sim.agreement import read_agreement
 from dsd_p2p.telemetry.events import DecisionMade, RateOf, SessionEnded, encode_event
 from dsd_p2p.window.base import CostLine, MeasuredRate, Mode, Observation
 from dsd_p2p.window.catalogue import CATALOGUE
+from dsd_p2p.window.learned import Network
+from dsd_p2p.window.learned.bundled import bundled_network, learned_policy
+from dsd_p2p.window.learned.features import NAMES, features
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.window.tracker import Tracker
-from dsd_p2p.window.wcdnn import Network
-from dsd_p2p.window.wcdnn.bundled import bundled_network, learned_policy
-from dsd_p2p.window.wcdnn.features import NAMES, features
-from node.lab.recorded import bundled_trace
+from node.lab.recorded import bundled_agreement
 from node.lab.simulator.training import Sample, read_live, train
 
 
 @pytest.fixture(scope="module")
 def trace():
-    return read_trace(bundled_trace())
+    return read_agreement(bundled_agreement())
 
 
-def awc(modes=frozenset({Mode.SYNC, Mode.CONTINUOUS})):
+def learned(modes=frozenset({Mode.SYNC, Mode.CONTINUOUS})):
     return learned_policy(modes)
 
 
@@ -71,7 +71,7 @@ def test_the_network_is_what_torch_makes_of_its_weights():
     import torch
     from torch.nn import functional
 
-    with np.load(io.BytesIO(files("dsd_p2p").joinpath("data/wcdnn.npz").read_bytes())) as weights:
+    with np.load(io.BytesIO(files("dsd_p2p").joinpath("data/policy.npz").read_bytes())) as weights:
         inputs = np.random.default_rng(0).normal(size=len(NAMES)).astype(np.float32)
 
         def linear(values, name):
@@ -92,7 +92,7 @@ def test_the_network_is_what_torch_makes_of_its_weights():
 @pytest.mark.parametrize("change", ["version", "arms", "features", "junk", "missing"])
 def test_weights_of_another_version_are_refused(change):
 
-    data = files("dsd_p2p").joinpath("data/wcdnn.npz").read_bytes()
+    data = files("dsd_p2p").joinpath("data/policy.npz").read_bytes()
     with np.load(io.BytesIO(data)) as stored:
         weights = {name: stored[name] for name in stored.files}
     match change:
@@ -112,13 +112,13 @@ def test_weights_of_another_version_are_refused(change):
 
 @pytest.mark.parametrize("text", [0, 13, 24])
 def test_it_writes_the_recorded_text(trace, text):
-    request = write(trace, text, chain_of(), awc(), Tracker(), 96)
+    request = write(trace, text, chain_of(), learned(), Tracker(), 96)
     assert request.tokens == list(trace.texts[text].tokens[:96])
 
 
 def test_it_keeps_to_the_modes_it_may_choose(trace):
     for modes in (frozenset({Mode.SYNC}), frozenset({Mode.CONTINUOUS}), frozenset()):
-        policy, seen = awc(modes), set()
+        policy, seen = learned(modes), set()
         for hits in (0.1, 0.5, 0.9):
             for _ in range(4):
                 seen.add(policy.decide(observation(hit_rate_by_rank=(hits, *(0.01,) * 15))).mode)
@@ -126,7 +126,7 @@ def test_it_keeps_to_the_modes_it_may_choose(trace):
 
 
 def test_another_mode_has_to_be_wanted_twice():
-    policy = awc()
+    policy = learned()
     plain = observation(measured={PLAIN.kind: MeasuredRate(decision=PLAIN, tokens_per_s=4.0, num_tokens=50)})
     first = policy.decide(plain)
     assert first.mode is not Mode.PLAIN
@@ -145,7 +145,7 @@ def test_another_mode_has_to_be_wanted_twice():
 
 
 def test_wishes_for_another_mode_count_in_a_row_only():
-    policy = awc()
+    policy = learned()
     policy._current = CATALOGUE["sync-4"]
     policy._ratings = np.zeros(len(CATALOGUE), np.float32)
 
@@ -162,8 +162,8 @@ def test_wishes_for_another_mode_count_in_a_row_only():
 def test_a_useless_drafter_costs_next_to_nothing(trace, chain):
     plain = tokens_per_s(trace, chain, lambda: StaticPolicy(PLAIN))
     tracker = Tracker()
-    first = tokens_per_s(trace, chain, awc, texts=(0,), drafts=Useless(), tracker=tracker)
-    later = tokens_per_s(trace, chain, awc, texts=(12, 24, 1, 13), drafts=Useless(), tracker=tracker)
+    first = tokens_per_s(trace, chain, learned, texts=(0,), drafts=Useless(), tracker=tracker)
+    later = tokens_per_s(trace, chain, learned, texts=(12, 24, 1, 13), drafts=Useless(), tracker=tracker)
     assert first >= 0.75 * plain
     assert later >= 0.97 * plain
 
@@ -171,7 +171,7 @@ def test_a_useless_drafter_costs_next_to_nothing(trace, chain):
 @pytest.mark.parametrize("chain", CHAINS[::3])
 def test_a_perfect_drafter_is_put_to_use(trace, chain):
     plain = tokens_per_s(trace, chain, lambda: StaticPolicy(PLAIN))
-    rate = tokens_per_s(trace, chain, awc, drafts=Perfect())
+    rate = tokens_per_s(trace, chain, learned, drafts=Perfect())
     assert rate >= 0.97 * plain
     if chain.draft.at(1) < 0.5 / plain:
         assert rate > 1.5 * plain
@@ -184,8 +184,8 @@ def test_it_is_close_to_the_best_window_of_the_catalogue(trace):
         chain = chain_of(num_stages, link_s=link_s, stage_s=stage_s, node_s=stage_s / 20, draft_s=0.012)
         fixed = [tokens_per_s(trace, chain, lambda d=decision: StaticPolicy(d)) for decision in CATALOGUE.values()]
         tracker = Tracker()
-        tokens_per_s(trace, chain, awc, texts=(1,), tracker=tracker)
-        regrets.append(1 - tokens_per_s(trace, chain, awc, tracker=tracker) / max(fixed))
+        tokens_per_s(trace, chain, learned, texts=(1,), tracker=tracker)
+        regrets.append(1 - tokens_per_s(trace, chain, learned, tracker=tracker) / max(fixed))
     assert sorted(regrets)[len(regrets) // 2] <= 0.25
 
 

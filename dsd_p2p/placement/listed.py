@@ -19,7 +19,7 @@ def even_spans(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def choose_chain(peers: Iterable[PeerInfo]) -> list[PeerInfo]:
+def choose_listed_route(peers: Iterable[PeerInfo]) -> list[PeerInfo]:
     """Return the shortest chain of stages of one model that covers all its layers.
 
     Raises:

@@ -29,7 +29,7 @@ class RecordedText(msgspec.Struct, frozen=True, kw_only=True):
     draft_centinats: tuple[tuple[int, ...], ...]
 
 
-class AgreementTrace(msgspec.Struct, frozen=True, kw_only=True):
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """Texts of one pair of models, with where they come from."""
 
     target: str
@@ -41,19 +41,19 @@ class AgreementTrace(msgspec.Struct, frozen=True, kw_only=True):
     texts: tuple[RecordedText, ...]
 
 
-def write_trace(trace: AgreementTrace, path: Path) -> None:
+def write_agreement(trace: Agreement, path: Path) -> None:
     """Write gzipped JSON, the same bytes for the same trace."""
     path.write_bytes(gzip.compress(msgspec.json.encode(trace), mtime=0))
 
 
-def read_trace(path: Path) -> AgreementTrace:
+def read_agreement(path: Path) -> Agreement:
     """Return the trace in `path`.
 
     Raises:
         ConfigError: it cannot be read or is none.
     """
     try:
-        trace = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=AgreementTrace)
+        trace = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=Agreement)
     except (OSError, EOFError, zlib.error, msgspec.DecodeError) as exc:
         raise ConfigError(f"agreement trace {path}: {exc}; make one with `dsd sim record`") from exc
     for text in trace.texts:

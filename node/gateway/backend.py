@@ -29,7 +29,7 @@ class Outcome:
     statistics: AnswerStatistics | None = None
 
 
-class Door(Protocol):
+class Backend(Protocol):
     """A way into a swarm."""
 
     def write(
@@ -43,7 +43,7 @@ class Door(Protocol):
         ...
 
 
-class EngineDoor:
+class EngineBackend:
     """This process coordinates. make_policy: a window policy for one request."""
 
     def __init__(self, engine: Engine, drafter: Drafter, make_policy: Callable[[], WindowPolicy]) -> None:
@@ -54,7 +54,7 @@ class EngineDoor:
     async def write(
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
-        """Yield an answer piece by piece. Raises as `Door.write` does."""
+        """Yield an answer piece by piece. Raises as `Backend.write` does."""
         policy = self._engine.governed(self._make_policy())
         try:
             async with self._engine.generate(prompt, options, policy) as generation:
@@ -71,14 +71,14 @@ class EngineDoor:
             raise PeerDisconnected(str(exc)) from exc
 
 
-class SwarmDoor:
+class SwarmBackend:
     """The best coordinator writes, be it this node or another.
 
     choose: the peer that should coordinate now; None for this node.
     """
 
     def __init__(
-        self, here: EngineDoor | None, thin: ThinClient, choose: Callable[[], PeerId | None], deadline_s: float
+        self, here: EngineBackend | None, thin: ThinClient, choose: Callable[[], PeerId | None], deadline_s: float
     ) -> None:
         self._here = here
         self._thin = thin
@@ -88,7 +88,7 @@ class SwarmDoor:
     async def write(
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
-        """Yield an answer piece by piece. Raises as `Door.write` does."""
+        """Yield an answer piece by piece. Raises as `Backend.write` does."""
         coordinator = self._choose()
         if coordinator is None and self._here is not None:
             async with aclosing(self._here.write(prompt, options, outcome)) as pieces:
