@@ -37,7 +37,7 @@ from node.gateway.replies import Model, ModelList
 from node.gateway.schema import MAX_CHOICES, ChatRequest, Common, CompletionRequest
 from node.gateway.stream import EventStream
 from node.gateway.writing import Writing, WritingOptions
-from node.watch.telemetry import EventHub
+from node.watch.hub import EventHub
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from node.gateway.backend import Backend
 from node.gateway.keys import Clients, read_keys
 from node.gateway.metrics import GatewayMetrics
 from node.gateway.server import check_exposure
-from node.watch.telemetry import EventHub
+from node.watch.hub import EventHub
 
 
 def read_clients(config: GatewayConfig) -> Clients:

@@ -6,7 +6,7 @@ from starlette.types import Receive, Scope, Send
 from dsd_p2p.telemetry.events import encode_event
 from node.gateway.errors import ApiError
 from node.gateway.writing import watch_disconnect
-from node.watch.telemetry import EventHub
+from node.watch.hub import EventHub
 
 _BEAT_S = 5.0
 

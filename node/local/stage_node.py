@@ -29,7 +29,8 @@ from dsd_p2p.wire.version import PROTOCOL_ID
 from node.config import NodeConfig
 from node.console import ConsoleProgress
 from node.local.events import Failed, Loading, Ready, StageEvent
-from node.watch.telemetry import TOPICS, StatusSource, broker_of, publishing, report_forever
+from node.watch.outlets import TOPICS, broker_of, publishing
+from node.watch.status import StatusSource, report_forever
 
 logger = logging.getLogger(__name__)
 

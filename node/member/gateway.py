@@ -23,16 +23,9 @@ from node.gateway.setup import make_gateway
 from node.member.client import SWARM_RETRY
 from node.member.parts import PeerParts
 from node.member.state import StoredMembership
-from node.watch.telemetry import (
-    EventHub,
-    StatusSource,
-    broker_of,
-    hearing,
-    publishing,
-    recording,
-    report_forever,
-    tracing,
-)
+from node.watch.hub import EventHub
+from node.watch.outlets import broker_of, hearing, publishing, recording, tracing
+from node.watch.status import StatusSource, report_forever
 
 
 def swarm_topics(stored: StoredMembership) -> str:

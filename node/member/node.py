@@ -52,7 +52,8 @@ from node.member.reachable import reachable_addresses
 from node.member.settings import PeerSettings
 from node.member.state import Known
 from node.member.status import node_status
-from node.watch.telemetry import EventHub, broker_of, check_collector
+from node.watch.hub import EventHub
+from node.watch.outlets import broker_of, check_collector
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from node.gateway.choice import StopStrings
 from node.gateway.errors import ApiError
 from node.gateway.keys import ApiKey, Client, Clients, read_keys
 from node.gateway.server import check_exposure
-from node.watch.telemetry import EventHub
+from node.watch.hub import EventHub
 
 
 @given(

@@ -15,7 +15,7 @@ from upswarm import dsd_up
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.telemetry.events import Replayed, SessionEnded, SessionStarted, StageOf, WindowVerified
 from dsd_p2p.telemetry.traces import Traces, export_to
-from node.watch.telemetry import check_collector
+from node.watch.outlets import check_collector
 
 pytestmark = pytest.mark.xdist_group("gateway")
 

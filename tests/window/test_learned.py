@@ -20,7 +20,9 @@ from dsd_p2p.window.learned.features import NAMES, features
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.window.tracker import Tracker
 from node.lab.recorded import bundled_agreement
-from node.lab.simulator.training import Sample, read_live, train
+from node.lab.simulator.rater import train
+from node.lab.simulator.samples import Sample
+from node.lab.simulator.training import read_live
 
 
 @pytest.fixture(scope="module")

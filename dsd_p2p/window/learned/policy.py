@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd_p2p.window.analytic import Trials, kept_share, predicted_tokens_per_s, pulled, trust
+from dsd_p2p.window.analytic import predicted_tokens_per_s
 from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
 from dsd_p2p.window.catalogue import CATALOGUE
+from dsd_p2p.window.experience import Trials, kept_share, pulled, trust
 from dsd_p2p.window.learned.features import features
 from dsd_p2p.window.learned.network import Network
 from dsd_p2p.window.static import PLAIN

@@ -15,7 +15,7 @@ from node.lab.config import RecordConfig, ScenarioFlags, SimCompareConfig, SimRu
 from node.lab.receipt import print_table
 from node.lab.simulator.fit import Comparison, compare
 from node.lab.simulator.simulation import Cell, assignment, draw, flat, grid, run_scenario, sweep, write_csv
-from node.watch.telemetry import recording
+from node.watch.outlets import recording
 
 
 def run(config: SimRunConfig) -> int:

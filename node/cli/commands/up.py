@@ -25,19 +25,9 @@ from node.gateway.server import serve_gateway
 from node.gateway.setup import make_gateway, read_clients
 from node.local.local_swarm import LocalStage, local_swarm, stage_processes
 from node.watch.broker import embedded_broker
-from node.watch.telemetry import (
-    NO_BROKER,
-    TOPICS,
-    EventHub,
-    StatusSource,
-    broker_of,
-    check_collector,
-    hearing,
-    publishing,
-    report_forever,
-    seen_peers,
-    tracing,
-)
+from node.watch.hub import EventHub
+from node.watch.outlets import NO_BROKER, TOPICS, broker_of, check_collector, hearing, publishing, tracing
+from node.watch.status import StatusSource, report_forever, seen_peers
 
 DEFAULT_PORT = 8484
 

@@ -18,7 +18,7 @@ from node.lab.benches.serving import Run, random_prompts, serving_swarm, write_t
 from node.lab.config import UsersConfig
 from node.lab.receipt import print_table, sample
 from node.watch.broker import embedded_broker
-from node.watch.telemetry import NO_BROKER, TOPICS, broker_of, publishing
+from node.watch.outlets import NO_BROKER, TOPICS, broker_of, publishing
 
 _WINDOW = sync_chain(4)
 """One that changes nothing by itself from answer to answer."""

@@ -24,7 +24,7 @@ from node.config import NodeConfig
 from node.lab.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, ratios_to_plain
 from node.lab.config import RingConfig
 from node.lab.quality.prompts import CATEGORIES
-from node.lab.receipt import print_table, sample
+from node.lab.receipt import Sample, print_table, sample
 from node.lab.recorded import FakeStage, RecordedDrafter, ServiceTimes, bundled_agreement
 from node.local.local_swarm import stage_swarm
 
@@ -40,56 +40,18 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
     Raises:
         ConfigError: a flag or the trace is unusable.
     """
-    trace_path = Path(config.trace) if config.trace else bundled_agreement()
-    trace = read_agreement(trace_path)
-    chain = _route_model(config)
+    path = Path(config.trace) if config.trace else bundled_agreement()
+    trace = read_agreement(path)
+    route = _route_model(config)
     texts = [_texts_of_round(trace, number) for number in range(rounds)]
-    arms = choose_arms(trace, chain, texts[0], config.max_tokens)
-    times = ServiceTimes(
-        trace=str(trace_path), stage_s=units.seconds(config.stage_time), node_s=units.seconds(config.node_time)
-    )
-    nodes = [
-        FakeStage(
-            config=NodeConfig(span=f"{index}:{index + 1}", link=config.link, rate=config.rate, jitter=config.jitter),
-            times=times,
-            num_stages=config.stages,
-        )
-        for index in range(config.stages)
-    ]
-    runs = {name: ArmRuns() for name in arms}
-    drafter = RecordedDrafter(trace, units.seconds(config.draft_time))
-    async with (
-        stage_swarm("node.lab.fake_stages", nodes, progress) as local_nodes,
-        open_ephemeral(config.link_model()) as transport,
-        open_engine(transport, drafter, trace.vocab_size) as (engine, stages),
-    ):
-        await stages.add([node.address for node in local_nodes])
-        # The windows are fixed; what is measured of the chain (pace, the drafter's calibration) serves all arms alike.
-        for number, round_texts in enumerate(texts):
-            for text in round_texts:
-                for name, decision in arms.items():
-                    max_tokens = _PLAIN_TOKENS if name == PLAIN_ARM else config.max_tokens
-                    stats = await _write(engine, trace, text, decision, max_tokens)
-                    runs[name].add(number, trace.texts[text].category, stats)
-                    progress.step(f"round {number + 1}/{rounds} {name}", 0, 0)
+    arms = choose_arms(trace, route, texts[0], config.max_tokens)
+    runs = await _play(config, path, trace, arms, texts, progress)
     simulated = {
-        name: _simulate(trace, chain, [text for group in texts for text in group], decision, config.max_tokens)
+        name: _simulate(trace, route, [text for group in texts for text in group], decision, config.max_tokens)
         for name, decision in arms.items()
     }
     ratios = ratios_to_plain(runs)
-    print_table(
-        ("arm", "tokens/s", "over plain", "range", "simulated"),
-        [
-            (
-                name,
-                f"{sample(runs[name].tokens_per_s()).median:.2f}",
-                f"{ratio.median:.2f}",
-                f"{ratio.low:.2f} .. {ratio.high:.2f}",
-                f"{simulated[name] / simulated[PLAIN_ARM]:.2f}",
-            )
-            for name, ratio in ratios.items()
-        ],
-    )
+    _show(runs, ratios, simulated)
     return {
         "ratios": {name: ratio.median for name, ratio in ratios.items()},
         "ratio_samples": ratios,
@@ -103,6 +65,64 @@ async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[
         "decisions": {name: asdict(decision) for name, decision in arms.items()},
         "runs": {name: arm.rows() for name, arm in runs.items()},
     }
+
+
+async def _play(
+    config: RingConfig,
+    path: Path,
+    trace: Agreement,
+    arms: dict[str, Decision],
+    texts: list[list[int]],
+    progress: Progress,
+) -> dict[str, ArmRuns]:
+    """Have every arm write the texts of each round over one ring. path: of the recorded agreement, for the stages."""
+    runs = {name: ArmRuns() for name in arms}
+    drafter = RecordedDrafter(trace, units.seconds(config.draft_time))
+    async with (
+        stage_swarm("node.lab.fake_stages", _fake_stages(config, path), progress) as local_nodes,
+        open_ephemeral(config.link_model()) as transport,
+        open_engine(transport, drafter, trace.vocab_size) as (engine, stages),
+    ):
+        await stages.add([node.address for node in local_nodes])
+        # The windows are fixed; what is measured of the route (pace, the drafter's sharpening) serves all arms alike.
+        for number, round_texts in enumerate(texts):
+            for text in round_texts:
+                for name, decision in arms.items():
+                    max_tokens = _PLAIN_TOKENS if name == PLAIN_ARM else config.max_tokens
+                    stats = await _write(engine, trace, text, decision, max_tokens)
+                    runs[name].add(number, trace.texts[text].category, stats)
+                    progress.step(f"round {number + 1}/{len(texts)} {name}", 0, 0)
+    return runs
+
+
+def _fake_stages(config: RingConfig, path: Path) -> list[FakeStage]:
+    times = ServiceTimes(
+        trace=str(path), stage_s=units.seconds(config.stage_time), node_s=units.seconds(config.node_time)
+    )
+    return [
+        FakeStage(
+            config=NodeConfig(span=f"{index}:{index + 1}", link=config.link, rate=config.rate, jitter=config.jitter),
+            times=times,
+            num_stages=config.stages,
+        )
+        for index in range(config.stages)
+    ]
+
+
+def _show(runs: dict[str, ArmRuns], ratios: dict[str, Sample], simulated: dict[str, float]) -> None:
+    print_table(
+        ("arm", "tokens/s", "over plain", "range", "simulated"),
+        [
+            (
+                name,
+                f"{sample(runs[name].tokens_per_s()).median:.2f}",
+                f"{ratio.median:.2f}",
+                f"{ratio.low:.2f} .. {ratio.high:.2f}",
+                f"{simulated[name] / simulated[PLAIN_ARM]:.2f}",
+            )
+            for name, ratio in ratios.items()
+        ],
+    )
 
 
 def choose_arms(trace: Agreement, chain: RouteModel, texts: list[int], max_tokens: int) -> dict[str, Decision]:

@@ -44,22 +44,7 @@ async def run_wan(config: WanConfig, rounds: int, progress: Progress) -> dict[st
 async def _run_cell(
     config: WanConfig, model: str, stages: int, link: str, rounds: int, progress: Progress
 ) -> dict[str, object]:
-    generate = GenerateConfig(
-        model=model,
-        stages=stages,
-        link=link,
-        netlab=config.netlab,
-        dtype=config.dtype,
-        device=config.device,
-        threads=config.threads,
-        draft=config.draft,
-        draft_dtype=config.draft_dtype or config.dtype,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
-        hidden=config.hidden,
-        stall_timeout="120s",
-    )
+    generate = _cell_config(config, model, stages, link)
     relaxed = make_relaxation(
         GenerateConfig(verify="relaxed" if config.relaxed else "exact", relaxation=config.relaxation)
     )
@@ -79,11 +64,7 @@ async def _run_cell(
         arms = _arms(config, client.engine.observe())
         title = f"{model} {stages} stages {link}"
         cell = _Cell(name=title, config=config, client=client, prompts=prompts, arms=arms, relaxation=relaxed)
-        names = [*arms, RELAXED_ARM] if relaxed else list(arms)
-        swept = await cell.play(range(num_sweeps), names, progress)
-        if config.finalists:
-            names = _finalists(swept, config)
-        runs = await cell.play(range(num_sweeps, num_sweeps + rounds), names, progress)
+        swept, runs = await cell.play_all(num_sweeps, rounds, progress)
         observation = client.engine.observe()
         num_layers = max(info.num_layers for info in client.engine.links.known.values())
         recorded = _record(client, prompts, cell.answers) if config.record else None
@@ -119,6 +100,25 @@ async def _run_cell(
     }
 
 
+def _cell_config(config: WanConfig, model: str, stages: int, link: str) -> GenerateConfig:
+    return GenerateConfig(
+        model=model,
+        stages=stages,
+        link=link,
+        netlab=config.netlab,
+        dtype=config.dtype,
+        device=config.device,
+        threads=config.threads,
+        draft=config.draft,
+        draft_dtype=config.draft_dtype or config.dtype,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        hidden=config.hidden,
+        stall_timeout="120s",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
     """One model, chain and link, as `name` says for who waits. answers: by round and problem, what each arm wrote."""
@@ -130,6 +130,16 @@ class _Cell:
     arms: dict[str, WindowPolicy]
     relaxation: Relaxation | None
     answers: dict[tuple[int, str], dict[str, list[TokenId]]] = field(default_factory=dict)
+
+    async def play_all(
+        self, num_sweeps: int, rounds: int, progress: Progress
+    ) -> tuple[dict[str, ArmRuns], dict[str, ArmRuns]]:
+        """Have all arms play the sweeps, which are not counted, and those that are left the rounds; returns both."""
+        names = [*self.arms, RELAXED_ARM] if self.relaxation else list(self.arms)
+        swept = await self.play(range(num_sweeps), names, progress)
+        if self.config.finalists:
+            names = _finalists(swept, self.config)
+        return swept, await self.play(range(num_sweeps, num_sweeps + rounds), names, progress)
 
     async def play(self, rounds: range, names: list[str], progress: Progress) -> dict[str, ArmRuns]:
         """Have each arm answer the prompts of `rounds`, another one first each time."""

@@ -12,7 +12,6 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,29 +40,20 @@ from dsd_p2p.telemetry.events import DecisionMade, decode_event
 from dsd_p2p.window.base import Mode
 from dsd_p2p.window.catalogue import CATALOGUE
 from dsd_p2p.window.learned.features import NAMES, features
-from dsd_p2p.window.learned.network import NUM_BLOCKS, VERSION
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from dsd_p2p.window.tracker import Tracker
 from node.lab.recorded import bundled_agreement
+from node.lab.simulator.samples import Sample
 
 _TOKENS = 40
 _PLAIN_TOKENS = 12
 _TEXTS = 2
-_WIDTH = 48
 _CROWDED_SHARE = 0.15
 """Scenarios in which drafters share a target; the others have the chain for themselves."""
 
 _CROWD_TOKENS = 40
 _MIN_LIVE_TOKENS = 12
 """Fewer measure a live window too badly to learn from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One scenario, or one recorded decision: inputs `[n, features]` and the label `[arms]` they share, NaN where it is unknown."""
-
-    inputs: NDArray[np.float32]
-    label: NDArray[np.float32]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     samples = sweep(options.scenarios, options.seed, options.processes)
     samples += [sample for path in options.live for sample in read_live(path)]
+    # torch only now: the simulations were forked without it.
+    from node.lab.simulator.rater import train
+
     weights, losses = train(samples, options.epochs, options.seed)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("wb") as file:
@@ -252,84 +245,6 @@ def _random_answers(rng: random.Random) -> list:  # type: ignore[type-arg]
 
 def _parametric(agreement: AgreementModel, seed: int) -> Answer:
     return ParametricAnswer(agreement, seed)
-
-
-def train(
-    samples: Sequence[Sample], num_epochs: int, seed: int
-) -> tuple[dict[str, NDArray[np.generic]], tuple[float, float]]:
-    """Return the weights by name, and the L1 losses of the scenarios trained on and of the tenth that was held out."""
-    import torch
-    from torch import nn
-
-    torch.manual_seed(seed)
-    num_held_out = max(1, len(samples) // 10)
-    mean = np.concatenate([sample.inputs for sample in samples]).mean(axis=0)
-    scale = np.concatenate([sample.inputs for sample in samples]).std(axis=0) + 1e-3
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.outer = nn.Linear(_WIDTH, _WIDTH), nn.Linear(_WIDTH, _WIDTH)
-
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = hidden + self.outer(nn.functional.silu(self.inner(hidden)))
-            return result
-
-    class Rater(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(len(NAMES), _WIDTH)
-            self.blocks = nn.ModuleList([Block() for _ in range(NUM_BLOCKS)])
-            self.last = nn.Linear(_WIDTH, len(CATALOGUE))
-
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            hidden = nn.functional.silu(self.first(inputs))
-            for block in self.blocks:
-                hidden = block(hidden)
-            result: torch.Tensor = self.last(nn.functional.silu(hidden))
-            return result
-
-    def tensors(part: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = np.concatenate([(sample.inputs - mean) / scale for sample in part])
-        labels = np.concatenate([np.repeat(sample.label[None], len(sample.inputs), axis=0) for sample in part])
-        return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels)
-
-    def loss_of(ratings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """How far off the known speeds are."""
-        known = torch.isfinite(labels)
-        return nn.functional.l1_loss(ratings[known], labels[known])
-
-    train_inputs, train_labels = tensors(samples[num_held_out:])
-    test_inputs, test_labels = tensors(samples[:num_held_out])
-    network = Rater()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
-    batch = 512
-    for epoch in range(num_epochs):
-        for chosen in torch.split(torch.randperm(len(train_inputs)), batch):
-            optimizer.zero_grad()
-            loss = loss_of(network(train_inputs[chosen]), train_labels[chosen])
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        schedule.step()
-        if epoch % 20 == 0:
-            print(f"epoch {epoch}: {loss.item():.3f}", file=sys.stderr, flush=True)
-    with torch.inference_mode():
-        losses = tuple(
-            loss_of(network(inputs), labels).item()
-            for inputs, labels in ((train_inputs, train_labels), (test_inputs, test_labels))
-        )
-    weights: dict[str, NDArray[np.generic]] = {
-        name: value.numpy().astype(np.float32) for name, value in network.state_dict().items()
-    }
-    weights |= {
-        "version": np.array(VERSION),
-        "arms": np.array(list(CATALOGUE)),
-        "features": np.array(NAMES),
-        "mean": mean.astype(np.float32),
-        "scale": scale.astype(np.float32),
-    }
-    return weights, (losses[0], losses[1])
 
 
 if __name__ == "__main__":

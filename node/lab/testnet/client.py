@@ -21,7 +21,7 @@ from node.lab.testnet.events import Answered, Asking, StartClient, report
 from node.local.events import Failed, Ready
 from node.member.client import SWARM_RETRY, SwarmClient, open_swarm_client
 from node.member.state import SwarmState
-from node.watch.telemetry import recording
+from node.watch.outlets import recording
 
 _STALL_S = 15.0
 _PAUSE_S = (0.0, 1.0)
