@@ -21,7 +21,7 @@ from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerTimeou
 from dsd_p2p.models.progress import NoProgress, Progress
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.types import Sampling, TextRequest, TokenId
-from dsd_p2p.window.learned.bundled import learned_policy
+from dsd_p2p.window.named import adaptive_policy
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class SyncSwarm:
         error: DsdError | None = LocalProtocolError("the swarm was closed")
         try:
             with answer.scope:
-                policy = self._engine.governed(learned_policy())
+                policy = self._engine.governed(adaptive_policy("learned"))
                 async with self._engine.generate(prompt, options, policy) as generation:
                     async for token in generation:
                         if token not in options.text.stop_tokens:

@@ -68,6 +68,11 @@ class SlotTable:
         """Slots in use."""
         return self.prefix_length + len(self._positions)
 
+    def chain(self, num_nodes: int) -> "Forward":
+        """Put nodes 0, 1, … into an empty table, each under the one before; returns their pass."""
+        assert self.num_slots == 0, "a chain starts a text"
+        return self.append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+
     def __contains__(self, node: int) -> bool:
         return node in self._nodes
 

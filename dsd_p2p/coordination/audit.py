@@ -1,4 +1,4 @@
-"""Whether the stages of a chain compute what they say: signatures on every window, spot checks on a replica.
+"""Whether the stages of a route compute what they say: signatures on every window, spot checks on a replica.
 
 Each stage signs a hash of every row it takes in and gives out. The coordinator checks that neighbours signed the same, so nothing
 was changed between them and no layer was left out. Every few windows one stage, in random order, has to show what it sent; a peer
@@ -57,7 +57,7 @@ class Turn:
 
 
 class Auditor:
-    """Follows one request's chain.
+    """Follows one request's route.
 
     num_prompt: tokens that nobody picked. replicas: connected peers that hold a span, without the one given.
     shuffle: puts a list into random order. checked: for each stage, up to which position it was checked.

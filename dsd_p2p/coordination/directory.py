@@ -1,4 +1,4 @@
-"""Where a request's chain of stages comes from."""
+"""Where a request's route of stages comes from."""
 
 import logging
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Directory(Protocol):
         """Return the route that the next request should use, by this detour; may wait for one, with a deadline.
 
         Raises:
-            ConfigError: the stages that are known do not make a chain.
+            ConfigError: the stages that are known do not make a route.
             PeerError: there was none in time.
         """
         ...

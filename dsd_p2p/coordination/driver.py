@@ -46,7 +46,7 @@ class Drafted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rerouted:
-    """A chain was found again, or was not."""
+    """A route was found again, or was not."""
 
     route: Route | None
     error: DsdError | None = None
@@ -106,7 +106,7 @@ class RequestDriver:
         return f"<driver of {self._machine!r}, {len(self._pending)} effects pending>"
 
     def involves(self, peer: PeerId) -> bool:
-        """True when `peer` is a stage of the present chain: nobody else has a say in this request."""
+        """True when `peer` is a stage of the present route: nobody else has a say in this request."""
         return self._machine.involves(peer)
 
     async def run(self, output: trio.MemorySendChannel[Emit]) -> None:
@@ -168,7 +168,7 @@ class RequestDriver:
             case Rerouted(route=route, error=error):
                 if route is not None:
                     return self._machine.reopen(route, now_s)
-                return self._machine.route_not_found(error or PeerDisconnected("no chain"), now_s)
+                return self._machine.route_not_found(error or PeerDisconnected("no route"), now_s)
 
     def _hear(self, sender: PeerId, message: Verdict | Failure, now_s: float) -> Sequence[Effect]:
         if isinstance(message, Failure):
@@ -231,7 +231,7 @@ class RequestDriver:
                     # For the auditor alone.
                     pass
                 case Replay(delay_s=delay_s, reason=reason):
-                    logger.warning("chain lost, replaying delay_s=%.2f reason=%s", delay_s, reason)
+                    logger.warning("route lost, replaying delay_s=%.2f reason=%s", delay_s, reason)
                     nursery.start_soon(self._reroute, delay_s)
                 case Finish() as finish:
                     self.finish = finish

@@ -82,7 +82,7 @@ class GenerateOptions:
 
 
 class Engine:
-    """A coordinator: chooses a chain, drafts, streams. Made by `open_engine`; a service of `dsd_p2p.peers.services`.
+    """A coordinator: chooses a route, drafts, streams. Made by `open_engine`; a service of `dsd_p2p.peers.services`.
 
     tell: is told what happens to the requests, if it is set.
     """
@@ -108,7 +108,7 @@ class Engine:
         return GovernedPolicy(policy, self._governor, trio.current_time)
 
     def observe(self) -> Observation:
-        """Return what is measured of the chain that was used last, and of the drafter."""
+        """Return what is measured of the route that was used last, and of the drafter."""
         return self._last_tracker.observe()
 
     def _tracker(self, route: Route, experience: str) -> Tracker:
@@ -130,7 +130,7 @@ class Engine:
         """Run one request; leaving the block early ends it and frees the stages' caches.
 
         Raises:
-            ConfigError: no chain, an empty prompt, or a prompt and answer longer than the model's context.
+            ConfigError: no route, an empty prompt, or a prompt and answer longer than the model's context.
         """
         route = await self._directory.find(self.trust.avoid(NO_DETOUR))
         self._check(prompt, options, route.max_positions)
@@ -196,8 +196,8 @@ class Engine:
     def _note_parked(self, request: Request, machine: RequestMachine, options: GenerateOptions) -> None:
         """Remember what the stages hold of a finished answer, and that they do not hold what they were thought to."""
         lost = request.prefix.session if request.prefix is not None and machine.opening.prefix is None else b""
-        if lost and (chain := self._prefixes.forget(lost)) is not None:
-            self._nursery.start_soon(self._discard, lost, chain)
+        if lost and (route := self._prefixes.forget(lost)) is not None:
+            self._nursery.start_soon(self._discard, lost, route)
         if machine.opening.parked is None:
             return
         scope = scope_of(options.owner, machine.route, options.hidden_format)
@@ -212,7 +212,7 @@ class Engine:
                 await self.links.send(PeerId(hop.peer), CloseSession(session=session, epoch=MAX_EPOCH))
 
     def _check(self, prompt: Sequence[TokenId], options: GenerateOptions, limit: int) -> None:
-        """Refuse what no chain could do. limit: longest text of this one."""
+        """Refuse what no route could do. limit: longest text of this one."""
         if not prompt:
             raise ConfigError("the prompt is empty: give at least one token")
         if max(prompt) >= self._vocab_size or min(prompt) < 0:

@@ -74,7 +74,7 @@ class CoordinatorService:
             known.cancel()
 
     def lost(self, event: Lost) -> None:
-        """Nobody reads on: free the chain."""
+        """Nobody reads on: free the route."""
         for (peer, _), scope in self._answers.items():
             if peer == event.peer:
                 scope.cancel()

@@ -9,7 +9,7 @@ from dsd_p2p.coordination.engine import Engine, open_engine
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.named import make_drafter
 from dsd_p2p.errors import ConfigError, ModelError
-from dsd_p2p.models.architecture import ModelShape, read_model_config, shape_of
+from dsd_p2p.models.architecture import ModelShape, read_shape
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.text import TextCodec
@@ -41,7 +41,7 @@ def load_coordinator_model(
     source = find_model(model, progress)
     return CoordinatorModel(
         source=source,
-        shape=shape_of(read_model_config(source.folder)),
+        shape=read_shape(source.folder),
         text=TextCodec(source.folder),
         drafter=make_drafter(draft, source, progress, model=model, dtype=draft_dtype, device=device),
     )

@@ -1,4 +1,4 @@
-"""What a coordinator knows to be parked at its stages: whose text, and over which chain."""
+"""What a coordinator knows to be parked at its stages: whose text, and over which route."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _MIN_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """Who shares a text, and where it is: the owner's requests over one chain, with the same values on its links."""
+    """Who shares a text, and where it is: the owner's requests over one route, with the same values on its links."""
 
     owner: str
     stages: tuple[str, ...]
@@ -75,7 +75,7 @@ class PrefixIndex:
         return [(name, self._texts.pop(name).route) for name in [*needless, *surplus]]
 
     def forget(self, session: bytes) -> Route | None:
-        """A stage no longer holds it; returns over which chain others might."""
+        """A stage no longer holds it; returns over which route others might."""
         text = self._texts.pop(session, None)
         return text.route if text is not None else None
 

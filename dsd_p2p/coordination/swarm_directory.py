@@ -1,4 +1,4 @@
-"""Chains out of a swarm's members."""
+"""Routes out of a swarm's members."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ _BELIEVED_BEATS = 2
 
 
 class SwarmDirectory:
-    """A directory of a swarm's members: the fastest chain over what they hold, as heartbeats and measurements tell.
+    """A directory of a swarm's members: the fastest route over what they hold, as heartbeats and measurements tell.
 
     model, num_layers: what the route must serve. coverage_timeout_s: how long a gap may take to close.
     """
@@ -61,7 +61,7 @@ class SwarmDirectory:
         raise CoverageLost(self._explain(detour))
 
     def plan(self, detour: Detour = NO_DETOUR) -> Plan | None:
-        """Return the chain that would be used now."""
+        """Return the route that would be used now."""
         return choose_route(self.view(), PeerId(self._membership.links.me.peer), self._speculation, detour)
 
     def view(self, *, with_joining: bool = False) -> SwarmView:
@@ -128,7 +128,7 @@ class SwarmDirectory:
         if uncovered:
             return f"nobody serves layers {_ranges(uncovered)}, no gap closed {waited}: see `dsd members`, add a node by `dsd join`"
         if detour.peers:
-            return f"every chain leads through a peer that failed this request ({_names(detour.peers)}): add replicas"
+            return f"every route leads through a peer that failed this request ({_names(detour.peers)}): add replicas"
         return f"all layers are held, but the peers that hold them do not reach each other {waited}: see `dsd doctor`"
 
 

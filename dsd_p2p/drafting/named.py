@@ -6,7 +6,7 @@ from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
@@ -37,15 +37,15 @@ def make_drafter(
 
 
 def _model_drafter(name: str, target: ModelSource, progress: Progress, dtype: str, device: str) -> Drafter:
-    shape = read_model_config(target.folder)
+    shape = read_shape(target.folder)
     if name == "shadow":
         progress.step("load drafter shadow", 0, 0)
-        return make_shadow(target, int(shape.num_hidden_layers))
+        return make_shadow(target, shape.num_layers)
     source = find_model(name, progress)
     progress.step(f"load drafter {name}", 0, 0)
-    num_layers = int(read_model_config(source.folder).num_hidden_layers)
+    num_layers = read_shape(source.folder).num_layers
     model = SpanModel(source, Span(0, num_layers), dtype=dtype, device=device)
-    if model.shape.vocab_size != int(shape.vocab_size):
+    if model.shape.vocab_size != shape.vocab_size:
         raise ConfigError(
             f"drafter {name} has {model.shape.vocab_size} tokens, the target {shape.vocab_size}: they must share a tokenizer"
         )

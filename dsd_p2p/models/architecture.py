@@ -52,6 +52,11 @@ def read_model_config(folder: Path) -> Any:
     return config
 
 
+def read_shape(folder: Path) -> ModelShape:
+    """Return the numbers of the model in `folder`; raises as `read_model_config` does."""
+    return shape_of(read_model_config(folder))
+
+
 def attention_kinds(config: Any) -> list[str]:
     """Return the kind of attention of each layer."""
     kinds = getattr(config, "layer_types", None)

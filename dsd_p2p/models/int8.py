@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from dsd_p2p.models.linear import swap_linear_layers
 
 _ONE_SCALE_ROWS = 16
 
@@ -32,7 +33,9 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore")
             quantized = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
             self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
-        self._bias = None if bias is None else bias.detach()
+        self._bias = bias
+        # One byte a weight, a double and a whole number a row.
+        self.num_bytes = weight.numel() + 16 * len(weight) + (0 if bias is None else bias.numel() * bias.element_size())
         self._reduce_range = not _has_vnni()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -55,12 +58,7 @@ def round_linear_layers(model: Any) -> None:
     """Replace every linear layer of a float32 CPU model, the LM head included, by its `Int8Linear`."""
     engines = torch.backends.quantized.supported_engines
     torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else "qnnpack"
-    with torch.inference_mode():
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear):
-                model.set_submodule(name, Int8Linear(module.weight, module.bias))
-            elif isinstance(module, Conv1D):
-                model.set_submodule(name, Int8Linear(module.weight.T.contiguous(), module.bias))
+    swap_linear_layers(model, Int8Linear)
 
 
 def _has_vnni() -> bool:

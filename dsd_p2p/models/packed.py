@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsd_p2p.models.linear import swap_linear_layers
+
 _FEWEST_ROWS = 4
 """Fewer are computed as so many: faster, and by the same kernel as any larger number."""
 
@@ -51,8 +53,4 @@ def can_pack(dtype: torch.dtype, device: str) -> bool:
 
 def pack_linear_layers(model: Any) -> None:
     """Replace every linear layer of a model, the LM head included, by its `PackedLinear`."""
-    with torch.inference_mode():
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear:
-                bias = None if module.bias is None else module.bias.detach()
-                model.set_submodule(name, PackedLinear(module.weight.detach(), bias))
+    swap_linear_layers(model, PackedLinear)

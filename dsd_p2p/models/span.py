@@ -14,6 +14,7 @@ from dsd_p2p.cache.slots import Forward
 from dsd_p2p.errors import DsdError, ModelError, RemoteProtocolError
 from dsd_p2p.models.architecture import SLIDING, attention_kinds, read_model_config, shape_of
 from dsd_p2p.models.cache import CacheBudget, KvCache
+from dsd_p2p.models.int8 import Int8Linear
 from dsd_p2p.models.loader import LoadedSpan, load_span
 from dsd_p2p.models.packed import PackedLinear, can_pack, pack_linear_layers
 from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
@@ -115,7 +116,9 @@ class SpanModel:
     def weight_bytes(self) -> int:
         """Bytes of the span's tensors, each counted once."""
         tensors = {parameter.data_ptr(): parameter for parameter in self._model.parameters()}
-        packed_bytes = sum(each.num_bytes for each in self._model.modules() if isinstance(each, PackedLinear))
+        packed_bytes = sum(
+            each.num_bytes for each in self._model.modules() if isinstance(each, PackedLinear | Int8Linear)
+        )
         num_bytes: int = packed_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         return num_bytes
 

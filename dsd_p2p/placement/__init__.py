@@ -1,1 +1,1 @@
-"""Which peer hosts which layers, and which chain of peers serves a request."""
+"""Which peer hosts which layers, and which route of peers serves a request."""

@@ -22,7 +22,7 @@ def speculation_of(drafter: str) -> Speculation:
 def choose_coordinator(
     view: SwarmView, client: PeerId, capable: Mapping[PeerId, Speculation], avoid: Collection[str] = ()
 ) -> tuple[PeerId, Plan] | None:
-    """Return the peer with the fastest loop through its best chain, and that chain; None when nobody has one.
+    """Return the peer with the fastest loop through its best route, and that route; None when nobody has one.
 
     capable: peers that draft, and how well; the client itself only if it does.
     """

@@ -1,4 +1,4 @@
-"""The chain of one request: the one whose predicted seconds a token are the fewest, over everything the peers hold."""
+"""The route of one request: the one whose predicted seconds a token are the fewest, over everything the peers hold."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -12,12 +12,12 @@ _REFILL_LAYER_S = 0.02
 """What a layer counts as slower when its keys and values must be made again: a stage that still has them is worth a detour."""
 
 _MAX_LABELS = 8
-"""Partial chains kept of those that end at the same peer and layer and none of which is better in everything."""
+"""Partial routes kept of those that end at the same peer and layer and none of which is better in everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detour:
-    """What a chain that replaces a lost one does without: peers, and links in either direction; and the stages it should keep."""
+    """What a route that replaces a lost one does without: peers, and links in either direction; and the stages it should keep."""
 
     peers: frozenset[str] = frozenset()
     links: frozenset[tuple[str, str]] = frozenset()
@@ -36,7 +36,7 @@ class Detour:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Partial:
-    """A chain up to some layer; `previous` is the chain before its last stage."""
+    """A route up to some layer; `previous` is the route before its last stage."""
 
     traversal_s: float
     slowest_s: float
@@ -62,7 +62,7 @@ def choose_route(
     speculation: Speculation | None = None,
     detour: Detour | None = None,
 ) -> Plan | None:
-    """Return the fastest chain from `coordinator` and back to it; None when the model is not covered or not reachable.
+    """Return the fastest route from `coordinator` and back to it; None when the model is not covered or not reachable.
 
     A stage may run fewer layers than its peer holds, so that overlapping spans join and a slow peer's share shrinks.
     """

@@ -9,7 +9,7 @@ from dsd_p2p.placement.view import PeerView, Speculation, SwarmView
 from dsd_p2p.types import PeerId, Span
 
 _MAX_EVALUATED = 24
-"""Spans whose chains are searched; the rest is sorted out by coverage."""
+"""Spans whose routes are searched; the rest is sorted out by coverage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,24 +20,10 @@ class Move:
     span: Span
 
 
-def proportional_spans(view: SwarmView) -> dict[PeerId, Span]:
-    """Split the layers by memory alone, in the order of the nodes: what placement is measured against."""
-    total = sum(node.max_layers for node in view.peers)
-    spans: dict[PeerId, Span] = {}
-    first, given = 0, 0
-    for node in view.peers:
-        given += node.max_layers
-        last = round(view.num_layers * given / total)
-        if last > first:
-            spans[node.peer] = Span(first, last)
-        first = last
-    return spans
-
-
 def choose_span(view: SwarmView, me: PeerView, speculation: Speculation | None = None) -> Span:
     """Return the span with which `me`, who holds nothing yet, improves the swarm most.
 
-    Uncovered layers count first; once all are covered, the predicted seconds a token of the best chain, averaged over the peers
+    Uncovered layers count first; once all are covered, the predicted seconds a token of the best route, averaged over the peers
     it could start from; then the layers that fewest peers hold.
     """
     others = replace(view, peers=tuple(node for node in view.peers if node.peer != me.peer))

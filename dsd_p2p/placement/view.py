@@ -1,8 +1,6 @@
 """What placement knows of a swarm, and what it predicts from it."""
 
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dsd_p2p.types import PeerId, Span
@@ -34,7 +32,7 @@ class PeerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
-    """How a chain is going to be used.
+    """How a route is going to be used.
 
     coverage: share of levels at which the true token is inside the draft tree. window_nodes: of one window.
     draft_s: of one draft step.
@@ -68,7 +66,7 @@ class SwarmView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStage:
-    """A peer and the layers it runs in a chain, which may be fewer than it holds."""
+    """A peer and the layers it runs in a route, which may be fewer than it holds."""
 
     peer: PeerId
     span: Span
@@ -76,7 +74,7 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A chain and its prediction: one traversal, the slowest stage, seconds a token with speculation."""
+    """A route and its prediction: one traversal, the slowest stage, seconds a token with speculation."""
 
     stages: tuple[PlannedStage, ...]
     traversal_s: float
@@ -88,23 +86,3 @@ def seconds_per_token(traversal_s: float, slowest_s: float, speculation: Specula
     """Return what a token costs: one level where the tree holds it, a traversal where it does not (docs/structures.md)."""
     level_s = max(slowest_s, speculation.draft_s)
     return (1 - speculation.coverage) * traversal_s + speculation.coverage * level_s
-
-
-def evaluate(
-    view: SwarmView, coordinator: PeerId, stages: Sequence[PlannedStage], speculation: Speculation
-) -> Plan | None:
-    """Return the prediction of a given chain; None when two neighbours in it cannot talk."""
-    by_peer = {node.peer: node for node in view.peers}
-    loop = [coordinator, *(stage.peer for stage in stages), coordinator]
-    links = [view.link_s(a, b) for a, b in itertools.pairwise(loop)]
-    passes = [by_peer[stage.peer].layer_pass_s(speculation.window_nodes) * stage.span.num_layers for stage in stages]
-    if any(link is None for link in links):
-        return None
-    traversal_s = math.fsum(link or 0.0 for link in links) + math.fsum(passes)
-    slowest_s = max(passes)
-    return Plan(
-        stages=tuple(stages),
-        traversal_s=traversal_s,
-        slowest_s=slowest_s,
-        s_per_token=seconds_per_token(traversal_s, slowest_s, speculation),
-    )

@@ -9,12 +9,9 @@ it, so what is unlikely now waits rather than being lost.
 import heapq
 import math
 from collections.abc import Container, Iterator
-from operator import attrgetter
 
-from dsd_p2p.session.tree import DraftNode, DraftTree
+from dsd_p2p.session.tree import DraftNode, DraftTree, path_logprob
 from dsd_p2p.window.base import Decision
-
-_path_logprob = attrgetter("path_logprob")
 
 
 def choose_stems(tree: DraftTree, decision: Decision, last_position: int) -> list[DraftNode]:
@@ -22,7 +19,7 @@ def choose_stems(tree: DraftTree, decision: Decision, last_position: int) -> lis
     least = _min_logprob(decision)
     last_position = min(tree.root.position + decision.depth, last_position)
     stems = [node for node in tree.unexpanded.values() if node.path_logprob >= least and node.position < last_position]
-    stems.sort(key=_path_logprob, reverse=True)
+    stems.sort(key=path_logprob, reverse=True)
     return stems[: decision.expand_nodes]
 
 

@@ -1,4 +1,7 @@
-"""A session on a route: what opens it, what its stages hold, what closes it (docs/protocol.md, rules 2, 9, 10 and 11)."""
+"""A session on a route: what opens it, what its stages hold, what closes it.
+
+Follows docs/protocol.md, rule 2: Opening; rule 9: Replay; rule 10: Closing; rule 11: Parking.
+"""
 
 from dataclasses import dataclass
 

@@ -80,7 +80,7 @@ class RequestStats:  # size: counts, each written in one place and read by name 
     link_bytes: bytes of window frames that all stages together have received, as the newest verdict told.
     num_prefix_tokens: prompt tokens that the stages had parked and that were not sent.
     num_epochs: committed tokens over epochs is the mean accepted length (in sync mode: tokens a window, as in the papers).
-    num_replays, num_resumes: chains opened after the first; of those, with stages that went on with what they held.
+    num_replays, num_resumes: routes opened after the first; of those, with stages that went on with what they held.
     hits_by_depth, outcomes_by_depth: for d = 1, 2, ...: of the committed tokens whose parent was drafted d - 1 below the root and
         expanded, how many were among the candidates, and how many there were.
     hits_by_rank: how often the committed token was the drafter's first, second, ... candidate.

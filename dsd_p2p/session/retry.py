@@ -1,4 +1,4 @@
-"""How often and how soon a lost chain is tried again."""
+"""How often and how soon a lost route is tried again."""
 
 from dataclasses import dataclass
 

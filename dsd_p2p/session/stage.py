@@ -1,6 +1,6 @@
 """What one stage knows of one session: epoch, root, nodes; decides what each window does to the cache.
 
-Rules 2 and 8 of docs/protocol.md. The caller performs the edit, then the pass, then forwards the window.
+Follows docs/protocol.md, rule 4: Roots; rule 5: Idempotence. The caller performs the edit, then the pass, then forwards the window.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The tail's walk down the draft tree: rule 3 of docs/protocol.md.
+"""The tail's walk down the draft tree (docs/protocol.md, rule 6: The walk).
 
 The walk stands at the newest node it has the target's pick for, and waits for a child holding that pick. Whatever
 else arrives is stale for good: a node's parent is always sent before it, so everything that descends from the awaited

@@ -7,7 +7,8 @@ from operator import attrgetter
 
 from dsd_p2p.types import TokenId
 
-_path_logprob = attrgetter("path_logprob")
+path_logprob = attrgetter("path_logprob")
+"""Key that sorts nodes by the log probability of their paths."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -151,7 +152,7 @@ class DraftTree:
             for node in self.unsent.values()
             if not node.is_expanded and not node.children and node.parent is not None
         ]
-        leaves.sort(key=_path_logprob)
+        leaves.sort(key=path_logprob)
         for node in leaves[:surplus]:
             assert node.parent is not None
             del node.parent.children[node.token]

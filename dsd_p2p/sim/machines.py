@@ -1,4 +1,4 @@
-"""What a scenario's requests run on: whole targets behind a balancer, or peers that placement chains (`dsd_p2p.sim.swarm`)."""
+"""What a scenario's requests run on: whole targets behind a balancer, or peers that placement routes (`dsd_p2p.sim.swarm`)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ class Machines(Protocol[UnitT]):
 
 
 class TargetPark:
-    """Whole targets, each a machine or a chain of its own, and the balancer before them. links: of the scenario, by name."""
+    """Whole targets, each a machine or a route of its own, and the balancer before them. links: of the scenario, by name."""
 
     def __init__(
         self,

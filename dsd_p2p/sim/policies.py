@@ -1,11 +1,11 @@
 """The window policies that a scenario may name: the live ones."""
 
 from collections.abc import Callable
+from functools import partial
 
 from dsd_p2p.sim.scenario import Speculation
-from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
-from dsd_p2p.window.learned.bundled import learned_policy
+from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain, usual_tree
 from dsd_p2p.window.threshold import ThresholdPolicy
 
@@ -24,8 +24,6 @@ def policy_maker(speculation: Speculation) -> Callable[[], WindowPolicy]:
             decision = usual_tree(speculation.width, speculation.window_nodes, speculation.in_flight)
         case "threshold":
             return ThresholdPolicy
-        case "analytic":
-            return lambda: AnalyticPolicy(modes)
-        case _:
-            return lambda: learned_policy(modes)
+        case adaptive:
+            return partial(adaptive_policy, adaptive, modes)
     return lambda: StaticPolicy(decision)

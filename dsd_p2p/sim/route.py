@@ -1,4 +1,4 @@
-"""One request on one idle chain in virtual time."""
+"""One request on one idle route in virtual time."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ _DEADLINE_S = 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteModel:
-    """What the chain costs, seconds.
+    """What the route costs, seconds.
 
     stages: one pass of each. draft: one step over n stems. link: one direction of each of the `len(stages) + 1` links, all alike.
     up: the link to the head, where it differs.
@@ -74,7 +74,7 @@ class _NoRng:
 
 def simulate_request(
     answer: Answer,
-    chain: RouteModel,
+    costs: RouteModel,
     policy: WindowPolicy,
     tracker: Tracker,
     max_tokens: int,
@@ -82,21 +82,21 @@ def simulate_request(
 ) -> SimulatedRequest:
     """Write `max_tokens` of an answer after a prompt of so many tokens."""
     clock, rng = Clock(), _NoRng()
-    shared = SharedCores(clock, chain.cores) if chain.cores else None
+    shared = SharedCores(clock, costs.cores) if costs.cores else None
     stages = [
         Stage(
-            StageModel(cost=cost, hidden_bytes=chain.hidden_bytes, handling_s=chain.handling_s),
+            StageModel(cost=cost, hidden_bytes=costs.hidden_bytes, handling_s=costs.handling_s),
             clock,
             shared.user() if shared else Dedicated(clock),
             rng,
-            is_tail=index == len(chain.stages) - 1,
+            is_tail=index == len(costs.stages) - 1,
         )
-        for index, cost in enumerate(chain.stages)
+        for index, cost in enumerate(costs.stages)
     ]
-    target = Target("sim", stages, [chain.link] * (len(stages) - 1), clock, rng)
+    target = Target("sim", stages, [costs.link] * (len(stages) - 1), clock, rng)
     hop = Hop(peer="sim", address="", span=Span(0, 1))
-    route = Route(hops=(hop,) * len(chain.stages), model=SIMULATED_MODEL, max_positions=MAX_POSITIONS)
-    path = Path(target, LinkState(chain.up or chain.link), LinkState(chain.link), route)
+    route = Route(hops=(hop,) * len(costs.stages), model=SIMULATED_MODEL, max_positions=MAX_POSITIONS)
+    path = Path(target, LinkState(costs.up or costs.link), LinkState(costs.link), route)
     request = Request(
         text=TextRequest(max_tokens=max_tokens),
         coordinator=SIMULATED_PEER,
@@ -107,11 +107,11 @@ def simulate_request(
     )
     machine = RequestMachine(request, route, policy, tracker, rng)
     log = RequestLog(0, 0.0, num_prompt_tokens, arrivals=[])
-    processor = shared.user(chain.draft_weight) if shared else Dedicated(clock)
+    processor = shared.user(costs.draft_weight) if shared else Dedicated(clock)
     world = RunWorld(
         clock=clock,
         rng=rng,
-        device=DraftDevice(chain.draft, processor, chain.coordinator_s),
+        device=DraftDevice(costs.draft, processor, costs.coordinator_s),
         choose_path=lambda: path,
         finished=lambda _run: None,
         moved=lambda _before, _after: None,

@@ -1,4 +1,4 @@
-"""Peers that each hold some layers of a model: placed, and joined into a chain for every request, by the live placement code."""
+"""Peers that each hold some layers of a model: placed, and joined into a route for every request, by the live placement code."""
 
 import itertools
 from collections import ChainMap
@@ -18,7 +18,7 @@ from dsd_p2p.sim.target import Stage, StageModel, Target, TargetSession
 from dsd_p2p.types import PeerId, Span, UniformRng
 
 _MAX_PLANS = 4096
-"""Chains remembered: the same swarm under the same load gives the same one."""
+"""Routes remembered: the same swarm under the same load gives the same one."""
 
 _COORDINATOR = PeerId("coordinator")
 
@@ -27,7 +27,7 @@ _COORDINATOR = PeerId("coordinator")
 class SimulatedPeer:
     """One peer. layer: one layer's pass. access: its link. span: what it holds; None while it loads.
 
-    stages: all that ever computed here, on its one core; serving: of them, by their layers, those that chains go through now.
+    stages: all that ever computed here, on its one core; serving: of them, by their layers, those that routes go through now.
     """
 
     peer: PeerId
@@ -60,7 +60,7 @@ class SimulatedPeer:
 
 
 class SimulatedSwarm:
-    """All peers, the layers they hold, and the chains that requests have been given: targets like any other.
+    """All peers, the layers they hold, and the routes that requests have been given: targets like any other.
 
     links: of the scenario, by name.
     """
@@ -90,8 +90,8 @@ class SimulatedSwarm:
             (a.peer, b.peer): a.access[1].latency_s + b.access[0].latency_s
             for a, b in itertools.permutations(self.units, 2)
         }
-        self._chains: dict[tuple[PlannedStage, ...], Target] = {}
-        self._num_chains = 0
+        self._routes: dict[tuple[PlannedStage, ...], Target] = {}
+        self._num_routes = 0
         self._peers_of: dict[str, list[SimulatedPeer]] = {}
         self._plan = lru_cache(_MAX_PLANS)(self._planned)
         joined: tuple[PeerView, ...] = ()
@@ -101,8 +101,8 @@ class SimulatedSwarm:
 
     @property
     def targets(self) -> Sequence[Target]:
-        """The chains that requests may still go through."""
-        return list(self._chains.values())
+        """The routes that requests may still go through."""
+        return list(self._routes.values())
 
     def places(self) -> Iterator[Place]:
         """Every peer."""
@@ -117,12 +117,12 @@ class SimulatedSwarm:
             )
 
     def choose(self, access: Access, speculation: Speculation) -> Choice | None:
-        """Return the chain that a request is given now; None while some layers have no holder."""
+        """Return the route that a request is given now; None while some layers have no holder."""
         views = tuple(node.view() for node in self.units)
         plan = self._plan(access[0].latency_s, access[1].latency_s, speculation, views)
         if plan is None:
             return None
-        target = self._chains.get(plan.stages) or self._new_chain(plan.stages)
+        target = self._routes.get(plan.stages) or self._new_route(plan.stages)
         head, tail = self._by_peer[plan.stages[0].peer], self._by_peer[plan.stages[-1].peer]
         way = in_series(access[0], head.access[0]), in_series(tail.access[1], access[1])
         return Choice(target=target, access=way)
@@ -131,14 +131,14 @@ class SimulatedSwarm:
         """Whoever asks is told that some layers have no holder."""
 
     def moved(self, target: Target, change: int) -> None:
-        """So many more requests go through a chain."""
+        """So many more requests go through a route."""
         for node in self._peers_of[target.name]:
             node.num_sessions += change
 
     def fail(self, unit: SimulatedPeer) -> list[TargetSession]:
-        """A peer goes down, and every chain through it."""
+        """A peer goes down, and every route through it."""
         unit.is_up = False
-        return self._end_chains(unit)
+        return self._end_routes(unit)
 
     def mend(self) -> list[TargetSession]:
         """Peers let their layers go and load those that nobody holds any more, as live ones agree to."""
@@ -147,7 +147,7 @@ class SimulatedSwarm:
             node, span = move
             node.span, node.next_span = None, span
             node.serving.clear()
-            lost += self._end_chains(node)
+            lost += self._end_routes(node)
             self._clock.after(node.pool.load * span.num_layers, self._loaded, node, span)
         return lost
 
@@ -174,17 +174,17 @@ class SimulatedSwarm:
     def _view(self, nodes: tuple[PeerView, ...], links: dict[tuple[str, str], float]) -> SwarmView:
         return SwarmView(num_layers=self._num_layers, peers=nodes, one_way_s=ChainMap(links, self._one_way_s))
 
-    def _new_chain(self, stages: tuple[PlannedStage, ...]) -> Target:
+    def _new_route(self, stages: tuple[PlannedStage, ...]) -> Target:
         nodes = [self._by_peer[stage.peer] for stage in stages]
         target = Target(
-            f"chain-{self._num_chains}",
+            f"route-{self._num_routes}",
             [self._stage(node, stage.span) for node, stage in zip(nodes, stages, strict=True)],
             [in_series(a.access[1], b.access[0]) for a, b in itertools.pairwise(nodes)],
             self._clock,
             self._rng,
         )
-        self._num_chains += 1
-        self._chains[stages], self._peers_of[target.name] = target, nodes
+        self._num_routes += 1
+        self._routes[stages], self._peers_of[target.name] = target, nodes
         return target
 
     def _stage(self, node: SimulatedPeer, span: Span) -> Stage:
@@ -204,7 +204,7 @@ class SimulatedSwarm:
             node.stages.append(stage)
         return stage
 
-    def _end_chains(self, node: SimulatedPeer) -> list[TargetSession]:
-        """Chains through a peer end for good: the same plan makes a new one."""
-        ended = [stages for stages in self._chains if any(stage.peer == node.peer for stage in stages)]
-        return [session for stages in ended for session in self._chains.pop(stages).fail()]
+    def _end_routes(self, node: SimulatedPeer) -> list[TargetSession]:
+        """Routes through a peer end for good: the same plan makes a new one."""
+        ended = [stages for stages in self._routes if any(stage.peer == node.peer for stage in stages)]
+        return [session for stages in ended for session in self._routes.pop(stages).fail()]

@@ -1,4 +1,4 @@
-"""A target: a chain of stages, each with a queue, batches and passes; the tail walks as the live one does."""
+"""A target: a route of stages, each with a queue, batches and passes; the tail walks as the live one does."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -96,9 +96,9 @@ class StageModel:
 
 
 class Stage:
-    """One stage's queue and what it does. Chains that lead through the same layers of a machine share it.
+    """One stage's queue and what it does. Routes that lead through the same layers of a machine share it.
 
-    is_tail: it ends the chains that it is in. busy_s, num_served: time spent in passes, and windows in them.
+    is_tail: it ends the routes that it is in. busy_s, num_served: time spent in passes, and windows in them.
     queued_s: time that windows waited, summed over them.
     """
 
@@ -202,7 +202,7 @@ class Stage:
 
 
 class Target:
-    """A chain of stages that serves many sessions. links: behind each stage but the last."""
+    """A route of stages that serves many sessions. links: behind each stage but the last."""
 
     def __init__(
         self, name: str, stages: Sequence[Stage], links: Sequence[LinkModel], clock: Clock, rng: UniformRng

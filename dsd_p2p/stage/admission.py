@@ -1,5 +1,6 @@
-"""Whether a stage takes what arrives, decided from the messages and what is open here alone (docs/protocol.md, rules 2 and 5).
+"""Decides whether a stage takes a message, from the message and from what is open here.
 
+Follows docs/protocol.md, rule 2: Opening; rule 5: Idempotence.
 Nothing here waits, allocates cache or changes a session.
 """
 

@@ -81,7 +81,7 @@ def _compute(
     inputs: list[TokenId] | bytes = list(asked.tokens) if part.is_head else payload
     cache = part.new_cache(num_nodes)
     try:
-        forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+        forward = SlotTable().chain(num_nodes)
         if not part.is_tail:
             return (), (), hidden_of(part.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
         asked_pass = SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=range(num_nodes))

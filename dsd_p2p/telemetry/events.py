@@ -21,7 +21,7 @@ Counts = Annotated[tuple[Count, ...], Meta(max_length=256)]
 
 
 class StageOf(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage of a chain: the peer and its layers `[first, last)`."""
+    """A stage of a route: the peer and its layers `[first, last)`."""
 
     peer: Label = ""
     first: Count = 0
@@ -58,7 +58,7 @@ class PeerStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 
 
 class SessionStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="session_started"):
-    """A request opened its chain."""
+    """A request opened its route."""
 
     at_s: Time = 0.0
     session: Label = ""
@@ -71,7 +71,7 @@ class SessionStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
 
 
 class Replayed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="replay"):
-    """A request lost its chain and goes on over another."""
+    """A request lost its route and goes on over another."""
 
     at_s: Time = 0.0
     session: Label = ""

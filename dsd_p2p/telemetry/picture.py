@@ -134,7 +134,7 @@ class Picture:
                 alerts.append(Alert(1, f"{name} left {status.num_dropped} events out"))
         recent = [each for each in self.replays if each.at_s >= self.now_s - 30]
         if recent:
-            alerts.append(Alert(1, f"{len(recent)} chain(s) lost in the last 30 s"))
+            alerts.append(Alert(1, f"{len(recent)} route(s) lost in the last 30 s"))
         failed = [each for each in self.errors if each.at_s >= self.now_s - 60]
         if failed:
             alerts.append(Alert(2, f"{len(failed)} request(s) failed in the last minute: {failed[-1].error}"))

@@ -42,7 +42,7 @@ class RequestWatch:
         self._is_ended = False
 
     def opened(self, message: OpenSession) -> None:
-        """A chain was opened, the first or another."""
+        """A route was opened, the first or another."""
         now_s, stages = self._now(), _stages(message.route)
         num_tokens = len(self._machine.tokens) - len(self._machine.request.prompt)
         if self._session:

@@ -19,7 +19,7 @@ TREES = ((1, 2), (1, 4), (2, 4), (4, 8), (12, 16))
 """(width, nodes a window) of the continuous windows considered."""
 
 _IN_FLIGHT = (3, 6, 128)
-"""Most windows in flight: few for stages that slow each other down because they share a machine, or as many as the chain holds."""
+"""Most windows in flight: few for stages that slow each other down because they share a machine, or as many as the route holds."""
 
 _KEEP_MARGIN = 1.05
 """A new decision must promise 5 % more than the present one: smaller differences are noise."""
@@ -117,7 +117,7 @@ class AnalyticPolicy:
         self._trials = Trials()
 
     def decide(self, observation: Observation) -> Decision:
-        """Return the best decision; plain until the first verdict has told what the chain costs."""
+        """Return the best decision; plain until the first verdict has told what the route costs."""
         if not observation.stages:
             return replace(PLAIN, reason="nothing is measured yet")
         if (running := self._trials.running(observation)) is not None:

@@ -79,7 +79,7 @@ class MeasuredRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What is known of a chain and its drafter when a decision is due.
+    """What is known of a route and its drafter when a decision is due.
 
     stages: one cost line per stage; empty before the first verdict. num_sharing: sessions that share a stage's pass.
     links_s: seconds a traversal spends outside the stages' computation, return link included.
@@ -87,7 +87,7 @@ class Observation:
     hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
     num_outcomes: committed tokens that this is known from. confidence: what the drafter gave its first candidates lately.
     queue_s: seconds that windows lately waited at the stages.
-    measured: what each kind of window (`Decision.kind`) was seen to write on this chain.
+    measured: what each kind of window (`Decision.kind`) was seen to write on this route.
     """
 
     stages: tuple[CostLine, ...] = ()
@@ -109,7 +109,7 @@ class Observation:
         return max(_SHORTEST_S, self.links_s + sum(stage.at(num_rows) for stage in self.stages))
 
     def slowest_stage_s(self, num_nodes: float) -> float:
-        """Seconds between two windows of n nodes at the chain's bottleneck."""
+        """Seconds between two windows of n nodes at the route's bottleneck."""
         return max((stage.at(num_nodes * self.num_sharing) for stage in self.stages), default=0.0)
 
     def pace_s(self, num_nodes: float) -> float:
@@ -126,7 +126,7 @@ _SHORTEST_S = 1e-6
 
 _ROOM = 1.3
 """Of 1.0, 1.3, 1.5: on two cores for everything 1.3 writes 5 % more than 1.0 with the best window, on machines of their own 0.7 %
-less (geometric means over eight simulated chains; 1.5: 7 % and 1.8 %)."""
+less (geometric means over eight simulated routes; 1.5: 7 % and 1.8 %)."""
 
 
 class WindowPolicy(Protocol):

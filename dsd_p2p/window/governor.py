@@ -1,4 +1,4 @@
-"""Whether speculation pays while many requests share a chain: measured, not promised.
+"""Whether speculation pays while many requests share a route: measured, not promised.
 
 What one request gains by guessing others can lose: drafts compete for the coordinator, rows for the stages' arithmetic, and no
 request sees that in its own rates. So the tokens of all requests together are counted, with speculation and without, for each

@@ -120,7 +120,7 @@ class _Rate:
 
 
 class Tracker:
-    """Measurements of one chain and drafter, kept across the requests that use them."""
+    """Measurements of one route and drafter, kept across the requests that use them."""
 
     def __init__(self) -> None:
         self._stages: list[LineFit] = []

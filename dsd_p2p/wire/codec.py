@@ -80,8 +80,6 @@ def _check(message: Message, payload_bytes: int) -> None:
     """Check what the types cannot say."""
     if isinstance(message, OpenSession | Ask | Recompute):
         _check_text(message.text)
-    if isinstance(message, OpenSession | Ask | Recompute):
-        _check_text(message.text)
     if isinstance(message, OpenSession):
         if any(hop.span.first >= hop.span.last for hop in message.route):
             raise RemoteProtocolError("route span", [str(hop.span) for hop in message.route], "first < last")

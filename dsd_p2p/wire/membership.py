@@ -62,13 +62,11 @@ class PeerProfile(msgspec.Struct, frozen=True, array_like=True):
     """What a node measured of itself.
 
     layer_us, layer16_us: microseconds of one layer's pass over 1 and over 16 positions.
-    launch_us: of one trivial kernel launch on one thread, what small models are bound by.
     max_layers: what its memory has room for. drafter: with what it coordinates requests of thin clients; empty does not.
     """
 
     layer_us: Microseconds = 0
     layer16_us: Microseconds = 0
-    launch_us: Microseconds = 0
     max_layers: Annotated[int, Meta(ge=0, le=4096)] = 0
     drafter: Name = ""
 

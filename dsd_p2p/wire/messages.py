@@ -142,7 +142,7 @@ class Attestation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WindowAttestation(msgspec.Struct, frozen=True, array_like=True):
-    """What every stage of the chain signed of one window, head first."""
+    """What every stage of the route signed of one window, head first."""
 
     window: WindowNumber
     stages: Annotated[tuple[Attestation, ...], Meta(min_length=1, max_length=MAX_STAGES)]
@@ -157,7 +157,7 @@ class DraftTop(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """Draft nodes on their way down the chain; after the first stage the frame's payload is their hidden states `[n, H]`.
+    """Draft nodes on their way down the route; after the first stage the frame's payload is their hidden states `[n, H]`.
 
     root: the newest node known to be committed, as (epoch, node number).
     first_node: number of the first node; the others follow by one.

@@ -10,9 +10,8 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import Relaxation
-from dsd_p2p.window.analytic import AnalyticPolicy
 from dsd_p2p.window.base import Mode, WindowPolicy
-from dsd_p2p.window.learned.bundled import learned_policy
+from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
 from node.client.relaxation import bundled_thresholds, read_thresholds
 from node.config import DrafterFlags, GenerateConfig
@@ -33,7 +32,7 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
         return StaticPolicy(PLAIN)
     is_given = any((config.depth, config.width, config.window_nodes, config.in_flight))
     if config.policy != "static" and not is_given:
-        return make_adaptive(config.policy, frozenset({mode}))
+        return adaptive_policy(config.policy, frozenset({mode}))
     if mode is Mode.SYNC:
         return StaticPolicy(sync_chain(config.depth or _SYNC_DEPTH))
     return StaticPolicy(
@@ -44,21 +43,6 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
             max_in_flight=config.in_flight or _IN_FLIGHT,
         )
     )
-
-
-def make_adaptive(name: str, modes: frozenset[Mode] = frozenset({Mode.SYNC, Mode.CONTINUOUS})) -> WindowPolicy:
-    """Return a policy that adapts to what it observes, by its name.
-
-    Raises:
-        ConfigError: there is no such policy.
-    """
-    match name:
-        case "analytic":
-            return AnalyticPolicy(modes)
-        case "learned":
-            return learned_policy(modes)
-        case other:
-            raise ConfigError(f"policy {other!r}: choose learned or analytic")
 
 
 def make_relaxation(config: GenerateConfig) -> Relaxation | None:

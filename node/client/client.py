@@ -28,7 +28,7 @@ from node.config import GenerateConfig, NodeConfig
 from node.local.local_swarm import LocalStage, local_swarm, stage_processes
 from node.local.netlab import address, namespace, netlab
 from node.local.stage_processes import StageProcess
-from node.member.client import SWARM_RETRY, SwarmClient, choose_place, open_swarm_client
+from node.member.client import SWARM_RETRY, SwarmClient, better_coordinator, open_swarm_client
 from node.member.state import SwarmState
 
 
@@ -85,7 +85,7 @@ class Client:
             and not options.audit
             and options.text.relaxation is None
         ):
-            coordinator = choose_place(self.swarm, self.drafter.name)
+            coordinator = better_coordinator(self.swarm.directory, self.swarm.transport.peer, self.drafter.name)
             if coordinator is not None:
                 return await self._ask(coordinator, prompt, options, show)
         async with self.engine.generate(prompt, options, policy) as generation:

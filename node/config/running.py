@@ -14,7 +14,7 @@ from node.config.fields import FILE, POSITIONAL, URL, Help, Positive, Settings, 
 DEFAULT_SWARM = "default"
 
 _MAX_LATENCY_S = 8.0
-"""A chain of two stages answers at 8 s each way; at 12 s the connection is closed before it is set up."""
+"""A route of two stages answers at 8 s each way; at 12 s the connection is closed before it is set up."""
 
 SwarmName = Annotated[
     str, Help("name of the swarm on this machine, or the folder that holds what this machine knows of it")

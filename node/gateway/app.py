@@ -312,7 +312,7 @@ class Gateway:
 
     async def _ready(self, _request: Request) -> Response:
         is_ready = self.is_ready()
-        return json_response({"status": "ready" if is_ready else "no chain of stages"}, 200 if is_ready else 503)
+        return json_response({"status": "ready" if is_ready else "no route of stages"}, 200 if is_ready else 503)
 
     async def _metrics(self, _request: Request, _client: Client) -> Response:
         return Response(self.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -71,7 +71,7 @@ class _PictureCollector(Collector):
             ("relaxed", "Tokens accepted by relaxed verification"),
         ):
             yield CounterMetricFamily(f"dsd_{name}", text, totals[f"num_{name}"])
-        yield CounterMetricFamily("dsd_replays", "Chains lost in mid-answer", totals["replays"])
+        yield CounterMetricFamily("dsd_replays", "Routes lost in mid-answer", totals["replays"])
         acceptance = GaugeMetricFamily(
             "dsd_acceptance_ratio", "Levels of drafts that held the target's token", labels=["depth"]
         )

@@ -1,8 +1,8 @@
 """What node processes tell the process that started them, one JSON object a line on standard output."""
 
-import os
-
 import msgspec
+
+from node.local.pipe import Report
 
 
 class Started(msgspec.Struct, tag="started"):
@@ -40,22 +40,10 @@ class Failed(msgspec.Struct, tag="failed"):
 StageEvent = Started | Loading | Ready | GatewayOpen | Failed
 
 
-class Report(msgspec.Struct):
-    """An event and the number of the node it is about."""
-
-    index: int
-    event: StageEvent
+_decoder = msgspec.json.Decoder(Report[StageEvent])
 
 
-_decoder = msgspec.json.Decoder(Report)
-
-
-def report(index: int, event: StageEvent) -> None:
-    """Write the event in one piece, so that several processes may share the pipe."""
-    os.write(1, msgspec.json.encode(Report(index=index, event=event)) + b"\n")
-
-
-def parse(line: bytes) -> Report:
+def parse(line: bytes) -> Report[StageEvent]:
     """Return the report of a line.
 
     Raises:

@@ -4,7 +4,7 @@ import torch
 
 from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.describe import stage_info
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
@@ -22,7 +22,7 @@ def load_span_of(
     Raises:
         ConfigError, ModelError: they do not exist, or cannot be loaded.
     """
-    num_layers = int(read_model_config(source.folder).num_hidden_layers)
+    num_layers = read_shape(source.folder).num_layers
     span = units.span(config.span) if config.span else Span(0, num_layers)
     model = load_span(source, span, config, config.dtype)
     return model, stage_info(source, config.dtype, model.shape, peer=peer, addresses=addresses, span=span)
@@ -53,7 +53,7 @@ def _warm_up(model: SpanModel) -> None:
     """The first passes fault the weights in and choose kernels: take that before anybody waits."""
     for num_nodes in _WARM_UP_NODES:
         cache = model.new_cache(num_nodes)
-        forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+        forward = SlotTable().chain(num_nodes)
         inputs = [0] * num_nodes if model.is_head else bytes(num_nodes * model.row_bytes)
         if model.is_tail:
             model.views(cache, forward, inputs, range(num_nodes))

@@ -10,7 +10,8 @@ from functools import partial
 import msgspec
 
 from node.config import NodeConfig
-from node.local.events import Failed, StageEvent, Started, report
+from node.local.events import Failed, StageEvent, Started
+from node.local.pipe import report
 from node.parent import watch_parent
 
 Serve = Callable[[Callable[[StageEvent], None]], int]

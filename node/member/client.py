@@ -16,7 +16,7 @@ from dsd_p2p.coordination.for_others import ThinClient
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import DsdError, PeerDisconnected
-from dsd_p2p.models.architecture import read_model_config, shape_of
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
@@ -69,7 +69,7 @@ async def open_swarm_client(
         PeerDisconnected: nobody can be reached, or we are not let in: says why.
     """
     stored = state.membership()
-    shape = shape_of(read_model_config(source.folder))
+    shape = read_shape(source.folder)
     rng = random.Random(secrets.randbits(64))  # noqa: S311 - jitter of links and retries
     with state.client() as (identity, grants):
         async with (
@@ -107,11 +107,10 @@ async def open_swarm_client(
             nursery.cancel_scope.cancel()
 
 
-def choose_place(client: SwarmClient, drafter: str) -> PeerId | None:
-    """Return the peer that should coordinate; None for this machine, which has this drafter."""
-    me = client.transport.peer
-    capable = client.directory.coordinators() | {me: speculation_of(drafter)}
-    chosen = choose_coordinator(client.directory.view(), me, capable)
+def better_coordinator(directory: SwarmDirectory, me: PeerId, drafter: str | None) -> PeerId | None:
+    """Return the peer that should coordinate a request now; None for this one. drafter: ours; None: we do not coordinate."""
+    own = {} if drafter is None else {me: speculation_of(drafter)}
+    chosen = choose_coordinator(directory.view(), me, directory.coordinators() | own)
     return None if chosen is None or chosen[0] == me else chosen[0]
 
 

@@ -10,7 +10,6 @@ import trio
 from dsd_p2p import units
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.peers.membership import Membership
-from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.telemetry.events import PeerStatus
 from dsd_p2p.types import PeerId
 from dsd_p2p.window.base import WindowPolicy
@@ -20,7 +19,7 @@ from node.gateway.backend import EngineBackend, SwarmBackend
 from node.gateway.keys import Clients
 from node.gateway.server import serve_gateway
 from node.gateway.setup import make_gateway
-from node.member.client import SWARM_RETRY
+from node.member.client import SWARM_RETRY, better_coordinator
 from node.member.parts import PeerParts
 from node.member.state import StoredMembership
 from node.watch.hub import EventHub
@@ -111,10 +110,12 @@ async def serve_peer_gateway(
     assert config.port is not None, "a backend has a port"
     engine, source = parts.engine, parts.settings.source
     here = EngineBackend(engine, engine.drafter, make_policy) if engine else None
+    me, drafter = PeerId(parts.membership.links.me.peer), engine.drafter.name if engine else None
+    choose = partial(better_coordinator, parts.directory, me, drafter)
     gateway = make_gateway(
         config,
         clients,
-        SwarmBackend(here, parts.thin, partial(_coordinator, parts), units.seconds(config.answer_timeout)),
+        SwarmBackend(here, parts.thin, choose, units.seconds(config.answer_timeout)),
         Served(
             name=parts.settings.stored.model,
             key=source.key(parts.settings.stored.dtype),
@@ -128,13 +129,3 @@ async def serve_peer_gateway(
     )
     async with trio.open_nursery() as nursery:
         opened(await nursery.start(serve_gateway, gateway, config.host, config.port, config.names))
-
-
-def _coordinator(parts: PeerParts) -> PeerId | None:
-    """The peer that should coordinate a request now; None for this node."""
-    me = PeerId(parts.membership.links.me.peer)
-    capable = dict(parts.directory.coordinators())
-    if parts.engine is not None:
-        capable[me] = speculation_of(parts.engine.drafter.name)
-    chosen = choose_coordinator(parts.directory.view(), me, capable)
-    return None if chosen is None or chosen[0] == me else chosen[0]

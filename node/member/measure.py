@@ -13,7 +13,7 @@ import torch
 
 from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_model_config, shape_of
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
@@ -32,7 +32,6 @@ _MEMORY_SHARE = 0.6
 class _Measured(msgspec.Struct, frozen=True):
     layer_s: float
     layer16_s: float
-    launch_s: float
     layer_bytes: int
 
 
@@ -73,7 +72,7 @@ def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> PeerPro
         measured = _measure(source, config, dtype)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(msgspec.json.encode(measured))
-    num_layers = int(read_model_config(source.folder).num_hidden_layers)
+    num_layers = read_shape(source.folder).num_layers
     if config.max_layers:
         room = config.max_layers
     else:
@@ -82,27 +81,22 @@ def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> PeerPro
     return PeerProfile(
         layer_us=round(measured.layer_s * 1e6),
         layer16_us=round(measured.layer16_s * 1e6),
-        launch_us=round(measured.launch_s * 1e6),
         max_layers=max(1, min(room, num_layers)),
     )
 
 
 def _measure(source: ModelSource, config: ServeFlags, dtype: str) -> _Measured:
-    config_ = read_model_config(source.folder)
-    middle = int(config_.num_hidden_layers) // 2
+    num_layers = read_shape(source.folder).num_layers
+    middle = num_layers // 2
     span = Span(middle, middle + 1)
-    if shape_of(config_).num_layers == 1:
+    if num_layers == 1:
         span = Span(0, 1)
     model = SpanModel(source, span, dtype=dtype, device=config.device)
     return _Measured(
         layer_s=pass_s(model, 1),
         layer16_s=pass_s(model, WIDE_WINDOW_NODES),
-        launch_s=_median_s(lambda: torch.add(_ONE, _ONE)),
         layer_bytes=model.weight_bytes,
     )
-
-
-_ONE = torch.ones(1)
 
 
 def pass_s(model: SpanModel, num_nodes: int) -> float:

@@ -36,7 +36,7 @@ from dsd_p2p.transport.base import Transport
 from dsd_p2p.transport.emulated import emulate
 from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
 from dsd_p2p.window.base import Mode, WindowPolicy
-from dsd_p2p.window.learned.bundled import learned_policy
+from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState
 from dsd_p2p.wire.version import PROTOCOL_ID
@@ -266,4 +266,4 @@ def _drafter(name: str) -> Drafter | None:
 
 
 def _coordinating_policy() -> WindowPolicy:
-    return learned_policy(frozenset({Mode.CONTINUOUS}))
+    return adaptive_policy("learned", frozenset({Mode.CONTINUOUS}))

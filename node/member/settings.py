@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsd_p2p.models.architecture import ModelShape, read_model_config, shape_of
+from dsd_p2p.models.architecture import ModelShape, read_shape
 from dsd_p2p.models.describe import stage_info
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import PeerInfo, Span
@@ -30,7 +30,7 @@ class PeerSettings:
     @property
     def shape(self) -> ModelShape:
         """The numbers of the swarm's model."""
-        return shape_of(read_model_config(self.source.folder))
+        return read_shape(self.source.folder)
 
     def describe(self, span: Span | None, addresses: tuple[str, ...]) -> PeerInfo:
         """Return what the node says about itself while it serves `span`."""

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,8 +36,9 @@ def test_every_command_of_the_documents_is_understood(page, command, monkeypatch
 
 
 def test_there_are_commands_to_check():
+    """The search for commands finds some on each page that shows how to do something."""
     pages = {page for page, _ in commands()}
-    assert {"README.md", "api.md", "telemetry.md", "swarm.md"} - pages <= {"api.md"}
+    assert pages >= {"README.md", "telemetry.md", "swarm.md", "simulator.md"}
     assert len(commands()) > 20
 
 
@@ -78,4 +78,3 @@ def test_the_readmes_python_is_python():
     for page in PAGES:
         for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
             compile(block, page.name, "exec", flags=0x2000)  # top-level await
-    assert sys.version_info >= (3, 11)

@@ -76,7 +76,7 @@ def test_a_tree_window_gives_each_node_the_logits_of_its_own_path(tiny, family):
     parents = [None, None, 100, 100, 101, 102, 104, 105, 105]
     depths = [0, 0, 1, 1, 1, 2, 2, 3, 3]
     slots, cache = SlotTable(), model.new_cache(64)
-    prefix = slots.append(range(23), [None, *range(22)], range(23))
+    prefix = slots.chain(23)
     model.views(cache, prefix, text, [])
     slots.settle(22)
     forward = slots.append(range(100, 109), parents, [23 + depth for depth in depths])
@@ -131,7 +131,7 @@ def test_part_of_a_span_computes_what_a_stage_of_that_part_does(tiny, family):
             for first, last in itertools.pairwise(bounds):
                 part = spans_of(Span(first, last))
                 assert (part.is_head, part.is_tail) == (first == 0, last == NUM_LAYERS)
-                forward = SlotTable().append(range(9), [None, *range(8)], range(9))
+                forward = SlotTable().chain(9)
                 cache = part.new_cache(16)
                 if part.is_tail:
                     values = [view.logits() for view in part.views(cache, forward, values, range(9))]
@@ -165,9 +165,7 @@ def test_sessions_in_one_pass_see_only_themselves(tiny, family):
     models = [SpanModel(source, span) for span in spans]
 
     def forwards() -> list[list[Forward]]:
-        chains = [
-            SlotTable().append(range(len(text)), [None, *range(len(text) - 1)], range(len(text))) for text in texts
-        ]
+        chains = [SlotTable().chain(len(text)) for text in texts]
         tree = SlotTable().append(range(5), [None, 0, 0, 1, 2], [0, 1, 1, 2, 2])
         whole = [chains[0], tree, chains[2]]
         cuts = [len(forward.positions) // 2 for forward in whole]

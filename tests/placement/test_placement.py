@@ -1,7 +1,10 @@
 """Who holds which layers, over which chain, and who coordinates: pure, on made-up swarms."""
 
+import itertools
+import math
 import random
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,9 +13,43 @@ from hypothesis import strategies as st
 
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.placement.route import Detour, choose_route
-from dsd_p2p.placement.span import choose_move, choose_span, proportional_spans
-from dsd_p2p.placement.view import PeerView, PlannedStage, Speculation, SwarmView, evaluate
-from dsd_p2p.types import Span
+from dsd_p2p.placement.span import choose_move, choose_span
+from dsd_p2p.placement.view import PeerView, Plan, PlannedStage, Speculation, SwarmView, seconds_per_token
+from dsd_p2p.types import PeerId, Span
+
+
+def proportional_spans(view: SwarmView) -> dict[PeerId, Span]:
+    """Split the layers by memory alone, in the order of the nodes: what placement is measured against."""
+    total = sum(node.max_layers for node in view.peers)
+    spans: dict[PeerId, Span] = {}
+    first, given = 0, 0
+    for node in view.peers:
+        given += node.max_layers
+        last = round(view.num_layers * given / total)
+        if last > first:
+            spans[node.peer] = Span(first, last)
+        first = last
+    return spans
+
+
+def evaluate(
+    view: SwarmView, coordinator: PeerId, stages: Sequence[PlannedStage], speculation: Speculation
+) -> Plan | None:
+    """Return the prediction of a given chain; None when two neighbours in it cannot talk."""
+    by_peer = {node.peer: node for node in view.peers}
+    loop = [coordinator, *(stage.peer for stage in stages), coordinator]
+    links = [view.link_s(a, b) for a, b in itertools.pairwise(loop)]
+    passes = [by_peer[stage.peer].layer_pass_s(speculation.window_nodes) * stage.span.num_layers for stage in stages]
+    if any(link is None for link in links):
+        return None
+    traversal_s = math.fsum(link or 0.0 for link in links) + math.fsum(passes)
+    slowest_s = max(passes)
+    return Plan(
+        stages=tuple(stages),
+        traversal_s=traversal_s,
+        slowest_s=slowest_s,
+        s_per_token=seconds_per_token(traversal_s, slowest_s, speculation),
+    )
 
 
 def node(name, span=None, *, layer_s=0.001, max_layers=30, num_sessions=0):
@@ -58,7 +95,7 @@ def test_placement_beats_the_split_by_memory():
     ratios = []
     for seed in range(20):
         swarm = random_swarm(seed)
-        stages = [PlannedStage(peer=peer, span=span) for peer, span in proportional_spans(swarm).items()]
+        stages = [PlannedStage(peer=peer, span=span) for peer, span in (swarm).items()]
         proportional = evaluate(swarm, "client", stages, Speculation())
         chosen = choose_route(joined(swarm), "client")
         ratios.append(proportional.s_per_token / chosen.s_per_token)

@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from sim_chains import CHAINS, Perfect, Useless, chain_of, tokens_per_s, write
+from sim_routes import ROUTES, Perfect, Useless, route_of, tokens_per_s, write
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.sim.agreement import read_agreement
@@ -114,7 +114,7 @@ def test_weights_of_another_version_are_refused(change):
 
 @pytest.mark.parametrize("text", [0, 13, 24])
 def test_it_writes_the_recorded_text(trace, text):
-    request = write(trace, text, chain_of(), learned(), Tracker(), 96)
+    request = write(trace, text, route_of(), learned(), Tracker(), 96)
     assert request.tokens == list(trace.texts[text].tokens[:96])
 
 
@@ -160,7 +160,7 @@ def test_wishes_for_another_mode_count_in_a_row_only():
     assert [wish(name) for name in wishes] == [Mode.SYNC, Mode.SYNC, Mode.SYNC, Mode.CONTINUOUS]
 
 
-@pytest.mark.parametrize("chain", CHAINS[::3])
+@pytest.mark.parametrize("chain", ROUTES[::3])
 def test_a_useless_drafter_costs_next_to_nothing(trace, chain):
     plain = tokens_per_s(trace, chain, lambda: StaticPolicy(PLAIN))
     tracker = Tracker()
@@ -170,7 +170,7 @@ def test_a_useless_drafter_costs_next_to_nothing(trace, chain):
     assert later >= 0.97 * plain
 
 
-@pytest.mark.parametrize("chain", CHAINS[::3])
+@pytest.mark.parametrize("chain", ROUTES[::3])
 def test_a_perfect_drafter_is_put_to_use(trace, chain):
     plain = tokens_per_s(trace, chain, lambda: StaticPolicy(PLAIN))
     rate = tokens_per_s(trace, chain, learned, drafts=Perfect())
@@ -183,7 +183,7 @@ def test_it_is_close_to_the_best_window_of_the_catalogue(trace):
     """Regret on chains that no scenario of the training has: after one text, against the best fixed window in hindsight."""
     regrets = []
     for num_stages, link_s, stage_s in ((2, 0.01, 0.01), (3, 0.05, 0.01), (5, 0.03, 0.02), (4, 0.1, 0.005)):
-        chain = chain_of(num_stages, link_s=link_s, stage_s=stage_s, node_s=stage_s / 20, draft_s=0.012)
+        chain = route_of(num_stages, link_s=link_s, stage_s=stage_s, node_s=stage_s / 20, draft_s=0.012)
         fixed = [tokens_per_s(trace, chain, lambda d=decision: StaticPolicy(d)) for decision in CATALOGUE.values()]
         tracker = Tracker()
         tokens_per_s(trace, chain, learned, texts=(1,), tracker=tracker)

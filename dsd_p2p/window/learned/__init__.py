@@ -1,7 +1,7 @@
 """Adaptive window control: a small network, trained in the simulator, that rates every window of the catalogue.
 
 After arXiv:2511.21669 (WC-DNN): its inputs (queue, acceptance, round trip, time per token, previous window) with draft confidence
-and the chain's shape beside them; two residual blocks; where it has one output, the window length, this one rates every window
+and the route's shape beside them; two residual blocks; where it has one output, the window length, this one rates every window
 that the engine can choose.
 """
 

@@ -28,7 +28,7 @@ _GUARD = math.log(1.5)
 
 
 class LearnedPolicy:
-    """Argmax over the catalogue. One instance serves one request; what it knows of the chain is in the observations.
+    """Argmax over the catalogue. One instance serves one request; what it knows of the route is in the observations.
 
     modes: it may choose from besides plain.
     """
@@ -47,7 +47,7 @@ class LearnedPolicy:
         self._trials = Trials()
 
     def decide(self, observation: Observation) -> Decision:
-        """Return the window of the best steadied rating; plain until the first verdict has told what the chain costs."""
+        """Return the window of the best steadied rating; plain until the first verdict has told what the route costs."""
         if not observation.stages:
             return replace(PLAIN, reason="nothing is measured yet")
         if (running := self._trials.running(observation)) is not None:

@@ -192,7 +192,7 @@ async def _neighbour(client: SwarmClient, peer: PeerId, findings: list[Finding])
     if is_relayed:
         fix = "open TCP 4001 there, then start its node without --through"
     elif is_slow:
-        fix = "dsd plan shows whether chains avoid it"
+        fix = "dsd plan shows whether routes avoid it"
     findings.append(Finding(what=short_peer(peer), is_ok=not (is_relayed or is_slow), says=says, fix=fix))
 
 

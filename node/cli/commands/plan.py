@@ -1,4 +1,4 @@
-"""`dsd plan`: which chain and which coordinator a request would use now, and why."""
+"""`dsd plan`: which route and which coordinator a request would use now, and why."""
 
 import msgspec
 import trio
@@ -38,7 +38,7 @@ async def _plan(state: SwarmState, is_json: bool) -> int:
     chosen = choose_coordinator(view, me, capable)
     own = choose_route(view, me, speculation_of(_OWN_DRAFTER))
     if chosen is None or own is None:
-        raise CoverageLost("the chain was lost while planning: try again")
+        raise CoverageLost("the route was lost while planning: try again")
     coordinator, plan = chosen
     if is_json:
         print(msgspec.json.encode({"coordinator": coordinator, "plan": plan, "own": own}).decode())

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span
@@ -18,7 +18,7 @@ def run(config: ProfileConfig) -> int:
     """Measure one middle layer and the last one, and print a `[[targets]]` table."""
     with ConsoleProgress() as progress:
         source = find_model(config.model, progress)
-        num_layers = int(read_model_config(source.folder).num_hidden_layers)
+        num_layers = read_shape(source.folder).num_layers
         curves = []
         for what, first in (("a middle layer", num_layers // 2), ("the tail", num_layers - 1)):
             model = SpanModel(source, Span(first, first + 1), dtype=config.dtype, device=config.device)

@@ -16,7 +16,7 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import PeerId, Span
-from node.client.choices import make_adaptive
+from dsd_p2p.window.named import adaptive_policy
 from node.config import GatewayConfig, UpConfig
 from node.console import ConsoleProgress, console
 from node.gateway.app import Served
@@ -69,7 +69,7 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
         gateway = make_gateway(
             api,
             clients,
-            EngineBackend(engine, model.drafter, partial(make_adaptive, config.policy)),
+            EngineBackend(engine, model.drafter, partial(adaptive_policy, config.policy)),
             served,
             hub,
             is_ready=partial(_has_route, stages),

@@ -5,7 +5,7 @@ import time
 import torch
 
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
@@ -30,7 +30,7 @@ def run_attestation(config: SplitConfig, rounds: int, progress: Progress) -> dic
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
-    num_layers = int(read_model_config(source.folder).num_hidden_layers)
+    num_layers = read_shape(source.folder).num_layers
     span = Span(*even_spans(num_layers, config.stages)[config.stages // 2])
     model = SpanModel(source, span, dtype=config.dtype, device=config.device)
     key = SigningKey(bytes(32))
@@ -54,7 +54,7 @@ def _measure(model: SpanModel, span: Span, key: SigningKey, num_nodes: int) -> t
     """Seconds of a pass, and of attesting it, over `_PASSES` of them."""
     slots, cache = SlotTable(), model.new_cache(_CONTEXT + _PASSES * num_nodes)
     rows = bytes(_CONTEXT * model.row_bytes)
-    model.hidden(cache, slots.append(range(_CONTEXT), [None, *range(_CONTEXT - 1)], range(_CONTEXT)), rows)
+    model.hidden(cache, slots.chain(_CONTEXT), rows)
     pass_s = attest_s = 0.0
     for number in range(_PASSES):
         first = _CONTEXT + number * num_nodes

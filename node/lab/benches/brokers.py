@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from dsd_p2p.coordination.engine import Engine
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.telemetry.mqtt import MqttPublisher
@@ -32,8 +32,8 @@ async def run_brokers(config: UsersConfig, rounds: int, progress: Progress) -> d
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
-    shape = read_model_config(source.folder)
-    num_layers, vocab_size = int(shape.num_hidden_layers), int(shape.vocab_size)
+    shape = read_shape(source.folder)
+    num_layers, vocab_size = shape.num_layers, shape.vocab_size
     prompts = random_prompts(vocab_size, config.sessions)
     runs: dict[str, list[Run]] = {}
     engines: dict[str, Engine] = {}

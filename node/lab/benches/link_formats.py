@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import compute_format, find_model
 from dsd_p2p.models.span import SpanModel
@@ -30,7 +30,7 @@ def run_formats(config: SplitConfig, progress: Progress) -> dict[str, object]:
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
-    num_layers = int(read_model_config(source.folder).num_hidden_layers)
+    num_layers = read_shape(source.folder).num_layers
     progress.step(f"load {config.model}", 0, 0)
     stages = [
         SpanModel(source, Span(*bounds), dtype=config.dtype, device=config.device)
@@ -98,7 +98,7 @@ def _run(
     """Log probabilities `[n, V]` after every position, float32."""
     inputs: list[TokenId] | bytes = prompt
     num_nodes = len(prompt)
-    forward = SlotTable().append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+    forward = SlotTable().chain(num_nodes)
     for stage in stages[:-1]:
         cache = stage.new_cache(num_nodes)
         hidden = stage.hidden(cache, forward, inputs)

@@ -7,7 +7,7 @@ import torch
 from dsd_p2p import units
 from dsd_p2p.cache.passes import SpanPass
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.packed import can_pack
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
@@ -31,7 +31,7 @@ def run_passes(config: PassesConfig, rounds: int, progress: Progress) -> dict[st
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
-    num_layers = int(read_model_config(source.folder).num_hidden_layers)
+    num_layers = read_shape(source.folder).num_layers
     span = Span(*even_spans(num_layers, config.stages)[config.stages // 2])
     cache_bytes = units.num_bytes(config.cache_memory)
     model = SpanModel(source, span, dtype=config.dtype, device=config.device, cache_bytes=cache_bytes)
@@ -96,7 +96,7 @@ def _time(model: SpanModel, num_sessions: int, num_rows: int) -> float:
     row = bytes(model.row_bytes)
     try:
         for cache, table in zip(caches, tables, strict=True):
-            filling = table.append(range(_CONTEXT), [None, *range(_CONTEXT - 1)], range(_CONTEXT))
+            filling = table.chain(_CONTEXT)
             inputs = [0] * _CONTEXT if model.is_head else row * _CONTEXT
             model.run([SpanPass(cache=cache, forward=filling, inputs=inputs)])
         nodes = range(_CONTEXT, _CONTEXT + num_rows)

@@ -125,11 +125,11 @@ def _show(runs: dict[str, ArmRuns], ratios: dict[str, Sample], simulated: dict[s
     )
 
 
-def choose_arms(trace: Agreement, chain: RouteModel, texts: list[int], max_tokens: int) -> dict[str, Decision]:
+def choose_arms(trace: Agreement, route: RouteModel, texts: list[int], max_tokens: int) -> dict[str, Decision]:
     """Return one decision per arm; the synchronous ones get the γ and the tree size that the simulator finds best."""
 
     def best(candidates: list[Decision]) -> Decision:
-        return max(candidates, key=lambda decision: _simulate(trace, chain, texts, decision, max_tokens))
+        return max(candidates, key=lambda decision: _simulate(trace, route, texts, decision, max_tokens))
 
     return {
         PLAIN_ARM: PLAIN,
@@ -140,7 +140,7 @@ def choose_arms(trace: Agreement, chain: RouteModel, texts: list[int], max_token
     }
 
 
-def _simulate(trace: Agreement, chain: RouteModel, texts: list[int], decision: Decision, max_tokens: int) -> float:
+def _simulate(trace: Agreement, route: RouteModel, texts: list[int], decision: Decision, max_tokens: int) -> float:
     """Tokens a second over all `texts`, counted as `ArmRuns` does."""
     num_tokens, seconds = 0, 0.0
     tracker = Tracker()
@@ -148,7 +148,7 @@ def _simulate(trace: Agreement, chain: RouteModel, texts: list[int], decision: D
         recorded = trace.texts[text]
         answer = RecordedAnswer(recorded, 1, trace.vocab_size)
         num_written = min(max_tokens, len(recorded.tokens))
-        request = simulate_request(answer, chain, StaticPolicy(decision), tracker, num_written)
+        request = simulate_request(answer, route, StaticPolicy(decision), tracker, num_written)
         num_tokens += len(request.tokens) - request.arrivals[0][1]
         seconds += request.arrivals[-1][0] - request.arrivals[0][0]
     return num_tokens / seconds

@@ -6,12 +6,12 @@ from statistics import median, quantiles
 import torch
 
 from dsd_p2p.coordination.engine import Engine
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.window.base import WindowPolicy
+from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.window.static import PLAIN, StaticPolicy
-from node.client.choices import make_adaptive
 from node.lab.benches.serving import Run, random_prompts, serving_swarm, write_together
 from node.lab.config import UsersConfig
 from node.lab.receipt import print_table, sample
@@ -25,12 +25,12 @@ async def run_users(config: UsersConfig, rounds: int, progress: Progress) -> dic
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
-    shape = read_model_config(source.folder)
+    shape = read_shape(source.folder)
     prompts = random_prompts(int(shape.vocab_size), config.sessions)
     arms = ("plain", *config.policies)
     alone: dict[str, list[Run]] = {arm: [] for arm in arms}
     together: dict[str, list[Run]] = {arm: [] for arm in arms}
-    async with serving_swarm(config, source, int(shape.num_hidden_layers), int(shape.vocab_size), progress) as engine:
+    async with serving_swarm(config, source, shape.num_layers, shape.vocab_size, progress) as engine:
         for number in range(-1, rounds):
             for arm in arms:
                 one = await write_together(
@@ -50,7 +50,7 @@ async def run_users(config: UsersConfig, rounds: int, progress: Progress) -> dic
 def _policy(engine: Engine, arm: str) -> Callable[[], WindowPolicy]:
     if arm == "plain":
         return lambda: StaticPolicy(PLAIN)
-    return lambda: engine.governed(make_adaptive(arm))
+    return lambda: engine.governed(adaptive_policy(arm))
 
 
 def _summary(alone: list[Run], together: list[Run], plain: list[Run]) -> dict[str, object]:

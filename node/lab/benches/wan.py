@@ -10,8 +10,9 @@ from dsd_p2p.types import Relaxation, TokenId
 from dsd_p2p.window.analytic import SYNC_DEPTHS, predicted_tokens_per_s
 from dsd_p2p.window.base import Observation, WindowPolicy
 from dsd_p2p.window.catalogue import CATALOGUE
+from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain, sync_tree
-from node.client.choices import make_adaptive, make_relaxation
+from node.client.choices import make_relaxation
 from node.client.client import Client, open_client
 from node.config import GenerateConfig
 from node.lab.benches.arms import PLAIN_ARM, ArmRuns, mean_accepted_length, ratios_to_plain
@@ -30,7 +31,7 @@ async def run_wan(config: WanConfig, rounds: int, progress: Progress) -> dict[st
     """Run every cell of models x stages x links; `ratios` are those of the first cell.
 
     Raises:
-        DsdError: a model cannot be had, a chain broke, or two exact arms wrote different float32 text.
+        DsdError: a model cannot be had, a route broke, or two exact arms wrote different float32 text.
     """
     cells = [
         await _run_cell(config, model, stages, link, rounds, progress)
@@ -121,7 +122,7 @@ def _cell_config(config: WanConfig, model: str, stages: int, link: str) -> Gener
 
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
-    """One model, chain and link, as `name` says for who waits. answers: by round and problem, what each arm wrote."""
+    """One model, route and link, as `name` says for who waits. answers: by round and problem, what each arm wrote."""
 
     name: str
     config: WanConfig
@@ -212,7 +213,7 @@ def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy
         if unknown:
             raise ConfigError(f"--arms {', '.join(unknown)}: choose of {', '.join(CATALOGUE)}")
         fixed: dict[str, WindowPolicy] = {name: StaticPolicy(CATALOGUE[name]) for name in names}
-        return fixed | {name: make_adaptive(name) for name in config.policies}
+        return fixed | {name: adaptive_policy(name) for name in config.policies}
     best_depth = max(SYNC_DEPTHS, key=lambda depth: predicted_tokens_per_s(sync_chain(depth), observation))
     return {
         PLAIN_ARM: StaticPolicy(PLAIN),
@@ -221,7 +222,7 @@ def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy
         "sync_tree": StaticPolicy(sync_tree(16, depth=6)),
         "continuous_chain": StaticPolicy(continuous_tree(depth=48, width=1, window_nodes=4, max_in_flight=64)),
         "continuous_tree": _tree(config),
-        **{name: make_adaptive(name) for name in ("analytic", "learned")},
+        **{name: adaptive_policy(name) for name in ("analytic", "learned")},
     }
 
 

@@ -186,8 +186,8 @@ class Profile:
     draft_weight: float
     cores: float
 
-    def chain(self, num_stages: int, link_s: float) -> RouteModel:
-        """Return a chain of so many stages with even spans."""
+    def route(self, num_stages: int, link_s: float) -> RouteModel:
+        """Return a route of so many stages with even spans."""
         spans = even_spans(self.num_layers, num_stages)
         stages = [self.layer.scaled(last - first) for first, last in spans]
         stages[-1] = _sum(stages[-1], self.tail)
@@ -339,10 +339,10 @@ def _measured(cell: MeasuredCell, cores: int) -> Profile:
 def predict(profile: Profile, cell: MeasuredCell) -> dict[str, tuple[float, float]]:
     """Return tokens a second and seconds to the first token of each arm of the cell, its own measurements unseen."""
     assert cell.recorded is not None
-    chain = profile.chain(cell.stages, cell.link_s)
+    route = profile.route(cell.stages, cell.link_s)
     tracker = Tracker()
     first = next(iter(cell.recorded.values()))
-    simulate_request(RecordedAnswer(first, 1, _VOCAB_SIZE), chain, StaticPolicy(sync_chain(8)), tracker, 24)
+    simulate_request(RecordedAnswer(first, 1, _VOCAB_SIZE), route, StaticPolicy(sync_chain(8)), tracker, 24)
     results: dict[str, list[SimulatedRequest]] = {arm: [] for arm in cell.runs}
     num_runs = max(len(runs) for runs in cell.runs.values())
     for number in range(num_runs):
@@ -351,7 +351,7 @@ def predict(profile: Profile, cell: MeasuredCell) -> dict[str, tuple[float, floa
             results[arm].append(
                 simulate_request(
                     RecordedAnswer(cell.recorded[run.problem], run.num_prompt_tokens, _VOCAB_SIZE),
-                    chain,
+                    route,
                     StaticPolicy(run.decision),
                     tracker,
                     run.num_tokens,

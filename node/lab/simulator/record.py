@@ -10,13 +10,12 @@ import torch
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.text import TextCodec
+from dsd_p2p.session.effects import NUM_CANDIDATES
 from dsd_p2p.sim.agreement import Agreement, RecordedText
 from dsd_p2p.types import TokenId
 from node.lab.config import RecordConfig
 from node.lab.quality.prompts import CATEGORIES, Problem, load_problems, spread
 from node.lab.simulator.asking import MAX_CENTINATS
-
-_MAX_CANDIDATES = 16
 
 
 def record_agreement(config: RecordConfig, progress: Progress) -> Agreement:
@@ -93,7 +92,7 @@ def _ask_drafter(
 ) -> RecordedText:
     text = torch.tensor([[*prompt, *answer[:-1]]], device=device)
     logits = model(text, logits_to_keep=len(answer)).logits[0]
-    best = torch.log_softmax(logits.float(), dim=-1).topk(_MAX_CANDIDATES)
+    best = torch.log_softmax(logits.float(), dim=-1).topk(NUM_CANDIDATES)
     centinats = [
         tuple(round(-100 * value) for value in row if -100 * value <= MAX_CENTINATS) for row in best.values.tolist()
     ]

@@ -118,13 +118,13 @@ def paper_a() -> list[dict[str, float]]:
 def _write(num_nodes: int, ratio: float, decision: Decision, num_tokens: int) -> SimulatedRequest:
     """One text on `num_nodes` nodes, t1 apart, that compute t0 = 10 ms in all, for many positions as for one."""
     t0_s = 0.01
-    chain = RouteModel(
+    route = RouteModel(
         stages=(PassCost.line(t0_s / num_nodes, 0.0),) * num_nodes,
         link=LinkModel(latency_s=t0_s * ratio),
         up=LinkModel(),
         draft=PassCost.line(0.05 * t0_s, 0.0),
     )
-    return simulate_request(ParametricAnswer(_AGREEMENT, 7), chain, StaticPolicy(decision), Tracker(), num_tokens)
+    return simulate_request(ParametricAnswer(_AGREEMENT, 7), route, StaticPolicy(decision), Tracker(), num_tokens)
 
 
 # Paper B

@@ -1,6 +1,6 @@
 """Teaches the window policy in the simulator: `scripts/train_policy` (docs/simulator.md).
 
-Each scenario is a random chain, drafter and kind of text; in some of them several drafters share one target's passes. Every window
+Each scenario is a random route, drafter and kind of text; in some of them several drafters share one target's passes. Every window
 of the catalogue writes the same texts there; the label is the logarithm of its speed over plain decoding's, the inputs are what the
 live tracker had observed under each of the windows.
 """
@@ -49,7 +49,7 @@ _TOKENS = 40
 _PLAIN_TOKENS = 12
 _TEXTS = 2
 _CROWDED_SHARE = 0.15
-"""Scenarios in which drafters share a target; the others have the chain for themselves."""
+"""Scenarios in which drafters share a target; the others have the route for themselves."""
 
 _CROWD_TOKENS = 40
 _MIN_LIVE_TOKENS = 12
@@ -137,7 +137,7 @@ def _simulate(seed: str) -> Sample:
 
 
 def _alone(rng: random.Random) -> Sample:
-    chain, answers = _random_chain(rng), _random_answers(rng)
+    route, answers = _random_route(rng), _random_answers(rng)
     inputs: list[NDArray[np.float32]] = []
     speeds: list[float] = []
     for decision in CATALOGUE.values():
@@ -145,7 +145,7 @@ def _alone(rng: random.Random) -> Sample:
         num_tokens, seconds = 0, 0.0
         for make in answers:
             size = _PLAIN_TOKENS if decision.mode is Mode.PLAIN else _TOKENS
-            request = simulate_request(make(), chain, StaticPolicy(decision), tracker, size)
+            request = simulate_request(make(), route, StaticPolicy(decision), tracker, size)
             num_tokens += len(request.tokens) - request.arrivals[0][1]
             seconds += request.arrivals[-1][0] - request.arrivals[0][0]
             inputs.append(features(tracker.observe(), decision))
@@ -210,7 +210,7 @@ def _log_uniform(rng: random.Random, low: float, high: float) -> float:
     return low * math.exp(rng.random() * math.log(high / low))
 
 
-def _random_chain(rng: random.Random) -> RouteModel:
+def _random_route(rng: random.Random) -> RouteModel:
     num_stages = rng.choice((1, 1, 2, 2, 3, 3, 4, 6, 8))
     stage_s = _log_uniform(rng, 0.001, 0.06)
     per_node = rng.choice((0.0, 0.02, 0.1, 0.3)) * rng.random() * 2

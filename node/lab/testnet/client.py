@@ -17,8 +17,9 @@ from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.types import TextRequest
 from dsd_p2p.window.static import StaticPolicy, continuous_tree
-from node.lab.testnet.events import Answered, Asking, StartClient, report
+from node.lab.testnet.events import Answered, Asking, StartClient
 from node.local.events import Failed, Ready
+from node.local.pipe import report
 from node.member.client import SWARM_RETRY, SwarmClient, open_swarm_client
 from node.member.state import SwarmState
 from node.watch.outlets import recording
@@ -103,7 +104,7 @@ async def _ask(client: SwarmClient, command: StartClient, prompt: int) -> Answer
 
 
 async def _write(client: SwarmClient, command: StartClient, prompt: int, written: _Written) -> None:
-    """Write one answer, noting each pause that a lost chain made."""
+    """Write one answer, noting each pause that a lost route made."""
     options = GenerateOptions(
         text=TextRequest(max_tokens=command.max_tokens), stall_timeout_s=_STALL_S, retry=SWARM_RETRY
     )

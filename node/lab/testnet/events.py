@@ -1,11 +1,10 @@
 """What the processes of a testnet report, one JSON object a line on a shared pipe; each fits into one atomic write."""
 
-import os
-
 import msgspec
 
 from node.config import ServeFlags
 from node.local.events import Failed, Loading, Ready, Started
+from node.local.pipe import Report
 
 
 class StartNode(msgspec.Struct, tag="node"):
@@ -49,7 +48,7 @@ class Answered(msgspec.Struct, tag="answered"):
     """A client's answer has ended.
 
     tokens: all that were written, finished or not. error: what ended it early, by its type; empty when it is whole.
-    pauses_s: for each time the chain was lost, seconds between the tokens before and after. resumes: of those, where stages went on
+    pauses_s: for each time the route was lost, seconds between the tokens before and after. resumes: of those, where stages went on
         with what they held.
     """
 
@@ -66,22 +65,10 @@ class Answered(msgspec.Struct, tag="answered"):
 Event = Started | Loading | Ready | Failed | Asking | Answered
 
 
-class Report(msgspec.Struct):
-    """An event and the process it is about."""
-
-    index: int
-    event: Event
+_decoder = msgspec.json.Decoder(Report[Event])
 
 
-_decoder = msgspec.json.Decoder(Report)
-
-
-def report(index: int, event: Event) -> None:
-    """Write the event in one piece."""
-    os.write(1, msgspec.json.encode(Report(index=index, event=event)) + b"\n")
-
-
-def parse(line: bytes) -> Report:
+def parse(line: bytes) -> Report[Event]:
     """Return the report of a line.
 
     Raises:

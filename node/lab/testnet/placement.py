@@ -20,7 +20,7 @@ _SLOW_PEER, _SLOWDOWN = 1, 6.0
 _BEATS = 4
 _MEMORY = 15
 _SHARES = (8, 7, 8, 7)
-"""Every peer has room for half of the model: in proportion, each gets a quarter, and all four are in the chain."""
+"""Every peer has room for half of the model: in proportion, each gets a quarter, and all four are in the route."""
 
 
 async def measure_placement(

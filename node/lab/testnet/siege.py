@@ -1,6 +1,6 @@
 """A node under siege: hostile handshakes and bent frames by the hundred thousand, beside an honest client that writes on.
 
-The same attack goes in turns against a node of the client's chain and against a decoy that has nothing to do with it: on one
+The same attack goes in turns against a node of the client's route and against a decoy that has nothing to do with it: on one
 machine attackers slow everybody down, and only the difference between the two is what they do to the node. They run at the lowest
 priority.
 """

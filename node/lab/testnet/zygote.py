@@ -12,8 +12,9 @@ from functools import partial
 
 import msgspec
 
-from node.lab.testnet.events import Command, StartClient, StartNode, report
+from node.lab.testnet.events import Command, StartClient, StartNode
 from node.local.events import Failed, Started
+from node.local.pipe import report
 
 _PR_SET_PDEATHSIG = 1
 

@@ -121,18 +121,18 @@ def _quality(picture: Picture, width: int) -> Text:
 
 
 def _ring_lines(picture: Picture, width: int) -> list[Text]:
-    """Each chain in use, or the one the stages make: peers, layers, and the round trips between them."""
-    chains: dict[tuple[tuple[str, int, int], ...], str] = {}
+    """Each route in use, or the one the stages make: peers, layers, and the round trips between them."""
+    routes: dict[tuple[tuple[str, int, int], ...], str] = {}
     for view in picture.running:
         stages = tuple((stage.peer, stage.first, stage.last) for stage in view.stages)
         if stages:
-            chains.setdefault(stages, view.coordinator)
-    if not chains:
+            routes.setdefault(stages, view.coordinator)
+    if not routes:
         held = sorted((p.first, p.last, p.peer) for p in picture.peers.values() if p.last and p.is_online)
         if held:
             coordinator = next((p.peer for p in picture.peers.values() if "coordinator" in p.roles and not p.last), "")
-            chains[tuple((peer, first, last) for first, last, peer in held[:64])] = coordinator
-    return [_line(_ring(picture, stages, coordinator), width, "green") for stages, coordinator in chains.items()]
+            routes[tuple((peer, first, last) for first, last, peer in held[:64])] = coordinator
+    return [_line(_ring(picture, stages, coordinator), width, "green") for stages, coordinator in routes.items()]
 
 
 def _ring(picture: Picture, stages: tuple[tuple[str, int, int], ...], coordinator: str) -> str:
@@ -238,7 +238,7 @@ def _session_details(picture: Picture, view: SessionView, width: int) -> list[Re
         f"sent      {newest.num_windows} windows, {newest.num_nodes} nodes, {newest.num_stale} in vain",
         f"misses    {newest.num_misses}  relaxed {newest.num_relaxed}  replays {view.num_replays}",
         f"accepted  {shares or '-'} by depth",
-        "chain     " + " → ".join(f"{short_peer(stage.peer)}[{stage.first}:{stage.last}]" for stage in view.stages),
+        "route     " + " → ".join(f"{short_peer(stage.peer)}[{stage.first}:{stage.last}]" for stage in view.stages),
         "stages    " + " ".join(f"{us / 1000:.1f}ms" for us in newest.stage_us),
     ]
     return [_line(line, width) for line in lines]

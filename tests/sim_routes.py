@@ -12,7 +12,7 @@ from dsd_p2p.window.tracker import Tracker
 TEXTS = (0, 12, 24)
 
 
-def chain_of(num_stages=4, *, link_s=0.05, stage_s=0.005, node_s=0.0, draft_s=0.006):
+def route_of(num_stages=4, *, link_s=0.05, stage_s=0.005, node_s=0.0, draft_s=0.006):
     return RouteModel(
         stages=(PassCost.line(stage_s, node_s),) * num_stages,
         link=LinkModel(latency_s=link_s),
@@ -66,8 +66,8 @@ class Perfect:
         return [[Candidate(token=tokens[end], logprob=-0.001)] if end < len(tokens) else [] for end in ends]
 
 
-CHAINS = [
-    chain_of(link_s=link_s, stage_s=stage_s, node_s=node_s, draft_s=draft_s)
+ROUTES = [
+    route_of(link_s=link_s, stage_s=stage_s, node_s=node_s, draft_s=draft_s)
     for link_s in (0.001, 0.05)
     for stage_s, node_s in ((0.005, 0.0), (0.02, 0.004), (0.02, 0.02))
     for draft_s in (0.006, 0.03)

@@ -1,0 +1,23 @@
+"""Linear layers of a model, replaced one by one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def swap_linear_layers(model: Any, make: Callable[[torch.Tensor, torch.Tensor | None], nn.Module]) -> None:
+    """Replace every linear layer, the LM head included, by `make(weight, bias)`; weight `[out, in]`, bias `[out]` or None.
+
+    Layers that are linear only by inheritance stay: they compute something else.
+    """
+    with torch.inference_mode():
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear:
+                bias = None if module.bias is None else module.bias.detach()
+                model.set_submodule(name, make(module.weight.detach(), bias))
+            elif isinstance(module, Conv1D):
+                # GPT-2's layers store their weight the other way round.
+                model.set_submodule(name, make(module.weight.detach().T.contiguous(), module.bias.detach()))
