@@ -1,6 +1,6 @@
-"""Decentralized speculative decoding: peers share a model too large for any of them, and guess while messages travel.
+"""Decentralized speculative decoding: peers share a model too large for any of them and guess while messages travel.
 
-`Swarm` and `SyncSwarm` (`dsd_p2p.api`) are the way in from Python.
+From Python, start with `Swarm` or `SyncSwarm` (`dsd_p2p.api`).
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ __all__ = ["Swarm", "SyncSwarm", "Token"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the interface when it is used: the simulator and the pure core need no torch and no network."""
+    """Import `dsd_p2p.api` on first use: the simulator and the pure core need neither torch nor the network."""
     if name in __all__:
         return getattr(import_module("dsd_p2p.api"), name)
     raise AttributeError(name)

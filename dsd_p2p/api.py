@@ -1,6 +1,6 @@
-"""A swarm from Python: `Swarm` for asyncio and trio, `SyncSwarm` for programs without either.
+"""Uses a swarm from Python: `Swarm` is for asyncio and trio, `SyncSwarm` for programs without an event loop.
 
-The engine is trio's and runs in a thread of its own; callers wait in whatever way is theirs.
+The engine runs under trio in its own thread, so callers can use any event loop or none.
 """
 
 import logging
@@ -29,27 +29,30 @@ _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 10.0
 _POLL_S = 1.0
 _OWNER = "api"
-"""Conversations of one program go on from what the stages hold of them."""
+"""The owner of parked text: a program's later requests can go on from its earlier ones."""
 
 Prompt = str | Sequence[TokenId] | Sequence[Mapping[str, str]]
-"""A user's message, tokens as they are, or a conversation: messages with "role" and "content"."""
+"""A user's message, a list of tokens, or a conversation: messages with "role" and "content"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A piece of an answer. text: what this token completes, sometimes nothing, because a character can take several."""
+    """One token of an answer.
+
+    text: the text that the token completes. It can be empty, because a character can take several tokens.
+    """
 
     id: TokenId
     text: str
 
 
 class SyncSwarm:
-    """A coordinator of this process on a running swarm, for programs without an event loop.
+    """A coordinator on a running swarm, for programs without an event loop.
 
-    connect: address of any of its nodes, or several. model: the target, for its tokenizer and drafter. draft: see
-    `dsd_p2p.drafting.named`. dtype: as the stages have it.
+    connect: the address of any of the swarm's peers, or several. model: the target, for its tokenizer and drafter.
+    draft: a drafter's name (`dsd_p2p.drafting.named`). dtype: the stages' number format.
 
-    Use it with `with`. Several threads may generate at once.
+    Use it in a `with` block. Several threads may generate at the same time.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class SyncSwarm:
         """Connect.
 
         Raises:
-            DsdError: the model cannot be had, or no node is reached.
+            DsdError: the model cannot be loaded, or no peer can be reached.
         """
         self._thread.start()
         error: BaseException | None
@@ -93,12 +96,12 @@ class SyncSwarm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End what is under way, and the engine's thread."""
+        """Cancel all running requests and stop the engine's thread."""
         self.close()
         self._thread.join(_STOP_TIMEOUT_S)
 
     def close(self) -> None:
-        """Let the engine end, also one that is still starting; returns at once."""
+        """Stop the engine, even if it is still starting, without waiting for it."""
         self._is_closed = True
         if self._token is not None and self._scope is not None:
             with suppress(trio.RunFinishedError):
@@ -114,10 +117,10 @@ class SyncSwarm:
         top_k: int = 0,
         seed: int = 0,
     ) -> Iterator[Token]:
-        """Yield an answer's tokens as they are committed; stop reading to end it.
+        """Yield an answer's tokens as they are committed. Close the generator to cancel the request.
 
         Raises:
-            DsdError: what ended it; every token before stands.
+            DsdError: the request failed. The tokens yielded before remain valid.
         """
         answer = self._begin(prompt, max_tokens, Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
         try:
@@ -147,7 +150,7 @@ class SyncSwarm:
             return [each for each in prompt if isinstance(each, int)]
         messages = [each for each in prompt if isinstance(each, Mapping)]
         if len(messages) != len(prompt):
-            raise ConfigError("a prompt is a text, a list of tokens, or a list of messages")
+            raise ConfigError("the prompt is of the wrong type: give a text, a list of tokens, or a list of messages")
         return self._text.encode_chat(messages)
 
     # In the engine's thread
@@ -193,7 +196,7 @@ class SyncSwarm:
                 error = None
         except DsdError as exc:
             error = exc
-        except Exception as exc:  # task boundary: one answer that goes wrong must not end the others
+        except Exception as exc:  # task boundary: one failed answer must not end the others
             logger.exception("answer failed")
             error = LocalProtocolError(f"the answer failed: {exc!r}")
         finally:
@@ -201,7 +204,7 @@ class SyncSwarm:
 
 
 class _Answer:
-    """An answer on its way from the engine's thread."""
+    """A queue that passes an answer's tokens from the engine's thread to the caller."""
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self.pieces: queue.SimpleQueue[Token | DsdError | None] = queue.SimpleQueue()
@@ -209,11 +212,11 @@ class _Answer:
         self._token = token
 
     def next(self, timeout_s: float | None) -> Token | None:
-        """Return the next token, None at the end.
+        """Return the next token, or None at the end.
 
         Raises:
-            queue.Empty: there was none in time.
-            DsdError: what ended the answer.
+            queue.Empty: no token came within `timeout_s`.
+            DsdError: the request failed.
         """
         piece = self.pieces.get(timeout=timeout_s)
         if isinstance(piece, DsdError):
@@ -221,13 +224,16 @@ class _Answer:
         return piece
 
     def stop(self) -> None:
-        """No more is wanted."""
+        """Cancel the request."""
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self.scope.cancel)
 
 
 class Swarm:
-    """A coordinator of this process on a running swarm, for asyncio and for trio; see `SyncSwarm`. Use it with `async with`."""
+    """A coordinator on a running swarm, for asyncio and trio, with the parameters of `SyncSwarm`.
+
+    Use it in an `async with` block.
+    """
 
     def __init__(
         self,
@@ -241,7 +247,7 @@ class Swarm:
         self._swarm = SyncSwarm(connect, model=model, draft=draft, dtype=dtype, progress=progress)
 
     async def __aenter__(self) -> Self:
-        """Connect. Raises as `SyncSwarm` does."""
+        """Connect; raises the errors of `SyncSwarm.__enter__`."""
         try:
             await anyio.to_thread.run_sync(self._swarm.__enter__, abandon_on_cancel=True)
         except BaseException:
@@ -252,7 +258,7 @@ class Swarm:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End what is under way, and the engine's thread."""
+        """Cancel all running requests and stop the engine's thread."""
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._swarm.__exit__, None, None, None)
 
@@ -266,19 +272,19 @@ class Swarm:
         top_k: int = 0,
         seed: int = 0,
     ) -> AsyncGenerator[Token, None]:
-        """Yield an answer's tokens as they are committed; close the generator, or be cancelled, to end it.
+        """Yield an answer's tokens as they are committed. Close the generator to cancel the request.
 
         Raises:
-            DsdError: what ended it; every token before stands.
+            DsdError: the request failed. The tokens yielded before remain valid.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         answer = self._swarm._begin(prompt, max_tokens, sampling)
-        # One of its own: answers that wait must not use up the threads that everybody shares.
+        # A separate limiter, so that waiting answers do not use up the shared pool of threads.
         limiter = anyio.CapacityLimiter(1)
         try:
             while True:
                 with suppress(queue.Empty):
-                    # A bounded wait: a caller that is cancelled leaves a thread behind for no longer than that.
+                    # The wait is bounded, so a cancelled caller leaves a thread behind only until it ends.
                     token = await anyio.to_thread.run_sync(
                         answer.next, _POLL_S, abandon_on_cancel=True, limiter=limiter
                     )

@@ -1,28 +1,28 @@
-"""Every error a caller of the library can meet.
+"""Defines every error that a caller of the library can meet.
 
     DsdError
-    ├── ConfigError            what the user asked for cannot be done as asked
+    ├── ConfigError            the user's settings or request are invalid or unsupported
     ├── ModelError             weights, tokenizer or architecture are missing, broken or unsupported
-    ├── CapacityError          a budget is full; the same request may pass later or elsewhere
+    ├── CapacityError          a budget is full; the same request may succeed later or elsewhere
     ├── LocalProtocolError     our own code broke the protocol: a bug
-    └── PeerError              a peer or the way to it failed; the only kind that is retried
+    └── PeerError              a peer or the connection to it failed; the only kind that is retried
         ├── RemoteProtocolError    the peer broke the protocol
         ├── PeerDisconnected       the connection is gone
         ├── PeerTimeout            the peer did not answer before the deadline
-        ├── DishonestPeer          the peer computed something else than it was asked, and signed it
-        ├── PrefixLost             a stage no longer holds the text that a session was to go on from
-        └── CoverageLost           nobody who is alive and reachable serves some of the layers
+        ├── DishonestPeer          the peer's result is wrong or unproven
+        ├── PrefixLost             a stage no longer holds the text that a session should go on from
+        └── CoverageLost           no living, reachable peer serves some of the layers
 
-The text of each says what to do next.
+Each error's message says what to do next.
 """
 
 
 class DsdError(Exception):
-    """Base of everything raised on purpose."""
+    """Base class of all errors that this library raises on purpose."""
 
 
 class ConfigError(DsdError):
-    """What the user asked for cannot be done as asked."""
+    """The user's settings or request are invalid or unsupported."""
 
 
 class ModelError(DsdError):
@@ -30,22 +30,22 @@ class ModelError(DsdError):
 
 
 class CapacityError(DsdError):
-    """A budget is full; the same request may pass later or elsewhere."""
+    """A budget is full; the same request may succeed later or elsewhere."""
 
 
 class LocalProtocolError(DsdError):
-    """Our own code broke the protocol: a bug, please report it."""
+    """Our own code broke the protocol. This is a bug: please report it."""
 
 
 class PeerError(DsdError):
-    """A peer or the way to it failed."""
+    """A peer or the connection to it failed."""
 
 
 class RemoteProtocolError(PeerError):
-    """The peer sent something the protocol does not allow: names field, value and limit."""
+    """The peer sent something that the protocol does not allow. The message names field, value and limit."""
 
     def __init__(self, field: str, value: object, limit: str) -> None:
-        super().__init__(f"{field} is {value!r:.80}, allowed is {limit}")
+        super().__init__(f"{field}: expected {limit}, got {value!r:.80}")
         self.field = field
         self.value = value
         self.limit = limit
@@ -60,19 +60,19 @@ class PeerTimeout(PeerError):  # noqa: N818 - reads as the event it reports
 
 
 class DishonestPeer(PeerError):  # noqa: N818 - reads as what it reports
-    """A peer computed something else than it was asked, or does not show what it computed: names it."""
+    """A peer computed a wrong result, or gave no proof of its result. The message names the peer."""
 
     def __init__(self, peer: str, text: str) -> None:
-        super().__init__(f"peer {peer} is not to be trusted: {text}")
+        super().__init__(f"peer {peer} cannot be trusted: {text}")
         self.peer = peer
 
 
 class PrefixLost(PeerError):  # noqa: N818 - reads as the event it reports
-    """A stage no longer holds the text that a session was to go on from."""
+    """A stage no longer holds the text that a session should go on from."""
 
 
 class CoverageLost(PeerError):  # noqa: N818 - reads as the event it reports
-    """Nobody who is alive and reachable serves some of the layers."""
+    """No living, reachable peer serves some of the layers."""
 
 
 def first_cause(error: BaseException) -> BaseException:

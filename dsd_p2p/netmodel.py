@@ -1,4 +1,4 @@
-"""What a link does to a frame; shared by the emulated transport and the simulator."""
+"""Models what a link does to a frame, for the emulated transport and the simulator."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from dsd_p2p.types import UniformRng
 
 _SEGMENT_BYTES = 1460
 _MIN_RETRANSMIT_S = 0.2
-"""Linux's least retransmission timeout; few windows are long enough for TCP to notice a loss sooner."""
+"""Linux's minimum retransmission timeout. Few windows are long enough for TCP to notice a loss sooner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,10 +15,11 @@ class LinkModel:
     """One direction of a link.
 
     latency_s: one-way propagation delay, seconds.
-    jitter_s: half width of a uniform deviation around it, seconds. Frames never overtake each other.
-    bandwidth_bps: bits a second; 0 is unlimited.
-    loss: share of the segments that are lost and sent again, one retransmission timeout later.
-    stall_every_s, stall_s: now and then, every so many seconds in the mean, nothing leaves for so long; 0 is never.
+    jitter_s: half-width of a uniform deviation around the latency, seconds. Frames never overtake each other.
+    bandwidth_bps: bits per second; 0 is unlimited.
+    loss: share of the segments that are lost. They are sent again one retransmission timeout later.
+    stall_every_s: mean time between stalls, seconds; nothing leaves during a stall. 0: no stalls.
+    stall_s: duration of a stall, seconds; 0: no stalls.
     """
 
     latency_s: float = 0.0
@@ -30,17 +31,20 @@ class LinkModel:
 
     @property
     def is_ideal(self) -> bool:
-        """True when a frame passes untouched."""
+        """True if frames pass without delay, loss or limit."""
         return self.latency_s == 0 and self.is_constant and self.bandwidth_bps == 0
 
     @property
     def is_constant(self) -> bool:
-        """True when nothing about it is random."""
+        """True if nothing about the link is random."""
         return self.jitter_s == 0 and self.loss == 0 and (self.stall_every_s == 0 or self.stall_s == 0)
 
 
 def in_series(first: LinkModel, second: LinkModel) -> LinkModel:
-    """Return one link for two, one after the other: the narrower bandwidth, and the stalls of the one that stalls more often."""
+    """Return one link that stands for two in series.
+
+    It has the lower bandwidth, and the stalls of the link that stalls more often.
+    """
     bandwidths = [model.bandwidth_bps for model in (first, second) if model.bandwidth_bps]
     stalling = [model for model in (first, second) if model.stall_every_s and model.stall_s]
     stalls = min(stalling, key=lambda model: model.stall_every_s, default=first)
@@ -55,7 +59,7 @@ def in_series(first: LinkModel, second: LinkModel) -> LinkModel:
 
 
 class LinkState:
-    """A link in use: when its sender is free again and when its last frame arrives."""
+    """The state of a link in use: when its sender is free again, and when its last frame arrives."""
 
     def __init__(self, model: LinkModel) -> None:
         self.model = model
@@ -64,7 +68,7 @@ class LinkState:
         self._next_stall_s: float | None = None
 
     def send(self, *, now_s: float, num_bytes: int, rng: UniformRng) -> float:
-        """Put a frame of `num_bytes` on the link at `now_s`; return the time its last byte arrives."""
+        """Put a frame of `num_bytes` on the link at `now_s`; return the time at which its last byte arrives."""
         model = self.model
         start_s = max(now_s, self._sender_free_at_s)
         if model.stall_every_s and model.stall_s:
@@ -79,7 +83,7 @@ class LinkState:
         return self._last_arrival_s
 
     def _after_stalls(self, at_s: float, rng: UniformRng) -> float:
-        """When something that wants to leave at `at_s` may."""
+        """Return when a frame that is ready at `at_s` may leave."""
         model = self.model
         if self._next_stall_s is None:
             self._next_stall_s = _exponential(model.stall_every_s, rng)

@@ -1,4 +1,4 @@
-"""The nouns that flow through every layer."""
+"""Defines the types that every layer shares."""
 
 import math
 from enum import StrEnum
@@ -10,7 +10,7 @@ from msgspec import Meta
 from dsd_p2p.errors import ConfigError, ModelError
 
 PeerId = NewType("PeerId", str)
-"""A peer's public identity, as libp2p prints it."""
+"""A peer's public id, as libp2p prints it."""
 
 SessionId = NewType("SessionId", bytes)
 """Eight random bytes, chosen by the coordinator."""
@@ -18,10 +18,10 @@ SessionId = NewType("SessionId", bytes)
 TokenId = int
 
 MAX_POSITIONS = 1 << 20
-"""Longest text any peer accepts, tokens."""
+"""The longest text that any peer accepts, in tokens."""
 
 MAX_TOP_LOGPROBS = 20
-"""Likeliest tokens that can be asked for with each of the target's own."""
+"""The most alternatives that a request may ask for with each token."""
 
 MAX_STOP_TOKENS = 64
 MAX_TOKEN = (1 << 31) - 1
@@ -33,7 +33,7 @@ Position = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """The half-open range of decoder layers `[first, last)` that one stage holds."""
+    """A half-open range of decoder layers, `[first, last)`, that one stage holds."""
 
     first: Annotated[int, Meta(ge=0, le=4096)]
     last: Annotated[int, Meta(ge=1, le=4096)]
@@ -44,7 +44,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
         return self.last - self.first
 
     def holds(self, other: "Span") -> bool:
-        """True when every layer of `other` is in here."""
+        """Return whether this span contains every layer of `other`."""
         return self.first <= other.first and other.last <= self.last
 
     def __str__(self) -> str:
@@ -52,10 +52,10 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How the target picks a token; `temperature == 0` is greedy.
+    """The sampling parameters with which the target picks a token; `temperature == 0` is greedy.
 
-    With `top_k == 0` and `top_p == 1` nothing is cut off. The pick is a function of the logits, `seed` and the
-    position alone, see `dsd_p2p.verification.exact`.
+    With `top_k == 0` and `top_p == 1` every token can be picked. The pick depends only on the logits, `seed` and the
+    position (`dsd_p2p.verification.exact`).
     """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
@@ -65,22 +65,24 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def is_greedy(self) -> bool:
-        """True when the pick is the argmax."""
+        """Whether the pick is the argmax."""
         return self.temperature == 0.0
 
 
 class RelaxationRule(StrEnum):
-    """By what a drafted token may stand that the target would not have written."""
+    """The rule by which relaxed mode accepts a drafted token that the target did not pick."""
 
     IMPORTANCE = "importance"
     MARGIN = "margin"
 
 
 class Relaxation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """Relaxed verification, see `dsd_p2p.verification.adaptive`. Made by `dsd calibrate`.
+    """The thresholds of relaxed mode (`dsd_p2p.verification.adaptive`), as written by `dsd calibrate`.
 
-    tau: weight of the drafter in the blend. max_ce_ratio, max_prob_gap, min_norm_match: beyond any of these a token is key.
-    max_overshoot: greatest P_d / P_t. max_margin: of the margin rule, in logits.
+    tau: the drafter's weight in the blend.
+    max_ce_ratio, max_prob_gap, min_norm_match: a token is decisive above either maximum or below the minimum.
+    max_overshoot: the greatest ratio P_d / P_t allowed.
+    max_margin: the largest gap to the target's pick that the margin rule allows, in logits.
     """
 
     rule: RelaxationRule = RelaxationRule.IMPORTANCE
@@ -93,13 +95,13 @@ class Relaxation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class TextRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """What text is asked for, wherever that is said: to the engine, to a stage, to another coordinator, to an auditor.
+    """A description of the text to generate, given to the engine, to stages, to other coordinators and to auditors.
 
-    max_tokens: the most new tokens. stop_tokens: the text ends with the first of these, which belongs to it.
-    top_logprobs: so many likeliest tokens are reported with each token's own log probability; -1: none at all.
-    relaxation: how relaxed mode accepts; None is exact mode.
-    constraint: source of a grammar that the text follows; empty is none. No verifier enforces one yet, so each stage
-        refuses it (`dsd_p2p.verification.choice`).
+    max_tokens: the most new tokens. stop_tokens: the text ends after the first of these.
+    top_logprobs: how many alternatives to report beside each token's own log probability; -1 reports neither.
+    relaxation: the thresholds of relaxed mode; None means exact mode.
+    constraint: the source of a grammar for the text, or empty. No verifier enforces one yet, so each stage refuses it
+        (`dsd_p2p.verification.choice`).
     """
 
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
@@ -111,10 +113,10 @@ class TextRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 def check_text_request(request: TextRequest) -> None:
-    """Refuse what no stage would take.
+    """Check that a stage would accept `request`.
 
     Raises:
-        ConfigError: names the field, its value and what is allowed.
+        ConfigError: a field is out of range. The text names the field, its value and what is allowed.
     """
     _check_fields(request.sampling)
     _check_fields(request)
@@ -132,7 +134,7 @@ def _check_fields(struct: msgspec.Struct) -> None:
 
 
 class ComputeFormat(StrEnum):
-    """The numbers that a model computes with; hidden states travel in them."""
+    """The number format in which a model computes; hidden states are sent in it unless a link uses a smaller one."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -140,12 +142,12 @@ class ComputeFormat(StrEnum):
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of one value."""
+        """The size of one value in bytes."""
         return 4 if self is ComputeFormat.FLOAT32 else 2
 
 
 class HiddenFormat(StrEnum):
-    """Format of hidden states on one link (`dsd_p2p.wire.hidden`): as the model computes them, or smaller."""
+    """The format of hidden states on one link: the model's own, or a smaller one (`dsd_p2p.wire.hidden`)."""
 
     MODEL = "model"
     BF16 = "bf16"
@@ -153,10 +155,11 @@ class HiddenFormat(StrEnum):
 
 
 class ModelKey(msgspec.Struct, frozen=True, array_like=True):
-    """Which model, exactly: two peers share a route only when their keys are equal.
+    """The exact identity of a model. Two peers can share a route only if their keys are equal.
 
-    digest: of the checkpoint's content (`dsd_p2p.models.source`). weights: how the weights are stored in memory, like
-    "float32" or, from a peer that knows it, "q4_k". compute: the numbers of the arithmetic between them.
+    digest: a hash of the checkpoint (`dsd_p2p.models.source`).
+    weights: the format of the weights in memory, for example "float32", or "q4_k" from a peer that supports it.
+    compute: the number format of the arithmetic.
     """
 
     digest: Name
@@ -169,24 +172,24 @@ class ModelKey(msgspec.Struct, frozen=True, array_like=True):
 
 
 def check_same_model(held: ModelKey | None, asked: ModelKey) -> None:
-    """The one place where two peers' models are compared.
+    """Compare the model that a peer holds with the one it is asked for. No other code compares them.
 
     Raises:
-        ModelError: they differ: names both.
+        ModelError: they differ. The text names both.
     """
     if held != asked:
         raise ModelError(
-            f"this peer holds model {held or 'none'}, asked for {asked}: start all peers with the same model"
+            f"this peer holds model {held or 'none'} but was asked for {asked}: start all peers with the same model"
         )
 
 
 def short_peer(peer: str) -> str:
-    """Return a peer id as people are shown it: its last characters, which differ most."""
+    """Return a peer id shortened for display to its last characters, which differ most."""
     return f"…{peer[-6:]}" if len(peer) > 12 else peer or "?"
 
 
 class UniformRng(Protocol):
-    """The part of `random.Random` that the core needs: it is given its randomness."""
+    """The part of `random.Random` that the core needs. The core takes its randomness as a parameter."""
 
     def random(self) -> float:
         """Return a float in [0, 1)."""
@@ -194,20 +197,20 @@ class UniformRng(Protocol):
 
 
 GREEDY = Sampling()
-"""The target's argmax."""
+"""Always pick the target's argmax."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, array_like=True):
-    """A peer and where to dial it; an empty address: only over a connection that exists."""
+    """A peer and its address. If the address is empty, only an existing connection can be used."""
 
     peer: Name
     address: Address = ""
 
 
 class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
-    """What a peer says about itself: its id, its addresses, and which layers of which model it holds.
+    """A peer's description of itself: its id, its addresses, and the model and layers that it holds.
 
-    span, model: None for a peer that hosts no stage (a coordinator).
+    span, model: None for a peer that serves no stage, such as a coordinator.
     """
 
     peer: Name
@@ -220,20 +223,26 @@ class PeerInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What the target thought of one of its tokens: -1000 times the ln of its probability, and the likeliest tokens with theirs."""
+    """The target's log probabilities at one position: of the committed token and of the likeliest tokens.
+
+    millinats, top_millinats: -1000 times the natural logarithm of the probability.
+    """
 
     millinats: Annotated[int, Meta(ge=0, le=1 << 30)]
     top: Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_length=MAX_TOP_LOGPROBS)] = ()
     top_millinats: Annotated[tuple[Annotated[int, Meta(ge=0, le=1 << 30)], ...], Meta(max_length=MAX_TOP_LOGPROBS)] = ()
 
     def is_of(self, num_top: int, vocab_size: int) -> bool:
-        """True when it is what was asked for: so many tokens at most, of that vocabulary, each with its value."""
+        """Return whether it has at most `num_top` alternatives, all in the vocabulary and each with its value."""
         tokens = self.top
         return len(tokens) == len(self.top_millinats) <= num_top and max(tokens, default=0) < vocab_size
 
 
 class StageCost(msgspec.Struct, frozen=True, array_like=True):
-    """What a window took at one stage: microseconds, nodes of all sessions computed in them, and how many sessions."""
+    """The cost of a window at one stage.
+
+    us: microseconds. num_rows: nodes of all sessions computed in that time. num_sessions: how many shared it.
+    """
 
     us: Annotated[int, Meta(ge=0, le=1 << 40)]
     num_rows: Annotated[int, Meta(ge=1, le=1 << 24)]

@@ -1,4 +1,4 @@
-"""What people see while they wait, on standard error; standard output is for results."""
+"""Shows progress on standard error. Standard output is for results."""
 
 import sys
 from contextlib import AbstractContextManager
@@ -11,7 +11,7 @@ console = Console(stderr=True, highlight=False)
 
 
 class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
-    """One line per step: a bar on a terminal, a plain line elsewhere."""
+    """A progress display with one line per step: a bar on a terminal, plain text elsewhere."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -27,7 +27,7 @@ class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
         self._tasks: dict[str, TaskID] = {}
 
     def step(self, what: str, done: int, total: int) -> None:
-        """Show how far `what` is."""
+        """Show that `done` of `total` units of `what` are finished; a total of 0 means unknown."""
         if what not in self._tasks:
             if not console.is_terminal:
                 print(what, file=sys.stderr, flush=True)
@@ -35,7 +35,7 @@ class ConsoleProgress(AbstractContextManager["ConsoleProgress"]):
         self._progress.update(self._tasks[what], completed=done, total=total or None)
 
     def close(self) -> None:
-        """Clear the bars, so that results can be printed."""
+        """Clear the bars so that results can be printed."""
         self._progress.stop()
 
     def __enter__(self) -> "ConsoleProgress":

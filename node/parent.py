@@ -1,11 +1,11 @@
-"""Ends this process when the one that started it is gone."""
+"""Ends this process when its parent process ends."""
 
 import os
 import threading
 
 
 def watch_parent() -> None:
-    """Exit when standard input ends: only the parent holds the other end of that pipe, however the parent dies."""
+    """Exit when standard input ends. Only the parent holds the pipe's other end, so this works however it dies."""
     threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
 
 

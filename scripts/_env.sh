@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv with what is asked for, once; a second run finds a stamp and goes on in no time.
-# usage: source scripts/_env.sh EXTRAS
+# Sourced by the other scripts. Creates .venv and installs the extras once; a later run finds a stamp and skips this.
+# Usage: source scripts/_env.sh EXTRAS
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -12,7 +12,7 @@ if [[ ! -e $stamp ]]; then
   python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     fail "Python 3.11 or newer is needed: install it, or name one with PYTHON=/path/to/python3.11"
-  # fastecdsa, which libp2p needs, is compiled against GMP.
+  # libp2p needs fastecdsa, which is compiled against GMP.
   if ! { command -v cc >/dev/null && "$python" - <<'PY'
 import pathlib, sys, sysconfig
 python_h = pathlib.Path(sysconfig.get_paths()["include"], "Python.h")
@@ -30,7 +30,7 @@ PY
   fi
   echo "Installing dsd-p2p and its dependencies into .venv (a few minutes the first time)"
   [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-  # torch first and pinned: an unpinned one would pull a build with gigabytes of CUDA.
+  # Install torch first and pinned: otherwise pip would pick a build with gigabytes of CUDA.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
   rm -f .venv/.installed-*

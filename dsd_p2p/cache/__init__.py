@@ -1,1 +1,1 @@
-"""Which cache slot holds which node: shared by stages, drafters and audits."""
+"""Says which slot of a KV cache holds which node, for stages, drafters and audits."""

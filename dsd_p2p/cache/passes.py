@@ -1,4 +1,4 @@
-"""What a stage asks of its layers: one pass over new nodes, and what comes of it."""
+"""Describes one pass of a stage's layers over new nodes, and its output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from dsd_p2p.verification.base import TargetView
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanPass:
-    """New nodes of one session.
+    """One pass over new nodes of one session.
 
-    cache: of the session, from the model's `new_cache`. inputs: token ids at the head, else hidden states `[n, H]`.
-    wanted: at the tail, the rows whose view is wanted.
+    cache: the session's, from the model's `new_cache`. inputs: token ids at the head, elsewhere hidden states `[n, H]`.
+    wanted: at the tail, the rows after which the caller needs the target's view.
     """
 
     cache: Any
@@ -25,19 +25,19 @@ class SpanPass:
 
     @property
     def num_rows(self) -> int:
-        """Nodes that it computes."""
+        """Number of nodes that the pass computes."""
         return len(self.forward.positions)
 
 
 SpanOutput = bytes | Sequence[TargetView] | DsdError
-"""Hidden states `[n, H]` after the span; at the tail, the target's view after each wanted row; or what is wrong with this pass."""
+"""Hidden states `[n, H]` after the span; at the tail, the target's view after each wanted row; or the pass's error."""
 
 
 def hidden_of(output: SpanOutput) -> bytes:
     """Return the hidden states.
 
     Raises:
-        DsdError: what is wrong with the pass.
+        DsdError: the pass failed with this error.
     """
     if isinstance(output, DsdError):
         raise output
@@ -49,7 +49,7 @@ def views_of(output: SpanOutput) -> Sequence[TargetView]:
     """Return the target's views.
 
     Raises:
-        DsdError: what is wrong with the pass.
+        DsdError: the pass failed with this error.
     """
     if isinstance(output, DsdError):
         raise output

@@ -1,7 +1,7 @@
-"""Which slot of a KV cache holds which node: committed prefix, then speculative nodes in arrival order.
+"""Keeps the table that says which slot of a KV cache holds which node.
 
-Slot `i < prefix_length` holds the committed token at position `i`. The slots after it hold the speculative nodes, parents
-always before their children. Stages and the model drafter keep their caches by the same table.
+Slot `i < prefix_length` holds the committed token at position `i`. The slots after the prefix hold the speculative
+nodes in arrival order, so a parent always comes before its children. Stages and the model drafter both use this table.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dsd_p2p.errors import RemoteProtocolError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheEdit:
-    """What to do to the cache before the next forward: keep the first `num_kept` slots, then append `gathered`.
+    """A change to a cache before its next forward pass: keep the first `num_kept` slots, then append `gathered`.
 
     gathered: absolute slots, int64 `[m]`, ascending, all `>= num_kept`; empty for a plain truncation.
     """
@@ -25,7 +25,7 @@ class CacheEdit:
 
     @property
     def num_slots(self) -> int:
-        """Slots in use afterwards."""
+        """Slots in use after the change."""
         return self.num_kept + len(self.gathered)
 
 
@@ -34,8 +34,8 @@ class Forward:
     """One pass of `n` new nodes over a cache of `num_slots` slots, the new ones included.
 
     positions: int64 `[n]`.
-    slot_positions: int64 `[num_slots]`, the position of what each slot holds.
-    mask: bool `[n, num_slots]`, True where a node attends: the committed prefix, its ancestors and itself.
+    slot_positions: int64 `[num_slots]`, the position of each slot's token.
+    mask: bool `[n, num_slots]`, True where a node attends: to the committed prefix, to its ancestors and to itself.
     """
 
     positions: NDArray[np.int64]
@@ -43,7 +43,7 @@ class Forward:
     mask: NDArray[np.bool_]
 
     def part(self, start: int, end: int) -> "Forward":
-        """Return the pass of the nodes `[start, end)` alone, those before them being in the cache already."""
+        """Return the pass over nodes `[start, end)` alone; the nodes before them must already be in the cache."""
         if (start, end) == (0, len(self.positions)):
             return self
         num_slots = len(self.slot_positions) - len(self.positions) + end
@@ -55,7 +55,7 @@ class Forward:
 
 
 class SlotTable:
-    """The bookkeeping of one session's cache. Nodes are named by integers that are never used twice."""
+    """The slots of one session's cache. Each node is named by an integer that is used only once."""
 
     def __init__(self, prefix_length: int = 0) -> None:
         self.prefix_length = prefix_length
@@ -69,7 +69,7 @@ class SlotTable:
         return self.prefix_length + len(self._positions)
 
     def chain(self, num_nodes: int) -> "Forward":
-        """Put nodes 0, 1, … into an empty table, each under the one before; returns their pass."""
+        """Put nodes 0, 1, … into an empty table, each a child of the one before, and return their pass."""
         assert self.num_slots == 0, "a chain starts a text"
         return self.append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
 
@@ -77,9 +77,9 @@ class SlotTable:
         return node in self._nodes
 
     def settle(self, node: int | None) -> CacheEdit | None:
-        """Join the path to `node` to the prefix and keep its descendants only; `None` keeps the prefix alone.
+        """Add the path to `node` to the prefix, and keep only its descendants; `None` keeps only the prefix.
 
-        Returns None when the cache needs no change.
+        Return the change that the cache needs, or None if it needs none.
         """
         if node is None:
             keep = np.empty(0, np.int64)
@@ -104,7 +104,7 @@ class SlotTable:
         return CacheEdit(num_kept=first_slot + in_place, gathered=first_slot + keep[in_place:])
 
     def rewind(self, length: int) -> CacheEdit:
-        """Shorten the committed prefix to `length`; nothing speculative may be left."""
+        """Shorten the committed prefix to `length`; the table must hold no speculative nodes."""
         assert length <= self.prefix_length == self.num_slots
         self.prefix_length = length
         return CacheEdit(num_kept=length, gathered=np.empty(0, np.int64))
@@ -112,10 +112,10 @@ class SlotTable:
     def append(self, nodes: Sequence[int], parents: Sequence[int | None], positions: Sequence[int]) -> Forward:
         """Give each node the next slot and return the pass that fills them.
 
-        parents: a node of the table or of this call before it; None for a child of the prefix's end.
+        parents: for each node, one of the table or an earlier one of this call; None for a child of the prefix's end.
 
         Raises:
-            RemoteProtocolError: a parent is unknown, a name is used twice, a position is not its parent's plus one.
+            RemoteProtocolError: a parent is unknown, a name is used twice, or a position is not its parent's plus one.
         """
         num_old, num_new = len(self._positions), len(nodes)
         num_all = num_old + num_new

@@ -1,1 +1,1 @@
-"""The coordinating side: finds a route, drafts, sends windows, streams the answer."""
+"""The coordinator's side of a request: find a route, draft, send windows and stream the answer."""

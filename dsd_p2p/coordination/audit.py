@@ -1,9 +1,10 @@
-"""Whether the stages of a route compute what they say: signatures on every window, spot checks on a replica.
+"""Checks that the stages of a route compute what they claim, with signed windows and spot checks on a replica.
 
-Each stage signs a hash of every row it takes in and gives out. The coordinator checks that neighbours signed the same, so nothing
-was changed between them and no layer was left out. Every few windows one stage, in random order, has to show what it sent; a peer
-that holds the same layers computes them again over the whole text, and the rows are compared. Each stage's turn comes within 32
-windows.
+Each stage signs a hash of every row that it receives and of every row that it sends. The coordinator checks that
+neighbours signed the same rows, so that nothing was changed between them and no layer was left out. Every few windows,
+one stage must show the rows that it sent. A peer that holds the same layers recomputes them over the whole text, and
+the rows are compared. The stages take turns in a random order. On a route of three or more stages, each stage is
+checked within 32 windows.
 """
 
 import secrets
@@ -31,24 +32,35 @@ from dsd_p2p.wire.messages import (
 )
 
 _CYCLE_WINDOWS = 24
-"""Windows in which every stage has its turn; the last check ends before a third as many again are sent: 32."""
+"""Windows in which every stage has its turn.
+
+The last check ends before the next turn is due. With three or more stages that is at most a third of a cycle later, at
+window 32.
+"""
 
 _TOLERANCE = {ComputeFormat.FLOAT32: 1e-3, ComputeFormat.BFLOAT16: 0.1, ComputeFormat.FLOAT16: 0.02}
-"""Greatest relative error of a row, in the Euclidean norm: window sizes and machines differ in the last bits, lies in the first."""
+"""Largest relative error of a row, in the Euclidean norm.
+
+Other window sizes and machines change only the last bits; a lie changes the first.
+"""
 
 _MAX_GAP_MILLI = {ComputeFormat.FLOAT32: 50, ComputeFormat.BFLOAT16: 1500, ComputeFormat.FLOAT16: 300}
-"""Thousandths of a logit by which a greedy token may miss the replica's pick: a near-tie."""
+"""Thousandths of a logit by which a greedy token may fall short of the replica's pick and still count as a near-tie."""
 
 _MAX_LAG = 64
-"""Positions that a stage may not know to be committed yet: news of them travels with the windows."""
+"""How many positions a stage may lag in knowing what is committed; it learns this from the windows that follow."""
 
 Ask = Callable[[PeerId, Reveal | Recompute, bytes], Awaitable[Arrived]]
-"""Sends a message to a peer and returns its answer; raises PeerError when there is none in time."""
+"""A function that sends a message to a peer and returns the answer; it raises PeerError if none comes in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One spot check: stage number `hop` over the text's first tokens. rows: what neighbours signed for each of its positions."""
+    """One spot check, of stage number `hop` over the text's first tokens.
+
+    first_unchecked: the first position that was not checked before. signed: for each position, what this stage and the
+    one before it (None at the head) signed, and the position's offset in its window.
+    """
 
     hop: int
     tokens: tuple[TokenId, ...]
@@ -57,10 +69,11 @@ class Turn:
 
 
 class Auditor:
-    """Follows one request's route.
+    """The auditor of one request: it follows the windows and verdicts, and spot-checks the stages of the route.
 
-    num_prompt: tokens that nobody picked. replicas: connected peers that hold a span, without the one given.
-    shuffle: puts a list into random order. checked: for each stage, up to which position it was checked.
+    num_prompt: tokens of the prompt, which no stage picked. replicas: returns the connected peers that hold a span,
+    except the given one. shuffle: puts a list into random order.
+    checked: for each stage, the position up to which it was checked.
     """
 
     def __init__(
@@ -87,7 +100,7 @@ class Auditor:
         self.num_unchecked = 0
 
     def opened(self, hops: tuple[Hop, ...], model: ModelKey) -> None:
-        """A route was opened, and is given everything again."""
+        """Start over on a newly opened route, which receives the whole text again."""
         self._model = model
         self._signed = SignedWindows(hops)
         self.checked = [0] * len(hops)
@@ -95,20 +108,20 @@ class Auditor:
         self._turns = []
 
     def sent(self, window: Window, num_committed: int) -> None:
-        """A window leaves; its nodes at positions below `num_committed` are committed."""
+        """Note that a window is sent; its nodes at positions below `num_committed` are committed."""
         self._num_windows += 1
         self._signed.sent(window, num_committed)
 
     def heard(self, verdict: Verdict) -> None:
-        """Check what the stages signed; called before the verdict counts.
+        """Check the stages' signatures. Call this before acting on the verdict.
 
         Raises:
-            DishonestPeer: names the stage that signed something else than its neighbour, or did not sign.
+            DishonestPeer: names the stage whose signed rows differ from its neighbour's, or that did not sign.
         """
         self._signed.heard(verdict)
 
     def committed(self, position: int, epoch: int, node: int) -> None:
-        """The token at `position` turned out to be a node that was sent."""
+        """Note which sent node holds the committed token at `position`."""
         self._signed.committed(position, epoch, node)
 
     @property
@@ -117,11 +130,11 @@ class Auditor:
 
     @property
     def is_overdue(self) -> bool:
-        """True when the next spot check is due: the one under way must end before more is written."""
+        """True when the next spot check is due; the one under way must then end before the text goes on."""
         return self._num_windows >= self._every
 
     def turn(self, tokens: Sequence[TokenId]) -> Turn | None:
-        """Return the spot check that is due, if one is. tokens: everything committed."""
+        """Return the spot check that is due, or None. tokens: the prompt and all committed tokens."""
         if self._num_windows < self._every:
             return None
         if not self._turns:
@@ -130,9 +143,9 @@ class Auditor:
         hop, end = self._turns[-1], min(self._signed.num_complete(), MAX_RECOMPUTED, len(tokens))
         if end <= self.checked[hop]:
             return None
-        # The same order again: shuffled anew, a stage that came first could come last, almost two cycles later.
+        # Keep the order for the next cycle: a new shuffle could put the first stage last, almost two cycles later.
         self._turns.insert(0, self._turns.pop())
-        # A turn that came late, for want of anything new to check, does not put off the next.
+        # A turn that came late because nothing new could be checked does not delay the next one.
         self._num_windows -= self._every
         return Turn(
             hop=hop,
@@ -142,10 +155,10 @@ class Auditor:
         )
 
     async def check(self, turn: Turn) -> None:
-        """Carry a spot check out.
+        """Carry out a spot check.
 
         Raises:
-            DishonestPeer: names who lied.
+            DishonestPeer: names the peer that lied.
         """
         hop = self._signed.hops[turn.hop]
         inputs, end = b"", len(turn.tokens)
@@ -167,7 +180,7 @@ class Auditor:
         self._judge(turn, verdicts, end)
 
     def _judge(self, turn: Turn, verdicts: list[tuple[PeerId, int]], end: int) -> None:
-        """Where a replica agrees, the stage is right; where all that answered differ, it lied."""
+        """Judge the stage: it is right if one replica agrees with it, and it lied if all that answered differ."""
         hop = self._signed.hops[turn.hop]
         if not verdicts:
             self.num_unchecked += 1
@@ -181,21 +194,22 @@ class Auditor:
             return
         position = min(wrong_at for _, wrong_at in verdicts)
         raise DishonestPeer(
-            hop.peer, f"layers {hop.span} at position {position} are not what {len(liars)} replica(s) compute"
+            hop.peer,
+            f"its output of layers {hop.span} at position {position} differs from that of {len(liars)} replica(s)",
         )
 
     async def _shown(self, turn: Turn, hop: Hop, end: int, *, is_before: bool) -> tuple[bytes, int]:
-        """Have a stage show what it sent, and compare with what it signed; returns the rows and how many."""
+        """Ask a stage for the rows it sent and compare them with what it signed; return the rows and their number."""
         try:
             answer = await self._ask(PeerId(hop.peer), Reveal(session=self._session, end=end), b"")
         except PeerError as exc:
-            raise DishonestPeer(hop.peer, f"it does not show what it computed: {exc}") from exc
+            raise DishonestPeer(hop.peer, f"it did not reveal the rows that it sent: {exc}") from exc
         message = answer.message
         assert isinstance(message, Revealed)
         num_rows = min(message.num_rows, end)
         rows = bytes(answer.payload)
         if num_rows < end - _MAX_LAG or len(rows) % max(1, message.num_rows):
-            raise DishonestPeer(hop.peer, f"it shows {num_rows} of {end} rows")
+            raise DishonestPeer(hop.peer, f"it revealed {num_rows} of {end} rows")
         if not num_rows:
             return b"", 0
         row_bytes = len(rows) // message.num_rows
@@ -204,11 +218,13 @@ class Auditor:
             mine, before, offset = turn.signed[position]
             signed = before.outputs if is_before and before else mine.outputs
             if row_hash(hashes, position) != row_hash(signed, offset):
-                raise DishonestPeer(hop.peer, f"what it shows for position {position} is not what it signed")
+                raise DishonestPeer(
+                    hop.peer, f"the row that it revealed for position {position} does not match its signed hash"
+                )
         return rows[: num_rows * row_bytes], num_rows
 
     async def _differs(self, turn: Turn, replica: PeerId, inputs: bytes, outputs: bytes, end: int) -> int | None:
-        """Return the first unchecked position at which the replica differs, -1 for none; None: it does not answer."""
+        """Return the first unchecked position at which the replica differs: -1 if none, None without an answer."""
         hop = self._signed.hops[turn.hop]
         asked = Recompute(
             request=secrets.token_bytes(8),

@@ -1,4 +1,7 @@
-"""The spot checks of one audited request: one at a time, beside the text, which waits for an overdue one."""
+"""Runs the spot checks of one audited request.
+
+One check runs at a time, while the text is written. The text waits only for a check that is overdue.
+"""
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -15,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class SpotChecks:
-    """Follows a request for its auditor. distrust: is told who lied."""
+    """The spot checks of one request, carried out by its auditor. distrust: called with the error that names a liar."""
 
     def __init__(self, auditor: Auditor, distrust: Callable[[DishonestPeer], None]) -> None:
         self._auditor = auditor
@@ -35,11 +38,11 @@ class SpotChecks:
 
     @property
     def checked(self) -> Sequence[int]:
-        """For each stage of the route, up to which position it was checked."""
+        """For each stage of the route, the position up to which it was checked."""
         return self._auditor.checked
 
     def follow(self, message: Message, num_committed: int) -> None:
-        """A message leaves for the stages; tokens below `num_committed` are committed."""
+        """Note that a message is sent to the stages; tokens at positions below `num_committed` are committed."""
         match message:
             case OpenSession(route=route, model=model):
                 self._auditor.opened(route, model)
@@ -49,15 +52,15 @@ class SpotChecks:
                 pass
 
     def heard(self, verdict: Verdict) -> None:
-        """Check what the stages signed, before the verdict counts.
+        """Check the stages' signatures. Call this before acting on the verdict.
 
         Raises:
-            DishonestPeer: names the stage that signed something else than its neighbour, or did not sign.
+            DishonestPeer: names the stage whose signed rows differ from its neighbour's, or that did not sign.
         """
         self._auditor.heard(verdict)
 
     def heed(self, effects: Sequence[Effect]) -> Iterator[Effect]:
-        """Note at once which nodes were committed: the next spot check goes by it. Yields the other effects."""
+        """Note which nodes were committed, for the next spot check, and yield the other effects."""
         for effect in effects:
             if isinstance(effect, Carried):
                 self._auditor.committed(effect.position, effect.epoch, effect.node)
@@ -67,7 +70,7 @@ class SpotChecks:
     def start_if_due(
         self, tokens: Sequence[TokenId], nursery: trio.Nursery, done: Callable[[DishonestPeer | None], Awaitable[None]]
     ) -> None:
-        """Start the spot check that is due, if one is and none is under way. done: is told who lied, None for nobody."""
+        """Start the spot check that is due, unless one is running. done: called with the liar's error, or None."""
         if self._is_checking:
             return
         turn = self._auditor.turn(tokens)
@@ -76,12 +79,12 @@ class SpotChecks:
             nursery.start_soon(self._check, turn, done)
 
     async def wait_for_overdue(self) -> None:
-        """Spot checks keep up with the text: what they would find must not be written far past."""
+        """Wait until an overdue spot check ends, so that the text does not run far past what was checked."""
         if self._is_checking and self._auditor.is_overdue:
             await self._is_over.wait()
 
     def ended(self) -> None:
-        """The check's result was heard: the next one may start."""
+        """Note that the check's result was handled; the next check may start."""
         self._is_checking = False
 
     async def _check(self, turn: Turn, done: Callable[[DishonestPeer | None], Awaitable[None]]) -> None:
@@ -90,7 +93,7 @@ class SpotChecks:
             await self._auditor.check(turn)
         except DishonestPeer as exc:
             error = exc
-        except Exception:  # task boundary: a check that goes wrong says nothing of the stage
+        except Exception:  # task boundary: a check that crashes says nothing about the stage
             logger.exception("spot check failed")
         finally:
             self._is_over.set()

@@ -1,4 +1,4 @@
-"""Where a request's route of stages comes from."""
+"""Finds the route for a request: the `Directory` protocol, and a directory of listed stages."""
 
 import logging
 from collections.abc import Sequence
@@ -20,35 +20,35 @@ _CONNECT_TIMEOUT_S = 20.0
 
 
 class Directory(Protocol):
-    """Finds routes."""
+    """A source of routes and replicas."""
 
     async def find(self, detour: Detour = NO_DETOUR) -> Route:
-        """Return the route that the next request should use, by this detour; may wait for one, with a deadline.
+        """Return the best route that respects the detour; may wait for one, up to a deadline.
 
         Raises:
-            ConfigError: the stages that are known do not make a route.
-            PeerError: there was none in time.
+            ConfigError: the known stages do not form a route.
+            PeerError: no route was found in time.
         """
         ...
 
     def replicas(self, span: Span, but: str) -> Sequence[PeerId]:
-        """Return connected peers that hold a span, without one."""
+        """Return the connected peers that hold a span, except the peer `but`."""
         ...
 
 
 class StageList:
-    """A directory of stages that somebody listed, and of those they know of."""
+    """A directory of stages given by address, and of the stages that they know."""
 
     def __init__(self, links: PeerLinks) -> None:
         self._links = links
         self._dialed: dict[str, str] = {}
 
     async def add(self, addresses: Sequence[str]) -> None:
-        """Connect to these nodes and to every node they know of.
+        """Connect to the peers at these addresses and to every stage that they know.
 
         Raises:
             PeerError: one of `addresses` cannot be reached.
-            ConfigError: one of them cannot be read.
+            ConfigError: one of `addresses` cannot be parsed.
         """
         for address in addresses:
             info = await self._links.connect(address, _CONNECT_TIMEOUT_S)
@@ -63,7 +63,7 @@ class StageList:
         """
         links, known = self._links, self._links.known.items()
         usable = [info for peer, info in known if peer in links.connected and peer not in detour.peers]
-        # Which end of a broken link is to blame is not known: without the far one if that is possible, else it is dialled again.
+        # Either end of a broken link may be at fault. Do without the far end if possible; otherwise try it again.
         far = {peer for _, peer in detour.links}
         try:
             return choose_listed_route(info for info in usable if info.peer not in far)
@@ -71,7 +71,7 @@ class StageList:
             return choose_listed_route(usable)
 
     async def find(self, detour: Detour = NO_DETOUR) -> Route:
-        """Reconnect to what is gone and return the route of fewest stages."""
+        """Reconnect to lost stages and return the route with the fewest stages."""
         await self._reconnect(_CONNECT_TIMEOUT_S / 4)
         stages = self.stages(detour)
         model = stages[0].model
@@ -87,7 +87,7 @@ class StageList:
         )
 
     def replicas(self, span: Span, but: str) -> list[PeerId]:
-        """Return connected stages that hold a span, without one."""
+        """Return the connected stages that hold a span, except the peer `but`."""
         return [
             peer
             for peer, info in self._links.known.items()
@@ -103,6 +103,6 @@ class StageList:
                     logger.warning("known peer not reachable peer=%s error=%s", info.peer, exc)
 
     def _address_of(self, info: PeerInfo) -> str:
-        """The address that worked for us; what a node says of itself may be its loopback."""
+        """Return the address that worked for us; the one that a peer advertises may be its loopback."""
         advertised = info.addresses[0] if info.addresses else ""
         return self._dialed.get(info.peer, advertised)

@@ -1,4 +1,4 @@
-"""Performs what a coordinator machine asks for, on real peers, until the request is finished."""
+"""Performs the effects of a `RequestMachine` on real peers until the request is finished."""
 
 import logging
 from collections import deque
@@ -39,14 +39,14 @@ _INBOX_EVENTS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafted:
-    """A draft is done."""
+    """The drafter's answer has arrived."""
 
     children: list[list[Candidate]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rerouted:
-    """A route was found again, or was not."""
+    """The search for another route ended, with a route or with an error."""
 
     route: Route | None
     error: DsdError | None = None
@@ -54,7 +54,7 @@ class Rerouted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """What a stage says of this request."""
+    """A stage sent a message about this request."""
 
     sender: PeerId
     message: Verdict | Failure
@@ -62,7 +62,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """A spot check is over. error: who lied."""
+    """A spot check is over. error: names the peer that lied, or None."""
 
     error: DishonestPeer | None
 
@@ -71,10 +71,10 @@ Event = Told | Lost | Drafted | Rerouted | Checked
 
 
 class RequestDriver:
-    """One request's loop: wait for an event or the deadline, tell the machine, do what it says.
+    """The event loop of one request: wait for an event or the deadline, report it to the machine, perform its effects.
 
-    find_route: finds a route; called again after one is lost. checks: of an audited request.
-    watch: reports what happens. committed: is told how many tokens came.
+    find_route: finds another route after one is lost. checks: the spot checks of an audited request.
+    watch: reports the request's progress to telemetry. committed: called with the number of tokens of each batch.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class RequestDriver:
         return f"<driver of {self._machine!r}, {len(self._pending)} effects pending>"
 
     def involves(self, peer: PeerId) -> bool:
-        """True when `peer` is a stage of the present route: nobody else has a say in this request."""
+        """Return True if `peer` is a stage of the present route; messages from other peers do not count."""
         return self._machine.involves(peer)
 
     async def run(self, output: trio.MemorySendChannel[Emit]) -> None:
-        """Generate, sending each batch of committed tokens to `output`; closes it. Cancelling frees the stages' caches."""
+        """Run the request; send committed tokens to `output`, then close it. Cancelling frees the stages' caches."""
         try:
             with self._scope, output:
                 async with trio.open_nursery() as nursery:
@@ -136,13 +136,13 @@ class RequestDriver:
                 self._watch.ended(finish.reason if finish else "left", str(finish.error or "") if finish else "")
 
     async def stop(self) -> None:
-        """End the request if it still goes on; returns once nothing of it runs."""
+        """End the request if it is still running, and wait until `run` has ended."""
         self._scope.cancel()
         await self._is_over.wait()
 
     async def _next_event(self) -> Event | None:
         with suppress(trio.WouldBlock):
-            # What has arrived counts, even if the reader kept us from it until after the deadline.
+            # An event that has arrived counts, even if a slow reader delayed us past the deadline.
             return self._events.receive_nowait()
         with trio.move_on_at(self._machine.deadline_s):
             return await self._events.receive()
@@ -183,7 +183,7 @@ class RequestDriver:
                 self.checks.heard(message)
             effects = self._machine.receive(message, now_s)
         except DishonestPeer as exc:
-            # Caught before its verdict counted: nothing wrong was written.
+            # The lie was caught before its verdict was used, so nothing wrong was written.
             return self._caught(exc, self._machine.lost(exc, now_s))
         except RemoteProtocolError as exc:
             self._avoided.peer(sender, exc, now_s)
@@ -202,9 +202,9 @@ class RequestDriver:
         await self.inbox.send(Checked(error=error))
 
     async def _perform(self, output: trio.MemorySendChannel[Emit], nursery: trio.Nursery) -> bool:
-        """Do everything pending; False once the request is finished."""
+        """Perform all pending effects; return False once the request is finished."""
         while self._pending:
-            # Taken off only when it is done: a close that is cancelled on its way must be sent again.
+            # Remove an effect only after it is done: a cancelled close message must be sent again.
             match self._pending[0]:
                 case Send(to=to, message=message):
                     if self.checks is not None:
@@ -214,12 +214,12 @@ class RequestDriver:
                     try:
                         await self._links.send(to, message)
                     except PeerError as exc:
-                        # One that is to close the session may be gone: that is as good.
+                        # A stage that was to close the session may be gone; its session ends either way.
                         if not isinstance(message, CloseSession):
                             self._pending.extend(self._machine.lost(exc, trio.current_time()))
                 case Emit() as emit:
                     self._committed(len(emit.tokens))
-                    # A reader that has gone stops us by `stop`; until then nobody misses these.
+                    # A reader that leaves ends the request with `stop`; nobody needs the tokens until then.
                     with suppress(trio.BrokenResourceError):
                         await output.send(emit)
                 case Draft() as draft if self._guesses.is_instant:
@@ -228,7 +228,7 @@ class RequestDriver:
                 case Draft() as draft:
                     nursery.start_soon(self._draft, draft)
                 case Carried():
-                    # For the auditor alone.
+                    # Only the auditor uses this.
                     pass
                 case Replay(delay_s=delay_s, reason=reason):
                     logger.warning("route lost, replaying delay_s=%.2f reason=%s", delay_s, reason)
@@ -252,7 +252,7 @@ class RequestDriver:
         await self.inbox.send(result)
 
     async def _close_stages(self) -> None:
-        """Close the session at every stage, also when we are cancelled."""
+        """Close the session at every stage, even when cancelled."""
         with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_TIMEOUT_S):
             for effect in [*self._pending, *self._machine.stop()]:
                 if isinstance(effect, Send) and isinstance(effect.message, CloseSession):

@@ -1,4 +1,4 @@
-"""The way in: `open_engine` connects to stages, `Engine.generate` streams one request's tokens."""
+"""Runs requests: `open_engine` starts a coordinator, and `Engine.generate` streams the tokens of one request."""
 
 import logging
 import random
@@ -63,11 +63,12 @@ _DISCARD_TIMEOUT_S = 15.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """The text that one request asks for, and how the coordinator goes about it; see `dsd_p2p.session.request.Request`.
+    """The text that a request asks for, and how the coordinator handles it; see `dsd_p2p.session.request.Request`.
 
-    num_written: the last tokens of the prompt that belong to the answer already.
-    audit: have the stages sign, and check them (`.audit`). experience: whose measurements of the route it shares.
-    owner: who shares text: answers of one owner go on from what the stages still hold of one another's; "" holds nothing.
+    num_written: how many of the prompt's last tokens already belong to the answer.
+    audit: have the stages sign their windows, and check them (see `.audit`).
+    experience: requests of the same name share their measurements of a route.
+    owner: requests of one owner may go on from one another's parked text; "" parks nothing.
     """
 
     text: TextRequest
@@ -82,9 +83,9 @@ class GenerateOptions:
 
 
 class Engine:
-    """A coordinator: chooses a route, drafts, streams. Made by `open_engine`; a service of `dsd_p2p.peers.services`.
+    """A coordinator's requests: it finds routes, drafts and streams tokens. A service of `dsd_p2p.peers.services`.
 
-    tell: is told what happens to the requests, if it is set.
+    tell: receives the telemetry events of the requests, if set.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Engine:
         return GovernedPolicy(policy, self._governor, trio.current_time)
 
     def observe(self) -> Observation:
-        """Return what is measured of the route that was used last, and of the drafter."""
+        """Return the measurements of the last route and of the drafter."""
         return self._last_tracker.observe()
 
     def _tracker(self, route: Route, experience: str) -> Tracker:
@@ -121,7 +122,7 @@ class Engine:
         try:
             return await self._directory.find(self.trust.avoid(detour))
         except ConfigError as exc:
-            raise PeerDisconnected(f"a stage is gone: {exc}") from exc
+            raise PeerDisconnected(f"a stage was lost: {exc}") from exc
 
     @asynccontextmanager
     async def generate(
@@ -130,7 +131,8 @@ class Engine:
         """Run one request; leaving the block early ends it and frees the stages' caches.
 
         Raises:
-            ConfigError: no route, an empty prompt, or a prompt and answer longer than the model's context.
+            ConfigError: no route, an invalid prompt or option, or a text longer than the model's context.
+            PeerError: no route was found in time.
         """
         route = await self._directory.find(self.trust.avoid(NO_DETOUR))
         self._check(prompt, options, route.max_positions)
@@ -151,7 +153,7 @@ class Engine:
         )
         self._drivers[session] = driver
         output, batches = trio.open_memory_channel[Emit](_OUTPUT_BATCHES)
-        # In the engine's nursery, so that the caller's own errors do not come out wrapped in a group.
+        # Run it in the engine's nursery, so that the caller's own errors are not wrapped in an exception group.
         self._nursery.start_soon(driver.run, output)
         try:
             yield Generation(
@@ -174,7 +176,7 @@ class Engine:
         is_parked = bool(options.owner) and not options.audit
         scope = scope_of(options.owner, route, options.hidden_format)
         num_prompt = len(prompt) - options.num_written
-        # A parked text stands for tokens of the prompt only: what was written already passes the tail again.
+        # A parked text replaces prompt tokens only; tokens written before must pass the tail again.
         prefix = self._prefixes.find(scope, prompt[: num_prompt + 1], trio.current_time()) if is_parked else None
         transport = self.links.transport
         return Request(
@@ -194,7 +196,7 @@ class Engine:
         )
 
     def _note_parked(self, request: Request, machine: RequestMachine, options: GenerateOptions) -> None:
-        """Remember what the stages hold of a finished answer, and that they do not hold what they were thought to."""
+        """Remember the text that the stages have parked, and forget a prefix that they turned out to lack."""
         lost = request.prefix.session if request.prefix is not None and machine.opening.prefix is None else b""
         if lost and (route := self._prefixes.forget(lost)) is not None:
             self._nursery.start_soon(self._discard, lost, route)
@@ -206,13 +208,13 @@ class Engine:
             self._nursery.start_soon(self._discard, session, route)
 
     async def _discard(self, session: bytes, route: Route) -> None:
-        """Have a parked text thrown away."""
+        """Ask the stages of `route` to discard a parked text."""
         for hop in route.hops:
             with suppress(PeerError), trio.move_on_after(_DISCARD_TIMEOUT_S):
                 await self.links.send(PeerId(hop.peer), CloseSession(session=session, epoch=MAX_EPOCH))
 
     def _check(self, prompt: Sequence[TokenId], options: GenerateOptions, limit: int) -> None:
-        """Refuse what no route could do. limit: longest text of this one."""
+        """Refuse a request that the route cannot serve. limit: the longest text that the route takes."""
         if not prompt:
             raise ConfigError("the prompt is empty: give at least one token")
         if max(prompt) >= self._vocab_size or min(prompt) < 0:
@@ -222,8 +224,8 @@ class Engine:
             raise ConfigError(f"--max-tokens is {text.max_tokens}: ask for at least 1")
         if not 0 <= options.num_written < min(len(prompt), text.max_tokens):
             raise ConfigError(
-                f"{options.num_written} tokens are written already: fewer than the {len(prompt)} of the prompt and the "
-                f"{text.max_tokens} that are asked for"
+                f"num_written is {options.num_written}: expected at least 0, and fewer than the {len(prompt)} tokens "
+                f"given and the {text.max_tokens} asked for"
             )
         if num_prompt + text.max_tokens > limit:
             raise ConfigError(
@@ -235,11 +237,11 @@ class Engine:
             raise ConfigError("--audit compares exact rows: leave out --hidden and --verify relaxed")
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Requests run in the nursery that the engine was made with."""
+        """Do nothing: requests run in the nursery that the engine was given."""
 
     @property
     def handlers(self) -> Mapping[type[Message], Handler]:
-        """What it does with each message that it takes."""
+        """The handler of each message type."""
         return {
             Verdict: self._hear,
             Failure: self._hear,
@@ -248,7 +250,7 @@ class Engine:
         }
 
     async def _hear(self, event: Arrived, message: Verdict | Failure) -> None:
-        """Hand a verdict or failure to the request it belongs to."""
+        """Hand a verdict or failure to its request; penalise a sender that is not a stage of it."""
         driver = self._drivers.get(message.session)
         if driver is not None and driver.involves(event.sender):
             self._hand(driver, Told(sender=event.sender, message=message))
@@ -256,7 +258,7 @@ class Engine:
             self.links.transport.penalise(event.sender)
 
     def lost(self, event: Lost) -> None:
-        """Tell every request."""
+        """Report a lost peer to every request."""
         for driver in self._drivers.values():
             self._hand(driver, event)
 
@@ -276,7 +278,7 @@ def _formats(hidden_format: HiddenFormat, num_links: int) -> tuple[HiddenFormat,
 async def open_engine(
     transport: Transport, drafter: Drafter, vocab_size: int
 ) -> AsyncIterator[tuple[Engine, StageList]]:
-    """Run a coordinator on `transport`, and the list of the stages it may use."""
+    """Run an engine on `transport`; yield it with the list of stages that it may use, empty at first."""
     links = PeerLinks(transport, PeerInfo(peer=transport.peer, addresses=transport.addresses))
     stages = StageList(links)
     async with trio.open_nursery() as nursery:

@@ -1,6 +1,7 @@
-"""Coordinating for others, and having others coordinate: a thin client sends its prompt to the peer with the shortest loop.
+"""Lets a thin client have another peer coordinate its request: the client's side, and the coordinator's.
 
-What was received is all a thin client needs to go on elsewhere: the text is a function of prompt, settings and seed.
+If the coordinator is lost, the thin client asks another one to go on from the tokens received so far. That is enough,
+because the text is a function of prompt, settings and seed.
 """
 
 import logging
@@ -36,13 +37,13 @@ _MAX_ANSWERS, _MAX_ANSWERS_PER_PEER = 32, 8
 _SEND_TIMEOUT_S = 10.0
 _QUEUED_MESSAGES = 1024
 _MAX_ATTEMPTS = 4
-"""Coordinators tried in a row without a token in between."""
+"""How many coordinators a thin client tries in a row without receiving a token."""
 
 
 class CoordinatorService:
-    """Writes answers for thin clients; a service of `dsd_p2p.peers.services`.
+    """Coordinates requests for thin clients; a service of `dsd_p2p.peers.services`.
 
-    make_policy: a window policy for one request.
+    make_policy: makes the window policy of one request.
     """
 
     def __init__(self, engine: Engine, make_policy: Callable[[], WindowPolicy]) -> None:
@@ -52,19 +53,19 @@ class CoordinatorService:
         self._answers: dict[tuple[PeerId, bytes], trio.CancelScope] = {}
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Answer as long as the nursery is open."""
+        """Run answers in `nursery`."""
         self._nursery = nursery
 
     @property
     def handlers(self) -> Mapping[type[Message], Handler]:
-        """What it does with each message that it takes."""
+        """The handler of each message type."""
         return {Ask: self._begin, StopAnswer: self._stop}
 
     async def _begin(self, event: Arrived, ask: Ask) -> None:
         assert self._nursery is not None, "start first"
         name = (event.sender, ask.request)
         if name in self._answers:
-            raise RemoteProtocolError("request", ask.request.hex(), "one that is not under way")
+            raise RemoteProtocolError("request", ask.request.hex(), "an id that is not in use")
         scope = trio.CancelScope(deadline=trio.current_time() + ask.deadline_s)
         self._answers[name] = scope
         self._nursery.start_soon(self._answer, event.sender, ask, scope)
@@ -74,7 +75,7 @@ class CoordinatorService:
             known.cancel()
 
     def lost(self, event: Lost) -> None:
-        """Nobody reads on: free the route."""
+        """Cancel the answers for a lost client, which frees their routes."""
         for (peer, _), scope in self._answers.items():
             if peer == event.peer:
                 scope.cancel()
@@ -89,9 +90,9 @@ class CoordinatorService:
         except DsdError as exc:
             end = AnswerEnd(request=ask.request, reason="error", error=kind_of(exc), text=str(exc)[:512])
         except trio.TooSlowError:
-            logger.warning("thin client takes nothing in peer=%s", client)
+            logger.warning("thin client does not read its answer peer=%s", client)
             return
-        except Exception:  # task boundary: one answer that goes wrong must not end the node
+        except Exception:  # task boundary: one failed answer must not end the process
             logger.exception("answer failed peer=%s", client)
             end = AnswerEnd(
                 request=ask.request, reason="error", error=FailureKind.MODEL, text="the coordinator failed; see its log"
@@ -104,7 +105,9 @@ class CoordinatorService:
     async def _write(self, client: PeerId, ask: Ask) -> AnswerEnd:
         per_peer = Counter(peer for peer, _ in self._answers)
         if len(self._answers) > _MAX_ANSWERS or per_peer[client] > _MAX_ANSWERS_PER_PEER:
-            raise CapacityError(f"{len(self._answers)} answers are under way here: ask another peer, or later")
+            raise CapacityError(
+                f"{len(self._answers)} answers are in progress here: ask another peer, or try again later"
+            )
         options = GenerateOptions(
             text=ask.text,
             num_written=ask.num_written,
@@ -123,9 +126,9 @@ class CoordinatorService:
 
 
 class ThinClient:
-    """Asks coordinators; a service of `dsd_p2p.peers.services`.
+    """A client that asks other peers to coordinate its requests; a service of `dsd_p2p.peers.services`.
 
-    choose: the peer to ask next, without those to avoid; None when there is none. vocab_size: of the model.
+    choose: takes the peers to avoid and returns the peer to ask next, or None. vocab_size: of the model.
     """
 
     def __init__(
@@ -137,15 +140,15 @@ class ThinClient:
         self._waiting: dict[bytes, tuple[PeerId, trio.MemorySendChannel[Answer | AnswerEnd | Lost]]] = {}
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Nothing is to be done beside the requests."""
+        """Do nothing: all the work is done in `generate`."""
 
     @property
     def handlers(self) -> Mapping[type[Message], Handler]:
-        """What it does with each message that it takes."""
+        """The handler of each message type."""
         return {Answer: self._hear, AnswerEnd: self._hear}
 
     async def _hear(self, event: Arrived, message: Answer | AnswerEnd) -> None:
-        """Hand a piece of an answer to the request that waits for it."""
+        """Hand part of an answer to the request that waits for it."""
         coordinator, queue = self._waiting.get(message.request, (None, None))
         if queue is not None and coordinator == event.sender:
             with suppress(trio.BrokenResourceError):
@@ -156,7 +159,7 @@ class ThinClient:
                     raise RemoteProtocolError("answer", unread, f"at most {_QUEUED_MESSAGES}") from None
 
     def lost(self, event: Lost) -> None:
-        """Tell those who wait for this peer."""
+        """Report a lost coordinator to the requests that wait for it."""
         for coordinator, queue in self._waiting.values():
             if coordinator == event.peer:
                 with suppress(trio.BrokenResourceError, trio.WouldBlock):
@@ -165,20 +168,18 @@ class ThinClient:
     async def generate(
         self, prompt: Sequence[TokenId], options: GenerateOptions, deadline_s: float
     ) -> AsyncGenerator[Emit, None]:
-        """Yield the answer piece by piece. A lost coordinator is replaced by another, which goes on after what was received.
+        """Yield the answer piece by piece. If a coordinator is lost, ask another to go on after the tokens received.
 
         Raises:
-            CoverageLost: there is no coordinator left to ask.
-            DsdError: what the last of them said.
+            CoverageLost: no coordinator is left to ask.
+            DsdError: the error of the last coordinator asked.
         """
         received: list[TokenId] = []
         failed: list[str] = []
         while True:
             coordinator = self._choose(failed)
             if coordinator is None:
-                raise CoverageLost(
-                    "no peer that coordinates requests is reached: use a drafter of your own with --draft"
-                )
+                raise CoverageLost("no connected peer coordinates requests: draft on this machine with --draft")
             num_before = len(received)
             try:
                 async with aclosing(

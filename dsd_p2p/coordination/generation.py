@@ -1,4 +1,4 @@
-"""One request under way, as whoever asked for it sees it."""
+"""Gives the caller of `Engine.generate` access to its running request."""
 
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -18,7 +18,7 @@ from dsd_p2p.window.base import Decision
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """One request under way. Iterate over it for its tokens, or over `pieces`; then read the rest."""
+    """A running request. Iterate over it or over `pieces()` for its tokens, then read its other fields."""
 
     batches: trio.MemoryReceiveChannel[Emit]
     stats: RequestStats
@@ -28,10 +28,10 @@ class Generation:
     waiting: deque[TokenId] = field(default_factory=deque)
 
     async def pieces(self) -> AsyncGenerator[Emit, None]:
-        """Yield the tokens as they come, those of one verdict together.
+        """Yield the tokens as they arrive, those of one verdict together.
 
         Raises:
-            DsdError: what ended the request; everything yielded before stands.
+            DsdError: the request failed; all tokens yielded before remain valid.
         """
         while (piece := await self._next_piece()) is not None:
             yield piece
@@ -62,7 +62,7 @@ class Generation:
 
     @property
     def finish(self) -> Finish | None:
-        """How it ended; None while it goes on."""
+        """How the request ended; None while it is running."""
         return self.driver.finish
 
     @property

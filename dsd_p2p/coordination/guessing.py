@@ -1,4 +1,4 @@
-"""A request's drafter, whose failure never costs more than its guesses."""
+"""Runs a request's drafter such that its failure costs only the guesses, never the answer."""
 
 import logging
 
@@ -14,7 +14,7 @@ _LOOKUP = NgramDrafter()
 
 
 class Guesses:
-    """One request's use of a drafter. is_instant: it answers at once, without a thread."""
+    """A drafter in use by one request. is_instant: the drafter answers at once and needs no thread."""
 
     def __init__(self, drafter: Drafter, session: DraftSession) -> None:
         self.name = drafter.name
@@ -23,24 +23,24 @@ class Guesses:
         self._is_broken = False
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Ask the drafter; one that fails is not asked again, and the text goes on without it."""
+        """Return the drafter's candidates for each stem; empty lists once the drafter has failed."""
         if not self._is_broken:
             try:
                 return self._session.expand(draft)
-            except Exception:  # a guess is never worth the answer
+            except Exception:  # a failed guess must not cost the answer
                 logger.exception("drafter failed, going on without it")
                 self._is_broken = True
         return [[] for _ in draft.stems]
 
     def close(self) -> None:
-        """Free what the drafter keeps of the request."""
+        """Free the drafter's state for this request."""
         self._session.close()
 
 
 def open_guesses(drafter: Drafter, max_length: int, sampling: Sampling) -> Guesses:
-    """Start a drafter on a request; prompt lookup where it has no room for another one."""
+    """Start a drafter on a request, or prompt lookup if the drafter has no room for another request."""
     try:
         return Guesses(drafter, drafter.open(max_length, sampling))
     except CapacityError as exc:
-        logger.info("drafter has no room, looking up instead error=%s", exc)
+        logger.info("drafter has no room, using prompt lookup error=%s", exc)
         return Guesses(_LOOKUP, _LOOKUP.open(max_length, sampling))

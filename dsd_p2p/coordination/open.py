@@ -1,4 +1,4 @@
-"""Opens a coordinator on stages whose addresses are known: the one way, for the commands and for the Python API."""
+"""Opens a coordinator on stages with known addresses, for both the commands and the Python API."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,7 +20,7 @@ from dsd_p2p.types import check_same_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorModel:
-    """What a coordinator needs of the target without holding layers of it: files, numbers, tokenizer, drafter."""
+    """The parts of the target that a coordinator needs without holding layers: files, shape, tokenizer and drafter."""
 
     source: ModelSource
     shape: ModelShape
@@ -36,7 +36,7 @@ def load_coordinator_model(
     model: a catalog name, a folder or a Hugging Face id. draft: see `dsd_p2p.drafting.named.make_drafter`.
 
     Raises:
-        ConfigError, ModelError: what is missing and what to do.
+        ConfigError, ModelError: says what is missing and what to do.
     """
     source = find_model(model, progress)
     return CoordinatorModel(
@@ -51,13 +51,13 @@ def load_coordinator_model(
 async def open_coordinator(
     model: CoordinatorModel, dtype: str, addresses: Sequence[str], link: LinkModel, host: str = "127.0.0.1"
 ) -> AsyncIterator[tuple[Engine, StageList]]:
-    """Connect to the stages at `addresses`, and to those they know, until the end of the block.
+    """Connect to the stages at `addresses` and to those that they know, until the end of the block.
 
-    dtype: as the stages hold the model. link: emulated for everything we send. host: the address we listen on.
+    dtype: the stages' dtype of the model. link: emulated for everything we send. host: our listening address.
 
     Raises:
         PeerError: one of the addresses cannot be reached.
-        ConfigError: the stages do not hold this model, or not all of it.
+        ConfigError: the stages hold another model, or not all of this one.
     """
     async with (
         open_ephemeral(link, host) as transport,
@@ -67,5 +67,5 @@ async def open_coordinator(
         try:
             check_same_model(stages.stages()[0].model, model.source.key(dtype))
         except ModelError as exc:
-            raise ConfigError(f"{exc}; give --model and --dtype as the stages have them") from exc
+            raise ConfigError(f"{exc}: use the same --model and --dtype as the stages") from exc
         yield engine, stages

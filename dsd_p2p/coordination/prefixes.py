@@ -1,4 +1,4 @@
-"""What a coordinator knows to be parked at its stages: whose text, and over which route."""
+"""Keeps a coordinator's index of the texts parked at stages, by owner and route."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from dsd_p2p.wire.messages import Prefix
 
 _MAX_TEXTS = 64
 _MIN_TOKENS = 16
-"""Fewer are computed as fast as they are copied."""
+"""Shortest prefix worth using: computing fewer tokens is as fast as copying them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
-    """Who shares a text, and where it is: the owner's requests over one route, with the same values on its links."""
+    """The requests that may share a parked text: those of one owner, over one route, with one hidden format."""
 
     owner: str
     stages: tuple[str, ...]
@@ -35,19 +35,19 @@ class _Text:
 
 
 def scope_of(owner: str, route: Route, hidden_format: HiddenFormat) -> Scope:
-    """Return where a request of `owner` may find text."""
+    """Return the scope in which a request of `owner` may find parked text."""
     stages = (f"{hop.peer} {hop.span}" for hop in route.hops)
     return Scope(owner=owner, stages=(repr(route.model), *stages), hidden_format=hidden_format)
 
 
 class PrefixIndex:
-    """The parked texts, the one used last at the end."""
+    """An index of the parked texts, the most recently used last."""
 
     def __init__(self) -> None:
         self._texts: OrderedDict[bytes, _Text] = OrderedDict()
 
     def find(self, scope: Scope, prompt: Sequence[TokenId], now_s: float) -> Prefix | None:
-        """Return the longest parked text that `prompt` begins with; its last token is always left to send."""
+        """Return the longest parked beginning of `prompt`, or None. The last token is never part of it."""
         for name in [name for name, text in self._texts.items() if now_s - text.at_s > PARKED_S]:
             del self._texts[name]
         tokens = np.asarray(prompt[:-1], np.int64)
@@ -63,7 +63,11 @@ class PrefixIndex:
     def add(
         self, scope: Scope, route: Route, session: bytes, tokens: Sequence[TokenId], now_s: float
     ) -> list[tuple[bytes, Route]]:
-        """Take in a text that the stages of `route` have parked; returns those that are of no use beside it, or too many."""
+        """Add a text that the stages of `route` have parked.
+
+        Returns the session and route of each text to discard: those that the new one contains, and the oldest beyond
+        the limit.
+        """
         added = _Text(scope=scope, route=route, tokens=np.asarray(tokens, np.int64), at_s=now_s)
         needless = [
             name
@@ -75,13 +79,13 @@ class PrefixIndex:
         return [(name, self._texts.pop(name).route) for name in [*needless, *surplus]]
 
     def forget(self, session: bytes) -> Route | None:
-        """A stage no longer holds it; returns over which route others might."""
+        """Remove a text that a stage no longer holds; return its route, where other stages may still hold it."""
         text = self._texts.pop(session, None)
         return text.route if text is not None else None
 
 
 def _common(left: NDArray[np.int64], right: NDArray[np.int64]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common prefix."""
     size = min(len(left), len(right))
     differs = np.flatnonzero(left[:size] != right[:size])
     return int(differs[0]) if len(differs) else size

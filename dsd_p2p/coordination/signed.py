@@ -1,4 +1,4 @@
-"""What the stages of a route signed of each window, and which of its nodes became text."""
+"""Records what the stages of a route signed for each window, and which of its nodes were committed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ class _Sent:
 
 
 class SignedWindows:
-    """The windows of one opening of an attested session. hops: its stages, head first."""
+    """The windows sent since an attested session was last opened. hops: its stages, head first."""
 
     def __init__(self, hops: tuple[Hop, ...]) -> None:
         self.hops = hops
         self._sent: dict[int, _Sent] = {}
-        # Where each node travelled, as (window, offset), by (epoch, node); and where each committed position did.
+        # The (window, offset) in which each node was sent, by (epoch, node); and the same for each committed position.
         self._at: dict[tuple[int, int], tuple[int, int]] = {}
         self._path: dict[int, tuple[int, int]] = {}
         self._num_complete = 0
 
     def sent(self, window: Window, num_committed: int) -> None:
-        """A window leaves; its nodes at positions below `num_committed` are committed."""
+        """Note that a window is sent; its nodes at positions below `num_committed` are committed."""
         self._sent[window.window] = _Sent(window=window)
         while len(self._sent) > _MAX_WINDOWS_KNOWN:
             del self._sent[next(iter(self._sent))]
@@ -39,10 +39,10 @@ class SignedWindows:
                 self._path[position] = (window.window, offset)
 
     def heard(self, verdict: Verdict) -> None:
-        """Take in what the stages signed.
+        """Check and store the stages' signatures that a verdict carries.
 
         Raises:
-            DishonestPeer: names the stage that signed something else than its neighbour, or did not sign.
+            DishonestPeer: names the stage whose signed rows differ from its neighbour's, or that did not sign.
         """
         for attested in verdict.attestations:
             sent = self._sent.get(attested.window)
@@ -54,19 +54,22 @@ class SignedWindows:
             raise DishonestPeer(self.hops[-1].peer, "its verdict lacks the stages' signatures")
 
     def committed(self, position: int, epoch: int, node: int) -> None:
-        """The token at `position` turned out to be a node that was sent."""
+        """Note which sent node holds the committed token at `position`."""
         at = self._at.get((epoch, node))
         if at is not None:
             self._path[position] = at
 
     def num_complete(self) -> int:
-        """Return up to which position every committed token's window is signed."""
+        """Return the number of leading positions whose windows are all signed."""
         while (at := self._path.get(self._num_complete)) is not None and self._stages_of(at[0]):
             self._num_complete += 1
         return self._num_complete
 
     def at(self, position: int, hop: int) -> tuple[Attestation, Attestation | None, int]:
-        """Return what stage number `hop` and the one before it signed of a committed position, and its offset there."""
+        """Return what stage number `hop` and the one before it signed for a committed position.
+
+        The second is None at the head. The third is the position's offset in its window.
+        """
         window, offset = self._path[position]
         stages = self._stages_of(window)
         return stages[hop], stages[hop - 1] if hop else None, offset
@@ -82,11 +85,11 @@ class SignedWindows:
         for index, (hop, stage) in enumerate(zip(self.hops, stages, strict=True)):
             text = signed_text(window, hop.span, stage.inputs, stage.outputs)
             if not is_signed_by(public_of(hop.peer), stage.signature, text):
-                raise DishonestPeer(hop.peer, "its signature under a window is not its own")
+                raise DishonestPeer(hop.peer, "its signature on a window is invalid")
             if stage.inputs != expected:
-                before = f"what {self.hops[index - 1].peer} signed as sent" if index else "the tokens that were sent"
-                raise DishonestPeer(hop.peer, f"it signed another input than {before}")
+                before = f"the output that {self.hops[index - 1].peer} signed" if index else "the tokens that were sent"
+                raise DishonestPeer(hop.peer, f"the input that it signed differs from {before}")
             is_tail = index == len(self.hops) - 1
             if len(stage.outputs) != (0 if is_tail else len(window.tokens) * ROW_HASH_BYTES):
-                raise DishonestPeer(hop.peer, "it signed outputs of another number of nodes")
+                raise DishonestPeer(hop.peer, "it signed outputs for the wrong number of nodes")
             expected = stage.outputs

@@ -1,4 +1,4 @@
-"""What a finished answer tells people and scripts."""
+"""Collects the statistics of a finished answer for people and scripts."""
 
 from dataclasses import asdict, dataclass
 
@@ -11,10 +11,10 @@ from dsd_p2p.window.base import Decision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestDetails:
-    """What only the coordinator of an answer knows.
+    """The details of an answer that only its coordinator knows.
 
-    mean_accepted_length: committed tokens an epoch. num_checks, num_unchecked: spot checks that were carried out, and those that
-    no replica answered; None without `audit`.
+    mean_accepted_length: committed tokens per epoch. num_checks, num_unchecked: spot checks that were carried out, and
+    those that no replica answered; None without `audit`.
     """
 
     drafter: str
@@ -33,14 +33,14 @@ class RequestDetails:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerStatistics:
-    """One answer. coordinator: the peer that wrote it for us, and kept the details; None: it was written here."""
+    """The statistics of one answer. coordinator: the peer that has the details; None if this process coordinated."""
 
     timing: Timing
     coordinator: PeerId | None = None
     details: RequestDetails | None = None
 
     def as_json(self) -> dict[str, object]:
-        """Return everything that is known, flat, under the names of `dsd generate --json` (docs/api.md)."""
+        """Return all known values as a flat dict, with the names of `dsd generate --json` (docs/api.md)."""
         timing, details = self.timing, self.details
         shown: dict[str, object] = {
             "num_tokens": timing.num_tokens,
@@ -73,7 +73,7 @@ class AnswerStatistics:
 
 
 def statistics_of(generation: Generation, drafter: str) -> AnswerStatistics:
-    """Return the statistics of an answer that was written here; at least one token has arrived."""
+    """Return the statistics of an answer coordinated here. At least one token must have arrived."""
     stats, timing, checks = generation.stats, generation.timing, generation.driver.checks
     details = RequestDetails(
         drafter=drafter,

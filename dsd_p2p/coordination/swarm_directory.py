@@ -1,4 +1,4 @@
-"""Routes out of a swarm's members."""
+"""Finds routes among the members of a swarm."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -18,13 +18,13 @@ from dsd_p2p.wire.membership import MemberState
 from dsd_p2p.wire.messages import Hop
 
 _BELIEVED_BEATS = 2
-"""What a stage says of a link to its neighbour is believed for so many heartbeats: later ones tell whether it still is so."""
+"""Heartbeats for which a reported broken link is avoided; after that, the heartbeats themselves show its state."""
 
 
 class SwarmDirectory:
-    """A directory of a swarm's members: the fastest route over what they hold, as heartbeats and measurements tell.
+    """A directory of a swarm's members, which finds the fastest route by their heartbeats and measurements.
 
-    model, num_layers: what the route must serve. coverage_timeout_s: how long a gap may take to close.
+    model, num_layers: the model that the route must serve. coverage_timeout_s: how long to wait for a gap to close.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class SwarmDirectory:
         self._coverage_timeout_s = coverage_timeout_s
 
     async def find(self, detour: Detour = NO_DETOUR) -> Route:
-        """Return the fastest route; waits for one while layers are uncovered.
+        """Return the fastest route; wait for one while there is none.
 
         Raises:
-            CoverageLost: there was none in time: names the layers.
+            CoverageLost: no route was found in time; says why and names the uncovered layers, if any.
         """
         interval_s = self._membership.registry.interval_s
         believed_until_s = trio.current_time() + _BELIEVED_BEATS * interval_s
         with trio.move_on_after(self._coverage_timeout_s):
             while (plan := self.plan(detour)) is None:
-                # Links are measured without anybody coming or going.
+                # Link measurements change even when no member joins or leaves, so look again after each interval.
                 with trio.move_on_after(interval_s):
                     await self._membership.changed()
                 if trio.current_time() > believed_until_s:
@@ -61,11 +61,11 @@ class SwarmDirectory:
         raise CoverageLost(self._explain(detour))
 
     def plan(self, detour: Detour = NO_DETOUR) -> Plan | None:
-        """Return the route that would be used now."""
+        """Return the fastest route at this moment, or None."""
         return choose_route(self.view(), PeerId(self._membership.links.me.peer), self._speculation, detour)
 
     def view(self, *, with_joining: bool = False) -> SwarmView:
-        """Return what placement knows of the members of our model; those that are still loading only when asked for."""
+        """Return a view of the living members that can hold layers. with_joining: include those still loading."""
         states = {MemberState.SERVING, MemberState.JOINING} if with_joining else {MemberState.SERVING}
         members = [member for member in self._membership.registry.members() if member.is_alive]
         nodes = tuple(
@@ -88,7 +88,7 @@ class SwarmDirectory:
         return SwarmView(num_layers=self._num_layers, peers=nodes, one_way_s=links)
 
     def replicas(self, span: Span, but: str) -> list[PeerId]:
-        """Return members that serve a span, without one; ourselves first."""
+        """Return the members that serve a span, except the peer `but`: ourselves first, then the least busy."""
         nodes = [
             node for node in self.view().peers if node.peer != but and node.span is not None and node.span.holds(span)
         ]
@@ -96,7 +96,7 @@ class SwarmDirectory:
         return [node.peer for node in sorted(nodes, key=lambda node: (node.peer != me, node.num_sessions))]
 
     def coordinators(self) -> dict[PeerId, Speculation]:
-        """Return the members that write for thin clients, and how well they draft."""
+        """Return the members that coordinate for thin clients, each with its drafter's speculation."""
         return {
             member.peer: speculation_of(member.record.profile.drafter)
             for member in self._membership.registry.members()
@@ -126,10 +126,13 @@ class SwarmDirectory:
         if len(uncovered) == self._num_layers:
             return f"no peer that serves this model was reached {waited}: see `dsd members` and `dsd doctor`"
         if uncovered:
-            return f"nobody serves layers {_ranges(uncovered)}, no gap closed {waited}: see `dsd members`, add a node by `dsd join`"
+            return (
+                f"no peer serves layers {_ranges(uncovered)}, and the gap did not close {waited}: "
+                "see `dsd members`, or add a peer with `dsd join`"
+            )
         if detour.peers:
             return f"every route leads through a peer that failed this request ({_names(detour.peers)}): add replicas"
-        return f"all layers are held, but the peers that hold them do not reach each other {waited}: see `dsd doctor`"
+        return f"all layers are held, but their peers could not reach one another {waited}: see `dsd doctor`"
 
 
 def _ranges(layers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Whom a coordinator believes: makes the checks of audited requests, asks their questions, and avoids who was caught."""
+"""Makes the spot checks of audited requests, sends their questions, and avoids the peers that they caught lying."""
 
 import logging
 import random
@@ -22,14 +22,20 @@ from dsd_p2p.wire.messages import Recompute, Recomputed, Reveal, Revealed
 logger = logging.getLogger(__name__)
 
 _ASK_TIMEOUT_S = 15.0
-"""A recomputation of the longest text that is checked takes a second or two; half a minute of silence would stop the answer."""
+"""Long enough for a check of the longest text, which takes a second or two to recompute.
+
+Waiting half a minute for a silent peer would stall the answer.
+"""
 
 _DISTRUST_S = 3600.0
-"""Who was caught is not used for an hour: longer than any answer, short enough that a mended machine comes back by itself."""
+"""How long a peer that was caught lying is avoided.
+
+An hour is longer than any answer, and short enough that a repaired machine is used again without further action.
+"""
 
 
 class Trust:
-    """One coordinator's. distrusted: until when each peer that was caught is avoided."""
+    """The peers that one coordinator distrusts. distrusted: until when to avoid each caught peer, seconds."""
 
     def __init__(self, links: PeerLinks, directory: Directory) -> None:
         self._links = links
@@ -38,12 +44,12 @@ class Trust:
         self.distrusted: dict[str, float] = {}
 
     def avoid(self, detour: Detour) -> Detour:
-        """Return the detour that also leaves out who was caught."""
+        """Return the detour extended by the peers that were caught lying."""
         return replace(detour, peers=detour.peers | self._liars())
 
     def checks_of(self, request: Request) -> SpotChecks:
         """Return the spot checks of an audited request."""
-        rng = random.Random(secrets.randbits(64))  # noqa: S311 - the seed is what nobody must foresee
+        rng = random.Random(secrets.randbits(64))  # noqa: S311 - only the seed must be unpredictable
         auditor = Auditor(
             session=request.session,
             num_prompt=request.num_prompt,
@@ -55,7 +61,7 @@ class Trust:
         return SpotChecks(auditor, self._distrust)
 
     async def hear(self, event: Arrived, message: Revealed | Recomputed) -> None:
-        """Take in an answer to a check's question; one that nobody waits for is dropped."""
+        """Hand an answer to the check that waits for it; drop an answer that no check waits for."""
         name = message.session if isinstance(message, Revealed) else message.request
         if (waiting := self._asked.get((event.sender, name))) is not None:
             with suppress(trio.WouldBlock, trio.BrokenResourceError):
@@ -70,10 +76,10 @@ class Trust:
         return [peer for peer in self._directory.replicas(span, but) if peer not in liars]
 
     async def _ask(self, peer: PeerId, message: Reveal | Recompute, payload: bytes) -> Arrived:
-        """Return a peer's answer.
+        """Send a question to a peer and return its answer.
 
         Raises:
-            PeerTimeout, PeerDisconnected: there was none.
+            PeerTimeout, PeerDisconnected: no answer came.
         """
         name = (peer, message.session if isinstance(message, Reveal) else message.request)
         self._asked[name], answers = trio.open_memory_channel[Arrived](1)

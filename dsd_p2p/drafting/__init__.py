@@ -1,1 +1,1 @@
-"""Cheap guesses at what the target will write."""
+"""Drafters: cheap guesses at what the target will write."""

@@ -1,4 +1,4 @@
-"""The seam between the coordinator and what guesses. Every implementation passes `tests/drafting/test_drafting.py`."""
+"""The interface between coordinator and drafters. Every implementation passes `tests/drafting/test_drafting.py`."""
 
 from typing import Protocol
 
@@ -10,36 +10,36 @@ class DraftSession(Protocol):
     """A drafter at work on one request."""
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Return for each stem at most `draft.width` children, likeliest first, no token twice; none is a fine answer.
+        """Return for each stem up to `draft.width` children with distinct tokens, likeliest first; none is fine.
 
-        Called in a worker thread unless the drafter is instant, never twice at a time.
+        Runs in a worker thread unless the drafter is instant. Calls never overlap.
         """
         ...
 
     def close(self) -> None:
-        """Free what the request held."""
+        """Free the request's resources."""
         ...
 
 
 class Drafter(Protocol):
-    """Something that guesses; shared by the requests of a process."""
+    """A source of drafts, shared by all requests of a process."""
 
     @property
     def name(self) -> str:
-        """What to call it in statistics."""
+        """The drafter's name in statistics."""
         ...
 
     @property
     def is_instant(self) -> bool:
-        """True when a draft takes microseconds, so that a thread would cost more than it."""
+        """True when a draft takes microseconds, less than handing it to a thread would cost."""
         ...
 
     def open(self, max_length: int, sampling: Sampling = GREEDY) -> DraftSession:
-        """Start on a request whose text grows to at most `max_length` tokens.
+        """Open a session for a request whose text grows to at most `max_length` tokens.
 
         sampling: how the target will pick. A drafter that samples with the same noise guesses better.
 
         Raises:
-            CapacityError: there is no memory for it.
+            CapacityError: there is not enough memory for the request.
         """
         ...

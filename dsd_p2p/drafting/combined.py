@@ -1,7 +1,8 @@
-"""A model and prompt lookup in one tree: lookup costs nothing, sees several tokens ahead, and is right where text repeats itself.
+"""Combines a drafting model and prompt lookup in one draft tree.
 
-Where both propose a token it is one node; where they disagree, lookup's token counts by how often it was right in such places.
-Cf. suffix decoding (Oliaro et al. 2024, arXiv:2411.04975), which also sets lookup beside a model.
+Lookup costs nothing, sees several tokens ahead, and is right where the text repeats itself. A token that both propose
+becomes one node. Where they disagree, lookup's token is weighted by how often lookup was right in earlier
+disagreements. Cf. suffix decoding (Oliaro et al. 2024, arXiv:2411.04975), which also combines lookup with a model.
 """
 
 import math
@@ -13,8 +14,14 @@ from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.types import GREEDY, Sampling, TokenId
 
 _MAX_CHAIN_TOKENS = 12
+"""Longest chain that prompt lookup adds below one node: repeats that are longer go on with the next draft."""
+
 _MIN_CHAIN_PROB = 0.3
+"""A chain ends where its probability falls below this, so that windows carry likely nodes."""
+
 _PRIOR_HITS, _PRIOR_TRIES = 1.0, 5.0
+"""Before anything is known, lookup is right once in five times where it contradicts the model."""
+
 _MAX_REMEMBERED = 4096
 
 
@@ -28,17 +35,17 @@ class CombinedDrafter:
         self.is_instant = model.is_instant
 
     def open(self, max_length: int, sampling: Sampling = GREEDY) -> "CombinedSession":
-        """Start on a request.
+        """Open a session for a request.
 
         Raises:
-            CapacityError: the model has no memory for it.
+            CapacityError: the model has no memory for the request.
         """
         return CombinedSession(self._model.open(max_length, sampling), self._lookup.open(max_length, sampling))
 
 
 @dataclass(frozen=True, slots=True)
 class _Disagreement:
-    """What was proposed after a node: the model's likeliest token and lookup's."""
+    """The differing proposals after one node: the model's likeliest token and lookup's."""
 
     model: TokenId
     lookup: TokenId
@@ -55,7 +62,7 @@ class CombinedSession:
         self._hits, self._tries = _PRIOR_HITS, _PRIOR_TRIES
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Ask both; lookup's candidates carry their own continuations."""
+        """Ask both drafters and merge their candidates; lookup's carry their own continuations."""
         self._learn(draft)
         answers = self._model.expand(draft)
         chains = self._lookup.chains(draft, _MAX_CHAIN_TOKENS, _MIN_CHAIN_PROB)
@@ -70,7 +77,7 @@ class CombinedSession:
         return merged
 
     def close(self) -> None:
-        """Free what both held."""
+        """Close both sessions."""
         self._model.close()
         self._lookup.close()
 
@@ -78,7 +85,7 @@ class CombinedSession:
         chain_prob = math.exp(chain.logprob)
         probs = {candidate.token: math.exp(candidate.logprob) for candidate in candidates}
         if candidates and candidates[0].token == chain.token:
-            # Two that err independently agree.
+            # Both agree. Their errors are taken to be independent.
             probs[chain.token] = 1 - (1 - probs[chain.token]) * (1 - chain_prob)
         else:
             trust = self._hits / self._tries
@@ -98,7 +105,7 @@ class CombinedSession:
         ]
 
     def _learn(self, draft: Draft) -> None:
-        """How often lookup was right where the two disagreed."""
+        """Update how often lookup was right where the two disagreed."""
         for index in range(max(1, self._num_learned), len(draft.tokens)):
             seen = self._disagreements.pop(draft.keys[index - 1], None)
             if seen is not None and draft.tokens[index] in (seen.model, seen.lookup):

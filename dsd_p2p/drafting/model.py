@@ -1,7 +1,7 @@
-"""A small language model that drafts: its cache follows the draft tree, and a whole level is one forward.
+"""Drafts with a language model whose cache follows the draft tree; a whole level takes one forward pass.
 
-The cache is kept by the same slot table as a stage's, with the tree's keys as names: what is committed joins the prefix,
-what no longer descends from the root is dropped, and nothing is computed twice.
+The cache uses the same slot table as a stage's, with the tree's keys as names. Committed nodes join the prefix, nodes
+that no longer descend from the root are dropped, and nothing is computed twice.
 """
 
 from collections.abc import Iterable
@@ -19,13 +19,13 @@ from dsd_p2p.verification.exact import gumbel_noise, kept_tokens
 
 _DRAFT_SLOTS = 2048
 _MAX_SAMPLED = 256
-"""Likeliest tokens that get noise when the target samples: what lies below them is hardly ever drawn."""
+"""How many of the likeliest tokens get noise when the target samples. Tokens below them are hardly ever drawn."""
 
 
 class ModelDrafter:
-    """Drafts with a whole model; `name` is what statistics call it.
+    """A drafter that runs a whole model.
 
-    model: all layers of a language model with the target's vocabulary.
+    model: all layers of a language model with the target's vocabulary. name: the drafter's name in statistics.
     """
 
     is_instant = False
@@ -35,23 +35,23 @@ class ModelDrafter:
         self.name = name
 
     def open(self, max_length: int, sampling: Sampling = GREEDY) -> "ModelDraftSession":
-        """Start on a request.
+        """Open a session for a request.
 
         Raises:
-            CapacityError: the drafter's cache budget is full, or the text longer than its context.
+            CapacityError: the drafter's cache budget is full, or the text may outgrow its context.
         """
         max_positions = self._model.shape.max_positions
         if max_length > max_positions:
             raise CapacityError(
-                f"drafter {self.name} reads {max_positions} tokens, the text may grow to {max_length}: "
-                "ask for fewer tokens or choose another with --draft"
+                f"drafter {self.name}: the text may grow to {max_length} tokens, the drafter's limit is {max_positions}; "
+                "ask for fewer tokens or choose another drafter with --draft"
             )
         return ModelDraftSession(self._model, max_length, sampling, self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Feed:
-    """A node the model has not seen yet."""
+    """A token, committed or drafted, that the model has not seen yet."""
 
     key: int
     token: TokenId
@@ -71,7 +71,7 @@ class ModelDraftSession:
         self._children: dict[int, list[Candidate]] = {}
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Run what is new of the text and of the stems' paths in one forward."""
+        """Run the new tokens of the text and of the stems' paths in one forward pass."""
         self._settle(draft)
         root_key = draft.keys[-1]
         self._children = {
@@ -87,7 +87,7 @@ class ModelDraftSession:
         self._cache.free()
 
     def _settle(self, draft: Draft) -> None:
-        """Join what was committed since the last draft to the prefix, as far as the model has seen it."""
+        """Add the tokens committed since the last draft to the prefix, as far as the model has seen them."""
         newest = None
         for key in draft.keys[self._slots.prefix_length :]:
             if key not in self._slots:
@@ -98,7 +98,7 @@ class ModelDraftSession:
         if edit is not None:
             self._cache.edit(edit)
         if is_unseen:
-            # The text went another way: nothing drafted descends from it.
+            # The text went another way: no drafted node descends from the root.
             edit = self._slots.settle(None)
             if edit is not None:
                 self._cache.edit(edit)
@@ -139,7 +139,7 @@ class ModelDraftSession:
             ]
 
     def _sampled(self, logits: torch.Tensor, position: int) -> tuple[list[TokenId], list[float]]:
-        """Candidates by the very noise the target will pick with: where the two models agree, so do their samples."""
+        """Return candidates drawn with the target's own noise: where the two models agree, so do their samples."""
         sampling = self._sampling
         best = logits.topk(min(_MAX_SAMPLED, logits.shape[-1]))
         tokens, scores = best.indices.cpu().numpy(), best.values.double().cpu().numpy() / sampling.temperature

@@ -1,4 +1,4 @@
-"""Drafters by their names."""
+"""Makes drafters by name."""
 
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.combined import CombinedDrafter
@@ -17,13 +17,14 @@ from dsd_p2p.types import Span
 def make_drafter(
     name: str, target: ModelSource, progress: Progress, *, model: str, dtype: str = "float32", device: str = "cpu"
 ) -> Drafter:
-    """Return a drafter, its model loaded.
+    """Return the named drafter with its model loaded.
 
-    name: "ngram", "shadow", a model, each also "+ngram", or "auto": what measured best for the target, which is called `model`.
+    name: "ngram", "shadow" or a model, the latter two also with "+ngram"; or "auto", the drafter that benchmarked
+    fastest for this target. model: the target's name in the catalog.
 
     Raises:
-        ConfigError: its vocabulary is not the target's.
-        ModelError: its weights cannot be loaded.
+        ConfigError: the drafter's vocabulary differs from the target's, or something other than "+ngram" was added.
+        ModelError: the drafter's weights cannot be loaded.
     """
     if name == "auto":
         name = CATALOG[model].drafter if model in CATALOG else "ngram"
@@ -31,7 +32,7 @@ def make_drafter(
         return NgramDrafter()
     drafting_model, _, lookup = name.partition("+")
     if lookup not in ("", "ngram"):
-        raise ConfigError(f"drafter {name!r}: only +ngram can be added to a drafting model")
+        raise ConfigError(f"drafter {name!r}: only +ngram can follow a model's name")
     drafter = _model_drafter(drafting_model, target, progress, dtype, device)
     return CombinedDrafter(drafter) if lookup else drafter
 
@@ -47,6 +48,7 @@ def _model_drafter(name: str, target: ModelSource, progress: Progress, dtype: st
     model = SpanModel(source, Span(0, num_layers), dtype=dtype, device=device)
     if model.shape.vocab_size != shape.vocab_size:
         raise ConfigError(
-            f"drafter {name} has {model.shape.vocab_size} tokens, the target {shape.vocab_size}: they must share a tokenizer"
+            f"drafter {name}: expected the target's {shape.vocab_size} tokens, got {model.shape.vocab_size}; "
+            "choose a drafter with the target's tokenizer"
         )
     return ModelDrafter(model, name)

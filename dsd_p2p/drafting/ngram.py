@@ -1,7 +1,8 @@
-"""Prompt lookup: what followed the same few tokens the last time, in the prompt or in the text so far.
+"""Prompt lookup: proposes the tokens that followed the same few tokens earlier in the prompt or the text.
 
-Saxena 2023 (prompt lookup decoding), with counts instead of the first match, and a confidence learned from
-the text itself: how often the lookup of each match length was right for the tokens already committed.
+This is prompt lookup decoding (Saxena 2023) with two changes. It counts followers instead of taking the first match,
+and it learns its confidence from the text: how often lookups of each match length were right for the tokens committed
+so far.
 """
 
 import math
@@ -15,17 +16,20 @@ from dsd_p2p.types import GREEDY, Sampling, TokenId
 
 _NAME = "ngram"
 _MAX_MATCH_TOKENS = 4
+"""The most tokens that are looked up. Each length costs one dictionary entry for every token of the text."""
+
 _PRIOR_HITS, _PRIOR_TRIES = 1.0, 2.0
+"""Before anything is known, a match is right every other time."""
 
 
 class NgramDrafter:
-    """Needs no model and no measurable time."""
+    """A drafter that needs no model and no measurable time."""
 
     name = _NAME
     is_instant = True
 
     def open(self, max_length: int, sampling: Sampling = GREEDY) -> "NgramSession":
-        """Start on a request."""
+        """Open a session for a request."""
         return NgramSession()
 
 
@@ -39,13 +43,13 @@ class NgramSession:
         self._tries = [_PRIOR_TRIES] * (_MAX_MATCH_TOKENS + 1)
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Look each stem's last tokens up."""
+        """Look up the last tokens of each stem."""
         self._index(draft.tokens)
         recent = list(draft.tokens[-_MAX_MATCH_TOKENS:])
         return [self._lookup([*recent, *(token for _, token in stem.path)], draft.width) for stem in draft.stems]
 
     def chains(self, draft: Draft, max_tokens: int, min_prob: float) -> list[Candidate | None]:
-        """Return for each stem the one likeliest continuation, up to `max_tokens` deep, while it is likelier than `min_prob`."""
+        """Return each stem's likeliest continuation of up to `max_tokens` and at least `min_prob`, or None."""
         self._index(draft.tokens)
         recent = list(draft.tokens[-_MAX_MATCH_TOKENS:])
         return [
@@ -77,7 +81,7 @@ class NgramSession:
                 if followers:
                     self._tries[length] += 1
                     self._hits[length] += _likeliest(followers, 1)[0][0] == token
-                # The most recent follower wins ties: re-inserting moves it behind the others of its count.
+                # The most recent follower wins ties: re-inserting moves it to the end, where `_likeliest` looks first.
                 count = followers.pop(token, 0)
                 followers[token] = count + 1
         self._num_indexed = len(tokens)

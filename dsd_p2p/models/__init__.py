@@ -1,1 +1,1 @@
-"""Weights and what runs them: where a model comes from, one span of its layers, the cache, the target's view."""
+"""Finds, loads and runs models: their files, one span of their layers, the KV cache, and the logits."""

@@ -1,4 +1,4 @@
-"""What differs between families of decoder models, found in the model itself and not in a table."""
+"""Reads the properties of a decoder model that differ between families, from its config and not from a table."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,15 @@ from dsd_p2p.errors import ModelError
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Their frequencies depend on the longest text so far, so taking a token back would not restore them."""
+"""RoPE types whose frequencies depend on the longest text so far, so rolling back a token would not restore them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The numbers of a model that others need; `kv_values_per_slot`: keys and values that one layer keeps of one position."""
+    """The dimensions of a model.
+
+    kv_values_per_slot: how many numbers one layer keeps in the KV cache for one position.
+    """
 
     num_layers: int
     hidden_size: int
@@ -29,16 +32,16 @@ def read_model_config(folder: Path) -> Any:
     """Return transformers' config of the text model in `folder`.
 
     Raises:
-        ModelError: no config there, or a kind of model that cannot be split or rolled back.
+        ModelError: the folder has no config, or the model cannot be split or rolled back.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as exc:
         first_line = str(exc).strip().partition("\n")[0]
-        raise ModelError(f"{folder}: transformers knows no such model: {first_line}") from exc
+        raise ModelError(f"{folder}: transformers cannot load this model: {first_line}") from exc
     config = getattr(config, "text_config", None) or config
     if not getattr(config, "num_hidden_layers", None) or not getattr(config, "vocab_size", None):
-        raise ModelError(f"{folder}: {config.model_type} is no decoder language model")
+        raise ModelError(f"{folder}: {config.model_type} is not a decoder language model")
     if config.is_encoder_decoder:
         raise ModelError(f"{folder}: {config.model_type} is an encoder-decoder; only decoders can be split")
     unknown = set(attention_kinds(config)) - {FULL, SLIDING}
@@ -53,7 +56,7 @@ def read_model_config(folder: Path) -> Any:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Return the numbers of the model in `folder`; raises as `read_model_config` does."""
+    """Return the dimensions of the model in `folder`; raises the errors of `read_model_config`."""
     return shape_of(read_model_config(folder))
 
 
@@ -67,7 +70,7 @@ def attention_kinds(config: Any) -> list[str]:
 
 
 def shape_of(config: Any) -> ModelShape:
-    """Return the model's numbers."""
+    """Return the dimensions of the model with this config."""
     num_heads = int(config.num_attention_heads)
     num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)

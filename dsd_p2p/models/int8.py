@@ -1,8 +1,8 @@
-"""Rounds a model's linear layers to int8 and runs them in int8: a third of the time, a quarter of the bytes.
+"""Rounds a model's linear layers to int8 and runs them in int8, in a third of the time and a quarter of the memory.
 
-One scale per output channel for the weights. For the activations of a draft step one scale per call; for a prompt one
-per row, because the first tokens' outliers would otherwise cost 7 points of agreement (measured on SmolLM2-135M: 0.945
-against 0.879, docs/benchmarks.md).
+The weights have one scale per output channel. The activations have one scale per call in a draft step and one per row
+in a prompt. With one scale per call, outliers in a prompt's first tokens would cost 7 points of agreement (measured on
+SmolLM2-135M: 0.945 against 0.879, docs/benchmarks.md).
 """
 
 import math
@@ -29,12 +29,12 @@ class Int8Linear(nn.Module):
         rounded = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         with warnings.catch_warnings():
-            # torch calls its quantized tensors deprecated without offering other int8 kernels for the CPU.
+            # torch deprecates its quantized tensors but offers no other int8 kernels for the CPU.
             warnings.simplefilter("ignore")
             quantized = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
             self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
         self._bias = bias
-        # One byte a weight, a double and a whole number a row.
+        # One byte per weight; a double and an integer per row.
         self.num_bytes = weight.numel() + 16 * len(weight) + (0 if bias is None else bias.numel() * bias.element_size())
         self._reduce_range = not _has_vnni()
 
@@ -55,13 +55,13 @@ class Int8Linear(nn.Module):
 
 
 def round_linear_layers(model: Any) -> None:
-    """Replace every linear layer of a float32 CPU model, the LM head included, by its `Int8Linear`."""
+    """Replace every linear layer of a float32 CPU model, including the LM head, with an `Int8Linear`."""
     engines = torch.backends.quantized.supported_engines
     torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else "qnnpack"
     swap_linear_layers(model, Int8Linear)
 
 
 def _has_vnni() -> bool:
-    """Without these instructions fbgemm's products of two full 8-bit numbers overflow."""
+    """Return whether the CPU has VNNI. Without it, fbgemm's products of two full 8-bit numbers overflow."""
     check = getattr(torch.cpu, "_is_vnni_supported", None)
     return bool(check is not None and check())

@@ -1,4 +1,4 @@
-"""Linear layers of a model, replaced one by one."""
+"""Replaces the linear layers of a model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 
 def swap_linear_layers(model: Any, make: Callable[[torch.Tensor, torch.Tensor | None], nn.Module]) -> None:
-    """Replace every linear layer, the LM head included, by `make(weight, bias)`; weight `[out, in]`, bias `[out]` or None.
+    """Replace every linear layer, including the LM head, with `make(weight, bias)`.
 
-    Layers that are linear only by inheritance stay: they compute something else.
+    weight: `[out, in]`. bias: `[out]` or None. Subclasses of `nn.Linear` stay, because they compute something else.
     """
     with torch.inference_mode():
         for name, module in list(model.named_modules()):
@@ -19,5 +19,5 @@ def swap_linear_layers(model: Any, make: Callable[[torch.Tensor, torch.Tensor | 
                 bias = None if module.bias is None else module.bias.detach()
                 model.set_submodule(name, make(module.weight.detach(), bias))
             elif isinstance(module, Conv1D):
-                # GPT-2's layers store their weight the other way round.
+                # GPT-2's layers store their weight transposed.
                 model.set_submodule(name, make(module.weight.detach().T.contiguous(), module.bias.detach()))

@@ -1,8 +1,9 @@
-"""Builds the stock transformers model with one span of its layers in it, reading only that span's tensors.
+"""Builds the stock transformers model with only one span of its layers, and reads only that span's tensors.
 
-The model is built on `meta` with all its layers, so every layer keeps its real index; what the span does not own is
-replaced by a module that does nothing before anything is allocated. Checkpoint names are mapped by transformers' own
-conversion rules (5.23; they are internal, hence the pin), so fused experts, renamed heads and missing prefixes are its business.
+How it works. The model is built on the `meta` device with all its layers, so every layer keeps its real index. Modules
+outside the span are replaced with ones that do nothing before any memory is allocated. transformers' own conversion
+rules (5.23; they are internal, hence the pin) map the checkpoint's names, so they handle fused experts, renamed heads
+and missing prefixes.
 """
 
 import copy
@@ -35,18 +36,18 @@ _TEXT_TOWER_NAMES = {
     r"^language_model\.lm_head": "lm_head",
     r"^model\.language_model\.": "model.",
 }
-"""How checkpoints of multimodal models name their text model; a text-only checkpoint has none of these."""
+"""The names that multimodal checkpoints use for their text model. A text-only checkpoint has none of these."""
 
 
 class _PassThrough(nn.Module):
-    """In place of an embedding, norm or head that another stage owns."""
+    """A replacement for a layer, embedding, norm or head that another stage holds."""
 
     def forward(self, hidden: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
         return hidden
 
 
 class _NoPositions(nn.Module):
-    """In place of GPT-2's position embedding after the head."""
+    """A replacement for GPT-2's position embedding in stages after the head."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), device=position_ids.device)
@@ -54,7 +55,7 @@ class _NoPositions(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
-    """Where a family keeps its parts, found by what they are."""
+    """The names that a model family uses for its parts, found in the model itself."""
 
     prefix: str
     layers: str
@@ -78,7 +79,7 @@ class LoadedSpan:
         """Return a model of part of the layers that shares every tensor with this one.
 
         Raises:
-            ConfigError: the part is not inside.
+            ConfigError: the part is not inside this span.
         """
         if not self.span.first <= span.first < span.last <= self.span.last:
             raise ConfigError(f"layers {span} are not inside {self.span}")
@@ -99,7 +100,7 @@ class LoadedSpan:
 def load_span(
     source: ModelSource, span: Span, dtype: torch.dtype, device: str, donor: LoadedSpan | None = None
 ) -> LoadedSpan:
-    """Load the tensors of `span`; layers that `donor` holds are taken from it, not read again.
+    """Load the tensors of `span`; take layers that `donor` holds from it, without reading them again.
 
     Raises:
         ConfigError: the span is outside the model.
@@ -146,7 +147,7 @@ def _find_parts(model: Any, num_layers: int) -> _Parts:
     others = [name for name in rest if name not in norms]
     if len(norms) != 1 or others not in ([], ["wpe"]):
         raise ModelError(
-            f"{model.config.model_type}: cannot tell who owns {', '.join(rest)}; the family is not supported"
+            f"{model.config.model_type}: cannot tell which stage needs {', '.join(rest)}; this model family is not supported"
         )
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     return _Parts(
@@ -162,7 +163,7 @@ def _find_parts(model: Any, num_layers: int) -> _Parts:
 def _wanted_tensors(
     source: ModelSource, model: Any, parts: _Parts, span: Span, mapping: Any, given: range
 ) -> list[str]:
-    """Checkpoint names of the tensors that this span needs, without those of the `given` layers."""
+    """Return the checkpoint names of the tensors that this span needs, except those of the `given` layers."""
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     state = model.state_dict()
@@ -200,12 +201,12 @@ def _drop_what_others_own(model: Any, parts: _Parts, span: Span, num_layers: int
 
 
 def _drop_ends(model: Any, parts: _Parts, *, is_head: bool, is_tail: bool) -> None:
-    """Drop what comes before the first layer and after the last one, but not the embedding: a tail may be tied to it."""
+    """Drop the modules before the first and after the last layer, except the embedding: a tail may be tied to it."""
     base = model.base_model
     if not is_head and parts.position_embedding:
         setattr(base, parts.position_embedding, _NoPositions())
     if not is_head and hasattr(base, "embedding_multiplier"):
-        # Granite scales whatever comes in; only the head's input is an embedding.
+        # Granite scales its input, but only the head's input is an embedding.
         base.embedding_multiplier = 1.0
     if not is_tail:
         setattr(base, parts.norm, _PassThrough())
@@ -213,7 +214,7 @@ def _drop_ends(model: Any, parts: _Parts, *, is_head: bool, is_tail: bool) -> No
 
 
 def _load(model: Any, source: ModelSource, wanted: list[str], mapping: Any, dtype: torch.dtype, device: str) -> Any:
-    """Fill the model from the checkpoint; returns the library's list of what was not in it."""
+    """Fill the model from the checkpoint; return transformers' list of missing keys."""
     settings = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping, device_map={"": device})
     try:
         with _lazy_tensors(source, wanted) as tensors:
@@ -231,7 +232,7 @@ def _load(model: Any, source: ModelSource, wanted: list[str], mapping: Any, dtyp
 
 @contextmanager
 def _lazy_tensors(source: ModelSource, wanted: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield slices that are read from the memory-mapped files when they are used."""
+    """Yield slices of memory-mapped files, which are read when they are used."""
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         tensors = {}
@@ -244,12 +245,12 @@ def _lazy_tensors(source: ModelSource, wanted: list[str]) -> Iterator[dict[str, 
 
 
 def _fill_buffers(model: Any, device: str) -> None:
-    """Compute what no checkpoint holds (rotary frequencies, Gemma's embedding scale) by the model's own initialiser."""
+    """Let the model's initialiser fill buffers that no checkpoint has (rotary frequencies, Gemma's embedding scale)."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-    # Loaded parameters are flagged and skipped.
+    # The initialiser skips loaded parameters, because they are flagged.
     model.initialize_weights()
 
 

@@ -1,4 +1,4 @@
-"""What a model's weights must be: a digest for each tensor, and one over them all that peers compare."""
+"""Hashes a model: one digest per tensor, and one of the whole model for peers to compare."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from dsd_p2p.errors import ModelError
 from dsd_p2p.models.cache_dir import default_cache_dir
 
 _MAX_HEADER_BYTES = 100_000_000
-"""As safetensors itself allows."""
+"""The limit of safetensors itself."""
 
 
 class _TensorHeader(msgspec.Struct):
@@ -21,20 +21,24 @@ class _TensorHeader(msgspec.Struct):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """config: sha256 of what the config says of the model. tensors: by name its dtype, shape and the sha256 of its bytes."""
+    """The digests of a model's config and tensors.
+
+    config: sha256 of the config without fields that differ between copies of a model.
+    tensors: by name, the tensor's dtype, shape and the sha256 of its bytes.
+    """
 
     config: str
     tensors: dict[str, str]
 
     @property
     def digest(self) -> str:
-        """The sha256 over all of it."""
+        """The sha256 of the whole manifest."""
         lines = (f"{name} {entry}" for name, entry in sorted(self.tensors.items()))
         return hashlib.sha256("\n".join([self.config, *lines]).encode()).hexdigest()
 
 
 def read_manifest(folder: Path, weight_files: Iterable[str]) -> Manifest:
-    """Hash the model in `folder`, or take what was stored for these very files (path, size and time of change)."""
+    """Hash the model in `folder`, or return the stored manifest if path, size and time of change of its files match."""
     files = [folder / "config.json", *(folder / name for name in sorted(weight_files))]
     stats = [(path.name, path.stat()) for path in files if path.exists()]
     state = repr([str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in stats)])
@@ -44,7 +48,7 @@ def read_manifest(folder: Path, weight_files: Iterable[str]) -> Manifest:
     tensors = {name: entry for path in files[1:] for name, entry in _hash_tensors(path)}
     manifest = Manifest(config=hashlib.sha256(_canonical_config(files[0])).hexdigest(), tensors=tensors)
     stored.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may do this at once: each puts a whole file in place.
+    # Several processes may do this at once, so each moves a complete file into place.
     scratch = stored.with_suffix(f".{os.getpid()}")
     scratch.write_bytes(msgspec.json.encode(manifest))
     scratch.replace(stored)
@@ -52,10 +56,10 @@ def read_manifest(folder: Path, weight_files: Iterable[str]) -> Manifest:
 
 
 def check_tensors(manifest: Manifest, folder: Path, file_of_tensor: Mapping[str, str], names: Iterable[str]) -> None:
-    """Hash these tensors as they are on the disk now.
+    """Hash these tensors as they are on disk now, and compare them with the manifest.
 
     Raises:
-        ModelError: one is not what the manifest says.
+        ModelError: a tensor is missing or differs.
     """
     wanted: dict[str, set[str]] = {}
     for name in names:
@@ -64,23 +68,23 @@ def check_tensors(manifest: Manifest, folder: Path, file_of_tensor: Mapping[str,
         found = dict(_hash_tensors(folder / file, tensors))
         for name in sorted(tensors):
             if name not in found or manifest.tensors.get(name) != found[name]:
-                raise ModelError(f"{folder / file}: tensor {name} has changed on the disk: fetch the model again")
+                raise ModelError(f"{folder / file}: tensor {name} has changed on disk: fetch the model again")
 
 
 def _hash_tensors(file: Path, wanted: set[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Name and entry of each tensor, read from the file in order: neither torch nor a memory map is needed for it.
+    """Yield each tensor's name and manifest entry, reading the file in order without torch or a memory map.
 
     Raises:
-        ModelError: it is no safetensors file.
+        ModelError: `file` is not a safetensors file.
     """
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         if not 0 < header_bytes <= _MAX_HEADER_BYTES:
-            raise ModelError(f"{file} is no safetensors file: fetch the model again")
+            raise ModelError(f"{file} is not a safetensors file: fetch the model again")
         try:
             header = msgspec.json.decode(stream.read(header_bytes), type=dict[str, msgspec.Raw])
         except msgspec.DecodeError as exc:
-            raise ModelError(f"{file} is no safetensors file ({exc}): fetch the model again") from exc
+            raise ModelError(f"{file} is not a safetensors file ({exc}): fetch the model again") from exc
         header.pop("__metadata__", None)
         for name, raw in header.items():
             if wanted is not None and name not in wanted:
@@ -93,7 +97,7 @@ def _hash_tensors(file: Path, wanted: set[str] | None = None) -> Iterator[tuple[
 
 
 def _canonical_config(path: Path) -> bytes:
-    """The config without what differs between copies of one model."""
+    """Return the config without the fields that differ between copies of one model."""
     config = msgspec.json.decode(path.read_bytes())
     for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         config.pop(key, None)

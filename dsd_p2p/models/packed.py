@@ -1,8 +1,8 @@
-"""Linear layers on a CPU with their weights in oneDNN's own order.
+"""Runs linear layers on a CPU with weights in oneDNN's memory order, which is faster for the few rows of a window.
 
-For two or three float32 rows torch's own kernel reads the weights once a row, and for a few more in no good order; a window is
-always a few rows. Here a row's result is the same bits whatever rows stand beside it, in bfloat16 too: what still depends on the
-size of a window is the attention.
+For two or three float32 rows torch's kernel reads the weights once per row; for a few more rows it reads them in a slow
+order. With the packed weights a row's result has the same bits whatever other rows are in the call, in bfloat16 too.
+Only the attention still depends on the size of a window.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ from torch import nn
 from dsd_p2p.models.linear import swap_linear_layers
 
 _FEWEST_ROWS = 4
-"""Fewer are computed as so many: faster, and by the same kernel as any larger number."""
+"""Fewer rows are padded to this number: that is faster and uses the same kernel as larger numbers."""
 
 _EXPECTED_ROWS = 8
-"""Any small number leads oneDNN to the same order."""
+"""A hint for oneDNN, which chooses the same order for any small number."""
 
 
 class PackedLinear(nn.Module):
     """A linear layer that takes and returns the dtype of its weights.
 
     weight: `[out, in]`, float32 or bfloat16 on the CPU. bias: `[out]` or None.
-    num_bytes: of what it holds.
+    num_bytes: the size of weight and bias.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(dtype: torch.dtype, device: str) -> bool:
-    """True where this torch and CPU have the kernels."""
+    """Return whether torch and the CPU have the kernels for `dtype` on `device`."""
     has_kernels = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     if torch.device(device).type != "cpu" or not has_kernels:
         return False
@@ -52,5 +52,5 @@ def can_pack(dtype: torch.dtype, device: str) -> bool:
 
 
 def pack_linear_layers(model: Any) -> None:
-    """Replace every linear layer of a model, the LM head included, by its `PackedLinear`."""
+    """Replace every linear layer of a model, including the LM head, with a `PackedLinear`."""
     swap_linear_layers(model, PackedLinear)

@@ -1,18 +1,18 @@
-"""How long steps tell how far they are, without knowing who shows it."""
+"""Defines the interface through which long steps report their progress."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Shows one long step after another."""
+    """A display for one long step after another."""
 
     def step(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` units of `what` are finished; `total` 0 when it is not known."""
+        """Show that `done` of `total` units of `what` are finished; `total` is 0 if unknown."""
         ...
 
 
 class NoProgress:
-    """Shows nothing."""
+    """A display that shows nothing."""
 
     def step(self, what: str, done: int, total: int) -> None:
-        """Ignore it."""
+        """Do nothing."""

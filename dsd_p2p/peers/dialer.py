@@ -1,4 +1,4 @@
-"""Keeps a member connected to every peer that holds layers, and to somebody when it is alone."""
+"""Keeps a member connected to every peer that can hold layers, and finds it a peer when it is alone."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -16,15 +16,16 @@ logger = logging.getLogger(__name__)
 _DIAL_TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 30.0
 _YIELD_S = 3.0
-"""Of two members that see each other at the same time, the one with the greater id waits this long before it dials."""
+"""When two members learn of each other at once, the one with the greater id waits this long before it dials."""
 
 _MAX_FOUND = 8
 
 
 class Dialer:
-    """One member's. bootstrap: addresses to try when we are connected to nobody. met: rings when a dial has succeeded.
+    """The dialer of one member.
 
-    last_failure, is_refused: why the last attempt to reach a member failed, and whether that member does not want us.
+    bootstrap: addresses to try when we are connected to nobody. met: rings when a dial succeeds or an address is added.
+    last_failure: why the last attempt failed, or the first refusal. is_refused: True once a member refused us.
     """
 
     def __init__(self, links: PeerLinks, bootstrap: Sequence[str], rng: UniformRng, met: Bell) -> None:
@@ -40,13 +41,13 @@ class Dialer:
         self.is_refused = False
 
     def also_try(self, address: str) -> None:
-        """Use an address where a member may be like one of the bootstrap list; the latest few are kept."""
+        """Add an address to try like those of the bootstrap list; only the latest eight are kept."""
         if address not in (*self._bootstrap, *self._found):
             self._found = (*self._found, address)[-_MAX_FOUND:]
             self._met.ring()
 
     def dial(self, records: Iterable[MemberRecord], nursery: trio.Nursery) -> None:
-        """Try to reach every stage that we are not connected to, and the bootstrap list when we are alone."""
+        """Dial every stage that we are not connected to and, when we are alone, the bootstrap list."""
         now_s = trio.current_time()
         for record in records:
             peer = PeerId(record.info.peer)
@@ -61,7 +62,7 @@ class Dialer:
             self._try(peer, record.info.addresses, nursery)
         if not self._links.connected:
             for address in (*self._bootstrap, *self._found):
-                # By peer: two dials of one peer at a time, one of them to where it no longer is, keep each other from succeeding.
+                # Named by peer, because two dials of one peer at once, one to a stale address, block each other.
                 self._try(address.rpartition("/p2p/")[2], (address,), nursery)
 
     def _try(self, name: str, addresses: Sequence[str], nursery: trio.Nursery) -> None:
@@ -77,7 +78,7 @@ class Dialer:
                     await self._links.connect(address, _DIAL_TIMEOUT_S)
                 except (PeerError, ConfigError) as exc:
                     logger.info("member not reached address=%s error=%s", address, exc)
-                    # That we are not wanted matters more than that somebody is not there.
+                    # A refusal tells more than an unreachable peer, so keep it.
                     if not self.is_refused:
                         self.last_failure = str(exc)
                     self.is_refused = self.is_refused or "refused us" in self.last_failure

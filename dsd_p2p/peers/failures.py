@@ -1,4 +1,4 @@
-"""Errors on the wire and back."""
+"""Translates our errors to failures on the wire and back."""
 
 from dsd_p2p.errors import (
     CapacityError,
@@ -16,7 +16,7 @@ from dsd_p2p.wire.messages import FailureKind
 
 
 def kind_of(error: DsdError) -> FailureKind:
-    """Return what a peer is told of an error of ours."""
+    """Return the kind of failure to report to a peer for our error."""
     match error:
         case CapacityError():
             return FailureKind.CAPACITY
@@ -37,7 +37,7 @@ def kind_of(error: DsdError) -> FailureKind:
 
 
 def error_of(kind: FailureKind, text: str) -> DsdError:
-    """Return the error that a peer reports."""
+    """Return the error for a failure that a peer reports."""
     match kind:
         case FailureKind.CAPACITY:
             return CapacityError(text)
@@ -54,4 +54,4 @@ def error_of(kind: FailureKind, text: str) -> DsdError:
         case FailureKind.REQUEST:
             return ConfigError(text)
         case FailureKind.PROTOCOL:
-            return RemoteProtocolError("our message", text, "what the peer says")
+            return RemoteProtocolError("our message", text, "one that the peer accepts")

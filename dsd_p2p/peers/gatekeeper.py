@@ -1,4 +1,4 @@
-"""Who is let in: the registry of a swarm and the grants that are shown decide."""
+"""Decides by a swarm's registry and a peer's grants whether the peer is let in."""
 
 import logging
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Bell:
         self._event = trio.Event()
 
     def ring(self) -> None:
-        """Wake everybody that waits."""
+        """Wake all waiters."""
         self._event.set()
         self._event = trio.Event()
 
@@ -31,9 +31,9 @@ class Bell:
 
 
 class SwarmGatekeeper:
-    """A `dsd_p2p.peers.links.Gatekeeper` that lets members in.
+    """A `dsd_p2p.peers.links.Gatekeeper` that lets only members in.
 
-    grants: what we show to other members. unix: seconds since 1970. met: rings whenever somebody was let in.
+    grants: those that we show to other members. unix: returns seconds since 1970. met: rings when a peer is let in.
     """
 
     def __init__(self, registry: Registry, grants: tuple[Grant, ...], unix: Callable[[], float]) -> None:
@@ -46,10 +46,10 @@ class SwarmGatekeeper:
         """Let a member in.
 
         Raises:
-            RemoteProtocolError: it is none.
+            RemoteProtocolError: the peer is not a member, or holds layers with a client's invite.
         """
         role = self.registry.admit(peer, hello.grants, self._unix())
         if role is Role.CLIENT and hello.sender.span is not None:
-            raise RemoteProtocolError("span", str(hello.sender.span), "none: its invite is for clients")
+            raise RemoteProtocolError("span", str(hello.sender.span), "none, because its invite is for clients")
         logger.info("member let in peer=%s role=%s", peer, role)
         self.met.ring()

@@ -1,4 +1,4 @@
-"""Messages to and from peers: greets each peer once, answers pings, drops those who break the protocol."""
+"""Sends and receives messages: greets each peer once, answers pings, and drops peers that break the protocol."""
 
 import logging
 import math
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 _REPLY_TIMEOUT_S = 0.5
 _PENALTY_S = 2.0
-"""Breaking the protocol must not be the cheapest way to make us work."""
+"""How long a dropped peer is not read: breaking the protocol must not be the cheapest way to make us work."""
 
 NO_SESSION = bytes(8)
-"""Session of a `Failure` that concerns the whole connection."""
+"""The session id in a `Failure` that concerns the whole connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,24 +39,24 @@ class Arrived:
 
 
 class Gatekeeper(Protocol):
-    """Decides who is let in; asked once a connection, before anything is allocated for the peer."""
+    """Decides whether a peer is let in; asked at its greeting, before anything is allocated for it."""
 
     @property
     def grants(self) -> tuple[Grant, ...]:
-        """What we show to be let in elsewhere."""
+        """The grants that we show to be let in elsewhere."""
         ...
 
     def admit(self, peer: PeerId, hello: Hello) -> None:
         """Let the peer in.
 
         Raises:
-            RemoteProtocolError: it does not belong here, and why.
+            RemoteProtocolError: the peer does not belong here; says why.
         """
         ...
 
 
 class OpenGate:
-    """Lets everybody in: for stages on one machine, started by hand or by a test."""
+    """A gatekeeper that lets every peer in, for stages that are started by hand or by a test."""
 
     grants: tuple[Grant, ...] = ()
 
@@ -65,9 +65,9 @@ class OpenGate:
 
 
 class PeerLinks:
-    """What a stage and a coordinator have in common. One task must keep calling `receive`.
+    """A peer's connections to other peers, for stages and coordinators alike. One task must keep calling `receive`.
 
-    gatekeeper: of a swarm; without one everybody is let in.
+    gatekeeper: decides who is let in; without one, everybody is.
     """
 
     def __init__(self, transport: Transport, me: PeerInfo, gatekeeper: Gatekeeper | None = None) -> None:
@@ -87,12 +87,12 @@ class PeerLinks:
         self.num_frames = 0
 
     async def connect(self, address: str, timeout_s: float) -> PeerInfo:
-        """Return what the peer at `address` says of itself.
+        """Connect to the peer at `address` and return what it says about itself.
 
         Raises:
-            PeerTimeout: it cannot be reached, or does not speak this protocol.
-            PeerDisconnected: it refused.
-            ConfigError: the address cannot be read.
+            PeerTimeout: the peer cannot be reached or does not speak this protocol.
+            PeerDisconnected: the peer refused us or closed the connection.
+            ConfigError: the address cannot be parsed.
         """
         start_s = trio.current_time()
         with trio.move_on_after(timeout_s) as scope:
@@ -109,11 +109,11 @@ class PeerLinks:
         return self.known[peer]
 
     def is_connected(self, peer: str) -> bool:
-        """True when messages can be sent to `peer`; we are always connected to ourselves."""
+        """True if messages can be sent to `peer`; we are always connected to ourselves."""
         return peer in self.connected or peer == self.transport.peer
 
     async def greet(self, peer: PeerId) -> None:
-        """Say hello once per connection."""
+        """Send a hello to the peer, once per connection."""
         if peer in self._greeted:
             return
         self._greeted.add(peer)
@@ -129,7 +129,7 @@ class PeerLinks:
             raise
 
     async def introduce(self) -> None:
-        """Tell every connected peer of all the others."""
+        """Greet every connected peer again, with all the stages that we know by now."""
         for peer in list(self.connected):
             self._greeted.discard(peer)
             await self.greet(peer)
@@ -145,9 +145,9 @@ class PeerLinks:
         await self.transport.send(to, frame)
 
     async def round_trip_s(self, peer: PeerId, timeout_s: float, num_bytes: int = 0) -> float:
-        """Seconds a message takes to `peer` and a small one back, on the stream that windows use.
+        """Return the seconds from sending a ping to receiving its small answer, on the stream that windows use.
 
-        num_bytes: how many more than the least the message has, at most `MAX_PING_BYTES`.
+        num_bytes: padding of the ping, at most `MAX_PING_BYTES`.
 
         Raises:
             PeerTimeout, PeerDisconnected: there was no answer.
@@ -167,7 +167,7 @@ class PeerLinks:
         return trio.current_time() - start_s
 
     async def receive(self) -> Arrived | Lost:
-        """Return the next message that is not of the links' own business, or the loss of a peer."""
+        """Return the next message that the links do not handle themselves, or the loss of a peer."""
         while True:
             event = await self.transport.receive()
             if isinstance(event, Lost):
@@ -206,7 +206,7 @@ class PeerLinks:
                 if nonce in self._pongs:
                     self._pongs[nonce].set()
             case Failure(session=session, text=text) if session == NO_SESSION:
-                logger.warning("peer refuses us peer=%s text=%s", sender, text)
+                logger.warning("peer refused us peer=%s text=%s", sender, text)
                 while len(self._refusals) >= MAX_KNOWN_PEERS:
                     del self._refusals[next(iter(self._refusals))]
                 self._refusals[sender] = (trio.current_time(), text)
@@ -216,21 +216,21 @@ class PeerLinks:
         return True
 
     async def _reply(self, peer: PeerId, sending: Awaitable[None]) -> None:
-        """Answer from within the receive loop: a peer that takes nothing in is dropped before it holds the others up."""
+        """Answer from within the receive loop; drop a peer that reads nothing before it holds up the others."""
         with trio.move_on_after(_REPLY_TIMEOUT_S) as scope, suppress(PeerError):
             await sending
         if scope.cancelled_caught:
-            await self.transport.disconnect(peer, "takes no answers in")
+            await self.transport.disconnect(peer, "does not read our answers")
 
     def _meet(self, sender: PeerId, hello: Hello) -> None:
         if hello.version != PROTOCOL_VERSION:
             raise RemoteProtocolError("protocol version", hello.version, str(PROTOCOL_VERSION))
         if hello.sender.peer != sender:
-            raise RemoteProtocolError("sender", hello.sender.peer, f"{sender}, the connection's own peer")
+            raise RemoteProtocolError("sender", hello.sender.peer, f"{sender}, the peer of the connection")
         self._gatekeeper.admit(sender, hello)
         self.transport.admit(sender)
         for info in hello.known:
-            # Others' word of a peer counts until it introduces itself, and only stages are worth remembering.
+            # What others say about a peer counts until it greets us itself. Only stages are worth remembering.
             is_news = info.peer != self.transport.peer and info.peer not in self.known and info.span is not None
             if is_news and len(self.known) < MAX_KNOWN_PEERS:
                 self.known[PeerId(info.peer)] = info

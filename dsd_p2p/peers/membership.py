@@ -1,7 +1,7 @@
-"""One member of a swarm at work: shows its grants, checks others', tells and hears who is alive, keeps connected to all.
+"""Runs one member of a swarm: exchanges heartbeats and records, drops dead and revoked members, and keeps it connected.
 
-Heartbeats and records travel on the streams that windows use, not over GossipSub: a ninth of the CPU and a quarter of the delay for
-eight members (docs/adr/0006-membership-on-our-own-streams.md).
+Heartbeats and records use the same streams as windows, not GossipSub: for eight members this takes a ninth of the CPU
+and a quarter of the delay (docs/adr/0006-membership-on-our-own-streams.md).
 """
 
 import logging
@@ -36,23 +36,24 @@ logger = logging.getLogger(__name__)
 
 
 _MIN_SYNC_S = 1.0
-"""Least time between two exchanges of everything known with the same peer."""
+"""Minimum time between two sends of everything known to the same peer."""
 
 _GOODBYE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What our stage holds right now."""
+    """The current load of our stage."""
 
     num_sessions: int = 0
     cache_bytes: int = 0
 
 
 class Membership:
-    """A service of `dsd_p2p.peers.services` on the links that `gatekeeper` watches.
+    """The service (`dsd_p2p.peers.services`) that makes a peer a member, on the links that `gatekeeper` guards.
 
-    own: our record. dialer: keeps us connected. unix: seconds since 1970. load: what our stage holds.
+    own: makes our records. dialer: keeps us connected. unix: returns seconds since 1970. load: returns our stage's
+    load.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Membership:
         self._load = load
         self._beat = own.incarnation
         self._changed = Bell()
-        # Somebody new is greeted with a heartbeat at once.
+        # Rings for new peers, which get a heartbeat at once.
         self._met = gatekeeper.met
         self._connected_at_s: dict[PeerId, float] = {}
         self._synced_at_s: dict[PeerId, float] = {}
@@ -82,34 +83,35 @@ class Membership:
         alive = [short_peer(member.peer) for member in self.registry.members() if member.is_alive]
         return f"<member {short_peer(self.links.me.peer)} {self._own.state.value}, alive: {', '.join(alive)}>"
 
-    # What we say of ourselves
+    # Our own state
 
     async def announce(self, info: PeerInfo, state: MemberState, profile: PeerProfile | None = None) -> None:
-        """Tell everybody what we are from now on."""
+        """Update our record and send it to all connected members."""
         self.links.me = info
         self._own.state = state
         self._own.profile = profile or self._own.profile
         await self._tell_all(Members(records=(self._renew(),)))
 
     async def revoke(self, revocation: Revocation) -> None:
-        """Take in the owner's revocation and tell everybody.
+        """Apply the owner's revocation and send it to all connected members.
 
         Raises:
             RemoteProtocolError: the owner did not sign it.
+            CapacityError: there are too many revocations.
         """
         if self.registry.revoke(revocation):
             await self._tell_all(Members(revocations=(revocation,)))
             self._sweep()
 
     async def leave(self) -> None:
-        """Say goodbye, so that nobody has to find out."""
+        """Tell all connected members that we leave, so that they need not wait for missing heartbeats."""
         self._own.state = MemberState.LEFT
         with trio.CancelScope(shield=True), trio.move_on_after(_GOODBYE_S):
             message = Members(records=(self._renew(),))
             for peer in list(self.links.connected):
                 with suppress(PeerError):
                     await self.links.send(peer, message)
-            # The writers need a moment; nobody answers a goodbye.
+            # Give the writers a moment, because nobody answers a goodbye.
             await trio.sleep(_GOODBYE_S / 4)
 
     def _renew(self) -> MemberRecord:
@@ -121,21 +123,21 @@ class Membership:
     # The service
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Send heartbeats and keep connected as long as the nursery is open."""
+        """Send heartbeats and keep us connected as long as the nursery is open."""
         self._nursery = nursery
         nursery.start_soon(self._beat_forever)
         nursery.start_soon(self._sweep_forever)
 
     @property
     def handlers(self) -> Mapping[type[Message], Handler]:
-        """What it does with each message that it takes."""
+        """The handlers of heartbeats and of records and revocations."""
         return {Heartbeat: self._hear_beat, Members: self._hear_members}
 
     async def _hear_beat(self, event: Arrived, heartbeat: Heartbeat) -> None:
         was_alive = self.registry.is_alive(event.sender)
         self.registry.heard(event.sender, heartbeat, trio.current_time())
         if not was_alive:
-            # An answer at once tells it the round trip.
+            # A heartbeat sent back at once gives it the round trip.
             self._met.ring()
             self._changed.ring()
         if heartbeat.view != self.registry.view:
@@ -145,14 +147,14 @@ class Membership:
         self._merge(event.sender, members)
 
     def lost(self, event: Lost) -> None:
-        """The connection to a peer is gone."""
+        """Note that the connection to a peer is gone."""
         self.registry.lost(event.peer)
         for index in (self._connected_at_s, self._synced_at_s):
             index.pop(event.peer, None)
         self._changed.ring()
 
     async def changed(self) -> None:
-        """Wait until somebody came, went or changed."""
+        """Wait until a member comes, goes or changes."""
         await self._changed.wait()
 
     def _merge(self, sender: PeerId, members: Members) -> None:
@@ -169,7 +171,7 @@ class Membership:
             except RemoteProtocolError as exc:
                 if record.info.peer == sender:
                     raise
-                # Another's record may have expired or been revoked on its way here.
+                # Another member's record may have expired or been revoked on its way here.
                 logger.info("record refused peer=%s from=%s error=%s", record.info.peer, sender, exc)
         if news_records or news_revocations:
             self._changed.ring()
@@ -185,7 +187,7 @@ class Membership:
             return False
 
     def _refute(self, record: MemberRecord) -> None:
-        """Somebody knows a record of ours from a life before this one that looks newer: outdate it."""
+        """Outdate a record of ours from an earlier incarnation that somebody knows and that looks newer than ours."""
         mine = self.registry.record_of(PeerId(self.links.me.peer))
         if mine is not None and record.age > mine.age:
             self._own.incarnation = record.incarnation + 1
@@ -221,7 +223,7 @@ class Membership:
             await trio.sleep(pause_s)
             now_s = trio.current_time()
             if now_s - last_s > 2 * pause_s:
-                # We were the silent one (stopped, or starved): what waits to be read may be their heartbeats.
+                # We did not run (stopped or starved), so members' heartbeats may still wait to be read.
                 late_s = now_s - last_s
                 self.registry.forgive(late_s)
                 self._connected_at_s = {peer: at_s + late_s for peer, at_s in self._connected_at_s.items()}
@@ -229,7 +231,7 @@ class Membership:
             self._sweep()
 
     def _sweep(self) -> None:
-        """Drop who is silent, deaf, revoked or expired."""
+        """Drop members that are silent, deaf, revoked or expired."""
         now_s = trio.current_time()
         gone = self.registry.sweep(now_s, self._unix())
         swept = {peer for peer, _ in gone}
@@ -256,12 +258,15 @@ class Membership:
         await trio.lowlevel.checkpoint()
 
     async def _send(self, peer: PeerId, message: Message) -> None:
-        """A peer that takes nothing in must not hold the others up; the next heartbeat says it all again."""
+        """Send, but give up after one interval, because the next heartbeat makes up for a lost message.
+
+        A peer that reads nothing must not hold up the others.
+        """
         with trio.move_on_after(self.registry.interval_s), suppress(PeerError):
             await self.links.send(peer, message)
 
     def _sync(self, peer: PeerId) -> None:
-        """Send everything known to a peer whose view is another."""
+        """Send everything known to a peer whose view differs from ours."""
         now_s = trio.current_time()
         if now_s - self._synced_at_s.get(peer, -_MIN_SYNC_S) < _MIN_SYNC_S:
             return
@@ -276,7 +281,11 @@ class Membership:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipSettings:
-    """bootstrap: addresses of members. unix: seconds since 1970. rng: of the dialer's pauses. version: of the software."""
+    """Settings of a member.
+
+    bootstrap: addresses of members. unix: returns seconds since 1970. rng: varies the dialer's pauses. version: our
+    software's.
+    """
 
     bootstrap: Sequence[str]
     unix: Callable[[], float]
@@ -291,7 +300,7 @@ def open_membership(
     settings: MembershipSettings,
     load: Callable[[], Load] = Load,
 ) -> Membership:
-    """Return a member whose records `key` signs, on links that `gatekeeper` watches. load: what our stage holds."""
+    """Return a member whose records `key` signs, on links that `gatekeeper` guards. load: returns our stage's load."""
     own = OwnRecord(key, gatekeeper.grants, settings.unix, settings.version)
     dialer = Dialer(links, settings.bootstrap, settings.rng, gatekeeper.met)
     return Membership(links, gatekeeper, own, dialer, settings.unix, load)

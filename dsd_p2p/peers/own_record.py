@@ -1,4 +1,4 @@
-"""What a member says about itself, signed."""
+"""Makes a member's own signed records."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from dsd_p2p.wire.membership import Grant, MemberRecord, MemberState, PeerProfil
 
 
 class OwnRecord:
-    """Makes our records. unix: seconds since 1970. version: of the software."""
+    """The maker of our records. unix: returns seconds since 1970. version: our software's."""
 
     def __init__(
         self, key: SigningKey, grants: tuple[Grant, ...], unix: Callable[[], float], version: str = ""
@@ -23,7 +23,7 @@ class OwnRecord:
         self.state = MemberState.JOINING
 
     def renewed(self, info: PeerInfo, known: MemberRecord | None) -> MemberRecord:
-        """Return a record that is newer than `known`, the last one of ours that is known."""
+        """Return a signed record that is newer than `known`, our last known record."""
         sequence = max(int(self._unix() * 1000), known.sequence + 1 if known else 0)
         record = MemberRecord(
             info=info,

@@ -1,4 +1,4 @@
-"""The one receive loop of a process: each message goes to the service that takes its kind."""
+"""Runs a process's only receive loop, which gives each message to the services that handle its kind."""
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,32 +15,32 @@ logger = logging.getLogger(__name__)
 
 
 Handler = Callable[[Arrived, Any], Awaitable[None]]
-"""Takes in a message and what arrived with it; soon done, because all others wait for it.
+"""Handles what arrived and the message in it. It must return soon, because all other messages wait for it.
 
 Raises:
-    RemoteProtocolError: the sender broke the protocol and is dropped.
+    RemoteProtocolError: the sender broke the protocol; it is dropped.
 """
 
 
 class Service(Protocol):
-    """Something a peer does for others: a stage, a coordinator, membership."""
+    """A part of a peer that handles messages: a stage, a coordinator, or membership."""
 
     @property
     def handlers(self) -> Mapping[type[Message], Handler]:
-        """What it does with each kind of message that it takes; asked once."""
+        """The handler for each kind of message that the service takes; read once."""
         ...
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Get ready for messages; what it does beside them runs in `nursery`."""
+        """Get ready for messages, and start background tasks in `nursery`."""
         ...
 
     def lost(self, event: Lost) -> None:
-        """The connection to a peer is gone."""
+        """Handle the loss of the connection to a peer."""
         ...
 
 
 async def run_services(links: PeerLinks, services: Sequence[Service]) -> None:
-    """Run the services and feed them until cancelled."""
+    """Run the services and give them their messages until cancelled."""
     handlers: dict[type[Message], list[Handler]] = {}
     for service in services:
         for kind, handler in service.handlers.items():
@@ -63,8 +63,8 @@ async def run_services(links: PeerLinks, services: Sequence[Service]) -> None:
 async def _hand(event: Arrived, handlers: Mapping[type[Message], Sequence[Handler]]) -> None:
     kind = type(event.message)
     takers = handlers.get(kind, ())
-    # A failure may still be on its way to a coordinator that has gone.
+    # A failure may arrive after its coordinator has gone.
     if not takers and not isinstance(event.message, Failure):
-        raise RemoteProtocolError("message", kind.__name__, "one that this peer takes")
+        raise RemoteProtocolError("message", kind.__name__, "a kind that this peer handles")
     for handler in takers:
         await handler(event, event.message)

@@ -1,1 +1,1 @@
-"""Which peer hosts which layers, and which route of peers serves a request."""
+"""Decides which peer holds which layers, which peer coordinates a request, and which route serves it."""

@@ -1,4 +1,4 @@
-"""Which of several targets takes a request, by what is known of their load."""
+"""Chooses among several targets for a request by their load."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,22 +8,22 @@ from dsd_p2p.types import UniformRng
 
 
 class Routing(StrEnum):
-    """How a target is chosen."""
+    """The rule by which a target is chosen."""
 
     RANDOM = "random"
     ROUND_ROBIN = "round-robin"
     SHORTEST_QUEUE = "jsq"
     TWO_CHOICES = "power-of-two"
-    """The shorter queue of two random ones (Mitzenmacher 2001)."""
+    """The shorter of two random queues (Mitzenmacher 2001)."""
 
     PREDICTED = "predicted-time"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A target as the router sees it.
+    """A target's load as the balancer sees it.
 
-    num_queued: requests it serves or keeps waiting. window_s: what one window costs it. link_s: round trip.
+    num_queued: requests that it serves or that wait there. window_s: its time per window. link_s: round trip to it.
     """
 
     num_queued: int
@@ -32,12 +32,12 @@ class Load:
 
     @property
     def predicted_s(self) -> float:
-        """Seconds until a window sent now is answered."""
+        """Seconds from sending a window now to its answer."""
         return self.link_s + (self.num_queued + 1) * self.window_s
 
 
 class Balancer:
-    """Chooses; remembers whose turn it is."""
+    """A chooser of targets, which remembers whose turn it is."""
 
     def __init__(self, routing: Routing, rng: UniformRng) -> None:
         self._routing = routing
@@ -45,7 +45,7 @@ class Balancer:
         self._turn = -1
 
     def choose(self, loads: Sequence[Load]) -> int:
-        """Return the index of the chosen one of `loads`, which are not empty."""
+        """Return the index of the chosen target. loads: one per target, at least one."""
         count = len(loads)
         match self._routing:
             case Routing.RANDOM:
@@ -62,7 +62,7 @@ class Balancer:
                 return self._least([load.predicted_s for load in loads])
 
     def _least(self, costs: Sequence[float]) -> int:
-        """The index of the least; of several a random one, so that not all go to the first."""
+        """Return the index of the least cost; ties are broken at random, so that not all requests go to the first."""
         least = min(costs)
         best = [index for index, cost in enumerate(costs) if cost == least]
         return best[self._random(len(best))]

@@ -1,4 +1,4 @@
-"""Which peer coordinates a request: drafts, sends windows and takes verdicts in."""
+"""Chooses the peer that coordinates a request: it drafts, sends windows and receives verdicts."""
 
 from collections.abc import Collection, Mapping
 
@@ -7,24 +7,25 @@ from dsd_p2p.placement.view import Plan, Speculation, SwarmView
 from dsd_p2p.types import PeerId
 
 _MIN_GAIN = 1.1
-"""A peer other than the client itself must be this much faster: handing over costs a hop and a dependency."""
+"""Another peer must be this much faster than the client itself, because handing over adds a hop and a dependency."""
 
 
 _NGRAM_COVERAGE, MODEL_COVERAGE = 0.5, 0.9
-"""Share of levels at which a drafter's tree holds the true token: prompt lookup on novel text, a model (docs/benchmarks.md)."""
+"""How often a level of the draft tree holds the target's token: for prompt lookup on novel text and for a model
+(docs/benchmarks.md)."""
 
 
 def speculation_of(drafter: str) -> Speculation:
-    """Return what to expect of a drafter, by its name."""
+    """Return the expected speculation of the named drafter."""
     return Speculation(coverage=_NGRAM_COVERAGE if drafter == "ngram" else MODEL_COVERAGE)
 
 
 def choose_coordinator(
     view: SwarmView, client: PeerId, capable: Mapping[PeerId, Speculation], avoid: Collection[str] = ()
 ) -> tuple[PeerId, Plan] | None:
-    """Return the peer with the fastest loop through its best route, and that route; None when nobody has one.
+    """Return the peer whose best route is fastest, and that route; None if no peer has a route.
 
-    capable: peers that draft, and how well; the client itself only if it does.
+    capable: the peers that can draft and how well, including the client itself if it can. avoid: peers not to choose.
     """
     best: tuple[PeerId, Plan] | None = None
     own = choose_route(view, client, capable[client]) if client in capable else None

@@ -1,4 +1,4 @@
-"""Finds a route of stages that covers a model."""
+"""Finds a route that covers a model, among stages that were started by hand."""
 
 import itertools
 from collections.abc import Iterable
@@ -14,20 +14,20 @@ def even_spans(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
         ConfigError: there are fewer layers than stages.
     """
     if not 1 <= num_stages <= num_layers:
-        raise ConfigError(f"{num_stages} stages: this model's {num_layers} layers allow 1..{num_layers}")
+        raise ConfigError(f"stages: expected 1 to {num_layers}, one per layer at most, got {num_stages}")
     bounds = [num_layers * index // num_stages for index in range(num_stages + 1)]
     return list(itertools.pairwise(bounds))
 
 
 def choose_listed_route(peers: Iterable[PeerInfo]) -> list[PeerInfo]:
-    """Return the shortest route of stages of one model that covers all its layers.
+    """Return the route with the fewest stages that covers all layers of one model.
 
     Raises:
-        ConfigError: no stage is known, or they leave layers uncovered or disagree on the model: says which.
+        ConfigError: no stage is known, or the stages leave layers uncovered or hold different models; says which.
     """
     stages = [peer for peer in peers if peer.span is not None]
     if not stages:
-        raise ConfigError("none of the connected peers hosts a stage: connect to a node started with --span")
+        raise ConfigError("no connected peer serves a stage: connect to a peer started with `dsd node --span`")
     models = {peer.model for peer in stages}
     routes = [_shortest([p for p in stages if p.model == model]) for model in sorted(models, key=str)]
     complete = [route for route in routes if route and _end(route) == route[0].num_layers]
@@ -35,15 +35,15 @@ def choose_listed_route(peers: Iterable[PeerInfo]) -> list[PeerInfo]:
         return min(complete, key=len)
     if len(models) > 1:
         described = "; ".join(f"{short_peer(p.peer)} {p.span} {p.model_name} {p.model}" for p in stages)
-        raise ConfigError(f"the stages hold different models: {described}; start them with one model")
+        raise ConfigError(f"the stages serve different models: {described}; start all of them with the same model")
     raise ConfigError(
         f"layers from {max(map(_end, routes))} of {stages[0].num_layers} are not covered by a connected stage: "
-        "start a node with that span"
+        "start one with `dsd node --span`"
     )
 
 
 def _shortest(stages: list[PeerInfo]) -> list[PeerInfo]:
-    """Breadth first from layer 0; returns the route that gets furthest."""
+    """Search breadth-first from layer 0 and return the route that gets furthest."""
     best: list[PeerInfo] = []
     frontier: list[list[PeerInfo]] = [[]]
     reached = {0}

@@ -1,4 +1,4 @@
-"""The route of one request: the one whose predicted seconds a token are the fewest, over everything the peers hold."""
+"""Chooses a request's route: the one with the fewest predicted seconds per token over all layers that peers hold."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -9,22 +9,22 @@ from dsd_p2p.types import PeerId, Span
 _MAX_HOPS = 64
 _MAX_BOUNDARIES = 40
 _REFILL_LAYER_S = 0.02
-"""What a layer counts as slower when its keys and values must be made again: a stage that still has them is worth a detour."""
+"""Penalty per layer whose keys and values must be computed again: a stage that still has them is worth a detour."""
 
 _MAX_LABELS = 8
-"""Partial routes kept of those that end at the same peer and layer and none of which is better in everything."""
+"""Partial routes kept per peer and end layer, none of which is better than another in everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detour:
-    """What a route that replaces a lost one does without: peers, and links in either direction; and the stages it should keep."""
+    """The peers and links (in either direction) that a replacement route must avoid, and the stages it should keep."""
 
     peers: frozenset[str] = frozenset()
     links: frozenset[tuple[str, str]] = frozenset()
     kept: frozenset[PlannedStage] = frozenset()
 
     def without(self, view: SwarmView) -> SwarmView:
-        """Return the view without them."""
+        """Return the view without the avoided peers and links."""
         links = {
             (a, b): seconds
             for (a, b), seconds in view.one_way_s.items()
@@ -36,7 +36,7 @@ class Detour:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Partial:
-    """A route up to some layer; `previous` is the route before its last stage."""
+    """A route up to some layer. previous: the route before its last stage."""
 
     traversal_s: float
     slowest_s: float
@@ -62,9 +62,10 @@ def choose_route(
     speculation: Speculation | None = None,
     detour: Detour | None = None,
 ) -> Plan | None:
-    """Return the fastest route from `coordinator` and back to it; None when the model is not covered or not reachable.
+    """Return the fastest route from `coordinator` and back; None if the model is not covered or cannot be reached.
 
-    A stage may run fewer layers than its peer holds, so that overlapping spans join and a slow peer's share shrinks.
+    A stage may run fewer layers than its peer holds, so that overlapping spans fit together and slow peers get fewer
+    layers.
     """
     speculation = speculation or Speculation()
     view = detour.without(view) if detour else view
@@ -88,7 +89,7 @@ def choose_route(
 
 
 def _boundaries(view: SwarmView, nodes: list[PeerView], kept: Iterable[PlannedStage]) -> list[int]:
-    """Layers at which one stage may hand over to the next: every span's ends, and a grid between."""
+    """Return the layers at which one stage may hand over to the next: the ends of all spans, and a grid between."""
     step = -(-view.num_layers // _MAX_BOUNDARIES)
     spans = [*(node.span for node in nodes if node.span), *(stage.span for stage in kept)]
     ends = {end for span in spans for end in (span.first, span.last)}
@@ -124,7 +125,7 @@ def _extend(before: _Partial | None, link_s: float, node: PeerView, stage: Plann
 
 
 def _keep(labels: list[_Partial], new: _Partial) -> None:
-    """Add `new` unless another is at least as good in everything; drop what it beats."""
+    """Add `new` unless another is at least as good in everything; drop those that it beats."""
     if any(old.traversal_s <= new.traversal_s and old.slowest_s <= new.slowest_s for old in labels):
         return
     labels[:] = [old for old in labels if old.traversal_s < new.traversal_s or old.slowest_s < new.slowest_s]

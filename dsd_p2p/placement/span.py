@@ -1,4 +1,4 @@
-"""Which layers a peer should hold: when it joins, and when a gap opens. Sticky: nothing moves for less than a gap."""
+"""Chooses the layers that a peer should hold, when it joins and when a gap opens. Peers move only to close a gap."""
 
 import math
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ from dsd_p2p.placement.view import PeerView, Speculation, SwarmView
 from dsd_p2p.types import PeerId, Span
 
 _MAX_EVALUATED = 24
-"""Spans whose routes are searched; the rest is sorted out by coverage."""
+"""Maximum number of spans whose routes are searched; coverage decides which."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """A peer that should hold other layers from now on."""
+    """A change of the layers that a peer holds."""
 
     peer: PeerId
     span: Span
 
 
 def choose_span(view: SwarmView, me: PeerView, speculation: Speculation | None = None) -> Span:
-    """Return the span with which `me`, who holds nothing yet, improves the swarm most.
+    """Return the span with which `me`, a peer that holds nothing yet, improves the swarm most.
 
-    Uncovered layers count first; once all are covered, the predicted seconds a token of the best route, averaged over the peers
-    it could start from; then the layers that fewest peers hold.
+    Closing gaps comes first. Once all layers are covered, the criterion is the predicted seconds per token of the best
+    route, averaged over the peers that it could start from, and then the layers that the fewest peers hold.
     """
     others = replace(view, peers=tuple(node for node in view.peers if node.peer != me.peer))
     holders = _holders(others)
@@ -34,23 +34,24 @@ def choose_span(view: SwarmView, me: PeerView, speculation: Speculation | None =
     def need(span: Span) -> tuple[int, float, int]:
         layers = range(span.first, span.last)
         num_gaps = sum(holders[layer] == 0 for layer in layers)
-        # Few holders weigh more than many; where all is alike, from the front on, without leaving a gap in between.
+        # Layers with few holders weigh more. Ties go to the front, which leaves no gap in between.
         scarcity = sum(1 / (1 + holders[layer]) ** 2 for layer in layers)
         return -num_gaps, -scarcity, span.first
 
     candidates.sort(key=need)
     most_gaps = need(candidates[0])[0]
     if most_gaps < 0:
-        # The frontmost of those that close most: gaps stay in one piece.
+        # Of the spans that cover most of the gaps, take one that leaves the fewest pieces, then the frontmost.
         candidates = [span for span in candidates if need(span)[0] == most_gaps]
         return min(candidates, key=lambda span: (_pieces(holders, span), span.first))
     return min(candidates[:_MAX_EVALUATED], key=lambda span: (_cost_s(others, me, span, speculation), need(span)))
 
 
 def choose_move(view: SwarmView, speculation: Speculation | None = None) -> Move | None:
-    """Return who should move to close a gap, the same answer for all who share the view; None when nothing can be mended.
+    """Return the move that closes gaps best, or None if no move helps. Peers with the same view get the same answer.
 
-    The move that leaves the fewest layers uncovered, then loads the fewest, then gives up the fewest, then computes the least.
+    Among the moves that leave the fewest layers uncovered, it loads the fewest layers, then gives up the fewest, then
+    computes the least.
     """
     num_gaps = len(view.uncovered())
     if not num_gaps:
@@ -69,7 +70,7 @@ def choose_move(view: SwarmView, speculation: Speculation | None = None) -> Move
 
 
 def _spans_around(node: PeerView, view: SwarmView) -> Iterator[Span]:
-    """Every span the peer has room for; a peer that holds something extends it first."""
+    """Yield every span that the peer has room for."""
     longest = max(1, min(node.max_layers, view.num_layers))
     for first in range(view.num_layers):
         for last in range(first + 1, min(first + longest, view.num_layers) + 1):
@@ -91,7 +92,7 @@ def _holders(view: SwarmView) -> list[int]:
 
 
 def _pieces(holders: list[int], span: Span) -> int:
-    """How many gaps would be left."""
+    """Return how many separate gaps would be left."""
     left = [holders[layer] == 0 and not span.first <= layer < span.last for layer in range(len(holders))]
     return sum(is_gap and (index == 0 or not left[index - 1]) for index, is_gap in enumerate(left))
 

@@ -1,4 +1,4 @@
-"""What placement knows of a swarm, and what it predicts from it."""
+"""The view of a swarm that placement decides on, and the prediction of a route's seconds per token."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from dsd_p2p.types import PeerId, Span
 
 WIDE_WINDOW_NODES = 16
-"""Positions of the wider of the two passes that nodes measure."""
+"""Positions in the wider of the two passes that peers measure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerView:
-    """One peer that could hold layers.
+    """A peer that can hold layers.
 
-    span: what it holds; None nothing. max_layers: what its memory has room for.
-    layer_s, layer16_s: seconds of one layer over 1 and over 16 positions. num_sessions: that it serves right now.
+    span: the layers it holds, or None. max_layers: how many fit in its memory.
+    layer_s, layer16_s: seconds per layer over 1 and over 16 positions. num_sessions: sessions that it serves now.
     """
 
     peer: PeerId
@@ -25,17 +25,17 @@ class PeerView:
     num_sessions: int = 0
 
     def layer_pass_s(self, num_nodes: int) -> float:
-        """Seconds of one layer over `num_nodes`, sharing the peer with its sessions."""
+        """Return the seconds of one layer over `num_nodes` while the peer also serves its sessions."""
         slope = (self.layer16_s - self.layer_s) / (WIDE_WINDOW_NODES - 1)
         return max(1e-9, self.layer_s + max(0.0, slope) * (num_nodes - 1)) * (1 + self.num_sessions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
-    """How a route is going to be used.
+    """How a request will speculate on a route.
 
-    coverage: share of levels at which the true token is inside the draft tree. window_nodes: of one window.
-    draft_s: of one draft step.
+    coverage: how often a level of the draft tree holds the target's token. window_nodes: nodes per window.
+    draft_s: seconds per draft step.
     """
 
     coverage: float = 0.9
@@ -45,9 +45,9 @@ class Speculation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmView:
-    """Peers, the model they serve and the links between them.
+    """The peers of a swarm, the layers of its model, and the links between the peers.
 
-    one_way_s: seconds from one peer to another; a pair that is missing cannot talk.
+    one_way_s: seconds from one peer to another; a missing pair has no link.
     """
 
     num_layers: int
@@ -55,11 +55,11 @@ class SwarmView:
     one_way_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     def link_s(self, a: str, b: str) -> float | None:
-        """Seconds one way; 0 to oneself, None where there is no way."""
+        """Return the seconds one way from `a` to `b`; 0 to itself, None without a link."""
         return 0.0 if a == b else self.one_way_s.get((a, b))
 
     def uncovered(self) -> list[int]:
-        """Layers that no peer holds."""
+        """Return the layers that no peer holds."""
         covered = {layer for node in self.peers if node.span for layer in range(node.span.first, node.span.last)}
         return [layer for layer in range(self.num_layers) if layer not in covered]
 
@@ -74,7 +74,7 @@ class PlannedStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A route and its prediction: one traversal, the slowest stage, seconds a token with speculation."""
+    """A route with predicted times: of one traversal, of the slowest stage, and per token with speculation."""
 
     stages: tuple[PlannedStage, ...]
     traversal_s: float
@@ -83,6 +83,6 @@ class Plan:
 
 
 def seconds_per_token(traversal_s: float, slowest_s: float, speculation: Speculation) -> float:
-    """Return what a token costs: one level where the tree holds it, a traversal where it does not (docs/structures.md)."""
+    """Return the seconds per token: a level time if the tree holds it, else a traversal (docs/structures.md)."""
     level_s = max(slowest_s, speculation.draft_s)
     return (1 - speculation.coverage) * traversal_s + speculation.coverage * level_s

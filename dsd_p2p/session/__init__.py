@@ -1,1 +1,1 @@
-"""The core of the protocol, free of I/O: given messages and the time, it returns what to do."""
+"""The core of the protocol, free of I/O: it takes messages and the time, and returns what to do."""

@@ -1,4 +1,4 @@
-"""What the drafter is asked, and what its answers add to the tree. At most one question is under way."""
+"""Asks the drafter for candidates and adds its answers to the tree. At most one question is under way."""
 
 from collections.abc import Container, Sequence
 
@@ -11,11 +11,17 @@ from dsd_p2p.window.base import Decision, Mode
 from dsd_p2p.window.tracker import Tracker
 
 _TREE_NODES_PER_SENT = 3
-"""Nodes kept below the root for each that may be sent: what is unlikely now may be likely once the root has moved."""
+"""Nodes kept below the root for each node that may be sent.
+
+A node that is unlikely now may become likely once the root has moved.
+"""
 
 
 class Drafting:
-    """last_position: the text's last one. A node at the position before it yields the last token; nothing deeper is of use."""
+    """The drafting of one request.
+
+    last_position: the text's last position. A node just before it yields the last token, so no deeper node is useful.
+    """
 
     def __init__(self, text: WrittenText, last_position: int, tracker: Tracker, stats: RequestStats) -> None:
         self._text = text
@@ -24,7 +30,7 @@ class Drafting:
         self._stats = stats
         self._asked: dict[int, DraftNode] | None = None
         self._asked_at_s = 0.0
-        # Draft steps since the last window; a synchronous window is sent after `decision.depth` of them.
+        # Draft steps since the last window. In sync mode a window is sent after `decision.depth` steps.
         self._num_steps = 0
 
     def __repr__(self) -> str:
@@ -36,7 +42,7 @@ class Drafting:
         return self._asked or ()
 
     def ask(self, decision: Decision, now_s: float) -> list[Draft]:
-        """Return the next question; none while one is under way, or when nothing is worth asking."""
+        """Return the next question, or nothing if one is under way or no node is worth expanding."""
         root_is_sent = self._text.tree.root.number is not None
         is_wanted = decision.mode is Mode.CONTINUOUS or (decision.mode is Mode.SYNC and not root_is_sent)
         if self._asked is not None or not is_wanted:
@@ -52,7 +58,7 @@ class Drafting:
         return [self._text.draft_below(stems, levels)]
 
     def take(self, answers: Sequence[Sequence[Candidate]], decision: Decision, now_s: float) -> None:
-        """Hang the answer to the last question into the tree: for each stem its children, likeliest first."""
+        """Add the answer to the last question to the tree: for each stem, its children, likeliest first."""
         if self._asked is None:
             return
         stems, self._asked = self._asked, None
@@ -60,7 +66,7 @@ class Drafting:
         num_levels = max(map(_num_levels, answers), default=1)
         self._num_steps += num_levels - 1
         if self._stats.num_draft_steps:
-            # The first one reads the prompt as well, and tells nothing of the others.
+            # The first step also reads the prompt, so its time says nothing about the others.
             self._tracker.draft_step(len(stems), seconds / num_levels)
         self._stats.num_draft_steps += num_levels
         self._stats.draft_s += seconds
@@ -71,19 +77,19 @@ class Drafting:
         tree.shed(_TREE_NODES_PER_SENT * max(decision.max_nodes, decision.depth))
 
     def is_window_full(self, decision: Decision) -> bool:
-        """True when a synchronous window is as large as it will get."""
+        """Return True if a window in sync mode will not grow any further."""
         is_deep = self._num_steps >= decision.depth
         return is_deep or (self._asked is None and not self._choose_stems(decision))
 
     def window_sent(self) -> None:
-        """Note that a window has left: the next one starts from no steps."""
+        """Note that a window was sent, and restart the count of draft steps."""
         self._num_steps = 0
 
     def _choose_stems(self, decision: Decision) -> list[DraftNode]:
         return choose_stems(self._text.tree, decision, self._last_position - 1)
 
     def _grow(self, node: DraftNode, candidates: Sequence[Candidate], decision: Decision) -> None:
-        """Hang a drafter's answer below `node`."""
+        """Add a drafter's answer below `node`."""
         node.candidates = tuple((candidate.token, candidate.logprob) for candidate in candidates)
         sharpened = self._tracker.sharpened([candidate.logprob for candidate in candidates])
         kept = list(zip(candidates, sharpened, strict=True))[: decision.width]
@@ -98,7 +104,7 @@ class Drafting:
 
 
 def _num_levels(candidates: Sequence[Candidate]) -> int:
-    """How many draft steps an answer stands for: those of complete answers below one another."""
+    """Return how many draft steps an answer stands for: one, plus one for each complete level nested below."""
     num_levels = 1
     while (below := next((each.children for each in candidates if each.is_complete), ())) != ():
         num_levels, candidates = num_levels + 1, below

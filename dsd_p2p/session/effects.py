@@ -1,4 +1,7 @@
-"""What the coordinator machine asks its driver to do; the driver reports back with `RequestMachine`'s methods."""
+"""Defines the effects that a `RequestMachine` returns.
+
+Its driver performs them, and reports back by calling the machine's methods.
+"""
 
 from collections.abc import Sequence
 
@@ -9,11 +12,14 @@ from dsd_p2p.types import PeerId, TokenId, TokenLogprobs
 from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Window
 
 NUM_CANDIDATES = 16
-"""Candidates asked for, however narrow the tree: the policy learns what a wider one would hit, a relaxed tail compares them."""
+"""Candidates to ask for, however narrow the tree is.
+
+The policy learns from them what a wider tree would hit, and a relaxed tail compares them.
+"""
 
 
 class Stem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A node whose children are wanted: the path from the root's child down to it as (key, token); empty for the root."""
+    """A node whose children are wanted. path: (key, token) from the root's child to the node; empty for the root."""
 
     key: int
     path: tuple[tuple[int, TokenId], ...]
@@ -22,8 +28,8 @@ class Stem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A drafted child: `logprob` is the drafter's own log probability of `token`, `source` the drafter's name.
 
-    children: what a drafter that looks several tokens ahead at once proposes below it.
-    is_complete: these children are all it has to propose there; it is not asked again.
+    children: candidates below it, from a drafter that looks several tokens ahead at once.
+    is_complete: the drafter has no further children to propose here, and is not asked for them again.
     """
 
     token: TokenId
@@ -34,11 +40,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Draft the `width` likeliest children of each stem; answer with `RequestMachine.drafted`. At most one is under way.
+    """Draft the `width` likeliest children of each stem; answer with `RequestMachine.drafted`.
 
-    levels: how long a chain below the stem is wanted before the next window; a drafter may answer all of it at once.
-    tokens: prompt and committed tokens, the root last. keys: the name of each of them, same length; a key never
-    comes back with another token or position, so a drafter may keep its cache by it.
+    At most one draft is under way.
+    levels: length of the chain wanted below the stem before the next window; a drafter may return all of it at once.
+    tokens: prompt and committed tokens, the root last. keys: the key of each token, same length. A key is never reused
+    for another token or position, so a drafter may keep its cache by key.
     """
 
     tokens: Sequence[TokenId]
@@ -49,35 +56,38 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Send(msgspec.Struct, frozen=True, kw_only=True):
-    """Send `message` to one stage, in order with everything else sent to it."""
+    """Send `message` to one stage, in order with all other messages to it."""
 
     to: PeerId
     message: OpenSession | Window | Cancel | CloseSession
 
 
 class Emit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Give these tokens to the user: committed, in order, never repeated. logprobs: one a token, where they were asked for."""
+    """Give these committed tokens to the user, in order, each once. logprobs: one per token, if requested."""
 
     tokens: tuple[TokenId, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
-    """The route is lost: after `delay_s` find one that works, then call `RequestMachine.reopen`."""
+    """The route is lost: wait `delay_s`, find one that works, and call `RequestMachine.reopen`.
+
+    If there is no route, call `RequestMachine.route_not_found` instead.
+    """
 
     delay_s: float
     reason: str
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):
-    """The request is over; nothing follows. `error` is None when it ended as asked."""
+    """The request is over; no effect follows. error: None unless the request failed."""
 
     reason: str
     error: DsdError | None = None
 
 
 class Carried(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """In an attested session: the token just committed at `position` travelled as this node, so its stages signed it."""
+    """In an attested session: the token just committed at `position` was sent as this node, which the stages signed."""
 
     position: int
     epoch: int

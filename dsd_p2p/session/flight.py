@@ -1,4 +1,4 @@
-"""Epochs, node and window numbers, and the windows without a verdict (docs/protocol.md, rule 3: Nodes; rule 4: Roots)."""
+"""Numbers epochs, nodes and windows, and tracks windows in flight (docs/protocol.md, rule 3: Nodes; rule 4: Roots)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ class _Sent:
 
 
 class Flight:
-    """Makes windows and knows which of them are under way.
+    """The windows of one request: it makes them and tracks those that have no verdict yet.
 
-    epoch: the present one, -1 before the first. next_node: number of the next node in it.
-    root: the newest node known to be committed, as (epoch, node). progress_at_s: when the route last showed that it lives.
-    traversal_s: of the last window whose verdict came.
+    epoch: the present epoch, -1 before the first. next_node: number of the next node in it.
+    root: the newest node known to be committed, as (epoch, node).
+    progress_at_s: start of the stall timeout: the last committed token, or a window sent while none was in flight.
+    traversal_s: traversal of the last window whose verdict came.
     """
 
     def __init__(self, session: SessionId, stats: RequestStats) -> None:
@@ -47,19 +48,19 @@ class Flight:
         self.next_node = 0
 
     def opened(self, now_s: float) -> None:
-        """Note that a session was opened in the present epoch: nothing is under way yet."""
+        """Note that a session was opened in the present epoch; no window is in flight yet."""
         self._in_flight.clear()
         self.root = (self.epoch, BASE)
         self.progress_at_s = now_s
 
     def held(self, num_tokens: int) -> None:
-        """Number on behind the first tokens, which the stages hold already: they count as sent, one under the other."""
+        """Count the first tokens, which the stages already have, as sent: nodes from 0 on, in a chain."""
         if num_tokens:
             self.next_node = num_tokens
             self.root = (self.epoch, num_tokens - 1)
 
     def skip_refill(self, num_tokens: int) -> None:
-        """Leave the window numbers free in which one stage refills the next with so many tokens."""
+        """Leave free the window numbers in which one stage refills the next with so many tokens."""
         self._next_window = max(self._next_window, -(-num_tokens // FILL_NODES))
 
     def window(
@@ -71,7 +72,7 @@ class Flight:
         now_s: float,
         drafts: tuple[DraftTop, ...] = (),
     ) -> Window:
-        """Return a window of these nodes; it is under way from now on."""
+        """Return a window with these nodes and count it as in flight."""
         window = Window(
             session=self._session,
             epoch=self.epoch,
@@ -94,18 +95,18 @@ class Flight:
         return window
 
     def landed(self, verdict: Verdict, now_s: float) -> bool:
-        """Note that a verdict came; True when it is on a window that is under way, whose traversal is known now."""
+        """Note a verdict. Return True if its window was in flight; `traversal_s` is then set."""
         sent = next((each for each in self._in_flight if each.window == verdict.window), None)
         if sent is not None:
             self.traversal_s = now_s - sent.sent_at_s
-        # Frames keep their order, so the tail is done with every window up to this one.
+        # Frames arrive in order, so the tail is done with every window up to this one.
         self._in_flight = [each for each in self._in_flight if each.window > verdict.window]
         return sent is not None
 
     def clear(self) -> None:
-        """Wait for no verdict any more."""
+        """Stop waiting for verdicts."""
         self._in_flight.clear()
 
     def cancel(self) -> Cancel:
-        """Return what drops the windows of earlier epochs."""
+        """Return the message that makes stages drop the windows of earlier epochs."""
         return Cancel(session=self._session, epoch=self.epoch)

@@ -1,9 +1,9 @@
-"""Where the tree grows: which nodes are drafted below and which are sent, both best-first by path probability.
+"""Chooses which nodes to expand and which to send, both best-first by path probability.
 
-A node sent later than its parent delays the text by that difference, if the text goes through it, and by nothing if it does not.
-So the expected delay is least when at every moment the nodes of the greatest path probability go first, whatever their depth: beams
-of one depth let combinations far in the future push out what is needed next. A node's probability rises as the root moves towards
-it, so what is unlikely now waits rather than being lost.
+If a node is sent later than its parent, it delays the text by that difference when the text passes through it, and not
+at all otherwise. The expected delay is therefore least when the nodes with the greatest path probability always go
+first, at any depth. Beams of one depth would let combinations far ahead displace nodes that are needed next. A node's
+probability rises as the root moves towards it, so an unlikely node waits and is not lost.
 """
 
 import heapq
@@ -15,7 +15,7 @@ from dsd_p2p.window.base import Decision
 
 
 def choose_stems(tree: DraftTree, decision: Decision, last_position: int) -> list[DraftNode]:
-    """Return the likeliest nodes before `last_position` that no drafter was asked to expand."""
+    """Return the likeliest unexpanded nodes at positions before `last_position`, at most `decision.expand_nodes`."""
     least = _min_logprob(decision)
     last_position = min(tree.root.position + decision.depth, last_position)
     stems = [node for node in tree.unexpanded.values() if node.path_logprob >= least and node.position < last_position]
@@ -24,9 +24,9 @@ def choose_stems(tree: DraftTree, decision: Decision, last_position: int) -> lis
 
 
 def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Container[int] = ()) -> list[DraftNode]:
-    """Return the `limit` likeliest unsent nodes, each after its parent; an unsent root comes first.
+    """Return the (at most) `limit` likeliest unsent nodes, each after its parent; an unsent root comes first.
 
-    held: keys of nodes that are not to be sent yet.
+    held: keys of nodes that must not be sent yet.
     """
     least = _min_logprob(decision)
     frontier = [tree.root] if tree.root.number is None else list(_sendable(tree, least, held))
@@ -43,7 +43,7 @@ def choose_unsent(tree: DraftTree, decision: Decision, limit: int, held: Contain
 
 
 def has_unsent(tree: DraftTree, decision: Decision, held: Container[int] = ()) -> bool:
-    """True when `choose_unsent` would find something below the sent root."""
+    """Return True if the root is sent and `choose_unsent` would return a node."""
     least = _min_logprob(decision)
     return tree.root.number is not None and next(_sendable(tree, least, held), None) is not None
 
@@ -53,7 +53,7 @@ def _sendable(tree: DraftTree, least: float, held: Container[int]) -> Iterator[D
 
 
 def _min_logprob(decision: Decision) -> float:
-    """The log probability below which a node is not worth a place now."""
+    """Return the log probability below which a node is not worth a place now."""
     return math.log(decision.min_path_prob) if decision.min_path_prob else -math.inf
 
 

@@ -1,36 +1,33 @@
-"""The request machine: one text from prompt to last token, free of I/O.
+"""The logic of one request, from the prompt to the last token, free of I/O.
 
-How it works. The machine is given what happens and the time; it returns effects (`.effects`), which its driver performs in order
-(`dsd_p2p.coordination.driver` on real peers, `dsd_p2p.sim.request` in virtual time). It is in one of four phases:
+How it works. The driver reports each event to the machine, with the time. The machine returns effects (`.effects`),
+which the driver performs in order (`dsd_p2p.coordination.driver` on real peers, `dsd_p2p.sim.request` in virtual time).
+The machine is in one of four phases:
 
     NEW ──start──> OPEN ──lost, failed──> WAITING ──reopen──> OPEN
                     │                        │
                     └──── last token, stop, abort, no route ────> FINISHED (absorbing)
 
-  OPEN      a session is open on `route`. Every call ends in `_pump`, which is the algorithm: send what may be sent, draft what may
-            be drafted. A verdict commits tokens (`_apply`); one that names a token no window carries opens the next epoch.
-  WAITING   the route is lost and a `Replay` effect asks for another. Verdicts and drafts of before change nothing.
-  FINISHED  a `Finish` effect was returned; every call returns nothing from then on.
+  OPEN      A session is open on `route`. Nearly every call ends in `_pump`, which is the algorithm: send the windows
+            and ask for the drafts that are allowed now. A verdict commits tokens (`_apply`). A committed token that no
+            window carries opens the next epoch.
+  WAITING   The route is lost, and a `Replay` effect asks for another. Late verdicts change nothing. A late draft still
+            joins the tree, but nothing is sent.
+  FINISHED  A `Finish` effect was returned. The driver stops; late reports return nothing.
 
-Who holds what: `text` the tokens and the draft tree, `drafting` the question to the drafter, `pacing` the policy's decision and
-the pace, `flight` epochs, numbers and windows without a verdict, `opening` the route and what its stages hold. One thread uses all.
+The state is divided: `text` holds the tokens and the draft tree, `drafting` the question to the drafter, `pacing` the
+policy's decision and the pace, `flight` the epochs, numbers and windows in flight, and `opening` the route and what its
+stages hold. One thread uses all of it.
 
-docs/protocol.md has the rules: 3 (Nodes) and 4 (Roots) are kept by `flight`, 7 (Misses) by `_commit`, 8 (Verdicts) by `verdicts`,
-2 (Opening), 9 (Replay), 10 (Closing) and 11 (Parking) by `opening`.
+docs/protocol.md has the rules. `flight` keeps rules 3 (Nodes) and 4 (Roots), `_apply` rule 7 (Misses), `verdicts` rule
+8 (Verdicts), and `opening` rules 2 (Opening), 9 (Replay), 10 (Closing) and 11 (Parking).
 """
 
 import math
 from collections.abc import Container, Sequence
 from enum import Enum, auto
 
-from dsd_p2p.errors import (
-    ConfigError,
-    DsdError,
-    LocalProtocolError,
-    PeerTimeout,
-    PrefixLost,
-    RemoteProtocolError,
-)
+from dsd_p2p.errors import ConfigError, DsdError, LocalProtocolError, PeerTimeout, PrefixLost, RemoteProtocolError
 from dsd_p2p.session.drafting import Drafting
 from dsd_p2p.session.effects import Candidate, Carried, Effect, Emit, Finish, Replay, Send
 from dsd_p2p.session.flight import Flight
@@ -47,11 +44,11 @@ from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.messages import WAITED_PER_S, Cancel, CloseSession, Verdict
 
 _MAX_EARLY_VERDICTS = 64
-"""Verdicts that wait for one before them; stages keep their order, so only a broken tail sends more."""
+"""Most verdicts that may wait for an earlier one. Stages keep their order, so only a broken tail sends more."""
 
 
 class Phase(Enum):
-    """See the module's text."""
+    """The phase of a request; see the module docstring."""
 
     NEW = auto()
     OPEN = auto()
@@ -60,7 +57,7 @@ class Phase(Enum):
 
 
 class RequestMachine:
-    """One request. Call `start` once, then report what happens; stop at the `Finish` effect."""
+    """The logic of one request. Call `start` once, then report each event; stop at the `Finish` effect."""
 
     def __init__(self, request: Request, route: Route, policy: WindowPolicy, tracker: Tracker, rng: UniformRng) -> None:
         if not request.prompt:
@@ -75,7 +72,7 @@ class RequestMachine:
         self.pacing = Pacing(policy, tracker, self.stats)
         self.flight = Flight(request.session, self.stats)
         self.opening = Opening(request, route)
-        # Verdicts that start behind the text, by start: one before them is still on its way.
+        # Verdicts that start past the end of the text, by start position; an earlier verdict is still on its way.
         self._early: dict[int, Verdict] = {}
         self._detour_s = 0.0
 
@@ -93,10 +90,11 @@ class RequestMachine:
         return [*self._open((), now_s), *self._pump(now_s)]
 
     def receive(self, verdict: Verdict, now_s: float) -> list[Effect]:
-        """Take in a verdict; duplicates and those of an older epoch change nothing.
+        """Process a verdict; duplicates and verdicts of an older epoch commit nothing.
 
         Raises:
-            RemoteProtocolError: it contradicts what is committed, or lies too far ahead.
+            RemoteProtocolError: the verdict contradicts the committed text or the request, or too many wait for an
+                earlier one.
         """
         if self.phase is not Phase.OPEN or verdict.epoch < self.flight.epoch:
             return []
@@ -117,23 +115,22 @@ class RequestMachine:
         return effects
 
     def drafted(self, children: Sequence[Sequence[Candidate]], now_s: float) -> list[Effect]:
-        """Take in the answer to the last `Draft`: for each stem its children, likeliest first."""
+        """Process the answer to the last `Draft`: for each stem, its children, likeliest first."""
         if self.is_finished:
             return []
         self._drafting.take(children, self.decision, now_s)
         return self._pump(now_s)
 
     def lost(self, error: DsdError, now_s: float, gone: PeerId | None = None) -> list[Effect]:
-        """A stage or the way to it failed: go on over another route, or finish with `error` when that is no use.
+        """Handle a failed stage or link: ask for another route, or finish with `error` if that cannot help.
 
-        gone: the stage whose connection is lost, if one is.
+        gone: the stage whose connection is lost, if any.
         """
         if gone is not None:
             self.opening.gone(gone)
         if self.phase is not Phase.OPEN:
             return []
-        is_hopeless = isinstance(error, ConfigError | LocalProtocolError)
-        num_failed = None if is_hopeless else self.opening.failed(error)
+        num_failed = None if isinstance(error, ConfigError | LocalProtocolError) else self.opening.failed(error)
         if num_failed is None:
             return self._finish("error", error)
         self.phase = Phase.WAITING
@@ -141,10 +138,7 @@ class RequestMachine:
         return [Replay(delay_s=self.request.retry.delay_s(num_failed, self._rng), reason=str(error))]
 
     def reopen(self, route: Route, now_s: float) -> list[Effect]:
-        """Go on over `route` after a `Replay`: no token is emitted twice.
-
-        Stages of both routes go on with what they hold where they can; everything else is given again.
-        """
+        """Go on over `route` after a `Replay`: stages of both routes keep what they can, the others get the text again."""
         kept, left_out = self.opening.go_over(route, len(self._text))
         close = self.opening.close_message(self.flight.epoch)
         self.phase = Phase.OPEN
@@ -153,7 +147,7 @@ class RequestMachine:
         return [*(Send(to=peer, message=close) for peer in left_out), *self._open(kept, now_s), *self._pump(now_s)]
 
     def failed(self, epoch: int, error: DsdError, now_s: float) -> list[Effect]:
-        """A stage gave up the session it had opened at `epoch`; what it says of an earlier opening is old news."""
+        """Handle a stage that gave up the session that it opened at `epoch`; ignore reports on an earlier opening."""
         if self.phase is not Phase.OPEN or epoch < self.opening.epoch:
             return []
         if isinstance(error, PrefixLost) and self.opening.prefix is not None:
@@ -162,7 +156,7 @@ class RequestMachine:
         return self.lost(error, now_s)
 
     def route_not_found(self, error: DsdError, now_s: float) -> list[Effect]:
-        """There was no route to go on with: try again later, or finish with what was wrong with the last one."""
+        """Handle a failed search for a route: try again later, or finish if the last error is final."""
         if self.phase is not Phase.WAITING:
             return []
         if self.opening.is_loss_final:
@@ -171,14 +165,14 @@ class RequestMachine:
         return self.lost(error, now_s)
 
     def wake(self, now_s: float) -> list[Effect]:
-        """Send what was held back until now; give the route up if it has been silent for too long."""
+        """Send the windows that the pace held back until now; give up the route if it has been silent for too long."""
         if now_s < self._stalled_at_s:
             return self._pump(now_s) if self._may_send_soon() else []
         stalled = f"no verdict for {self.request.stall_timeout_s:g} s: check the stages' logs, or raise --stall-timeout"
         return self.lost(PeerTimeout(stalled), now_s)
 
     def abort(self, error: DsdError) -> list[Effect]:
-        """End the request: what was emitted cannot be trusted."""
+        """End the request with an error, because the emitted tokens cannot be trusted."""
         return [] if self.is_finished else self._finish("error", error)
 
     def stop(self) -> list[Effect]:
@@ -186,19 +180,19 @@ class RequestMachine:
         return [] if self.is_finished else self._finish("cancelled")
 
     def moved(self, detour_s: float) -> None:
-        """The coordinator sits elsewhere than the drafter: a window from there would travel `detour_s` longer (fused mode)."""
+        """Set the extra travel time that a window would have if sent from the drafter's machine (fused mode)."""
         self._detour_s = detour_s
 
     # What the driver may ask
 
     @property
     def is_finished(self) -> bool:
-        """True once a `Finish` effect was returned."""
+        """True once the machine has returned a `Finish` effect."""
         return self.phase is Phase.FINISHED
 
     @property
     def deadline_s(self) -> float:
-        """When `wake` must be called unless something happens before."""
+        """The time at which to call `wake` unless another event comes first."""
         is_next_send_due = self._may_send_soon() and has_unsent(self._text.tree, self.decision, self._held_back)
         return min(self._stalled_at_s, self.pacing.next_send_at_s if is_next_send_due else math.inf)
 
@@ -218,22 +212,23 @@ class RequestMachine:
         return self.opening.route
 
     def involves(self, peer: PeerId) -> bool:
-        """True when `peer` is a stage of the present route."""
+        """Return True if `peer` is a stage of the present route."""
         return any(hop.peer == peer for hop in self.route.hops)
 
     # The algorithm
 
     def _pump(self, now_s: float) -> list[Effect]:
-        """Send what may be sent, draft what may be drafted."""
+        """Return the windows that may be sent and the draft that may be asked for now."""
         if self.phase is not Phase.OPEN:
             return []
         decision, tree = self.decision, self._text.tree
-        # In relaxed mode the tail judges by the drafter's opinion, which travels with the node: draft first, hold the stems back.
+        # In relaxed mode the tail judges by the drafter's candidates, which travel with their node. So draft first, and
+        # hold the stems back until the answer comes.
         effects: list[Effect] = [*self._drafting.ask(decision, now_s)] if self._is_draft_first else []
-        # A new root leaves at once; in sync mode with all that is drafted below it.
+        # Send a new root at once; in sync mode, wait until the tree below it is drafted.
         if tree.root.number is None and (decision.mode is not Mode.SYNC or self._drafting.is_window_full(decision)):
             effects.append(self._send_window(now_s))
-        # Below it, a window each time the pace allows one.
+        # Below a sent root, send a window each time the pace allows.
         while (
             self._may_send_soon()
             and now_s >= self.pacing.next_send_at_s
@@ -248,11 +243,11 @@ class RequestMachine:
 
     @property
     def _held_back(self) -> Container[int]:
-        """Keys of nodes that wait for the drafter's answer before they are sent; never the root."""
+        """Keys of nodes that are not sent until the drafter answers; an unsent root is sent regardless."""
         return self._drafting.asked_keys if self._is_draft_first else ()
 
     def _may_send_soon(self) -> bool:
-        """True when nothing but the pace holds the next window back."""
+        """Return True if only the pace holds back the next window."""
         tree = self._text.tree
         is_root_sent = self.phase is Phase.OPEN and tree.root.number is not None
         return is_root_sent and self.pacing.may_send(len(self.flight), tree.num_sent)
@@ -263,7 +258,7 @@ class RequestMachine:
         return self.flight.progress_at_s + self.request.stall_timeout_s if is_waiting else math.inf
 
     def _send_window(self, now_s: float) -> Send:
-        """Send the likeliest unsent nodes whose parents are sent, the root first."""
+        """Return the effect that sends the likeliest unsent nodes, parents first; an unsent root comes first."""
         tree, flight = self._text.tree, self.flight
         nodes = choose_unsent(tree, self.decision, self.decision.window_nodes, self._held_back)
         assert tree.root.number is not None or nodes[0] is tree.root
@@ -284,7 +279,7 @@ class RequestMachine:
     # Verdicts
 
     def _apply(self, verdict: Verdict, now_s: float) -> list[Effect]:
-        """Commit the verdict's new tokens one by one; raise the epoch at the one no window carries."""
+        """Commit the verdict's new tokens one by one; begin a new epoch after a token that no window carries."""
         self._measure(verdict, now_s)
         effects: list[Effect] = []
         emitted: list[TokenId] = []
@@ -303,11 +298,13 @@ class RequestMachine:
             if len(self._text) >= self.request.max_length:
                 return [*effects, emit(), *self._finish("length")]
             if carried is None:
-                # A miss: the target's own token is the first node of a new epoch; what is drafted below it stays.
+                # A miss: the committed token becomes the first node of a new epoch; nodes drafted below it stay.
                 self.stats.num_misses += 1
                 self._raise_epoch()
                 if len(verdict.tokens) + verdict.start_pos > len(self._text):
-                    raise RemoteProtocolError("verdict tokens", verdict.tokens, "none after one that was never sent")
+                    raise RemoteProtocolError(
+                        "verdict tokens", verdict.tokens, "no token after one that was never sent"
+                    )
         if not emitted:
             return []
         self.flight.progress_at_s = now_s
@@ -337,7 +334,7 @@ class RequestMachine:
         stats.num_stale_nodes += verdict.num_stale
 
     def _commit(self, token: TokenId) -> list[Carried] | None:
-        """Move the root to `token`. None: no window carries it; else what an auditor wants to know of it."""
+        """Move the root to `token`. Return None if no window carries it, else any effects for an auditor."""
         old_root = self._text.tree.root
         if old_root.number is not None:
             self.opening.passed = Passed(epoch=self.flight.epoch, node=old_root.number, position=old_root.position)
@@ -363,18 +360,19 @@ class RequestMachine:
     # Opening, closing
 
     def _open(self, kept: tuple[bool, ...], now_s: float) -> list[Effect]:
-        """Open the session in a new epoch, and give the stages the text up to the root's parent."""
+        """Open the session in a new epoch and give the stages the text up to the token before the root."""
         flight, opening = self.flight, self.opening
         self._raise_epoch()
         flight.opened(now_s)
         given, message = self.tokens[:-1], opening.open_message(flight.epoch, len(self._text), kept)
         effects: list[Effect] = [Send(to=self.route.head, message=message)]
-        # A head that kept the session has the text; it refills whoever has not, in windows whose numbers are left free.
+        # A stage that kept the session refills the next one that did not, in windows whose numbers are left free.
+        if kept:
+            flight.skip_refill(len(given))
         if kept and kept[0]:
             flight.held(len(given))
-            flight.skip_refill(len(given))
             return effects
-        # Otherwise all of it is sent, in chunks, except what the stages have parked.
+        # A head without the session receives the text in chunks, except the beginning that the stages have parked.
         num_held = opening.prefix.num_tokens if opening.prefix is not None else 0
         flight.held(num_held)
         self.stats.num_prefix_tokens = num_held

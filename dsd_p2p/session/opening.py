@@ -1,4 +1,4 @@
-"""A session on a route: what opens it, what its stages hold, what closes it.
+"""Opens and closes a request's session on a route, and tracks what its stages hold.
 
 Follows docs/protocol.md, rule 2: Opening; rule 9: Replay; rule 10: Closing; rule 11: Parking.
 """
@@ -13,7 +13,7 @@ from dsd_p2p.wire.messages import BASE, CloseSession, OpenSession, Park
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passed:
-    """The node that held a token when the text went on behind it, and the token's position."""
+    """A node that the text has gone past, and the position of its token."""
 
     epoch: int
     node: int
@@ -23,8 +23,8 @@ class Passed:
 class Opening:
     """The present route and what its stages are known to hold.
 
-    prefix: what of the prompt they have parked, as far as is known. parked: what they were told to park.
-    passed: the last node that the text went past. epoch: the one in which the session was opened last.
+    prefix: the beginning of the prompt that they are believed to have parked. parked: the text that they must park.
+    passed: the last node that the text went past. epoch: the epoch in which the session was last opened.
     """
 
     def __init__(self, request: Request, route: Route) -> None:
@@ -43,15 +43,15 @@ class Opening:
         return f"{stages}, opened in epoch {self.epoch}, {self._num_failed} failed attempts"
 
     def gone(self, peer: PeerId) -> None:
-        """Note that a stage's connection is lost, and with it whatever it held, should it come back."""
+        """Note that the connection to a stage is lost; even if it comes back, it no longer holds the session."""
         self._gone.add(peer)
 
     def progressed(self) -> None:
-        """Note that tokens came: attempts count from here again."""
+        """Note that tokens were committed, and count failed attempts from 0 again."""
         self._num_failed = 0
 
     def failed(self, error: DsdError) -> int | None:
-        """Count a failed attempt; returns how many failed before it, None when another is not allowed."""
+        """Count a failed attempt; return how many failed before it, or None if no further attempt is allowed."""
         if self._num_failed >= self._request.retry.max_attempts:
             return None
         self._num_failed += 1
@@ -60,19 +60,19 @@ class Opening:
 
     @property
     def is_loss_final(self) -> bool:
-        """True when other stages would not mend what went wrong: no room, a broken model, a broken protocol."""
+        """True when other stages would not help: no room, a broken model, or a broken protocol."""
         loss = self._loss
         return loss is not None and (not isinstance(loss, PeerError) or isinstance(loss, RemoteProtocolError))
 
     @property
     def loss(self) -> DsdError | None:
-        """What the last attempt failed of."""
+        """The error of the last failed attempt."""
         return self._loss
 
     def go_over(self, route: Route, num_tokens: int) -> tuple[tuple[bool, ...], list[PeerId]]:
-        """Take another route; returns which of its stages go on with what they hold, and the peers it leaves out.
+        """Switch to another route; return which of its stages are kept, and the peers that are no longer on it.
 
-        num_tokens: length of the text. No stage goes on (an empty tuple) when all is given again.
+        num_tokens: length of the text. An empty tuple means that no stage is kept: the whole text is sent again.
         """
         kept = self._kept(route, num_tokens)
         in_new = {hop.peer for hop in route.hops}
@@ -83,7 +83,7 @@ class Opening:
 
     def _kept(self, route: Route, num_tokens: int) -> tuple[bool, ...]:
         is_sound = isinstance(self._loss, PeerError) and not isinstance(self._loss, RemoteProtocolError)
-        # A refilled stage's own passes would be seen by nobody.
+        # Nobody could check the passes over a refill, so an attested session keeps no stage.
         if not is_sound or self._request.attest or self._num_failed > 1:
             return ()
         if self.passed is None or self.passed.position != num_tokens - 2:
@@ -93,7 +93,7 @@ class Opening:
         return kept if any(kept) else ()
 
     def open_message(self, epoch: int, num_given: int, kept: tuple[bool, ...]) -> OpenSession:
-        """Return what opens the session in `epoch`."""
+        """Return the message that opens the session in `epoch`."""
         request, route, passed = self._request, self.route, self.passed
         self.epoch = epoch
         return OpenSession(
@@ -114,11 +114,11 @@ class Opening:
         )
 
     def park_text(self) -> None:
-        """Have the close message ask the stages to park the text, where the request wants that."""
+        """Make the close message ask the stages to park the text, if the request wants that."""
         if self._request.is_parked and self.passed is not None:
             at = (self.passed.epoch, self.passed.node)
             self.parked = Park(at=at, num_tokens=self.passed.position + 1)
 
     def close_message(self, epoch: int) -> CloseSession:
-        """Return what ends the session at a stage."""
+        """Return the message that ends the session at a stage."""
         return CloseSession(session=self._request.session, epoch=max(epoch, 0), park=self.parked)

@@ -1,17 +1,20 @@
-"""How much to speculate, and when the next window may leave."""
+"""Decides how much to speculate and when the next window may be sent."""
 
 from dsd_p2p.session.request import RequestStats
 from dsd_p2p.window.base import Decision, Mode, Observation, WindowPolicy
 from dsd_p2p.window.tracker import Tracker
 
 _UNMEASURED_IN_FLIGHT = 3
-"""Windows behind the given text while no stage's pace is known: more could only queue, and delay better ones until the end."""
+"""Windows that may follow the given text while no stage's pace is known.
+
+More would only queue, and delay better windows until the end.
+"""
 
 
 class Pacing:
-    """The policy's present decision, what it learns from, and the pace of the windows.
+    """The policy's present decision, the measurements that it learns from, and the pace of one request's windows.
 
-    Windows leave one pace apart. A route that nobody has measured has no pace yet: there, few windows may be under way.
+    Windows are sent one pace apart. A route without measurements has no pace yet; few windows may be in flight there.
     """
 
     def __init__(self, policy: WindowPolicy, tracker: Tracker, stats: RequestStats) -> None:
@@ -24,7 +27,7 @@ class Pacing:
         self.next_send_at_s = 0.0
         self._is_measured = bool(observation.stages)
         self._max_unmeasured = 0
-        # What comes in right after a change of mind, or after the prompt, is due to the windows before, or to none.
+        # Tokens committed right after a changed decision, or after the prompt, stem from earlier windows or from none.
         self._num_unattributed = 1
         self._committed_at_s = 0.0
 
@@ -32,13 +35,13 @@ class Pacing:
         return f"{self.decision.kind}, a window every {self._pace_s * 1e3:.1f} ms"
 
     def observe(self) -> Observation:
-        """Return what the policy decides by."""
+        """Return the measurements that the policy decides by."""
         return self._tracker.observe()
 
     def decide(self, num_tokens: int, num_committed: int, now_s: float) -> None:
-        """Let the policy choose again, knowing what the present windows have written since the last verdict.
+        """Report the tokens committed since the last verdict to the tracker, and let the policy decide again.
 
-        num_tokens: length of the text. num_committed: how many of them are new.
+        num_tokens: length of the text. num_committed: how many of its tokens are new.
         """
         if num_committed:
             if self._num_unattributed <= 0:
@@ -54,7 +57,7 @@ class Pacing:
         self._pace_s = observation.pace_s(self.decision.window_nodes)
 
     def may_send(self, num_in_flight: int, num_sent_nodes: int) -> bool:
-        """True when nothing but the pace holds a continuous window back."""
+        """Return True if only the pace holds back a window in continuous mode."""
         decision = self.decision
         return (
             decision.mode is Mode.CONTINUOUS
@@ -64,13 +67,13 @@ class Pacing:
         )
 
     def opened(self, num_in_flight: int) -> None:
-        """Note that the given text is under way in so many windows."""
+        """Note that the given text is in flight in `num_in_flight` windows."""
         self._max_unmeasured = num_in_flight + _UNMEASURED_IN_FLIGHT
 
     def sent(self, now_s: float) -> None:
-        """Note that a window has just left."""
+        """Note that a window was sent now."""
         self.next_send_at_s = now_s + self._pace_s
 
     def measured(self) -> None:
-        """Note that a verdict has told what the stages take."""
+        """Note that a verdict has reported the stages' times, so that the pace is known."""
         self._is_measured = True

@@ -1,4 +1,4 @@
-"""Draft nodes as a window carries them (docs/protocol.md, rule 3: Nodes)."""
+"""Converts draft nodes to the fields of a window (docs/protocol.md, rule 3: Nodes)."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ _MAX_CENTINATS = 100_000
 
 
 def pack_nodes(nodes: Sequence[DraftNode], first_node: int) -> tuple[list[TokenId], list[int], list[int]]:
-    """Return tokens, parents' numbers and positions of nodes numbered from `first_node` on.
+    """Return the tokens, parents' numbers and positions of nodes that are numbered from `first_node` on.
 
-    A root has no parent in the tree: it hangs under the node before it, or under the epoch's base.
+    A root has no parent in the tree. Its parent on the wire is the node numbered before it, or the epoch's base.
     """
     root_parent = BASE if first_node == 0 else first_node - 1
     parents = [root_parent if node.parent is None else _number(node.parent) for node in nodes]
@@ -20,7 +20,7 @@ def pack_nodes(nodes: Sequence[DraftNode], first_node: int) -> tuple[list[TokenI
 
 
 def draft_tops(nodes: Sequence[DraftNode]) -> tuple[DraftTop, ...]:
-    """Return what the drafter expects after those of the nodes that it was asked about."""
+    """Return the drafter's likeliest candidates below each node that it was asked about."""
     return tuple(
         DraftTop(
             offset=offset,

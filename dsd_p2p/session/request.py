@@ -1,4 +1,4 @@
-"""What a request asks for, over which stages, and what it cost."""
+"""Holds a request's data: what it asks for, the route, and counts of what it cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from dsd_p2p.wire.messages import Hop, Prefix
 class Route:
     """The stages that a request's windows pass, head first; together they hold the model.
 
-    max_positions: the longest text that all of them take.
+    max_positions: length of the longest text that all of them accept.
     """
 
     hops: tuple[Hop, ...]
@@ -28,15 +28,15 @@ class Route:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One text that a coordinator has the target write.
+    """One request for a text, as its coordinator runs it.
 
-    prompt: at least one token; the last `num_written` of them belong to the answer already.
-    coordinator: where verdicts are sent.
-    prefill_chunk: prompt tokens a window; chunks follow each other through the stages like an assembly line.
-    stall_timeout_s: without a verdict for this long the route counts as lost.
-    hidden_formats: of each link between stages; empty is the model's own.
-    attest: stages sign what they compute.
-    prefix: what of the prompt the route's stages have parked. is_parked: they park the text when it is finished.
+    prompt: at least one token; the last `num_written` of them already belong to the answer.
+    coordinator: the peer to which verdicts are sent.
+    prefill_chunk: prompt tokens per window; the stages process successive chunks as a pipeline.
+    stall_timeout_s: the route counts as lost after this long without a verdict.
+    hidden_formats: the hidden format of each link between stages; empty means the model's own.
+    attest: the stages sign what they compute.
+    prefix: the beginning of the prompt that the stages have parked. is_parked: the stages park the finished text.
     """
 
     session: SessionId
@@ -55,17 +55,17 @@ class Request:
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt itself."""
+        """Number of tokens of the prompt itself, without those already written."""
         return len(self.prompt) - self.num_written
 
     @property
     def max_length(self) -> int:
-        """Length of the finished text at most, prompt included."""
+        """Greatest length of the finished text, prompt included."""
         return self.num_prompt + self.text.max_tokens
 
     @property
     def is_relaxed(self) -> bool:
-        """True when the target's own token may be passed over."""
+        """True in relaxed mode, where a drafted token may stand in place of the target's own."""
         return self.text.relaxation is not None
 
 
@@ -74,18 +74,19 @@ _MAX_DECISIONS = 64
 
 @dataclass(slots=True, kw_only=True)
 class RequestStats:  # size: counts, each written in one place and read by name in reports
-    """Counts of one request; they add up over its replays.
+    """Counts of one request, added up over its replays unless stated otherwise.
 
-    num_misses: verdicts that named a token no window carried: each costs a traversal. Plain decoding counts every token.
-    link_bytes: bytes of window frames that all stages together have received, as the newest verdict told.
-    num_prefix_tokens: prompt tokens that the stages had parked and that were not sent.
-    num_epochs: committed tokens over epochs is the mean accepted length (in sync mode: tokens a window, as in the papers).
-    num_replays, num_resumes: routes opened after the first; of those, with stages that went on with what they held.
-    hits_by_depth, outcomes_by_depth: for d = 1, 2, ...: of the committed tokens whose parent was drafted d - 1 below the root and
-        expanded, how many were among the candidates, and how many there were.
-    hits_by_rank: how often the committed token was the drafter's first, second, ... candidate.
-    decisions: the policy's changes of mind: at which text length, what, and why.
-    sent_by_source, hits_by_source: nodes sent and tokens committed of each drafter's candidates: its payoff.
+    num_misses: committed tokens that no window carried; each costs a traversal. In plain mode every token is one.
+    link_bytes: bytes of window frames that all stages together have received, by the highest count in a verdict.
+    num_prefix_tokens: prompt tokens that were parked and not sent, in the last opening that gave the stages the text.
+    num_epochs: committed tokens divided by epochs is the mean accepted length (in sync mode, tokens per window, as in
+        the papers).
+    num_replays, num_resumes: routes opened after the first, and how many of those had kept stages.
+    outcomes_by_depth, hits_by_depth: for d = 1, 2, ...: committed tokens whose parent had candidates and was drafted
+        d - 1 below the root, and how many of these tokens were in the tree.
+    hits_by_rank: how often the committed token's node had rank 0, 1, ... among its siblings.
+    decisions: the policy's changed decisions, each with the text length, the mode and the reason.
+    sent_by_source, hits_by_source: for each drafter, its nodes that were sent, and its candidates that were committed.
     """
 
     num_windows: int = 0
@@ -114,17 +115,17 @@ class RequestStats:  # size: counts, each written in one place and read by name 
     decisions: list[str] = field(default_factory=list)
 
     def note_decision(self, num_tokens: int, decision: Decision) -> None:
-        """Remember that the policy changed its mind, and why."""
+        """Record that the policy changed its decision, and why."""
         if len(self.decisions) < _MAX_DECISIONS:
             self.decisions.append(f"{num_tokens}: {decision.mode} {decision.reason}")
 
     def add_stage_s(self, stage_s: Sequence[float]) -> None:
-        """Count what each stage took for one window, seconds."""
+        """Add each stage's time for one window, in seconds."""
         totals = self.stage_s or [0.0] * len(stage_s)
         self.stage_s = [a + b for a, b in zip(totals, stage_s, strict=False)]
 
     def outcome(self, *, depth: int, rank: int | None, source: str) -> None:
-        """Count one committed token that a drafter was asked for; `rank` None: it was no candidate."""
+        """Count a committed token for which a drafter had candidates. rank: its node's rank; None without a node."""
         _count(self.outcomes_by_depth, depth - 1, 1)
         _count(self.hits_by_depth, depth - 1, rank is not None)
         if rank is not None:

@@ -1,6 +1,7 @@
-"""What one stage knows of one session: epoch, root, nodes; decides what each window does to the cache.
+"""Tracks one session's epoch, root and nodes at one stage, and decides what each window does to the cache.
 
-Follows docs/protocol.md, rule 4: Roots; rule 5: Idempotence. The caller performs the edit, then the pass, then forwards the window.
+Follows docs/protocol.md, rule 4: Roots; rule 5: Idempotence. The caller performs the edit, then the pass, and then
+forwards the window.
 """
 
 from collections.abc import Sequence
@@ -13,18 +14,18 @@ from dsd_p2p.wire.messages import BASE, Window
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageStep:
-    """What a window asks of a stage, in this order: edit the cache (None: leave it), run the pass (None: no node needs it)."""
+    """A stage's work for one window: edit the cache (None: no change), then run the pass (None: no nodes)."""
 
     edit: CacheEdit | None
     forward: Forward | None
 
 
 class StageState:
-    """Bookkeeping of one session at one stage.
+    """The state of one session at one stage.
 
     epoch: the first epoch, from `OpenSession`.
-    max_length: no position at or past this one is accepted.
-    max_speculative: the most nodes that may wait below the root; what bounds the cache and the masks.
+    max_length: positions must be below this.
+    max_speculative: the most nodes that may wait below the root; this bounds the cache and the masks.
     num_held: positions that the cache holds from the start, as if nodes 0 to `num_held` - 1 had been sent.
     """
 
@@ -40,25 +41,27 @@ class StageState:
 
     @property
     def num_settled(self) -> int:
-        """Positions known to be committed."""
+        """Number of positions known to be committed."""
         return self._slots.prefix_length
 
     def cancel(self, epoch: int) -> None:
-        """Drop windows of epochs below `epoch`, those that are queued included."""
+        """Drop windows of epochs below `epoch`, including queued ones."""
         self._cancelled_below = max(self._cancelled_below, epoch)
 
     def is_stale(self, window: Window) -> bool:
-        """True for a duplicate and for a window of an epoch that is over."""
+        """Return True for a duplicate and for a window of an earlier epoch."""
         return window.epoch < max(self.epoch, self._cancelled_below) or window.window <= self._last_window
 
     def accept(self, window: Window, live: Sequence[int] | None = None) -> StageStep | None:
-        """Return what to do with `window`; None when it is stale.
+        """Return the work that `window` needs, or None if it is stale.
 
-        live: offsets of the nodes worth a slot, with the parent of each; None is all of them. Only the tail knows better.
+        live: offsets of the nodes that get a slot; a node's parent must be among them or in the cache. None means all
+        nodes; only the tail can leave some out.
 
         Raises:
-            RemoteProtocolError: epoch from the future, a gap in the nodes, unknown root or parent, wrong position.
-            CapacityError: the session's cache would outgrow its budget.
+            RemoteProtocolError: an epoch too far ahead, a gap in the nodes, an unknown root or parent, or a wrong
+                position.
+            CapacityError: too many nodes would wait below the root.
         """
         if self.is_stale(window):
             return None
@@ -81,7 +84,7 @@ class StageState:
         num_speculative = self._slots.num_slots - self._slots.prefix_length + len(window.tokens)
         if num_speculative > self._max_speculative:
             raise CapacityError(
-                f"{num_speculative} nodes wait below the root, {self._max_speculative} may: send smaller windows or trees"
+                f"{num_speculative} nodes would wait below the root, at most {self._max_speculative} may: send smaller windows"
             )
         forward = self._append(window, range(len(window.tokens)) if live is None else live)
         self._next_node += len(window.tokens)
@@ -89,12 +92,12 @@ class StageState:
         return StageStep(edit=edit, forward=forward)
 
     def resume(self, *, epoch: int, at: tuple[int, int], num_kept: int) -> list[CacheEdit]:
-        """Go on in a new epoch as if nodes 0 to `num_kept` - 1 had been sent in it; returns the edits that leave just those.
+        """Go on in a new epoch as if nodes 0 to `num_kept` - 1 had been sent in it.
 
-        at: epoch and number of the node that holds the last of them.
+        Returns the cache edits that keep only those nodes. at: epoch and number of the node that holds the last token.
 
         Raises:
-            RemoteProtocolError: less than that is settled here.
+            RemoteProtocolError: fewer than `num_kept` positions are held here.
         """
         at_epoch, node = at
         is_speculative = at_epoch == self.epoch and node in self._slots
@@ -134,7 +137,7 @@ class StageState:
         drop = self._slots.settle(None)
         if edit is None or drop is None:
             return edit or drop
-        # The dropped descendants stood behind the joined path: shorten the first edit instead of doing both.
+        # The dropped descendants follow the joined path in the cache, so shorten the first edit instead of doing both.
         return CacheEdit(
             num_kept=min(edit.num_kept, self._slots.prefix_length),
             gathered=edit.gathered[: max(0, self._slots.prefix_length - edit.num_kept)],

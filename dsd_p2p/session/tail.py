@@ -1,8 +1,8 @@
-"""The tail's walk down the draft tree (docs/protocol.md, rule 6: The walk).
+"""Walks the tail down the draft tree and commits the target's picks (docs/protocol.md, rule 6: The walk).
 
-The walk stands at the newest node it has the target's pick for, and waits for a child holding that pick. Whatever
-else arrives is stale for good: a node's parent is always sent before it, so everything that descends from the awaited
-child is still on its way.
+The walk stands at the newest node for which it has the target's pick, and waits for a child that holds that pick.
+Every other node that arrives is stale for good. A node's parent is always sent before the node, so all descendants of
+the awaited child are still on their way.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from dsd_p2p.wire.messages import BASE, Verdict, Window, WindowAttestation
 
 @dataclass(slots=True, kw_only=True)
 class Committed:
-    """What one window settled: the target's picks from `start_pos` on and the node that holds each (`BASE`: none yet)."""
+    """The picks that one window committed, from `start_pos` on, and the node that holds each (`BASE`: none yet)."""
 
     start_pos: int
     tokens: list[TokenId] = field(default_factory=list)
@@ -31,7 +31,7 @@ def verdict_of(
     attestations: Sequence[WindowAttestation] = (),
     logprobs: Sequence[TokenLogprobs] = (),
 ) -> Verdict:
-    """Return the verdict on `window`, with the measurements it carries. `committed` is not empty."""
+    """Return the verdict on `window`, with the window's measurements. `committed` must not be empty."""
     return Verdict(
         session=window.session,
         epoch=window.epoch,
@@ -51,10 +51,10 @@ def verdict_of(
 
 
 class TailWalk:
-    """The position of one session's tail.
+    """The walk of one session at its tail.
 
-    num_prompt: tokens of the prompt. num_given: tokens at positions below this one are taken as they come, not verified.
-    at: the node it stands at; a tail that goes on with what it holds starts at the last but one of the given.
+    num_prompt: tokens of the prompt. num_given: tokens at positions below this are accepted without verification.
+    at: the node at which the walk starts; for a kept tail, the last but one of the given tokens.
     """
 
     def __init__(self, *, epoch: int, num_prompt: int, num_given: int, at: int = BASE) -> None:
@@ -66,7 +66,7 @@ class TailWalk:
         self._next_commit_pos = num_given
 
     def live(self, window: Window) -> list[int]:
-        """Offsets of the window's nodes that can still be committed; each comes after its parent.
+        """Return the offsets of the window's nodes that can still be committed; each comes after its parent.
 
         Raises:
             RemoteProtocolError: the window opens an epoch off the committed path.
@@ -86,7 +86,7 @@ class TailWalk:
         return offsets
 
     def wants_pick(self, position: int) -> bool:
-        """True when the target's pick after `position` is verified, not given."""
+        """Return True if the target must pick the token after `position`, which is not given."""
         return position >= self._num_given - 1
 
     def walk(
@@ -95,7 +95,7 @@ class TailWalk:
         """Go on through the window's `live` nodes, committing the target's pick at each.
 
         pick: maps an index into `live` to the target's token for the position after that node.
-        written: receives each given token behind the prompt: a replay brings what was written before.
+        written: called with each given token after the prompt; a replay sends those that were written before.
         """
         if window.epoch != self._epoch:
             self._epoch, self._at = window.epoch, BASE

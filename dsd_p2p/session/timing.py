@@ -1,13 +1,14 @@
-"""When the tokens of one answer arrived, and the one formula for tokens a second."""
+"""Records when the tokens of one answer arrived; the only place that computes tokens per second."""
 
 from dataclasses import dataclass
 
 
 @dataclass(slots=True, kw_only=True)
 class Timing:
-    """Times in seconds, all on one clock. Speeds count from the first arrival on, so the prompt's cost is in `ttft_s` alone.
+    """The arrival times of one answer, in seconds on one clock.
 
-    first_size: tokens that arrived together with the first.
+    Speed is measured from the first arrival, so that only `ttft_s` includes the prompt's cost.
+    first_size: number of tokens in the first arrival.
     """
 
     started_at_s: float
@@ -35,7 +36,7 @@ class Timing:
 
     @property
     def num_later_tokens(self) -> int:
-        """Tokens after those of the first arrival."""
+        """Number of tokens after the first arrival."""
         return self.num_tokens - self.first_size
 
     @property
@@ -45,7 +46,7 @@ class Timing:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second after the first arrival; over the whole time where everything arrived at once."""
+        """Tokens per second after the first arrival, or over the whole time if all tokens arrived at once."""
         if self.later_s > 0:
             return self.num_later_tokens / self.later_s
         return self.num_tokens / self.total_s if self.total_s > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The coordinator's draft tree under the last committed token."""
+"""Holds the coordinator's draft tree, which grows from the last committed token."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -15,12 +15,12 @@ path_logprob = attrgetter("path_logprob")
 class DraftNode:
     """One candidate token.
 
-    key: names the node for the life of the session; drafters keep their caches by it.
-    path_logprob: log probability of the path from the root to here, by the drafter and what is known of its calibration.
-    rank: place among its siblings by the drafter's probability, 0 the likeliest. source: which drafter proposed it.
-    number: its number on the wire within the epoch, None before it is sent.
+    key: identifies the node for the life of the session; drafters keep their caches by key.
+    path_logprob: log probability of the path from the root to this node, by the drafter, corrected by sharpening.
+    rank: place among its siblings by the drafter's probability, 0 for the likeliest. source: the proposing drafter.
+    number: its number on the wire within the epoch; None until it is sent.
     is_expanded: a drafter has already been asked for its children.
-    candidates: its answer, likeliest first, as (token, log probability by the drafter alone).
+    candidates: the drafter's answer, likeliest first, as (token, the drafter's own log probability).
     depth: distance from the root when it was drafted.
     """
 
@@ -47,10 +47,10 @@ class DraftNode:
 
 
 class DraftTree:
-    """Committed root and the candidates below it.
+    """A draft tree: the root, which is committed, and the candidates below it.
 
-    unsent, unexpanded: the nodes, by key, that no window carries and that no drafter was asked to expand.
-    frontier: the unsent ones that may be sent next: the root, and those below a sent node.
+    unsent: the nodes that no window carries, by key. unexpanded: those that no drafter was asked to expand, by key.
+    frontier: the unsent nodes that may be sent next, by key: the root, and children of sent nodes.
     """
 
     def __init__(self, *, token: TokenId, position: int, key: int) -> None:
@@ -71,15 +71,18 @@ class DraftTree:
 
     @property
     def num_sent(self) -> int:
-        """Nodes that windows carry, the root included."""
+        """Number of nodes that windows carry, the root included."""
         return len(self._by_key) - len(self.unsent)
 
     def get(self, key: int) -> DraftNode | None:
-        """Return the node of that key if it is still in the tree."""
+        """Return the node with this key, or None if it is no longer in the tree."""
         return self._by_key.get(key)
 
     def add(self, parent: DraftNode, token: TokenId, logprob: float, rank: int = 0, source: str = "") -> DraftNode:
-        """Hang a candidate under `parent`; one that is there already takes the new probability, and all below it with it."""
+        """Add a candidate below `parent` and return its node.
+
+        If the node exists already, it takes the new rank and probability, and the paths below it change accordingly.
+        """
         path_logprob = parent.path_logprob + min(logprob, 0.0)
         known = parent.children.get(token)
         if known is not None:
@@ -94,7 +97,7 @@ class DraftTree:
         return node
 
     def send(self, node: DraftNode, number: int) -> None:
-        """Note the node's number on the wire."""
+        """Mark the node as sent, under this number."""
         node.number = number
         self.unsent.pop(node.key, None)
         self.frontier.pop(node.key, None)
@@ -103,12 +106,12 @@ class DraftTree:
                 self.frontier[child.key] = child
 
     def expand(self, node: DraftNode) -> None:
-        """Note that a drafter is asked for the node's children."""
+        """Mark the node as expanded: a drafter was asked for its children."""
         node.is_expanded = True
         self.unexpanded.pop(node.key, None)
 
     def forget_sent(self) -> None:
-        """Take every number back: a new epoch begins."""
+        """Mark all nodes as unsent, for a new epoch."""
         for node in self._by_key.values():
             node.number = None
         self.unsent = dict(self._by_key)
@@ -117,7 +120,7 @@ class DraftTree:
     def commit(self, token: TokenId) -> DraftNode | None:
         """Make the root's child holding `token` the new root and drop everything else.
 
-        Returns the new root if it was in the tree, None on a miss: the root is then a new node without children.
+        Returns the new root if it was in the tree. Otherwise returns None, and the root is a new node without children.
         """
         old_root = self.root
         hit = old_root.children.get(token)
@@ -143,7 +146,7 @@ class DraftTree:
         return hit
 
     def shed(self, max_nodes: int) -> None:
-        """Drop the unlikeliest leaves that were never sent or expanded until at most `max_nodes` are below the root."""
+        """Drop the unlikeliest leaves, unless sent or expanded, until at most `max_nodes` are below the root."""
         surplus = len(self) - max_nodes
         if surplus <= 0:
             return
@@ -161,7 +164,7 @@ class DraftTree:
             self.frontier.pop(node.key, None)
 
     def nodes(self) -> Iterable[DraftNode]:
-        """All nodes, the root included, parents before children."""
+        """Return all nodes, the root included, parents before children."""
         return self._by_key.values()
 
     def _new_node(

@@ -1,4 +1,4 @@
-"""What a verdict must be before anything of it counts (docs/protocol.md, rule 8: Verdicts)."""
+"""Checks a verdict before the coordinator acts on it (docs/protocol.md, rule 8: Verdicts)."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from dsd_p2p.wire.messages import Verdict
 
 
 def check_verdict(verdict: Verdict, request: Request, tokens: Sequence[TokenId], epoch: int, num_sent: int) -> None:
-    """Compare a verdict with what was asked and what is committed.
+    """Check a verdict against the request and the committed text.
 
-    tokens: prompt and committed text. epoch: the present one. num_sent: nodes sent in it.
+    tokens: prompt and committed tokens. epoch: the present epoch. num_sent: nodes sent in it.
 
     Raises:
-        RemoteProtocolError: names the field that cannot be, and what can.
+        RemoteProtocolError: names the invalid field and what was expected.
     """
     text = request.text
     if verdict.epoch > epoch:
         raise RemoteProtocolError("verdict epoch", verdict.epoch, f"at most {epoch}")
     if len(verdict.settled) != len(verdict.tokens):
-        raise RemoteProtocolError("settled", len(verdict.settled), f"{len(verdict.tokens)} entries, one a token")
+        raise RemoteProtocolError("settled", len(verdict.settled), f"{len(verdict.tokens)} entries, one per token")
     num_logprobs = len(verdict.tokens) if text.top_logprobs >= 0 else 0
     if len(verdict.logprobs) != num_logprobs:
         raise RemoteProtocolError("logprobs", len(verdict.logprobs), f"{num_logprobs} entries")

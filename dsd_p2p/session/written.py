@@ -1,4 +1,4 @@
-"""The text so far, and the tree of candidates under its last token."""
+"""Holds the text written so far and the draft tree below its last token."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from dsd_p2p.types import TokenId
 class WrittenText:
     """Prompt and committed tokens, and the draft tree whose root holds the last of them.
 
-    tokens: all of it. tree: the candidates. Every token has a key, under which drafters keep their caches.
+    tokens: the whole text. Every token has a key, by which drafters keep their caches.
     """
 
     def __init__(self, prompt: Sequence[TokenId]) -> None:
@@ -25,14 +25,14 @@ class WrittenText:
         return f"{len(self)} tokens, {self.tree!r}"
 
     def commit(self, token: TokenId) -> DraftNode | None:
-        """Go on with `token`; returns its node if the tree held it."""
+        """Append `token` to the text; return its node if it was in the tree, else None."""
         hit = self.tree.commit(token)
         self.tokens.append(token)
         self._keys.append(self.tree.root.key)
         return hit
 
     def draft_below(self, stems: Sequence[DraftNode], levels: int) -> Draft:
-        """Return the question to the drafter about these nodes, and note that they are asked about."""
+        """Return a question to the drafter about these nodes, and mark them as expanded."""
         for node in stems:
             self.tree.expand(node)
         return Draft(

@@ -1,1 +1,1 @@
-"""DSD-Sim: the same core in virtual time, fed with recorded agreement."""
+"""DSD-Sim: runs the same core as live peers in virtual time, on recorded or parametric agreement."""

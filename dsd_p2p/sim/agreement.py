@@ -1,6 +1,6 @@
-"""Recorded agreement: what a target wrote and what a drafter proposed at every position of it.
+"""Reads and writes agreement: a target's recorded texts, with a drafter's candidates at every position.
 
-Small enough to travel with the project; `dsd sim record` makes it again.
+The files are small enough to ship with the project; `dsd sim record` makes them again.
 """
 
 import gzip
@@ -14,12 +14,12 @@ from dsd_p2p.types import TokenId
 
 
 class RecordedText(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer of the target.
+    """One answer of the target, with the drafter's candidates.
 
     category: chat, maths or code. source: the prompt's name in its collection.
     tokens: the target's greedy text, length n.
-    draft_tokens, draft_centinats: for each of the n positions the drafter's likeliest candidates given the text before it,
-        and -100 times the natural logarithm of their probabilities.
+    draft_tokens, draft_centinats: for each of the n positions, the drafter's likeliest candidates given the text before
+        it, and -100 times the natural logarithms of their probabilities.
     """
 
     category: str
@@ -30,7 +30,7 @@ class RecordedText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts of one pair of models, with where they come from."""
+    """Recorded texts of one pair of models, and how they were made."""
 
     target: str
     drafter: str
@@ -42,25 +42,28 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_agreement(trace: Agreement, path: Path) -> None:
-    """Write gzipped JSON, the same bytes for the same trace."""
+    """Write the agreement as gzipped JSON. The same agreement always gives the same bytes."""
     path.write_bytes(gzip.compress(msgspec.json.encode(trace), mtime=0))
 
 
 def read_agreement(path: Path) -> Agreement:
-    """Return the trace in `path`.
+    """Return the agreement in `path`.
 
     Raises:
-        ConfigError: it cannot be read or is none.
+        ConfigError: the file cannot be read or is not an agreement.
     """
     try:
         trace = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=Agreement)
     except (OSError, EOFError, zlib.error, msgspec.DecodeError) as exc:
-        raise ConfigError(f"agreement trace {path}: {exc}; make one with `dsd sim record`") from exc
+        raise ConfigError(f"agreement file {path}: {exc}; make one with `dsd sim record`") from exc
     for text in trace.texts:
         if not len(text.tokens) == len(text.draft_tokens) == len(text.draft_centinats):
-            raise ConfigError(f"agreement trace {path}: text {text.source} has lists of different lengths")
-        if any(map(_differ_in_length, text.draft_tokens, text.draft_centinats)):
-            raise ConfigError(f"agreement trace {path}: text {text.source} has candidates without probabilities")
+            wrong = "has lists of different lengths"
+        elif any(map(_differ_in_length, text.draft_tokens, text.draft_centinats)):
+            wrong = "does not have one probability per candidate"
+        else:
+            continue
+        raise ConfigError(f"agreement file {path}: text {text.source} {wrong}; make it again with `dsd sim record`")
     return trace
 
 

@@ -1,8 +1,8 @@
-"""What target and drafter say in one request: recorded from a real pair, or drawn from a few parameters.
+"""Supplies a request's target tokens and candidates, recorded from a real pair or drawn from a few parameters.
 
-Positions are absolute; `pick(p)` is the target's token after position p. Off the target's text nothing was recorded, and nothing
-can be committed there; but such nodes compete for places in the tree, so they get the probabilities of another position and tokens
-of their own.
+Positions are absolute; `pick(p)` is the target's token after position p. A node off the target's text can never be
+committed, and nothing was recorded below it. But such nodes compete for places in the tree. So a recorded answer gives
+their children the probabilities of another position, and made-up tokens.
 """
 
 import math
@@ -16,21 +16,21 @@ from dsd_p2p.sim.agreement import RecordedText
 from dsd_p2p.types import TokenId
 
 _EASY, _HARD = 0.95, 0.5
-"""AgreementModel where the drafter is sure of itself, and where it is not."""
+"""How often the drafter is right in easy and in hard passages."""
 
 _NEXT_RANK = 0.35
-"""How often a further candidate is right where all before it were wrong: about what `dsd sim record` finds."""
+"""How often a further candidate is right if all before it were wrong; about what `dsd sim record` finds."""
 
 
 class Answer(Protocol):
-    """One request's text."""
+    """The text of one request, with the drafter's candidates."""
 
     def pick(self, position: int) -> TokenId:
         """Return the target's token after `position`."""
         ...
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Return each stem's children, likeliest first; for `draft.levels` above 1 what follows the first of them too."""
+        """Return each stem's children, likeliest first; if `draft.levels > 1`, the first child has children too."""
         ...
 
 
@@ -39,7 +39,7 @@ class _AnswerBase:
         raise NotImplementedError
 
     def _children(self, end: int, *, is_on_path: bool, salt: int, width: int) -> list[Candidate]:
-        """The children of a node at position `end`."""
+        """Return the children of a node at position `end`. salt: differs for each path off the text."""
         raise NotImplementedError
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:
@@ -71,12 +71,12 @@ class _AnswerBase:
 
 
 def _stray(token: TokenId, salt: int) -> int:
-    """The salt one token further off the path: a different one for each path."""
+    """Return the salt of the path that goes on with `token` off the text; each such path has its own."""
     return zlib.crc32(token.to_bytes(8, "little"), salt)
 
 
 class RecordedAnswer(_AnswerBase):
-    """A text of a trace, from its start again when it is too short. num_prompt_tokens: the answer begins after them."""
+    """A recorded text, repeated if it is too short. num_prompt_tokens: length of the prompt before it."""
 
     def __init__(self, text: RecordedText, num_prompt_tokens: int, vocab_size: int) -> None:
         self._text = text
@@ -107,8 +107,9 @@ class RecordedAnswer(_AnswerBase):
 class AgreementModel:
     """How often the drafter is right.
 
-    rate: share of the tokens that are its first candidate. num_candidates: it names; 1 is enough for chains.
-    persistence: how likely an easy or hard passage goes on at the next token.
+    rate: share of the tokens that are the drafter's first candidate.
+    persistence: how likely the next token belongs to the same passage; otherwise a new one begins, easy or hard.
+    num_candidates: how many candidates the drafter proposes; 1 is enough for chains.
     """
 
     rate: float
@@ -117,9 +118,9 @@ class AgreementModel:
 
 
 class ParametricAnswer(_AnswerBase):
-    """A text whose easy and hard passages take turns; the drafter's confidence is what it deserves.
+    """A text with easy and hard passages; the drafter is well calibrated.
 
-    The tokens after position p are `16 p` (the target's), `16 p + 1`, ...
+    The candidates after position p are `16 p` (the target's token), `16 p + 1`, ...
     """
 
     _SPACING = 16
@@ -138,7 +139,7 @@ class ParametricAnswer(_AnswerBase):
         return position * self._SPACING
 
     def _known(self, end: int) -> int:
-        """Index of a position; positions are drawn in order, so that the text does not depend on what is asked first."""
+        """Return a position's index. Positions are drawn in order, so the text does not depend on the call order."""
         if self._first < 0:
             self._first = end
         agreement, rng = self._agreement, self._rng
@@ -160,7 +161,7 @@ class ParametricAnswer(_AnswerBase):
         rate, rank = self._rates[at], self._ranks[at]
         first = end * self._SPACING
         count = min(width, self._agreement.num_candidates)
-        # Others than the target's token are 1, 2, ... above it.
+        # Wrong candidates are 1, 2, ... above the target's token.
         tokens = [first + 1 + index for index in range(count)]
         if is_on_path and rank < count:
             tokens[rank] = first

@@ -1,4 +1,4 @@
-"""Peers and targets that fail and come back."""
+"""Makes peers and targets fail and come back."""
 
 import random
 from typing import Any
@@ -12,7 +12,7 @@ from dsd_p2p.sim.target import TargetSession
 
 
 class Churn:
-    """Makes units fail at random, tells their sessions, and has the others close the gaps, until the run is over."""
+    """The random failures of a run. The failed units' sessions are told, and the other units close the gaps."""
 
     def __init__(
         self, settings: ChurnSettings, machines: Machines[Any], clock: Clock, rng: random.Random, tally: Tally
@@ -24,7 +24,7 @@ class Churn:
         self._tally = tally
 
     def start(self) -> None:
-        """Schedule every unit's first failure, if there are to be any."""
+        """Schedule every unit's first failure, if the scenario has failures."""
         if self._settings.up:
             for unit in self._machines.units:
                 self._schedule_failure(unit)
@@ -45,7 +45,7 @@ class Churn:
             self._schedule_failure(unit)
 
     def _mend(self) -> None:
-        self._lose(self._machines.mend(), "a peer of its route loads other layers")
+        self._lose(self._machines.mend(), "a peer of the route loads other layers")
 
     def _lose(self, sessions: list[TargetSession], reason: str) -> None:
         for session in sessions:

@@ -1,4 +1,4 @@
-"""Virtual time: SimPy's event queue driven by callbacks, which cost a third of its processes."""
+"""Keeps virtual time: SimPy's event queue with callbacks, which cost a third of what SimPy's processes cost."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ _LAST = NORMAL + 1
 
 
 class _Call(Event):  # type: ignore[misc]
-    """An event that calls something when its time has come."""
+    """An event that calls a function when its time comes."""
 
     def __init__(
         self,
@@ -20,7 +20,7 @@ class _Call(Event):  # type: ignore[misc]
         action: Callable[..., object],
         arguments: tuple[Any, ...],
     ) -> None:
-        # What simpy.Timeout does, without its value and its argument checks.
+        # As in simpy.Timeout, but without its value and its argument checks.
         self.env = env
         self.callbacks = [self._run]
         self._value = None
@@ -34,7 +34,10 @@ class _Call(Event):  # type: ignore[misc]
 
 
 class Clock:
-    """Calls things later. Events of one moment happen in the order in which they were asked for, deadlines after all others."""
+    """A virtual clock that calls functions later.
+
+    Events of one moment happen in the order in which they were scheduled, but deadlines come after all other events.
+    """
 
     def __init__(self) -> None:
         self._env = simpy.Environment()
@@ -49,18 +52,18 @@ class Clock:
         self._schedule(delay_s, NORMAL, action, arguments)
 
     def deadline(self, delay_s: float, action: Callable[..., object], *arguments: Any) -> None:
-        """The same for something that only counts if nothing else happens at that moment."""
+        """Call `action` likewise, but after all other events of that moment."""
         self._schedule(delay_s, _LAST, action, arguments)
 
     def _schedule(
         self, delay_s: float, priority: int, action: Callable[..., object], arguments: tuple[Any, ...]
     ) -> None:
         if not delay_s >= 0:
-            raise ValueError(f"an event {-delay_s} s in the past")
+            raise ValueError(f"delay_s is {delay_s}, expected 0 or more")
         _Call(self._env, delay_s, priority, action, arguments)
 
     def run(self, until_s: float) -> None:
-        """Go on until there is nothing left to do or it is `until_s`."""
+        """Run events until none is left or the time is `until_s`."""
         env = self._env
         while env.peek() <= until_s:
             env.step()

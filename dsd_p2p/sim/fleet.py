@@ -1,4 +1,4 @@
-"""Runs a scenario: builds its machines, lets requests arrive, keeps what happened."""
+"""Runs a scenario: builds its machines, starts its requests and collects the results."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ _ASK_AGAIN_S = 1.0
 
 @dataclass(slots=True)
 class StageReport:
-    """One stage over the whole run. mean_queue: windows that wait, in the time's mean."""
+    """The figures of one stage over the whole run. mean_queue: waiting windows, averaged over time."""
 
     target: str
     stage: int
@@ -51,9 +51,10 @@ class StageReport:
 
 @dataclass(slots=True)
 class FleetRun:
-    """What happened. logs: of the requests that ended, in that order. mean_under_way: requests, in the time's mean.
+    """The results of a run.
 
-    passes: when recorded, as (target, stage, start, end, windows, nodes).
+    logs: the requests that ended, in the order of their ends. mean_under_way: requests under way, averaged over time.
+    passes: each pass as (target, stage, start, end, windows, nodes), if they were recorded.
     """
 
     scenario: Scenario
@@ -67,7 +68,7 @@ class FleetRun:
 
 
 class _Drafter:
-    """A machine that drafts and asks."""
+    """A machine that drafts and starts requests."""
 
     __slots__ = ("device", "draft_s", "paths", "peer", "pool", "trackers")
 
@@ -80,10 +81,11 @@ class _Drafter:
 
 
 class Fleet:
-    """A scenario at work. Call `run` once.
+    """One run of a scenario. Call `run` once.
 
-    policy_of: makes the window policy of one request. trace: recorded answers, instead of parametric ones.
-    is_recording: keep every request's arrivals and every pass, for a timeline. tell: is told what a live swarm's telemetry tells.
+    policy_of: makes the window policy of one request. trace: recorded answers to use instead of parametric ones.
+    is_recording: keep every request's arrivals and every pass, for a timeline.
+    tell: receives the events that a live swarm's telemetry would report.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Fleet:
     ) -> None:
         self._scenario, self._policy_of, self._tell = scenario, policy_of, tell
         self.clock = Clock()
-        # One source each: a change of the links leaves the texts and arrivals as they are.
+        # Each has a generator of its own, so that changed links leave the texts and arrivals as they are.
         self._rng = {
             name: random.Random(f"{scenario.seed} {name}")  # noqa: S311 - a simulation
             for name in ("arrivals", "links", "service", "routing", "texts", "churn", "retries")
@@ -117,7 +119,7 @@ class Fleet:
 
     @property
     def trackers(self) -> list[Tracker]:
-        """What each drafter has measured of each target."""
+        """Each drafter's measurements of each target, if the scenario's drafters remember them."""
         return [tracker for drafter in self._drafters for tracker in drafter.trackers.values()]
 
     # Building
@@ -144,13 +146,13 @@ class Fleet:
     # Routing
 
     def _choose_path(self, drafter: _Drafter) -> Path | None:
-        """Return the way from a drafter to where its request goes now."""
+        """Return the path that a drafter's request takes now; None if nothing can serve it."""
         choice = self._choose(drafter)
         return None if choice is None else self._path(drafter, choice)
 
     def _choose(self, drafter: _Drafter) -> Choice | None:
         is_plain = self._scenario.speculation.policy == "plain"
-        # What placement expects of a drafter, as live peers do.
+        # Live peers expect the same of a drafter when they choose a route.
         expected = Speculation(coverage=0.0 if is_plain else MODEL_COVERAGE, draft_s=drafter.draft_s)
         return self._machines.choose(self._access[drafter.pool.link], expected)
 
@@ -170,7 +172,7 @@ class Fleet:
     # Requests
 
     def run(self) -> FleetRun:
-        """Go through the whole workload, or to the horizon."""
+        """Run the workload to its end, or to the horizon, and return the results."""
         workload = self._scenario.workload
         self._source = arrivals(workload, self._rng["arrivals"])
         if workload.arrivals == "closed":
@@ -233,7 +235,7 @@ class Fleet:
         self._ask(drafter, log, self._texts.answer(number, arrival), arrival.num_answer_tokens)
 
     def _ask(self, drafter: _Drafter, log: RequestLog, answer: Answer, num_answer_tokens: int) -> None:
-        """Begin where the request may go, or ask again: while layers have no holder there is nowhere."""
+        """Start the request, or try again later while some layers have no holder."""
         choice = self._choose(drafter) or self._machines.fallback(self._access[drafter.pool.link])
         if choice is None:
             self.clock.after(_ASK_AGAIN_S, self._ask, drafter, log, answer, num_answer_tokens)
@@ -276,7 +278,7 @@ class Fleet:
         return RequestWatch(machine, self._tell, lambda: self.clock.now_s, "simulated")
 
     def _moved(self, before: Target | None, after: Target | None) -> None:
-        """A request leaves one target's load for another's."""
+        """Move a request from the load of target `before` to that of target `after`."""
         for target, change in ((before, -1), (after, 1)):
             if target is not None:
                 self._machines.moved(target, change)

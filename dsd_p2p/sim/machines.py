@@ -1,4 +1,7 @@
-"""What a scenario's requests run on: whole targets behind a balancer, or peers that placement routes (`dsd_p2p.sim.swarm`)."""
+"""Describes the machines that a scenario's requests run on.
+
+They are whole targets behind a balancer, or peers that placement joins into routes (`dsd_p2p.sim.swarm`).
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,25 +20,28 @@ from dsd_p2p.sim.target import Flight, Stage, StageModel, Target, TargetSession
 from dsd_p2p.types import Span, UniformRng
 
 Access = tuple[LinkModel, LinkModel]
-"""A machine's own link: to it, and from it."""
+"""The two directions of a link: towards the target or peer, and back.
+
+So the first direction leads out of a drafter, but into a peer.
+"""
 
 PassLog = Callable[[str, int, float, float, list[Flight]], None]
-"""Is told of every pass: name of the unit, number of its stage, start, end, windows."""
+"""A function called after every pass with the unit's name, the number of its stage, start, end and windows."""
 
 
 class Unit(Protocol):
-    """What goes down as one."""
+    """A target or a peer, which fails as a whole."""
 
     is_up: bool
 
     @property
     def name(self) -> str:
-        """Unique in the scenario."""
+        """The unit's name, unique in the scenario."""
         ...
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """All that ever computed here."""
+        """All stages that ever computed on this unit."""
         ...
 
 
@@ -44,7 +50,11 @@ UnitT = TypeVar("UnitT", bound=Unit)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Where a request goes. access: the way to the target's head and from its tail. device: drafts there, where one may."""
+    """The target of a request and the way to it.
+
+    access: the link to the target's head and the link from its tail.
+    device: drafts at the target; None if drafts are made at the drafter.
+    """
 
     target: Target
     access: Access
@@ -64,45 +74,45 @@ class Place:
 
 
 class Machines(Protocol[UnitT]):
-    """All that computes windows."""
+    """All machines that compute windows."""
 
     @property
     def units(self) -> Sequence[UnitT]:
-        """What may go down, in the order it was made."""
+        """The units that may fail, in the order in which they were made."""
         ...
 
     @property
     def targets(self) -> Sequence[Target]:
-        """Those that requests may still be at."""
+        """The targets that requests may still use."""
         ...
 
     def places(self) -> Iterator[Place]:
-        """Every peer as it is now."""
+        """Yield every peer as it is now."""
         ...
 
     def choose(self, access: Access, speculation: Speculation) -> Choice | None:
-        """Return where a request goes now, None where nothing can serve it. access: the own link of whoever asks."""
+        """Return where a request goes now; None if nothing can serve it. access: the drafter's own link."""
         ...
 
     def fallback(self, access: Access) -> Choice | None:
-        """Return what whoever asks tries, and is disappointed by, where nothing can serve; None where that is known at once."""
+        """Return what a drafter tries in vain when nothing can serve; None if it knows that at once."""
         ...
 
     def moved(self, target: Target, change: int) -> None:
-        """So many more requests are at a target."""
+        """Add `change` to the number of requests at `target`."""
         ...
 
     def fail(self, unit: UnitT) -> list[TargetSession]:
-        """A unit goes down. Returns the sessions that were open there."""
+        """Take a unit down and return the sessions that were open there."""
         ...
 
     def mend(self) -> list[TargetSession]:
-        """Do what is done about what is down, once it is noticed. Returns the sessions that this ends."""
+        """Repair what the noticed failures left open, if possible, and return the sessions that this ends."""
         ...
 
 
 class TargetPark:
-    """Whole targets, each a machine or a route of its own, and the balancer before them. links: of the scenario, by name."""
+    """Whole targets behind a balancer, each a machine or a route of its own. links: the scenario's links by name."""
 
     def __init__(
         self,
@@ -129,7 +139,7 @@ class TargetPark:
         return self.targets
 
     def places(self) -> Iterator[Place]:
-        """Every stage of every target."""
+        """Yield every stage of every target as a peer."""
         for target in self.targets:
             for index, stage in enumerate(target.stages):
                 yield Place(
@@ -153,19 +163,19 @@ class TargetPark:
         return self._choice(up[self._balancer.choose(loads)], access)
 
     def fallback(self, access: Access) -> Choice:
-        """Nobody says which targets are down: one is tried."""
+        """Return the first target: a drafter does not know which targets are down, so it tries one."""
         return self._choice(0, access)
 
     def moved(self, target: Target, change: int) -> None:
-        """So many more requests are at a target."""
+        """Add `change` to the number of requests at `target`."""
         self._num_requests[target.name] += change
 
     def fail(self, unit: Target) -> list[TargetSession]:
-        """A target goes down."""
+        """Take a target down and return the sessions that were open there."""
         return unit.fail()
 
     def mend(self) -> list[TargetSession]:
-        """Whole targets have nobody who steps in."""
+        """Do nothing: no machine takes over for a whole target."""
         return []
 
     def _choice(self, index: int, access: Access) -> Choice:

@@ -1,4 +1,4 @@
-"""The window policies that a scenario may name: the live ones."""
+"""Makes the window policies that a scenario may name; they are the live ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,10 @@ from dsd_p2p.window.threshold import ThresholdPolicy
 
 
 def policy_maker(speculation: Speculation) -> Callable[[], WindowPolicy]:
-    """Return what makes the policy of one request; it raises ConfigError where the learned policy's weights cannot be read."""
+    """Return a function that makes the policy of one request.
+
+    That function raises ConfigError if the learned policy's weights cannot be read.
+    """
     if speculation.mode == "fused":
         return lambda: StaticPolicy(PLAIN)
     modes = frozenset(map(Mode, speculation.modes))

@@ -1,4 +1,7 @@
-"""Recorded answers where a live drafter and target would compute: the request's prompt is one token, the number of the text."""
+"""Gives recorded answers in place of a live drafter and target.
+
+The prompt of such a request is one token, the number of the text.
+"""
 
 from msgspec.structs import replace
 
@@ -14,7 +17,7 @@ def recorded_pick(trace: Agreement, text: TokenId, position: int) -> TokenId:
 
 
 class RecordedDrafts:
-    """What the drafter said, for any stem of any text of `trace`, one level at a time."""
+    """A recorded drafter. It expands any stem of any text of `trace`, one level at a time."""
 
     def __init__(self, trace: Agreement) -> None:
         self._answers = [RecordedAnswer(text, 1, trace.vocab_size) for text in trace.texts]

@@ -1,4 +1,7 @@
-"""What a run comes to: latencies, throughput, acceptance, windows, utilisation, queues; and its timeline for chrome://tracing."""
+"""Sums up a run: latencies, throughput, acceptance, windows, utilisation and queues.
+
+It also writes the run's timeline for chrome://tracing.
+"""
 
 import math
 from collections import Counter
@@ -20,13 +23,16 @@ class Quantiles(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A run in numbers.
+    """The figures of a run.
 
-    tpot_s: after the first arrival. tokens_per_s: of all together. goodput_per_s: requests within both of the workload's limits.
-    acceptance: drafted tokens that were committed, of those that were verified (sent and not stale).
-    mean_accepted_length: committed tokens an epoch. windows: how many verdicts came under which mode and depth.
-    network_s: that messages of one request spent on links, in the mean. stale_share: of the sent nodes.
-    littles_law: requests under way, in the time's mean, over arrival rate times mean time in the system: 1 when all have ended.
+    tpot_s: time per token after the first arrival. tokens_per_s: of all requests together.
+    goodput_per_s: requests per second that met both of the workload's limits.
+    acceptance: committed share of the verified drafted tokens (sent and not stale).
+    mean_accepted_length: committed tokens per epoch. windows: number of verdicts by the mode and depth then in force.
+    network_s: mean time that a request's messages spent on the links between drafter and target.
+    stale_share: share of the sent nodes that were stale.
+    littles_law: requests under way, averaged over time, divided by the arrival rate times the mean time in the system;
+        1 if all requests have ended.
     """
 
     name: str
@@ -55,7 +61,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summarise(run: FleetRun) -> Report:
-    """Return the numbers of a run."""
+    """Return the figures of a run."""
     logs, workload = run.logs, run.scenario.workload
     done = [log for log in logs if not log.error and log.num_tokens]
     num_tokens = sum(log.num_tokens for log in done)
@@ -63,7 +69,7 @@ def summarise(run: FleetRun) -> Report:
     span_s = max(span_s, 1e-12)
     sent, stale = _total(done, "num_nodes_sent") - _total(done, "num_prefill_tokens"), _total(done, "num_stale_nodes")
     num_epochs = _total(done, "num_epochs")
-    # Of each epoch the first node is the target's own token, not a draft; so is what opens the text.
+    # The first node of each epoch is the target's own token, not a draft; so is the text's first token.
     verified = max(0.0, sent - stale - num_epochs)
     accepted = max(0.0, num_tokens - num_epochs)
     windows: Counter[str] = Counter()
@@ -109,7 +115,7 @@ def quantiles(values: Iterable[float]) -> Quantiles:
 
 
 def rows(run: FleetRun) -> list[dict[str, object]]:
-    """Return one row a request, for CSV."""
+    """Return one row per request, for CSV."""
     return [
         {
             "request": log.number,

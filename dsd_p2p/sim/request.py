@@ -1,4 +1,4 @@
-"""One simulated request: does what the coordinator machine asks for in virtual time, as the live driver does on real peers."""
+"""Runs one request in virtual time: performs a `RequestMachine`'s effects, as the live driver does on real peers."""
 
 import math
 from collections import Counter, deque
@@ -23,7 +23,7 @@ from dsd_p2p.wire.messages import Cancel, CloseSession, OpenSession, Verdict, Wi
 _VERDICT_BYTES, _STATE_BYTES, _PROMPT_BYTES = 60, 64, 4
 _MAX_PUT_OFF_DRAFTS = 4
 _FUSED_AFTER = 2
-"""Decisions in a row not to speculate after which a request moves to its target."""
+"""A request moves to its target after so many decisions in a row not to speculate."""
 
 
 SIMULATED_MODEL = ModelKey(digest="simulated", weights="simulated", compute=ComputeFormat.FLOAT32)
@@ -31,9 +31,9 @@ SIMULATED_PEER = Endpoint("sim")
 
 
 class DraftDevice:
-    """What drafts are computed on, one after the other.
+    """A machine that computes drafts, one after the other.
 
-    handling_s: work of the coordinator beside it on each message that it sends or gets; it delays the next draft.
+    handling_s: the coordinator's work here on each message that it sends or receives; it delays the next draft.
     """
 
     def __init__(self, cost: PassCost, processor: Processor, handling_s: float = 0.0) -> None:
@@ -44,14 +44,20 @@ class DraftDevice:
         self._is_busy = False
 
     def draft(self, num_stems: int, levels: int, num_unread: int, done: Callable[..., object], *arguments: Any) -> None:
-        """Call `done` after `levels` steps that expand `num_stems` each; the first also reads `num_unread` tokens of the text."""
+        """Call `done` after `levels` draft steps of `num_stems` stems each.
+
+        The first step also reads `num_unread` tokens of the text.
+        """
         seconds = self._cost.at(num_stems + num_unread) + (levels - 1) * self._cost.at(num_stems)
         self._waiting.append((seconds, done, arguments))
         if not self._is_busy:
             self._next()
 
     def handle_message(self) -> None:
-        """The coordinator has to do with a message; what is put off is bounded, because it does it while nothing is drafted."""
+        """Delay the next draft by the coordinator's work on one message.
+
+        The delay is bounded, because the coordinator also works while nothing is drafted.
+        """
         self._owed_s = min(
             self._owed_s + self._handling_s, _MAX_PUT_OFF_DRAFTS * max(self._drafted_s, self._handling_s)
         )
@@ -72,7 +78,7 @@ class DraftDevice:
 
 @dataclass(slots=True, eq=False)
 class Path:
-    """The way from a drafter to a target and back. device: what drafts there, for coordinators that sit at the target."""
+    """The way from a drafter to a target and back. device: drafts at the target, for coordinators that sit there."""
 
     target: Target
     up: LinkState
@@ -82,7 +88,7 @@ class Path:
 
     @property
     def latency_s(self) -> float:
-        """There and back."""
+        """Latency of the way there and back, seconds."""
         return self.up.model.latency_s + self.down.model.latency_s
 
 
@@ -101,7 +107,7 @@ _KEPT_COUNTS = (
 
 @dataclass(slots=True, eq=False)
 class RequestLog:
-    """What is kept of a request when it is over. Times in seconds since the start of the run; arrivals as (time, tokens)."""
+    """The log of one request. Times are in seconds since the start of the run; arrivals are (time, tokens)."""
 
     number: int
     arrived_s: float
@@ -120,19 +126,19 @@ class RequestLog:
 
     @property
     def tpot_s(self) -> float:
-        """Seconds a token after the first arrival."""
+        """Seconds per token after the first arrival; NaN if no token came later."""
         later = self.num_tokens - self.first_size
         return (self.finished_s - self.first_s) / later if later > 0 else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """How one request goes about it.
+    """The settings of one request.
 
-    deadline_s: by when it should be finished. notice_s: until a target that is down is given up.
-    is_fusing: once the policy has decided twice in a row not to speculate, the coordinator sits at the target until it speculates
-        again, and only committed tokens travel (arXiv:2511.21669).
-    is_at_target: drafter and coordinator sit there from the start.
+    deadline_s: when the request should be finished. notice_s: time until a target that is down is given up.
+    is_fusing: when the policy has decided twice in a row not to speculate, the coordinator moves to the target, and
+        only committed tokens travel, until the policy speculates again (arXiv:2511.21669).
+    is_at_target: drafter and coordinator sit at the target from the start.
     """
 
     deadline_s: float
@@ -143,10 +149,12 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunWorld:
-    """What is around a request. rng: of the links.
+    """The surroundings of a request. rng: for the links.
 
-    choose_path: the way to a target that is up, None when there is none; asked again when one is lost.
-    finished, moved: are told of the end, and of a target left for another. watch: reports what happens, as a live one does.
+    choose_path: returns the way to a target that is up, or None; called after a target was lost.
+    finished: called when the request has ended.
+    moved: called with the target that the request leaves and the next one; None at start and end.
+    watch: reports the request's events, as a live watch does.
     """
 
     clock: Clock
@@ -159,7 +167,7 @@ class RunWorld:
 
 
 class RequestRun:
-    """Performs a machine's effects in virtual time."""
+    """One request in virtual time, which performs its machine's effects."""
 
     def __init__(
         self, machine: RequestMachine, answer: Answer, log: RequestLog, settings: RunSettings, world: RunWorld
@@ -174,19 +182,19 @@ class RequestRun:
         self.path: Path | None = None
         self._session: TargetSession | None = None
         self._timer_s = math.inf
-        # Effects that wait for the coordinator, which is moving; None while it is not.
+        # Effects that wait while the coordinator moves; None while it does not move.
         self._moving: list[Effect] | None = None
 
     @property
     def deadline_s(self) -> float:
-        """By when it should be finished."""
+        """When the request should be finished."""
         return self._settings.deadline_s
 
     def start(self, path: Path) -> None:
-        """Begin over a path."""
+        """Start the request over `path`."""
         self._go_over(path)
         if self._is_at_target:
-            # The question has to get there first.
+            # The prompt has to get there first.
             self._world.clock.after(self._travel(path.up, _PROMPT_BYTES * self.log.num_prompt_tokens), self._begin)
         else:
             self._begin()
@@ -201,12 +209,12 @@ class RequestRun:
         self._do(self.machine.start(self._world.clock.now_s))
         target = self.path.target if self.path is not None else None
         if target is not None and not target.is_up:
-            # Down before we came: noticed like any other.
+            # The target was down before the request came; that is noticed like any other loss.
             self._world.clock.after(
                 self._settings.notice_s, self.lost, PeerDisconnected(f"{target.name} is down"), self._session
             )
 
-    # What the machine asks for
+    # Effects of the machine
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         if self._moving is not None:
@@ -219,7 +227,7 @@ class RequestRun:
         if is_wanted_at_target is self._is_at_target or self.machine.is_finished:
             self._do(effects)
             return
-        # The coordinator moves: what it does next happens one way later. What it has for the user is there already.
+        # The coordinator moves: its next effects happen one way later. Tokens for the user do not wait for that.
         assert self.path is not None
         self._do([effect for effect in effects if type(effect) is Emit])
         link = self.path.up if is_wanted_at_target else self.path.down
@@ -265,7 +273,7 @@ class RequestRun:
             case CloseSession() if session is not None:
                 self._world.clock.after(self._up_s(32), path.target.close, session)
             case Window() | Cancel() | CloseSession():
-                # Sent to a target that is gone.
+                # The message was for a target that is gone.
                 pass
 
     def _draft(self, draft: Draft) -> None:
@@ -300,13 +308,13 @@ class RequestRun:
         if log.num_tokens == 0 or log.error:
             log.finished_s = self._world.clock.now_s
         self._go_over(None)
-        # What the target wrote last is still on its way.
+        # The target's last tokens are still on their way.
         self._world.clock.after(max(0.0, log.finished_s - self._world.clock.now_s), self._world.finished, self)
 
-    # What happens to it
+    # Events from outside
 
     def verdict(self, verdict: Verdict, session: TargetSession) -> None:
-        """A verdict leaves the tail."""
+        """Send a verdict from the tail to the coordinator."""
         self._world.clock.after(self._down_s(_VERDICT_BYTES), self._receive, verdict, session)
 
     def _receive(self, verdict: Verdict, session: TargetSession) -> None:
@@ -322,13 +330,13 @@ class RequestRun:
         self._perform(effects)
 
     def lost(self, error: DsdError, session: TargetSession) -> None:
-        """The session's target is gone, and we have noticed."""
+        """Tell the machine that the session's target is lost."""
         if session is not self._session:
             return
         session.target.close(session)
         self._session = None
         if self._moving is not None:
-            # What was to be sent there is lost too.
+            # The effects that waited for the move are lost too.
             self._moving = []
         self._now_or_moved(self.machine.lost(error, self._world.clock.now_s))
 
@@ -348,7 +356,7 @@ class RequestRun:
             self._do(effects)
 
     def _watch(self) -> None:
-        """Wake the machine when it wants to be; one timer at a time, set anew when it goes off too early."""
+        """Set a timer for the machine's deadline. Only one counts; if it goes off too early, set it again."""
         due_s = self.machine.deadline_s
         if due_s < self._timer_s and not self.machine.is_finished:
             self._timer_s = due_s

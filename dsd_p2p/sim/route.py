@@ -1,4 +1,4 @@
-"""One request on one idle route in virtual time."""
+"""Runs one request on one idle route in virtual time."""
 
 from dataclasses import dataclass
 
@@ -30,13 +30,16 @@ _DEADLINE_S = 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteModel:
-    """What the route costs, seconds.
+    """The costs of a route, in seconds unless said otherwise.
 
-    stages: one pass of each. draft: one step over n stems. link: one direction of each of the `len(stages) + 1` links, all alike.
-    up: the link to the head, where it differs.
-    hidden_bytes: of one position between stages. cores: that stages and drafter share; 0 is a machine for each.
-    draft_weight: of the drafter among those who share cores; a stage weighs 1. handling_s: of each stage, beside each pass.
-    coordinator_s: of the coordinator for each message, at the cost of its drafts.
+    stages: cost of one pass of each stage. draft: cost of one draft step over n stems.
+    link: one direction of each of the `len(stages) + 1` links, which are all alike.
+    up: the link to the head, if it differs.
+    hidden_bytes: bytes of one position's hidden state between stages.
+    cores: number of cores that stages and drafter share; 0: each has a machine of its own.
+    draft_weight: the drafter's weight in sharing the cores; a stage weighs 1.
+    handling_s: work of each stage beside each pass.
+    coordinator_s: the coordinator's work on each message, which delays drafts.
     """
 
     stages: tuple[PassCost, ...]
@@ -52,7 +55,7 @@ class RouteModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRequest:
-    """How it went; arrivals are (seconds, tokens) since the start."""
+    """The result of a simulated request; arrivals are (seconds since the start, tokens)."""
 
     tokens: list[TokenId]
     arrivals: list[tuple[float, int]]
@@ -60,7 +63,7 @@ class SimulatedRequest:
 
     @property
     def timing(self) -> Timing:
-        """The arrivals, summed up as a live answer's are."""
+        """The arrivals, summed up like those of a live answer."""
         timing = Timing(started_at_s=0.0)
         for at_s, num_tokens in self.arrivals:
             timing.arrived(num_tokens, at_s)
@@ -80,7 +83,7 @@ def simulate_request(
     max_tokens: int,
     num_prompt_tokens: int = 1,
 ) -> SimulatedRequest:
-    """Write `max_tokens` of an answer after a prompt of so many tokens."""
+    """Simulate `max_tokens` of an answer after a prompt of `num_prompt_tokens`; return the result."""
     clock, rng = Clock(), _NoRng()
     shared = SharedCores(clock, costs.cores) if costs.cores else None
     stages = [

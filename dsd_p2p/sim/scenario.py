@@ -1,17 +1,11 @@
-"""A scenario file: who drafts, who verifies, what lies between them and what is asked for (TOML, docs/simulator.md)."""
+"""What a scenario says: drafters, targets or peers, links and workload (docs/simulator.md)."""
 
-import re
-import tomllib
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from dsd_p2p import units
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.placement.balance import Routing
@@ -19,21 +13,19 @@ from dsd_p2p.sim.answer import AgreementModel
 from dsd_p2p.sim.service import PassCost, Spread
 from dsd_p2p.sim.target import Batching
 
-_OLD_FIELDS = {"speculation.window": "speculation.policy"}
-_OLD_VALUES = {"awc": "learned"}
 MAX_PEERS = 64
-"""Peers in a simulated swarm."""
+"""Limit of peers in a simulated swarm: placement looks at every pair of them."""
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
 class Seconds(float):
-    """Written as `30ms`, `2s`, `1h`."""
+    """A duration, written as `30ms`, `2s`, `1h`."""
 
 
 class BitsPerSecond(float):
-    """Written as `100mbit`."""
+    """A bandwidth, written as `100mbit`."""
 
 
 class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,7 +33,7 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Link(_Table, frozen=True, kw_only=True):
-    """A link: `latency` is one way. back_latency: of the way back, where it is another."""
+    """A link. latency: one way. back_latency: latency of the way back, if it differs."""
 
     latency: Seconds = Seconds(0)
     back_latency: Seconds | None = None
@@ -52,7 +44,7 @@ class Link(_Table, frozen=True, kw_only=True):
     stall: Seconds = Seconds(0)
 
     def models(self) -> tuple[LinkModel, LinkModel]:
-        """Return the way there and the way back."""
+        """Return the models of the way there and the way back."""
         there = LinkModel(
             latency_s=self.latency,
             jitter_s=self.jitter,
@@ -67,7 +59,7 @@ class Link(_Table, frozen=True, kw_only=True):
 class Cost(_Table, frozen=True, kw_only=True):
     """Seconds of a pass: `fixed + per_node * n + per_window * (windows - 1)`, or measured `points` of [n, seconds].
 
-    per_context: what attention adds for each position of the text behind a window.
+    per_context: seconds that attention adds for each position of the text before a window.
     """
 
     fixed: Seconds = Seconds(0)
@@ -77,7 +69,7 @@ class Cost(_Table, frozen=True, kw_only=True):
     points: tuple[tuple[Annotated[int, Meta(ge=0, le=1_000_000)], Annotated[float, Meta(ge=0)]], ...] = ()
 
     def pass_cost(self) -> PassCost:
-        """Return it as a curve.
+        """Return the cost as a curve.
 
         Raises:
             ConfigError: the points do not ascend.
@@ -86,7 +78,7 @@ class Cost(_Table, frozen=True, kw_only=True):
             return PassCost.line(self.fixed, self.per_node, self.per_window, self.per_context)
         nodes = tuple(n for n, _ in self.points)
         if list(nodes) != sorted(set(nodes)):
-            raise ConfigError(f"points {list(nodes)}: numbers of positions must ascend")
+            raise ConfigError(f"points {list(nodes)}: the numbers of nodes must ascend")
         return PassCost(
             nodes=nodes,
             seconds=tuple(s for _, s in self.points),
@@ -96,7 +88,7 @@ class Cost(_Table, frozen=True, kw_only=True):
 
 
 class DrafterPool(_Table, frozen=True, kw_only=True):
-    """Machines that draft; each also asks. step: one draft step over n stems."""
+    """Machines that draft and start requests. step: cost of one draft step over n stems."""
 
     count: Count = 1
     link: str
@@ -106,9 +98,9 @@ class DrafterPool(_Table, frozen=True, kw_only=True):
 class TargetPool(_Table, frozen=True, kw_only=True):
     """Targets of one kind.
 
-    stages: of each. stage: one stage's pass. inner_link: between stages. max_batch: windows of one pass.
-    draft_step: of a drafter that sits at the target, for `placement = "target"`.
-    cores: that all stages of one target share; 0 is a machine for each.
+    stages: number of stages of each target. stage: cost of one stage's pass. inner_link: the link between stages.
+    max_batch: most windows in one pass. cores: shared by the stages of one target; 0: each has its own machine.
+    draft_step: cost of a draft step at the target, for `placement = "target"`.
     """
 
     count: Count = 1
@@ -124,10 +116,11 @@ class TargetPool(_Table, frozen=True, kw_only=True):
 
 
 class PeerPool(_Table, frozen=True, kw_only=True):
-    """Peers of one kind that each hold a part of the model (`layers`), which the live placement code chooses when they join.
+    """Peers of one kind. Each holds some of the model's `layers`, which the live placement code chooses when it joins.
 
-    max_layers: that their memory has room for. layer: one layer's pass. link: to and from them, beside the other machine's own.
-    load: what loading a layer takes when a peer must hold others because nobody does.
+    max_layers: number of layers that fit into a peer's memory. layer: cost of one layer's pass.
+    link: the peer's own link; messages also pass the other machine's own link.
+    load: time to load one layer, when a peer must take over layers that no peer holds.
     """
 
     count: Count = 1
@@ -142,7 +135,10 @@ class PeerPool(_Table, frozen=True, kw_only=True):
 
 
 class Length(_Table, frozen=True, kw_only=True):
-    """Tokens: log-normal with this mean and coefficient of variation, between 1 and `most`; `variation = 0` is constant."""
+    """A length in tokens, between 1 and `most`.
+
+    It is log-normal with this mean and coefficient of variation; with `variation = 0` it is constant.
+    """
 
     mean: Annotated[float, Meta(ge=1, le=1_000_000)]
     variation: Annotated[float, Meta(ge=0, le=10)] = 0.0
@@ -150,11 +146,13 @@ class Length(_Table, frozen=True, kw_only=True):
 
 
 class Workload(_Table, frozen=True, kw_only=True):
-    """What is asked.
+    """The requests of a run.
 
-    arrivals: "poisson" or "gamma" at `rate` requests a second, "closed" with `concurrency` requests under way at any time (each
-        drafter's next after `think`), or "trace" with one JSON object a line in `file` (arrival_s, prompt_tokens, answer_tokens).
-    burstiness: of gamma arrivals, coefficient of variation. slo_ttft, slo_tpot: what a request counts as good by, and its deadline.
+    arrivals: "poisson" or "gamma" at `rate` requests per second; "closed" with `concurrency` requests under way at any
+        time (a drafter starts its next request after `think`); or "trace", read from `file`, which has one JSON object
+        a line (arrival_s, prompt_tokens, answer_tokens).
+    burstiness: coefficient of variation of gamma arrivals.
+    slo_ttft, slo_tpot: the limits of a good request; they also set its deadline.
     """
 
     requests: Annotated[int, Meta(ge=1, le=100_000_000)]
@@ -171,9 +169,9 @@ class Workload(_Table, frozen=True, kw_only=True):
 
 
 class Acceptance(_Table, frozen=True, kw_only=True):
-    """How often drafts are right: `rate` and its kin (`dsd_p2p.sim.answer.Agreement`), or a recorded `trace`.
+    """How often drafts are right, by parameters (`dsd_p2p.sim.answer.AgreementModel`) or by recorded agreement.
 
-    trace: "bundled", or a file of `dsd sim record`. category: only its texts of this kind.
+    trace: "bundled", or a file made by `dsd sim record`. category: use only its texts of this kind.
     """
 
     rate: Share = 0.8
@@ -190,10 +188,11 @@ class Acceptance(_Table, frozen=True, kw_only=True):
 class Speculation(_Table, frozen=True, kw_only=True):
     """How windows are chosen.
 
-    policy: "plain", "static" (`depth`), "tree" (`width`, `window_nodes`, `in_flight`), "threshold", "analytic", "learned".
-    modes: what analytic and learned may choose from.
-    mode: "distributed" (the drafter's machine coordinates), "fused" (the target writes alone), "auto" (fused while the policy does
-        not speculate). placement: of drafter and coordinator, "drafter" or "target".
+    policy: "plain", "static" (`depth`), "tree" (`width`, `window_nodes`, `in_flight`), "threshold", "analytic" or
+        "learned".
+    modes: the modes that "analytic" and "learned" may choose from.
+    mode: "distributed" (the drafter's machine coordinates), "fused" (the target writes alone), "auto" (fused while the
+        policy does not speculate). placement: where drafter and coordinator sit, "drafter" or "target".
     """
 
     policy: Annotated[str, Meta(pattern="^(plain|static|tree|threshold|analytic|learned)$")] = "static"
@@ -210,7 +209,11 @@ class Speculation(_Table, frozen=True, kw_only=True):
 
 
 class Churn(_Table, frozen=True, kw_only=True):
-    """Targets that fail: mean time up and down, exponential; 0 never. notice: until a drafter knows."""
+    """Failures of targets and peers.
+
+    up, down: mean times, exponentially distributed; with `up = 0` nothing fails.
+    notice: time until a failure is noticed.
+    """
 
     up: Seconds = Seconds(0)
     down: Seconds = Seconds(30)
@@ -218,7 +221,10 @@ class Churn(_Table, frozen=True, kw_only=True):
 
 
 class Scenario(_Table, frozen=True, kw_only=True):
-    """All of it. Whole `targets` verify, or `peers` that share the model's `layers`. horizon: the run ends then at the latest."""
+    """A whole scenario.
+
+    Either whole `targets` verify, or `peers` that share the model's `layers`. horizon: the latest end of the run.
+    """
 
     name: str = ""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
@@ -232,169 +238,3 @@ class Scenario(_Table, frozen=True, kw_only=True):
     acceptance: Acceptance = Acceptance()
     speculation: Speculation = Speculation()
     churn: Churn = Churn()
-
-
-_PATH = re.compile(r" - at `\$(.*?)`$")
-
-
-def read_scenario(path: Path) -> Scenario:
-    """Return the scenario in `path`.
-
-    Raises:
-        ConfigError: with file, line, field and what is allowed there.
-    """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"scenario {path}: {exc}; it must be a TOML file, see docs/scenarios") from exc
-    return parse_scenario(text, str(path))
-
-
-def parse_scenario(text: str, name: str) -> Scenario:
-    """Return the scenario of that text; `name` is for errors.
-
-    Raises:
-        ConfigError: with file, line, field and what is allowed there.
-    """
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{name}: {exc}") from exc
-    return _convert(tables, text, name)
-
-
-def _check(scenario: Scenario, text: str, name: str) -> None:
-    """Check what spans several tables."""
-
-    def fail(field: str, reason: str) -> None:
-        where = f"{name}:{_line_of(text, '.' + field)}" if text else name
-        raise ConfigError(f"{where}: {field}: {reason}")
-
-    known = ", ".join(scenario.links) or "none"
-    pools = [
-        *((f"drafters[{index}].link", pool.link) for index, pool in enumerate(scenario.drafters)),
-        *((f"targets[{index}].inner_link", pool.inner_link) for index, pool in enumerate(scenario.targets)),
-        *((f"peers[{index}].link", pool.link) for index, pool in enumerate(scenario.peers)),
-    ]
-    for field, link in pools:
-        if link and link not in scenario.links:
-            fail(field, f"{link!r} is none of the [links], {known}")
-    if scenario.workload.arrivals == "trace" and not scenario.workload.file:
-        fail("workload.arrivals", "a trace needs workload.file")
-    if bool(scenario.targets) == bool(scenario.peers):
-        fail("peers[0]" if scenario.peers else "targets", "give [[targets]], or [[peers]] and layers, and not both")
-    if scenario.peers:
-        _check_peers(scenario, fail)
-    for index, pool in enumerate(scenario.targets):
-        if scenario.speculation.placement == "target" and pool.draft_step is None:
-            fail(f"targets[{index}]", 'speculation.placement = "target" needs the draft_step of a drafter there')
-
-
-def _check_peers(scenario: Scenario, fail: Callable[[str, str], None]) -> None:
-    room = sum(pool.count * pool.max_layers for pool in scenario.peers)
-    if not 1 <= scenario.layers <= room:
-        fail("layers", f"is {scenario.layers}: the peers have room for 1..{room}")
-    if sum(pool.count for pool in scenario.peers) > MAX_PEERS:
-        fail("peers[0]", f"at most {MAX_PEERS} in all: placement looks at every pair of them")
-    if scenario.speculation.placement == "target" or scenario.speculation.mode != "distributed":
-        fail("speculation", 'peers are no place to draft at: mode = "distributed" and placement = "drafter" only')
-    if scenario.speculation.routing is not Routing.SHORTEST_QUEUE:
-        fail(
-            "speculation.routing",
-            "among peers the route with the fewest predicted seconds a token is taken: leave it out",
-        )
-
-
-def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
-    """Return the scenario with other values, by dotted name: `{"speculation.depth": 6, "links.edge.latency": "5ms"}`.
-
-    Raises:
-        ConfigError: there is no such field, or it cannot have that value.
-    """
-    tables = msgspec.to_builtins(scenario, enc_hook=float)
-    for dotted, value in changes.items():
-        _set(tables, _OLD_FIELDS.get(dotted, dotted).split("."), _present_value(value), dotted)
-    return _convert(tables, "", "scenario")
-
-
-def _set(table: Any, names: list[str], value: Any, dotted: str) -> None:
-    """Change a field; of a list of tables the one whose number comes next, or all of them."""
-    name, *rest = names
-    if isinstance(table, list | tuple):
-        if name.isdecimal() and int(name) < len(table) and rest:
-            _set(table[int(name)], rest, value, dotted)
-            return
-        for each in table:
-            _set(each, names, value, dotted)
-    elif not rest:
-        table[name] = value
-    elif isinstance(table.get(name), dict | list | tuple):
-        _set(table[name], rest, value, dotted)
-    else:
-        raise ConfigError(f"scenario has no {dotted}")
-
-
-def _present_value(value: Any) -> Any:
-    return _OLD_VALUES.get(value, value) if isinstance(value, str) else value
-
-
-def _with_present_names(tables: dict[str, Any]) -> dict[str, Any]:
-    """Return a file's tables with today's names: files of before have `[[nodes]]` and `speculation.window`."""
-    tables = {"peers" if name == "nodes" else name: table for name, table in tables.items()}
-    if isinstance(speculation := tables.get("speculation"), dict):
-        renamed = {"policy" if name == "window" else name: value for name, value in speculation.items()}
-        tables["speculation"] = {name: _present_value(value) for name, value in renamed.items()}
-    return tables
-
-
-def _convert(tables: dict[str, Any], text: str, name: str) -> Scenario:
-    tables = _with_present_names(tables)
-    try:
-        scenario = msgspec.convert(tables, type=Scenario, dec_hook=_quantity)
-    except msgspec.ValidationError as exc:
-        found = _PATH.search(str(exc))
-        field = found[1] if found else ""
-        reason = str(exc)[: found.start()] if found else str(exc)
-        if unknown := re.search("unknown field `(.*?)`", reason):
-            field += f".{unknown[1]}"
-        quoted = re.search(r"'(.*?)'", reason)
-        where = f"{name}:{_line_of(text, field, quoted[1] if quoted else '')}" if text else name
-        raise ConfigError(f"{where}: {field.lstrip('.') or 'scenario'}: {reason}") from exc
-    _check(scenario, text, name)
-    return scenario
-
-
-def _quantity(kind: type, value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
-        return kind(value)
-    if not isinstance(value, str):
-        raise ValueError("write a number and a unit, like 30ms")  # noqa: TRY004 - msgspec turns it into its own error
-    try:
-        return kind(units.seconds(value) if kind is Seconds else units.bits_per_second(value))
-    except ConfigError as exc:
-        raise ValueError(str(exc)) from exc
-
-
-def _line_of(text: str, path: str, hint: str = "") -> int:
-    """The line of a field like `.targets[1].stage.fixed`, or of the nearest thing around it; of several the one with `hint` in it.
-
-    msgspec writes `[...]` where it does not say which entry of a table it means.
-    """
-    wanted = re.findall(r"[^.\[\]]+|\[[^\]]*\]", path)
-    counts: Counter[str] = Counter()
-    table: list[str] = []
-    found: dict[int, list[tuple[int, str]]] = {0: [(1, "")]}
-    for number, line in enumerate(text.splitlines(), start=1):
-        header = re.match(r"\s*(\[\[?)\s*([\w.-]+)\s*\]\]?", line)
-        key = re.match(r"\s*([\w.-]+)\s*=", line)
-        if header:
-            table = header[2].split(".")
-            if header[1] == "[[":
-                table.append(f"[{counts[header[2]]}]")
-                counts[header[2]] += 1
-        here = [*table, *(key[1].split(".") if key else ())]
-        is_around = (header or key) and len(here) <= len(wanted)
-        if is_around and all(w in (h, "[...]") for h, w in zip(here, wanted, strict=False)):
-            found.setdefault(len(here), []).append((number, line))
-    nearest = found[max(found)]
-    return next((number for number, line in nearest if hint and hint in line), nearest[0][0])

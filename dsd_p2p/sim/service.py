@@ -1,4 +1,4 @@
-"""How long things take: measured curves, service times that vary, and machines whose cores several processes share."""
+"""Models how long work takes: measured curves, service times that vary, and cores that several processes share."""
 
 import bisect
 import math
@@ -11,7 +11,7 @@ from dsd_p2p.sim.clock import Clock
 from dsd_p2p.types import UniformRng
 
 _NOTHING_S = 1e-9
-"""Less work than this is done: far into a run the clock is no finer."""
+"""Less remaining work than this counts as done: far into a run the clock is no finer."""
 
 
 class Spread(StrEnum):
@@ -23,10 +23,11 @@ class Spread(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassCost:
-    """Seconds of one pass over n positions of `num_windows` windows.
+    """The seconds that a pass takes over n positions of one or several windows.
 
-    nodes, seconds: measured points, nodes ascending; linear between them and past the last with its slope.
-    per_window_s: for each window of a batch after the first. per_context_s: attention's, for each position behind a window.
+    nodes, seconds: measured points, nodes ascending. Linear between the points, and beyond them.
+    per_window_s: added for each window of a batch after the first.
+    per_context_s: added by attention for each position of the text before a window.
     """
 
     nodes: tuple[int, ...]
@@ -38,7 +39,7 @@ class PassCost:
     def line(
         cls, fixed_s: float, per_node_s: float, per_window_s: float = 0.0, per_context_s: float = 0.0
     ) -> "PassCost":
-        """Return `fixed_s + per_node_s * n`."""
+        """Return the cost `fixed_s + per_node_s * n`."""
         return cls(
             nodes=(0, 1),
             seconds=(fixed_s, fixed_s + per_node_s),
@@ -47,7 +48,7 @@ class PassCost:
         )
 
     def scaled(self, factor: float) -> "PassCost":
-        """Return the same machine with `factor` times the work."""
+        """Return the cost of `factor` times the work on the same machine."""
         return PassCost(
             nodes=self.nodes,
             seconds=tuple(value * factor for value in self.seconds),
@@ -56,7 +57,7 @@ class PassCost:
         )
 
     def at(self, num_nodes: int, num_windows: int = 1, context: int = 0) -> float:
-        """Seconds of the pass. context: positions behind the windows, all of them together."""
+        """Return the seconds of one pass. context: positions before the windows, added up over all windows."""
         nodes, seconds = self.nodes, self.seconds
         more_s = self.per_window_s * (num_windows - 1) + self.per_context_s * context
         if len(nodes) == 1:
@@ -67,12 +68,12 @@ class PassCost:
 
 
 def spread(seconds: float, kind: Spread, rng: UniformRng) -> float:
-    """Return one service time of that mean."""
+    """Return one service time whose mean is `seconds`."""
     return seconds if kind is Spread.NONE else -seconds * math.log(1 - rng.random())
 
 
 class Processor(Protocol):
-    """What work is done on."""
+    """A machine, or a share of one, that does work."""
 
     def run(self, seconds: float, done: Callable[..., object], *arguments: Any) -> None:
         """Call `done` when work of `seconds` on an otherwise idle machine is finished."""
@@ -80,7 +81,7 @@ class Processor(Protocol):
 
 
 class Dedicated:
-    """A machine that nobody else uses."""
+    """A machine that is not shared."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -91,7 +92,7 @@ class Dedicated:
 
 
 class SharedCores:
-    """Cores that serve several jobs at once (processor sharing): each gets a share by its weight, and at most one core."""
+    """Cores that serve several jobs at once (processor sharing). A job's share goes by its weight, up to one core."""
 
     def __init__(self, clock: Clock, num_cores: float) -> None:
         self._clock = clock
@@ -101,7 +102,7 @@ class SharedCores:
         self._version = 0
 
     def user(self, weight: float = 1.0) -> "Processor":
-        """Return somebody whose jobs weigh so much."""
+        """Return a processor on these cores whose jobs have this weight."""
         return _User(self, weight)
 
     def run(self, seconds: float, weight: float, done: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -125,7 +126,7 @@ class SharedCores:
         self._clock.after(max(0.0, next_s), self._finish, self._version)
 
     def _divide(self) -> None:
-        """Give each job its share; what those have left over that need no more than one core goes to the others."""
+        """Give each job its share. A job gets at most one core; the rest of a larger share goes to the other jobs."""
         cores, waiting = self._num_cores, self._jobs
         while waiting:
             total = sum(job.weight for job in waiting)

@@ -1,4 +1,4 @@
-"""What simulated peers report about themselves, as live ones do."""
+"""Reports the status of simulated peers, as live peers report theirs."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from dsd_p2p.telemetry.events import PeerStatus
 from dsd_p2p.telemetry.watch import Sink
 
 _INTERVAL_S = 1.0
-"""Between two reports of a peer, as in a live swarm."""
+"""Time between two reports of a peer, as in a live swarm."""
 
 
 class StageStatuses:
-    """Reports every peer's status once a second, until the run is over."""
+    """The reporter of every peer's status, once a second until the run is over."""
 
     def __init__(self, machines: Machines[Any], clock: Clock, tally: Tally, tell: Sink) -> None:
         self._machines = machines
@@ -23,7 +23,7 @@ class StageStatuses:
         self._busy_s: dict[str, float] = {}
 
     def start(self) -> None:
-        """Report for the first time one interval from now."""
+        """Schedule the first report, one interval from now."""
         self._clock.after(_INTERVAL_S, self._report)
 
     def _report(self) -> None:

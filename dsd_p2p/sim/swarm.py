@@ -1,4 +1,7 @@
-"""Peers that each hold some layers of a model: placed, and joined into a route for every request, by the live placement code."""
+"""Simulates peers that each hold some layers of a model.
+
+The live placement code places them and joins them into a route for each request.
+"""
 
 import itertools
 from collections import ChainMap
@@ -18,16 +21,17 @@ from dsd_p2p.sim.target import Stage, StageModel, Target, TargetSession
 from dsd_p2p.types import PeerId, Span, UniformRng
 
 _MAX_PLANS = 4096
-"""Routes remembered: the same swarm under the same load gives the same one."""
+"""Number of routes remembered: the same swarm under the same load gives the same route."""
 
 _COORDINATOR = PeerId("coordinator")
 
 
 @dataclass(slots=True, eq=False)
 class SimulatedPeer:
-    """One peer. layer: one layer's pass. access: its link. span: what it holds; None while it loads.
+    """One peer. layer: cost of one layer's pass. access: its own link. span: the layers it holds; None while it loads.
 
-    stages: all that ever computed here, on its one core; serving: of them, by their layers, those that routes go through now.
+    stages: all stages that ever computed here, on the peer's one core.
+    serving: the stages that routes go through now, by their layers.
     """
 
     peer: PeerId
@@ -44,11 +48,11 @@ class SimulatedPeer:
 
     @property
     def name(self) -> str:
-        """The peer's."""
+        """The peer's id."""
         return self.peer
 
     def view(self) -> PeerView:
-        """What other peers know of it."""
+        """Return the peer as other peers see it."""
         return PeerView(
             peer=self.peer,
             span=self.span if self.is_up else None,
@@ -60,9 +64,9 @@ class SimulatedPeer:
 
 
 class SimulatedSwarm:
-    """All peers, the layers they hold, and the routes that requests have been given: targets like any other.
+    """All peers, the layers that they hold, and the routes of their requests; each route is a `Target`.
 
-    links: of the scenario, by name.
+    links: the scenario's links by name.
     """
 
     def __init__(
@@ -101,11 +105,11 @@ class SimulatedSwarm:
 
     @property
     def targets(self) -> Sequence[Target]:
-        """The routes that requests may still go through."""
+        """The routes that requests may still use."""
         return list(self._routes.values())
 
     def places(self) -> Iterator[Place]:
-        """Every peer."""
+        """Yield every peer."""
         for node in self.units:
             yield Place(
                 peer=node.peer,
@@ -117,7 +121,7 @@ class SimulatedSwarm:
             )
 
     def choose(self, access: Access, speculation: Speculation) -> Choice | None:
-        """Return the route that a request is given now; None while some layers have no holder."""
+        """Return the route that a request would take now; None while some layers have no holder."""
         views = tuple(node.view() for node in self.units)
         plan = self._plan(access[0].latency_s, access[1].latency_s, speculation, views)
         if plan is None:
@@ -128,20 +132,23 @@ class SimulatedSwarm:
         return Choice(target=target, access=way)
 
     def fallback(self, access: Access) -> None:
-        """Whoever asks is told that some layers have no holder."""
+        """Return None: the drafter knows at once that some layers have no holder."""
 
     def moved(self, target: Target, change: int) -> None:
-        """So many more requests go through a route."""
+        """Add `change` to the number of sessions of every peer on a route."""
         for node in self._peers_of[target.name]:
             node.num_sessions += change
 
     def fail(self, unit: SimulatedPeer) -> list[TargetSession]:
-        """A peer goes down, and every route through it."""
+        """Take a peer down with every route through it; return the sessions that this ends."""
         unit.is_up = False
         return self._end_routes(unit)
 
     def mend(self) -> list[TargetSession]:
-        """Peers let their layers go and load those that nobody holds any more, as live ones agree to."""
+        """Have peers drop their layers and load those that no peer holds any more, as live peers agree to.
+
+        Return the sessions that this ends.
+        """
         lost: list[TargetSession] = []
         while (move := self._gap_closing()) is not None:
             node, span = move
@@ -152,13 +159,16 @@ class SimulatedSwarm:
         return lost
 
     def _gap_closing(self) -> tuple[SimulatedPeer, Span] | None:
-        """The peer that should hold other layers, and which; None if none should. A peer that loads counts as if it were done."""
+        """Return a peer that should hold other layers, with these layers; None if no peer should.
+
+        A peer that is loading counts as if it had finished.
+        """
         views = tuple(replace(node.view(), span=node.next_span or node.span) for node in self.units if node.is_up)
         move = choose_move(self._view(views, {}))
         return None if move is None else (self._by_peer[move.peer], move.span)
 
     def _loaded(self, node: SimulatedPeer, span: Span) -> None:
-        """The peer has new layers, unless it has been asked for others meanwhile."""
+        """Give the peer its new layers, unless it has been asked for others meanwhile."""
         if node.next_span == span:
             node.span, node.next_span = span, None
 
@@ -205,6 +215,6 @@ class SimulatedSwarm:
         return stage
 
     def _end_routes(self, node: SimulatedPeer) -> list[TargetSession]:
-        """Routes through a peer end for good: the same plan makes a new one."""
+        """End all routes through a peer and return their sessions; the same plan later makes a new route."""
         ended = [stages for stages in self._routes if any(stage.peer == node.peer for stage in stages)]
         return [session for stages in ended for session in self._routes.pop(stages).fail()]

@@ -1,4 +1,4 @@
-"""What a run counts and keeps while it goes on."""
+"""Counts a run's requests, and keeps their logs and the run's timeline."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,11 @@ _PROGRESS_EVERY = 1000
 
 
 class Tally:
-    """Requests: how many started, ended, and were under way. progress: is told after each thousand that end.
+    """The counts of a run's requests: started, ended and under way.
 
-    has_more: the workload has requests that have not arrived yet. under_way_s: requests times seconds.
+    progress: called with the number of ended requests and the time, after each thousand that end.
+    has_more: the workload has requests that have not arrived yet.
+    under_way_s: integral of the requests under way over time, in requests times seconds.
     """
 
     def __init__(self, clock: Clock, progress: Callable[[int, float], None] | None) -> None:
@@ -34,16 +36,16 @@ class Tally:
 
     @property
     def is_over(self) -> bool:
-        """True when nothing will happen any more."""
+        """True if all requests have arrived and ended."""
         return not self.has_more and not self.num_under_way
 
     @property
     def duration_s(self) -> float:
-        """Seconds until the last request ended, or the run did."""
+        """Seconds until the last request ended, or until the run did."""
         return max(self._ended_s, 1e-12)
 
     def started(self) -> int:
-        """Count a request; returns its number."""
+        """Count a request that starts, and return its number."""
         self._count()
         self.num_started += 1
         return self.num_started - 1
@@ -58,7 +60,7 @@ class Tally:
             self._progress(self._num_ended, self._clock.now_s)
 
     def close(self) -> None:
-        """End the count, also of what is still under way."""
+        """Close the count, including the requests that are still under way."""
         if self.num_under_way:
             self._ended_s = self._clock.now_s
             self._count()
@@ -70,7 +72,10 @@ class Tally:
 
 
 class Timeline:
-    """Every request's arrivals and every pass, where they are recorded; passes as (target, stage, start, end, windows, nodes)."""
+    """Every request's arrivals and every pass of a run, if they are recorded.
+
+    Passes are (target, stage, start, end, windows, nodes).
+    """
 
     def __init__(self, *, is_recording: bool) -> None:
         self._is_recording = is_recording
@@ -78,11 +83,11 @@ class Timeline:
 
     @property
     def pass_log(self) -> PassLog | None:
-        """What stages tell their passes to; None when nothing is recorded."""
+        """The function that stages call after each pass; None if nothing is recorded."""
         return self._record if self._is_recording else None
 
     def new_arrivals(self) -> list[tuple[float, int]] | None:
-        """Return where a request keeps its arrivals; None when nothing is recorded."""
+        """Return a list for a request's arrivals; None if nothing is recorded."""
         return [] if self._is_recording else None
 
     def _record(self, unit: str, stage: int, start_s: float, end_s: float, batch: list[Flight]) -> None:

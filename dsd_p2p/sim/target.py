@@ -1,4 +1,4 @@
-"""A target: a route of stages, each with a queue, batches and passes; the tail walks as the live one does."""
+"""Simulates a target: a route of stages, each with a queue, batches and passes. The tail uses the live code's walk."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,41 +22,41 @@ _WINDOW_BYTES, _NODE_BYTES = 40, 6
 
 
 class Batching(StrEnum):
-    """Which queued windows a pass takes."""
+    """The rule that says which queued windows a pass takes."""
 
     FIFO = "fifo"
     LENGTH_AWARE = "length-aware"
-    """The oldest and those most like it in length."""
+    """The oldest window and those closest to it in length."""
 
     DEADLINE = "deadline"
-    """Those of the requests that should be done first."""
+    """The windows of the requests with the earliest deadlines."""
 
 
 class Client(Protocol):
-    """Who a session belongs to."""
+    """The request that a session belongs to."""
 
     @property
     def answer(self) -> Answer:
-        """What is said in it."""
+        """The request's text."""
         ...
 
     @property
     def deadline_s(self) -> float:
-        """When it should be done."""
+        """When the request should be finished."""
         ...
 
     def verdict(self, verdict: Verdict, session: "TargetSession") -> None:
-        """Take a verdict in at the tail; it still has to travel."""
+        """Accept a verdict at the tail; it still has to travel to the coordinator."""
         ...
 
     def lost(self, error: DsdError, session: "TargetSession") -> None:
-        """The session's target is gone."""
+        """React to the loss of the session's target."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class TargetSession:
-    """One request at one target, from one opening on. cancelled_below: windows of epochs before this one are dropped."""
+    """One request at one target, since one opening. cancelled_below: windows of earlier epochs are dropped."""
 
     client: Client
     target: "Target"
@@ -67,7 +67,7 @@ class TargetSession:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A window on its way. hop: how many stages it has passed. number: its place in the order of arrival at the stage."""
+    """A window on its way. hop: number of stages that it has passed. number: its place in the order of arrival."""
 
     session: TargetSession
     window: Window
@@ -81,10 +81,10 @@ class Flight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageModel:
-    """One stage.
+    """The parameters of one stage.
 
-    hidden_bytes: of one position's state on the way to the next stage. handling_s: work on each pass's messages, which the stage's
-    own measurement does not see.
+    hidden_bytes: bytes of one position's hidden state on the way to the next stage.
+    handling_s: work on the messages of each pass; the stage's own measurement leaves it out.
     """
 
     cost: PassCost
@@ -96,10 +96,10 @@ class StageModel:
 
 
 class Stage:
-    """One stage's queue and what it does. Routes that lead through the same layers of a machine share it.
+    """One stage with its queue. Routes through the same layers of a peer share it.
 
-    is_tail: it ends the routes that it is in. busy_s, num_served: time spent in passes, and windows in them.
-    queued_s: time that windows waited, summed over them.
+    is_tail: the stage is the last of its routes. busy_s: time spent in passes. num_served: windows in these passes.
+    queued_s: time that windows waited, added up over all windows.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Stage:
         return len(self._queue)
 
     def put(self, flight: Flight) -> None:
-        """Take a window in."""
+        """Queue a window."""
         flight.queued_at_s = self._clock.now_s
         flight.number = self._num_arrived = self._num_arrived + 1
         self._queue.append(flight)
@@ -147,7 +147,10 @@ class Stage:
         self._processor.run(seconds + handling_s, self._done, batch, num_nodes, share, now_s)
 
     def _take(self) -> list[Flight]:
-        """The windows of the next pass: at most one of a session, its oldest, because what the next is worth depends on it."""
+        """Take the windows of the next pass out of the queue.
+
+        A session has at most one among them, its oldest, because what its next window is worth depends on it.
+        """
         heads: dict[TargetSession, Flight] = {}
         rest: list[Flight] = []
         is_fifo = self.model.batching is Batching.FIFO
@@ -192,7 +195,7 @@ class Stage:
             flight.waited_s += started_s - flight.queued_at_s
             flight.costs.append(StageCost(us=us, num_rows=num_nodes, num_sessions=num_sessions))
             flight.session.target.passed(flight)
-        # What arrives at this very moment is in time for the next pass.
+        # A window that arrives at this very moment is in time for the next pass.
         self._clock.deadline(0.0, self._go_on)
 
     def _go_on(self) -> None:
@@ -202,7 +205,7 @@ class Stage:
 
 
 class Target:
-    """A route of stages that serves many sessions. links: behind each stage but the last."""
+    """A route of stages that serves many sessions. links: the link after each stage but the last."""
 
     def __init__(
         self, name: str, stages: Sequence[Stage], links: Sequence[LinkModel], clock: Clock, rng: UniformRng
@@ -214,7 +217,7 @@ class Target:
         self.is_up = True
 
     def open(self, client: Client, epoch: int, num_prompt: int, num_given: int) -> TargetSession:
-        """Start a session; windows that are sent to it find it when they arrive."""
+        """Start a session, so that windows sent to it find it when they arrive."""
         session = TargetSession(client, self, TailWalk(epoch=epoch, num_prompt=num_prompt, num_given=num_given))
         self.sessions[session] = None
         return session
@@ -225,12 +228,12 @@ class Target:
         self.sessions.pop(session, None)
 
     def put(self, session: TargetSession, window: Window) -> None:
-        """Take in a window that has arrived at the head."""
+        """Queue a window that has arrived at the head."""
         if self.is_up and not session.is_closed:
             self.stages[0].put(Flight(session, window))
 
     def fail(self) -> list[TargetSession]:
-        """Go down: everything here is lost. Returns the sessions that were open."""
+        """Go down and lose everything here; return the sessions that were open."""
         self.is_up = False
         lost = list(self.sessions)
         for session in lost:
@@ -239,7 +242,7 @@ class Target:
         return lost
 
     def passed(self, flight: Flight) -> None:
-        """Take in a window that a stage is done with."""
+        """Send a window on after a stage's pass, or commit its tokens after the tail's."""
         if flight.hop == len(self._links):
             self._commit(flight)
             return
@@ -271,5 +274,5 @@ class Target:
 
 
 def window_bytes(window: Window) -> int:
-    """Bytes of a window on its way to the head, about."""
+    """Return the approximate size in bytes of a window on its way to the head."""
     return _WINDOW_BYTES + _NODE_BYTES * len(window.tokens)

@@ -1,4 +1,4 @@
-"""What the target will write: recorded answers, or parametric ones."""
+"""Supplies the answers of a run's requests, recorded or parametric."""
 
 import random
 
@@ -10,10 +10,10 @@ from dsd_p2p.sim.workload import Arrival
 
 
 class Texts:
-    """The answers of one run. trace: recorded texts, instead of parametric ones. rng: of parametric ones.
+    """The answers of one run. trace: recorded agreement to use instead of parameters. rng: for parametric answers.
 
     Raises:
-        ConfigError: the trace has none of the category that is asked for.
+        ConfigError: the agreement has no text of the requested category.
     """
 
     def __init__(self, acceptance: Acceptance, trace: Agreement | None, rng: random.Random) -> None:
@@ -34,5 +34,7 @@ def _suitable(acceptance: Acceptance, trace: Agreement) -> list[int]:
     texts = [index for index, text in enumerate(trace.texts) if acceptance.category in ("", text.category)]
     if not texts:
         known = ", ".join(sorted({text.category for text in trace.texts}))
-        raise ConfigError(f"acceptance.category is {acceptance.category!r}: the trace has {known}")
+        raise ConfigError(
+            f"acceptance.category is {acceptance.category!r}, expected one that the agreement has: {known}"
+        )
     return texts

@@ -1,4 +1,4 @@
-"""When requests arrive and how long they are."""
+"""Draws or reads when requests arrive and how long they are."""
 
 import math
 import random
@@ -37,10 +37,12 @@ def lengths(length: Length, rng: random.Random) -> int:
 
 
 def arrivals(workload: Workload, rng: random.Random) -> Iterator[Arrival]:
-    """Yield `workload.requests` arrivals in order; in a closed loop all of them "now", whoever reads them decides when.
+    """Yield the arrivals in order: `workload.requests` of them, or fewer if `workload.file` ends before.
+
+    In a closed loop all arrive at 0, and the caller decides when each request starts.
 
     Raises:
-        ConfigError: the trace file cannot be read.
+        ConfigError: `workload.file` cannot be read, or a line of it is wrong.
     """
     if workload.arrivals == "trace":
         yield from _traced(workload)
@@ -69,8 +71,12 @@ def _traced(workload: Workload) -> Iterator[Arrival]:
                 each = msgspec.json.decode(line, type=_TraceLine)
                 is_sane = each.arrival_s >= last_s and min(each.prompt_tokens, each.answer_tokens) >= 1
                 if not is_sane:
-                    raise ConfigError(f"{path}:{number}: arrival_s must not fall, lengths must be 1 or more")
+                    raise ConfigError(
+                        f"{path}:{number}: arrival_s must not decrease, prompt_tokens and answer_tokens must be 1 or more"
+                    )
                 last_s = each.arrival_s
                 yield Arrival(each.arrival_s, each.prompt_tokens, each.answer_tokens)
     except (OSError, msgspec.DecodeError) as exc:
-        raise ConfigError(f"workload trace {path}: {exc}") from exc
+        raise ConfigError(
+            f"workload file {path}: {exc}; expected one JSON object a line with arrival_s, prompt_tokens, answer_tokens"
+        ) from exc

@@ -1,1 +1,1 @@
-"""One stage of a route: admits sessions, runs its span over their windows, parks finished texts."""
+"""Implements a stage: it admits sessions, runs its span over their windows, and parks finished texts."""

@@ -1,7 +1,7 @@
-"""Decides whether a stage takes a message, from the message and from what is open here.
+"""Decides whether a stage accepts a message, given the message and the open sessions.
 
 Follows docs/protocol.md, rule 2: Opening; rule 5: Idempotence.
-Nothing here waits, allocates cache or changes a session.
+No function here waits, allocates cache or changes a session.
 """
 
 from collections import OrderedDict
@@ -20,15 +20,16 @@ _MAX_CLOSED_REMEMBERED = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLimits:
-    """What one stage grants.
+    """The limits of one stage.
 
-    max_sessions: open at the same time. max_sessions_per_peer: of one coordinator.
-    max_queued_windows, max_queued_bytes: of one session, waiting for the model.
-    max_draft_slots: cache slots of one session beyond its longest text, and its most speculative nodes.
-    max_boundary_bytes: of the hidden states that all sessions together keep to refill a neighbour.
-    dials_routes: connect to the next stage by the address in the route; in a swarm, only members that are connected are sent to.
-    orphan_s: what a session holds waits this long for another route after a neighbour was lost.
-    max_parked: texts of closed sessions, as long as nobody needs their room. parked_s: how long they are held at most.
+    max_sessions: sessions open at the same time. max_sessions_per_peer: of those, sessions of one coordinator.
+    max_queued_windows, max_queued_bytes: windows of one session that wait for the model.
+    max_draft_slots: cache slots of one session beyond its longest text; also the most nodes that may wait below its
+    root.
+    max_boundary_bytes: hidden states that all sessions together keep to refill a neighbour.
+    dials_routes: dial the next stage at the address in the route; if False (in a swarm), use only open connections.
+    orphan_s: how long a session waits for another route after a neighbour was lost.
+    max_parked: texts of closed sessions to park while nobody needs the room. parked_s: the longest time to park one.
     """
 
     max_sessions: int = 64
@@ -44,13 +45,13 @@ class StageLimits:
 
 
 class ClosedSessions:
-    """The sessions that ended lately: a close can overtake the open that travels down the route."""
+    """A memory of recently ended sessions, because a close can overtake its opening on the way down the route."""
 
     def __init__(self) -> None:
         self._epochs: OrderedDict[tuple[str, bytes], int] = OrderedDict()
 
     def add(self, coordinator: str, name: bytes, epoch: int) -> None:
-        """Remember that openings up to this epoch are to be ignored."""
+        """Remember to ignore openings up to this epoch."""
         key = (coordinator, name)
         self._epochs[key] = max(epoch, self._epochs.get(key, -1))
         self._epochs.move_to_end(key)
@@ -58,31 +59,32 @@ class ClosedSessions:
             self._epochs.popitem(last=False)
 
     def is_closed(self, opened: OpenSession) -> bool:
-        """True when the coordinator has closed this opening already."""
+        """Return whether the session was already closed at this epoch or a later one."""
         return opened.epoch <= self._epochs.get((opened.coordinator.peer, opened.session), -1)
 
 
 def index_in_route(opened: OpenSession, me: str, sender: PeerId) -> int:
-    """Return our index in the route; the sender must stand before us there.
+    """Return our index in the route, and check that the sender is directly before us.
 
     Raises:
-        RemoteProtocolError: it does not, or we are not in the route once.
+        RemoteProtocolError: it is not, or the route does not contain us exactly once.
     """
     mine = [index for index, hop in enumerate(opened.route) if hop.peer == me]
     if len(mine) != 1:
-        raise RemoteProtocolError("route", [hop.peer for hop in opened.route], f"{me} exactly once")
+        raise RemoteProtocolError("route", [hop.peer for hop in opened.route], f"a route with {me} exactly once")
     before = opened.route[mine[0] - 1].peer if mine[0] else opened.coordinator.peer
     if sender != before:
-        raise RemoteProtocolError("sender", sender, f"{before}, the stage before in the route")
+        raise RemoteProtocolError("sender", sender, f"{before}, which is before us in the route")
     return mine[0]
 
 
 def check_opening(opened: OpenSession, index: int, me: PeerInfo) -> None:
-    """Compare what is asked with what we serve.
+    """Check that we can serve what an opening asks for.
 
     Raises:
-        RemoteProtocolError: the route, the span or the numbers cannot be.
-        ModelError: another model is asked for. CapacityError: a longer text than the model takes.
+        RemoteProtocolError: the route, the span or the numbers are invalid.
+        ModelError: the opening asks for another model.
+        CapacityError: the text can become longer than the model allows.
         PeerDisconnected: we hold no layers now.
     """
     if me.span is None:
@@ -91,41 +93,46 @@ def check_opening(opened: OpenSession, index: int, me: PeerInfo) -> None:
     _check_given(opened)
     check_same_model(me.model, opened.model)
     if opened.max_length > me.max_positions:
-        raise CapacityError(f"{opened.max_length} tokens exceed the model's {me.max_positions}: ask for fewer")
+        raise CapacityError(f"{opened.max_length} tokens exceed the model's limit of {me.max_positions}: ask for fewer")
 
 
 def _check_route(opened: OpenSession, index: int, me: PeerInfo) -> None:
     route, span = opened.route, opened.route[index].span
     if len({hop.peer for hop in route}) != len(route):
-        raise RemoteProtocolError("route", [hop.peer for hop in route], "each peer once")
+        raise RemoteProtocolError("route", [hop.peer for hop in route], "each peer at most once")
     if me.span is None or not me.span.first <= span.first < span.last <= me.span.last:
         raise RemoteProtocolError("span", str(span), f"inside this stage's {me.span}")
     bounds = [0, *(hop.span.last for hop in route)]
     if [hop.span.first for hop in route] != bounds[:-1] or bounds[-1] != me.num_layers:
-        raise RemoteProtocolError("route spans", [str(hop.span) for hop in route], f"layers 0..{me.num_layers}")
+        raise RemoteProtocolError(
+            "route spans",
+            [str(hop.span) for hop in route],
+            f"spans that cover layers [0, {me.num_layers}) without gaps",
+        )
 
 
 def _check_given(opened: OpenSession) -> None:
     if not opened.num_prompt <= opened.num_given <= opened.max_length:
-        limit = f"{opened.num_prompt} to {opened.max_length}, the prompt's and the text's length"
+        limit = f"{opened.num_prompt} (the prompt) to {opened.max_length} (the whole text)"
         raise RemoteProtocolError("num_given", opened.num_given, limit)
     if (prefix := opened.prefix) is None:
         return
     if prefix.num_tokens >= opened.num_given or any(opened.kept) or opened.attest:
-        limit = f"below {opened.num_given}, nothing kept or attested"
+        limit = f"fewer than the {opened.num_given} given tokens, and neither kept stages nor attestations"
         raise RemoteProtocolError("prefix", prefix.num_tokens, limit)
     if prefix.num_tokens > opened.num_prompt:
-        raise RemoteProtocolError("prefix", prefix.num_tokens, f"at most the {opened.num_prompt} of the prompt")
+        raise RemoteProtocolError("prefix", prefix.num_tokens, f"at most the {opened.num_prompt} tokens of the prompt")
 
 
 def replaced_session(
     opened: OpenSession, index: int, sessions: Mapping[bytes, StageSession], limits: StageLimits, *, is_draining: bool
 ) -> StageSession | None:
-    """Return the session of this name that a new one takes the place of, having checked that there is room.
+    """Return the session that the new one replaces, or None; check that there is room for a new one.
 
     Raises:
-        RemoteProtocolError: the name is another coordinator's, or the epoch is not above the open one's.
-        CapacityError: too many are open. PeerDisconnected: we are shutting down, or hold nothing that could be gone on with.
+        RemoteProtocolError: the session belongs to another coordinator, or the epoch is not above the open one's.
+        CapacityError: too many sessions are open.
+        PeerDisconnected: we are shutting down, or do not hold what the opening wants us to keep.
     """
     old = sessions.get(opened.session)
     if old is not None:
@@ -138,23 +145,24 @@ def replaced_session(
     else:
         num_theirs = sum(each.coordinator == opened.coordinator.peer for each in sessions.values())
         if num_theirs >= limits.max_sessions_per_peer:
-            raise CapacityError(f"{num_theirs} of your sessions are open here already: end one, or try later")
+            raise CapacityError(f"{num_theirs} of your sessions are already open here: end one or try again later")
     if opened.kept and opened.kept[index] and (old is None or not _holds(old, opened.route[index].peer, opened)):
-        raise PeerDisconnected("nothing of this session is kept here: send all of it again")
+        raise PeerDisconnected("this stage holds nothing of the session: send the whole text again")
     return old
 
 
 def _holds(old: StageSession, me: str, opened: OpenSession) -> bool:
-    """True when the old session has a cache, of the very layers that are asked for now."""
+    """Return whether the old session has a cache of exactly the layers that the opening asks for."""
     span = next(hop.span for hop in opened.route if hop.peer == me)
     return old.held.cache is not None and old.place.span == span
 
 
 def is_window_wanted(session: StageSession, event: Arrived, window: Window) -> bool:
-    """Return whether a window is to be computed; False for what is out of date.
+    """Return whether to compute a window; False if it is stale.
 
     Raises:
-        RemoteProtocolError: it comes from elsewhere than the stage before us, or claims what it cannot know.
+        RemoteProtocolError: the sender is not the stage before us, the window has measurements before the head, or the
+            payload has the wrong length.
     """
     place = session.place
     if session.is_orphan or session.held.state.is_stale(window):
@@ -162,7 +170,7 @@ def is_window_wanted(session: StageSession, event: Arrived, window: Window) -> b
     if event.sender != place.previous:
         if window.epoch < place.opened.epoch:
             return False
-        raise RemoteProtocolError("sender", event.sender, f"{place.previous}, the stage before in the route")
+        raise RemoteProtocolError("sender", event.sender, f"{place.previous}, which is before us in the route")
     if place.model.is_head and (window.costs or window.link_bytes or window.waited):
         measured = (window.costs, window.link_bytes, window.waited)
         raise RemoteProtocolError("costs, link_bytes, waited", measured, "none before the head")

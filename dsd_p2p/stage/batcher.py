@@ -1,7 +1,8 @@
-"""Continuous batching: every pass takes in a window of each session that waits, long ones piece by piece, fairly.
+"""Batches the windows of all sessions, continuously and fairly: a pass takes a window, or a piece of one, per session.
 
-A pass starts as soon as the one before it is done, with whoever waits then. Coordinators take turns by the rows they want computed,
-the sessions of one as they come. A long prompt is cut, so that it holds the others' tokens up for no longer than a piece of it.
+A pass starts as soon as the one before it is done, with the windows that wait at that moment. Coordinators take turns
+by the number of rows that they want computed; the sessions of one coordinator are served in order of arrival. A long
+prompt is computed in pieces, so that the other sessions wait only for one piece.
 """
 
 from collections import OrderedDict
@@ -17,14 +18,14 @@ from dsd_p2p.types import PeerId, StageCost
 from dsd_p2p.window.tracker import LineFit
 
 _MAX_ROWS = 128
-"""Nodes of one pass: what a prompt's chunk has (`GenerateOptions.prefill_chunk`), so that one alone is not cut."""
+"""The most nodes in a pass: one chunk of a prompt (`GenerateOptions.prefill_chunk`), so a lone chunk is not cut."""
 
 _MAX_SHARE = 32
-"""Nodes of one session in a pass that others wait for."""
+"""The most nodes of one session in a pass while other sessions wait."""
 
 _MAX_REMEMBERED = 1024
 _MIN_PASSES = 20
-"""Fewer say little of a machine that others share."""
+"""Fewer passes say little about a machine that runs other programs too."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,19 +43,19 @@ class _Entry:
 
 
 class PassCosts:
-    """What a layer of this stage lately took, from the passes that were run."""
+    """The recent cost of one layer of this stage, measured in its passes."""
 
     def __init__(self) -> None:
         self._layer_cost = LineFit()
         self._num_passes = 0
 
     def note(self, work: WindowPass, num_rows: int, seconds: float) -> None:
-        """Take in one pass over `num_rows` rows."""
+        """Add the measurement of one pass over `num_rows` rows."""
         self._layer_cost.add(num_rows, seconds / work.session.place.span.num_layers)
         self._num_passes += 1
 
     def layer_s(self) -> tuple[float, float] | None:
-        """Return the seconds of one layer over 1 and over 16 rows; None before enough passes."""
+        """Return the seconds that one layer takes for 1 row and for 16 rows; None until enough passes were measured."""
         if self._num_passes < _MIN_PASSES:
             return None
         line = self._layer_cost.line()
@@ -62,9 +63,10 @@ class PassCosts:
 
 
 class Batcher:
-    """Gives the model to the sessions' windows.
+    """The scheduler that runs the sessions' windows through the model.
 
-    model_in_use: is held during a pass. clock: seconds. note_pass: is told the rows and the seconds of each pass, in its thread.
+    model_in_use: a lock, held during each pass. clock: returns the time in seconds.
+    note_pass: called in the worker thread with each pass's first window, its rows and its seconds.
     """
 
     def __init__(
@@ -84,17 +86,17 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        """Windows that wait or are computed right now."""
+        """The number of windows that wait or are being computed."""
         return len(self._waiting)
 
     async def run(self, work: WindowPass) -> Answer | None:
-        """Compute one window of a session; the next one of the same session only after it.
+        """Compute one window and return the message to send on, or None. Run a session's windows one after the other.
 
-        Cancelling gives it up, but only once no pass uses the session's cache.
+        If cancelled, it gives the window up and returns once no pass uses the session's cache.
 
         Raises:
-            DsdError: what is wrong with the window.
-            Exception: what the model failed with.
+            DsdError: the window is invalid.
+            Exception: the model failed.
         """
         if work.is_stale:
             return None
@@ -126,7 +128,7 @@ class Batcher:
                 batch = self._choose()
                 for entry, _ in batch:
                     entry.is_running = True
-                # Shielded: a session that is cancelled waits for its pass, whose cache must not be freed under it.
+                # Shielded, because the cache of a cancelled session must not be freed during its pass.
                 with trio.CancelScope(shield=True):
                     if batch:
                         await trio.to_thread.run_sync(self._run, batch)
@@ -135,7 +137,7 @@ class Batcher:
     def _settle(self, batch: Sequence[tuple[_Entry, int]]) -> None:
         for entry, num_rows in batch:
             entry.is_running = False
-            # Each piece takes its turn.
+            # Each further piece queues again.
             entry.starts_at += num_rows
             if entry.error is not None or entry.is_given_up or not entry.work.num_left:
                 self._end(entry)
@@ -145,7 +147,7 @@ class Batcher:
         entry.is_done.set()
 
     def _choose(self) -> list[tuple[_Entry, int]]:
-        """The entries of the next pass and how many rows each may compute."""
+        """Return the entries of the next pass, and how many rows each may compute."""
         for entry in [each for each in self._waiting if each.work.is_stale]:
             self._end(entry)
         if not self._waiting:
@@ -164,9 +166,9 @@ class Batcher:
         return batch
 
     def _starts_at(self, work: WindowPass) -> int:
-        """Start-time fair queueing (Goyal et al. 1996) in rows, by coordinator: after what it has waiting already.
+        """Return a window's start tag in rows, by start-time fair queueing among coordinators (Goyal et al. 1996).
 
-        Who comes back after a pause has saved nothing up.
+        A window starts after the coordinator's earlier ones. A coordinator does not accumulate credit while idle.
         """
         peer = work.session.coordinator
         starts_at = max(self._served_up_to, self._ends_at.get(peer, 0))
@@ -189,7 +191,7 @@ class Batcher:
             for (entry, piece), output in zip(pieces, outputs, strict=True):
                 try:
                     if isinstance(output, Exception):
-                        raise output  # noqa: TRY301 - caught where every error of this entry is
+                        raise output  # noqa: TRY301 - handled below with the entry's other errors
                     entry.work.take(piece, output)
                 except Exception as exc:
                     entry.error = exc
@@ -220,17 +222,17 @@ class Batcher:
 
 
 def _outputs(pieces: Sequence[SpanPass], model: SpanModel) -> Sequence[SpanOutput | Exception]:
-    """What comes of each piece. A pass that fails as a whole is done again one by one, so that who is to blame fails alone."""
+    """Return each piece's output. If the whole pass fails, run the pieces singly, so that only the bad one fails."""
     try:
         return model.run(pieces)
-    except Exception as exc:  # raised again where the session waits
+    except Exception as exc:  # re-raised in `Batcher.run`, where the session waits
         if len(pieces) == 1:
             return [exc]
         return [_outputs([piece], model)[0] for piece in pieces]
 
 
 def _begin(entry: _Entry, max_rows: int) -> SpanPass | None:
-    """The entry's rows in this pass; None when it needs none, or is wrong."""
+    """Return the pass over the entry's next rows; None if it has no rows left or failed."""
     work = entry.work
     try:
         if not work.is_begun:

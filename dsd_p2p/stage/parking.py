@@ -1,6 +1,7 @@
-"""Text that a stage still holds of closed sessions, so that the next turn of a conversation need not be computed from its start.
+"""Parks the caches of closed sessions, so that the next turn of a conversation is not computed from its start.
 
-`ParkedTexts` is the list; `Parking` gives sessions their caches, copies parked text into them, and parks theirs in the end.
+`ParkedTexts` is the collection of parked texts. `Parking` creates the sessions' caches, copies parked text into them,
+and parks them when their sessions end.
 """
 
 import logging
@@ -20,14 +21,15 @@ from dsd_p2p.wire.messages import Prefix
 logger = logging.getLogger(__name__)
 
 PARKED_S = 1800.0
-"""How long a text is held at most."""
+"""The longest time that a text stays parked."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Parked:
-    """The text of one closed session. num_users: who copies from it right now; is_unwanted: free it after them.
+    """The parked text of one closed session.
 
-    scope: of the task that holds it, which ends with it.
+    num_users: how many tasks use its cache right now. is_unwanted: free the cache when they are done.
+    scope: cancels the task that holds the text.
     """
 
     coordinator: PeerId
@@ -50,7 +52,7 @@ class Parked:
             self._free_if_done()
 
     def discard(self) -> None:
-        """Free the cache as soon as nobody uses it."""
+        """Free the cache as soon as no task uses it."""
         self.is_unwanted = True
         self.scope.cancel()
         self._free_if_done()
@@ -61,7 +63,10 @@ class Parked:
 
 
 class ParkedTexts:
-    """All that is parked at a stage; it never keeps a session from its room. max_texts: in all."""
+    """The parked texts of a stage. They are evicted whenever a session needs their room.
+
+    max_texts: the most texts to hold.
+    """
 
     def __init__(self, max_texts: int) -> None:
         self._max_texts = max_texts
@@ -72,21 +77,21 @@ class ParkedTexts:
 
     @property
     def num_bytes(self) -> int:
-        """Cache that they take."""
+        """The cache that they take, in bytes."""
         return sum(parked.cache.num_bytes for parked in self._texts.values())
 
     def add(self, parked: Parked) -> None:
-        """Hold one more text; another may go for it."""
+        """Add a text; evict another one if there are too many."""
         self.discard(parked.coordinator, parked.session)
         self._texts[parked.coordinator, parked.session] = parked
         if len(self._texts) > self._max_texts:
             self.evict()
 
     def find(self, coordinator: PeerId, prefix: Prefix, span: Span) -> Parked:
-        """Return the parked text that a session is to go on from; its coordinator must have parked it.
+        """Return the parked text of `coordinator` that begins with `prefix`.
 
         Raises:
-            PrefixLost: it is not here, or no longer, or shorter, or of other layers.
+            PrefixLost: it is not parked here (any more), is shorter, or belongs to other layers.
         """
         parked = self._texts.get((coordinator, prefix.session))
         if parked is None or parked.span != span or parked.num_tokens < prefix.num_tokens:
@@ -95,7 +100,7 @@ class ParkedTexts:
         return parked
 
     def evict(self) -> bool:
-        """Discard the text unused for longest, of the coordinator that has the most; False when there is none."""
+        """Discard the least recently used text of the coordinator that has the most; return False if there is none."""
         if not self._texts:
             return False
         ((greediest, _),) = Counter(coordinator for coordinator, _ in self._texts).most_common(1)
@@ -103,19 +108,19 @@ class ParkedTexts:
         return self.discard(greediest, session)
 
     def discard(self, coordinator: PeerId, session: bytes) -> bool:
-        """Discard one text; False when it is not here."""
+        """Discard one text; return False if it is not here."""
         parked = self._texts.pop((coordinator, session), None)
         if parked is not None:
             parked.discard()
         return parked is not None
 
     def remove(self, parked: Parked) -> None:
-        """Discard this very text, if it is still here: another may have come under its name."""
+        """Discard this text unless another one has replaced it under the same name."""
         if self._texts.get((parked.coordinator, parked.session)) is parked:
             self.discard(parked.coordinator, parked.session)
 
     def forget(self, coordinator: PeerId) -> None:
-        """Discard all that a coordinator has parked."""
+        """Discard all texts of a coordinator."""
         for owner, session in [key for key in self._texts if key[0] == coordinator]:
             self.discard(owner, session)
 
@@ -126,33 +131,33 @@ class ParkedTexts:
 
 
 class Parking:
-    """The caches of a stage's sessions, and the texts that outlive them.
+    """The manager of a stage's caches and parked texts.
 
-    model_in_use: is held while the model runs. max_parked, parked_s: see `StageLimits`.
+    model_in_use: a lock, held while the model runs. max_parked, parked_s: see `StageLimits`.
     """
 
     def __init__(self, model_in_use: trio.Lock, max_parked: int, parked_s: float) -> None:
         self._model_in_use = model_in_use
-        # Copies of parked texts take turns before they wait for the model, so that a pass comes between two of them.
+        # Copies queue here before they wait for the model, so that a pass can run between two copies.
         self._in_use = trio.Lock()
         self._parked_s = parked_s
         self._nursery: trio.Nursery | None = None
         self.texts = ParkedTexts(max_parked)
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Hold texts as long as the nursery is open."""
+        """Hold texts until the nursery closes."""
         self._nursery = nursery
 
     async def new_cache(self, session: StageSession, max_slots: int) -> SpanCache:
-        """Return the session's empty cache; what is parked makes room for it.
+        """Return an empty cache for the session; evict parked texts if it needs their room.
 
         Raises:
-            CapacityError: the memory budget is full of sessions.
+            CapacityError: open sessions fill the memory budget.
         """
         model = session.place.model
         with suppress(CapacityError):
             return model.new_cache(max_slots)
-        # Nobody copies what is parked meanwhile, so that it is free once it is evicted.
+        # With both locks held nobody copies a parked text, so an evicted one is freed at once.
         async with self._in_use, self._model_in_use:
             while True:
                 try:
@@ -162,10 +167,10 @@ class Parking:
                         raise
 
     async def copy_prefix(self, session: StageSession, cache: SpanCache) -> None:
-        """Fill the start of the session's cache with the parked text that it goes on from, if there is one.
+        """Copy the session's prefix, if it has one, from the parked text into the session's cache.
 
         Raises:
-            PrefixLost: the text is not here any more.
+            PrefixLost: the text is not parked here any more.
         """
         if (prefix := session.opened.prefix) is None:
             return
@@ -175,14 +180,17 @@ class Parking:
                 await trio.to_thread.run_sync(cache.copy, held, prefix.num_tokens)
 
     def park(self, session: StageSession) -> bool:
-        """Hold the text of a session that has ended well, if its coordinator wishes it; False: its cache is to be freed."""
+        """Park the text of a session that ended without error, if its coordinator asked for it.
+
+        Return False if it was not parked; the caller then frees its cache.
+        """
         park, held, opened = session.park, session.held, session.opened
         if park is None or session.error is not None or held.cache is None or self._nursery is None:
             return False
         try:
             held.log = None
             held.resume(epoch=opened.epoch, at=park.at, num_kept=park.num_tokens)
-        except Exception as exc:  # task boundary: whatever its coordinator made up, the session ends
+        except Exception as exc:  # task boundary: an invalid `park` must not keep the session from ending
             logger.warning("text not parked session=%s error=%s", opened.session.hex(), exc)
             return False
         parked = Parked(
@@ -203,7 +211,7 @@ class Parking:
                     with parked.in_use() as cache:
                         await trio.to_thread.run_sync(cache.shrink)
                 await trio.sleep(self._parked_s)
-            except Exception:  # task boundary: a text that cannot be held is no reason to stop serving
+            except Exception:  # task boundary: a text that cannot be parked must not stop the stage
                 logger.exception("parked text lost session=%s", parked.session.hex())
             finally:
                 self.texts.remove(parked)

@@ -1,4 +1,4 @@
-"""Computing part of our span over somebody's text, for one that checks another stage (`dsd_p2p.coordination.audit`)."""
+"""Answers spot checks of other stages: runs part of our span over a given text (`dsd_p2p.coordination.audit`)."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ _SEND_TIMEOUT_S = 10.0
 
 
 class Recomputer:
-    """Answers checks, one at a time for each peer.
+    """The service that answers spot checks, one at a time for each peer.
 
-    model_in_use: is held while the model runs. make_room: frees cache that can be done without; False when there is none.
+    model_in_use: a lock, held while the model runs. make_room: evicts one parked text; returns False if there is none.
     """
 
     def __init__(self, links: PeerLinks, model_in_use: trio.Lock, make_room: Callable[[], bool]) -> None:
@@ -34,9 +34,13 @@ class Recomputer:
         self._busy_for: set[PeerId] = set()
 
     async def answer(self, model: SpanModel | None, sender: PeerId, asked: Recompute, payload: bytes) -> None:
-        """Compute and send the result, or why there is none."""
+        """Compute the answer and send it, or send the error."""
         if sender in self._busy_for:
-            await self._send(sender, Recomputed(request=asked.request, error="one check at a time"), b"")
+            await self._send(
+                sender,
+                Recomputed(request=asked.request, error="a check for this peer is still running: try again later"),
+                b"",
+            )
             return
         self._busy_for.add(sender)
         try:
@@ -44,7 +48,7 @@ class Recomputer:
             await self._send(sender, Recomputed(request=asked.request, picks=picks, gaps=gaps), rows)
         except DsdError as exc:
             await self._send(sender, Recomputed(request=asked.request, error=str(exc)[:512]), b"")
-        except Exception as exc:  # task boundary: a check that goes wrong must not end the node
+        except Exception as exc:  # task boundary: a failed check must not end the peer
             logger.exception("check failed peer=%s", sender)
             await self._send(sender, Recomputed(request=asked.request, error=type(exc).__name__), b"")
         finally:
@@ -69,7 +73,7 @@ class Recomputer:
 def _compute(
     model: SpanModel | None, me: PeerInfo, asked: Recompute, payload: bytes
 ) -> tuple[tuple[TokenId, ...], tuple[int, ...], bytes]:
-    """In a worker thread: return the picks after each position and their gaps at the tail, else the hidden states."""
+    """Return the tail's picks and gaps for each position, else the hidden states. Runs in a worker thread."""
     check_same_model(me.model, asked.model)
     if model is None:
         raise PeerDisconnected("this peer holds no layers now: ask another")
@@ -94,7 +98,7 @@ def _compute(
 
 
 def _picks(asked: Recompute, views: Sequence[TargetView]) -> tuple[TokenId, ...]:
-    """The token that the target would write after each position; within the prompt, the prompt's own."""
+    """Return the token that the target picks after each position; within the prompt, the prompt's own token."""
     verifier = choose_verifier(asked.text).open(asked.num_prompt)
     picks: list[TokenId] = []
     for position, view in enumerate(views, start=1):
@@ -109,7 +113,7 @@ def _picks(asked: Recompute, views: Sequence[TargetView]) -> tuple[TokenId, ...]
 
 
 def _gap(view: TargetView, pick: TokenId, claimed: TokenId, sampling: Sampling) -> int:
-    """Thousandths of a logit by which the claimed token misses being the pick; with sampling, 0 or the most there is."""
+    """Return how far the claimed token's logit is below the pick's, in thousandths; with sampling, 0 or `MAX_GAP`."""
     if pick == claimed:
         return 0
     logits = view.logits()

@@ -1,4 +1,4 @@
-"""Giving a stage that lost its cache what the stage before it still has (docs/protocol.md, rule 9: Replay)."""
+"""Refills a stage that lost its cache, from what the stage before it kept (docs/protocol.md, rule 9: Replay)."""
 
 from dsd_p2p.errors import PeerDisconnected
 from dsd_p2p.peers.links import PeerLinks
@@ -8,16 +8,16 @@ from dsd_p2p.wire.messages import FILL_NODES, Window
 
 
 async def refill(links: PeerLinks, session: StageSession, to: PeerId) -> None:
-    """Send tokens and hidden states of everything given but the last token, as windows of the new epoch.
+    """Send the tokens and hidden states of all given tokens but the last, as windows of the new epoch.
 
     Raises:
-        PeerDisconnected: they are not kept here.
+        PeerDisconnected: we do not have all of them.
         PeerError: the stage cannot be reached.
     """
     opened, log = session.opened, session.held.log
     num_nodes = opened.num_given - 1
     if log is None or log.num_rows < num_nodes:
-        raise PeerDisconnected("the hidden states for a refill are not kept here: send all of it again")
+        raise PeerDisconnected("this stage no longer has the hidden states for a refill: send the whole text again")
     for number, start in enumerate(range(0, num_nodes, FILL_NODES)):
         positions = tuple(range(start, min(start + FILL_NODES, num_nodes)))
         window = Window(
@@ -34,7 +34,7 @@ async def refill(links: PeerLinks, session: StageSession, to: PeerId) -> None:
 
 
 def ends_here(session: StageSession, window: Window) -> bool:
-    """True when a window only refills us: the next stage has kept what it holds."""
+    """Return whether a window only refills us and is not sent on, because the next stage kept its cache."""
     opened = session.opened
     is_given = window.epoch == opened.epoch and window.positions[-1] < opened.num_given - 1
     return is_given and session.place.next_is_kept

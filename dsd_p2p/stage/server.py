@@ -1,9 +1,9 @@
-"""One stage: takes windows in, runs its span over them, hands them on; at the tail, answers with verdicts.
+"""Serves one stage: receives windows, runs its span over them, and sends them on; the tail sends verdicts instead.
 
-How it works. `StageServer` is a service (`dsd_p2p.peers.services`): it looks at each message once, lets `.admission` decide,
-and hands it to its session. Each session is one task (`.task`) with a bounded inbox; `.batcher` runs the windows of all of them
-together in a worker thread; `.parking` holds the text of sessions that are over; `.recompute` answers spot checks. `.session`
-says which states a session has, and which thread may touch what.
+How it works. `StageServer` is a service (`dsd_p2p.peers.services`). It asks `.admission` whether to accept each
+message, and passes it to its session. Each session is one task (`.task`) with a bounded inbox. `.batcher` runs the
+windows of all sessions together in a worker thread. `.parking` holds the texts of closed sessions. `.recompute` answers
+spot checks. `.session` describes the phases of a session and which thread may use which of its fields.
 """
 
 import logging
@@ -52,9 +52,9 @@ _ANSWER_TIMEOUT_S = 10.0
 
 
 class StageServer:
-    """Serves a span, or for now nothing, to coordinators that open sessions on it.
+    """A stage that serves a span, or no layers yet, to the coordinators that open sessions on it.
 
-    sign: with the peer's own key, for sessions that ask for it.
+    sign: signs with the peer's own key, for sessions that ask for attestations.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class StageServer:
     ) -> None:
         self.links = links
         self._model = model
-        # Parts of the span that routes have asked for.
+        # The parts of the span that routes have asked for.
         self._parts: dict[Span, SpanModel] = {}
         self._limits = limits
         self._clock = clock
@@ -87,22 +87,22 @@ class StageServer:
 
     @property
     def sessions(self) -> Mapping[bytes, StageSession]:
-        """The sessions that hold cache right now, by name."""
+        """The open sessions, by name."""
         return self._tasks.sessions
 
     @property
     def num_sessions(self) -> int:
-        """How many sessions hold cache right now."""
+        """The number of open sessions."""
         return len(self.sessions)
 
     @property
     def parked_bytes(self) -> int:
-        """Cache that parked texts take until it is needed."""
+        """The cache that parked texts take until a session needs it, in bytes."""
         return self.parking.texts.num_bytes
 
     @property
     def handlers(self) -> Mapping[type[Message], Handler]:
-        """What it does with each message that it takes."""
+        """The handler for each type of message that a stage accepts."""
         return {
             OpenSession: self._open,
             Window: self._take_window,
@@ -113,17 +113,17 @@ class StageServer:
         }
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Serve as long as the nursery is open; every cache is free afterwards."""
+        """Serve until the nursery closes. Every cache is free afterwards."""
         self._nursery = nursery
         self._tasks.start(nursery)
         self.parking.start(nursery)
         nursery.start_soon(self.work.serve)
 
     async def serve_span(self, model: SpanModel | None) -> None:
-        """From now on serve `model`, which `links.me` describes already; sessions of what was served before end first."""
+        """End all sessions, then serve `model`. The caller has updated `links.me` to describe it."""
         sessions = list(self.sessions.values())
         for session in sessions:
-            session.end(PeerDisconnected("this stage takes other layers"))
+            session.end(PeerDisconnected("this stage changes to other layers: use another route"))
         for session in sessions:
             await session.is_over.wait()
         self.parking.texts.clear()
@@ -131,7 +131,7 @@ class StageServer:
         self._parts = {}
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new sessions; returns when those under way have ended, or have been ended after `timeout_s`."""
+        """Refuse new sessions, wait up to `timeout_s` for the open ones to end, then end the rest."""
         self._is_draining = True
         with trio.move_on_after(timeout_s):
             for session in list(self.sessions.values()):
@@ -141,10 +141,10 @@ class StageServer:
         self.parking.texts.clear()
 
     def measured_layer_s(self) -> tuple[float, float] | None:
-        """Return the seconds of one layer's pass over 1 and over 16 positions, as lately measured; None before enough passes."""
+        """Return the measured seconds of a layer's pass over 1 and over 16 positions; None until enough were run."""
         return self._costs.layer_s()
 
-    # What arrives
+    # Messages
 
     async def _open(self, event: Arrived, opened: OpenSession) -> None:
         assert self._nursery is not None, "start first"
@@ -159,11 +159,11 @@ class StageServer:
         self._nursery.start_soon(self._tasks.run, session, self._forget)
 
     def _admit(self, opened: OpenSession, index: int) -> StageSession:
-        """Check an opening, and put the session in the place of the one before it."""
+        """Check an opening and register its session, which replaces an open one of the same name."""
         if self._model is None:
             raise PeerDisconnected("this peer holds no layers now: choose another")
         check_opening(opened, index, self.links.me)
-        # Every stage refuses what the tail could not pick.
+        # Every stage refuses a request that the tail could not verify.
         verifier = choose_verifier(opened.text)
         old = replaced_session(opened, index, self.sessions, self._limits, is_draining=self._is_draining)
         span = opened.route[index].span
@@ -189,7 +189,7 @@ class StageServer:
             inbox=Inbox(self._limits.max_queued_windows, self._limits.max_queued_bytes),
             replaces=old,
         )
-        # Formats that do not fit the model are refused now, not in the first pass.
+        # These raise if the model cannot use the formats: refuse now, not in the first pass.
         _ = place.read_row_bytes, place.written_row_bytes
         if old is not None:
             old.has_heir = place.is_kept
@@ -250,7 +250,7 @@ class StageServer:
         return session
 
     def lost(self, event: Lost) -> None:
-        """End what a lost coordinator opened; what goes through a lost neighbour waits for another route."""
+        """End the sessions of a lost coordinator; let sessions that use a lost neighbour wait for another route."""
         self.parking.texts.forget(event.peer)
         for session in list(self.sessions.values()):
             place = session.place

@@ -1,18 +1,20 @@
-"""One session at one stage: what does not change of it, what it holds, and how it ends.
+"""Defines one session at one stage: its place in the route, the state it holds, and its phases.
 
-How it works. The coordinator's `OpenSession` makes a session; `.task` runs it, `.window_pass` computes its windows.
+How it works. The coordinator's `OpenSession` creates a session. `.task` runs it, and `.window_pass` computes its
+windows.
 
     OPENING ──cache is there──> SERVING ──a neighbour is lost──> ORPHANED (waits for another route, `StageLimits.orphan_s`)
        │                           │                                │
        └───────────────────────────┴── end() ───────────────────────┘
                                    │
-            HANDED_OVER  another opening of the same session goes on with what this one holds
-            PARKED       the coordinator wants the text kept (`.parking`), and the session ended well
+            HANDED_OVER  the next opening of the same session takes over what this one holds
+            PARKED       the coordinator asked to park the text (`.parking`), and the session ended without error
             CLOSED       everything is freed
 
-Who may touch what. The event loop makes, ends and hands sessions over. While a pass runs (`.batcher`), its worker thread alone uses
-`held` and `tail`; the loop only calls `held.state.is_stale`, which reads, and `held.state.cancel`, which sets one number. A session
-is never freed, handed over or parked while a pass of it runs: `Batcher.run` returns only after it, also when it is cancelled.
+Threads. The event loop creates, ends and hands over sessions. While a pass runs (`.batcher`), only its worker thread
+uses `held` and `tail`. The loop then calls only `held.state.is_stale`, which reads, and `held.state.cancel`, which sets
+one number. No session is freed, handed over or parked during its pass, because `Batcher.run` returns only after the
+pass, even if it is cancelled.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ from dsd_p2p.wire.messages import Hop, OpenSession, Park, Window, WindowAttestat
 
 
 class Phase(Enum):
-    """See the module's text."""
+    """The phase of a session; the module docstring explains them."""
 
     OPENING = auto()
     SERVING = auto()
@@ -48,7 +50,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where this stage stands in the session's route. model: the part of our span that the route asks for."""
+    """This stage's place in a session's route.
+
+    model: the part of our span that the route asks for.
+    """
 
     opened: OpenSession
     index: int
@@ -56,7 +61,7 @@ class Place:
 
     @property
     def span(self) -> Span:
-        """The layers it runs."""
+        """The layers that this stage runs."""
         return self.opened.route[self.index].span
 
     @property
@@ -81,39 +86,39 @@ class Place:
 
     @property
     def is_kept(self) -> bool:
-        """True when we go on with what we hold of the session."""
+        """True when we keep what we hold of the session from its earlier opening."""
         return bool(self.opened.kept) and self.opened.kept[self.index]
 
     @property
     def next_is_kept(self) -> bool:
-        """True when the stage after us goes on with what it holds."""
+        """True when the stage after us keeps what it holds."""
         return bool(self.opened.kept) and not self.is_tail and self.opened.kept[self.index + 1]
 
     @property
     def read_format(self) -> HiddenFormat:
-        """Format of the hidden states that we receive."""
+        """The format of the hidden states that we receive."""
         return self.opened.formats[self.index - 1] if self.opened.formats and self.index else HiddenFormat.MODEL
 
     @property
     def write_format(self) -> HiddenFormat:
-        """Format of the hidden states that we send."""
+        """The format of the hidden states that we send."""
         return self.opened.formats[self.index] if self.opened.formats and not self.is_tail else HiddenFormat.MODEL
 
     @property
     def read_row_bytes(self) -> int:
-        """Bytes of one node's hidden state as we receive it."""
+        """The size in bytes of one node's hidden state as we receive it."""
         return packed_row_bytes(self.model.row_bytes, self.opened.model.compute, self.read_format)
 
     @property
     def written_row_bytes(self) -> int:
-        """Bytes of one node's hidden state as we send it."""
+        """The size in bytes of one node's hidden state as we send it."""
         return packed_row_bytes(self.model.row_bytes, self.opened.model.compute, self.write_format)
 
 
 class BoundaryLog:
-    """The tokens and hidden states a stage has sent on, by cache slot: they refill the stage after it when that one is lost.
+    """The tokens and hidden states that a stage sent on, by cache slot, for refilling the next stage if it is lost.
 
-    row_bytes: of one node, as sent on the link.
+    row_bytes: the size of one node's hidden state as sent on the link.
     """
 
     def __init__(self, row_bytes: int) -> None:
@@ -123,17 +128,17 @@ class BoundaryLog:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held."""
+        """The memory that it takes."""
         return self._rows.nbytes + self._tokens.nbytes
 
     def edit(self, edit: CacheEdit) -> None:
-        """Do what the cache does."""
+        """Apply the edit that the cache applies."""
         self._rows[edit.num_kept : edit.num_slots] = self._rows[edit.gathered]
         self._tokens[edit.num_kept : edit.num_slots] = self._tokens[edit.gathered]
         self.num_rows = edit.num_slots
 
     def append(self, tokens: Sequence[TokenId], data: bytes) -> None:
-        """Take in the nodes of one window."""
+        """Add the nodes of one window."""
         rows = np.frombuffer(data, np.uint8).reshape(-1, self._rows.shape[1])
         end = self.num_rows + len(rows)
         if end > len(self._rows):
@@ -160,9 +165,10 @@ def _grown(array: NDArray[Any], num_slots: int) -> NDArray[Any]:
 
 @dataclass(slots=True, kw_only=True)
 class Held:
-    """What a stage holds of a session, and hands over to the next opening of it.
+    """The state that a stage holds for a session and can hand over to its next opening.
 
-    cache: None before the task has one, and after it was handed over. log: None at the tail, and where a refill was given up.
+    cache: None before the task has created it, and after it was handed over.
+    log: None at the tail, in a session with a prefix, and once refilling was given up.
     """
 
     state: StageState
@@ -170,19 +176,22 @@ class Held:
     log: BoundaryLog | None = None
 
     def edit(self, edit: CacheEdit) -> None:
-        """Keep and move slots, of the cache and of what is kept for a refill."""
+        """Keep and move slots in the cache and in the log."""
         assert self.cache is not None
         self.cache.edit(edit)
         if self.log is not None:
             self.log.edit(edit)
 
     def resume(self, *, epoch: int, at: tuple[int, int], num_kept: int) -> None:
-        """Go on in `epoch` with the first `num_kept` positions, which end at node `at`; raises as `StageState.resume` does."""
+        """Go on in `epoch` with the first `num_kept` positions, which end at node `at`.
+
+        Raises the errors of `StageState.resume`.
+        """
         for edit in self.state.resume(epoch=epoch, at=at, num_kept=num_kept):
             self.edit(edit)
 
     def settled_rows(self, end: int) -> tuple[bytes, int]:
-        """Return the hidden states sent on for the committed positions below `end`, and how many there are."""
+        """Return the hidden states sent on for the committed positions below `end`, and their number."""
         if self.log is None:
             return b"", 0
         num_rows = min(end, self.state.num_settled, self.log.num_rows)
@@ -191,7 +200,10 @@ class Held:
 
 @dataclass(slots=True, kw_only=True)
 class Tail:
-    """What only the last stage has. attested: what the route signed of the windows since the last verdict."""
+    """The state that only the tail has.
+
+    attested: the route's attestations of the windows since the last verdict.
+    """
 
     walk: TailWalk
     verifier: VerifierSession
@@ -200,7 +212,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """A window and its payload that wait; arrived_s: when they came."""
+    """A waiting window with its payload. arrived_s: when it came."""
 
     window: Window
     payload: bytes
@@ -218,10 +230,10 @@ class Inbox:
         self.received_bytes = 0
 
     def put(self, queued: Queued, frame_bytes: int) -> None:
-        """Take in a window. frame_bytes: of its whole frame.
+        """Add a window. frame_bytes: the size of its whole frame.
 
         Raises:
-            CapacityError: too much waits.
+            CapacityError: too many windows or bytes wait already.
         """
         self.received_bytes += frame_bytes
         self._queued_bytes += len(queued.payload)
@@ -232,11 +244,11 @@ class Inbox:
         except trio.WouldBlock:
             raise CapacityError(f"{self._max_windows} windows wait here: send them more slowly") from None
         except trio.BrokenResourceError:
-            # The task has ended; the coordinator learns that from it.
+            # The task has ended and reports that to the coordinator.
             pass
 
     async def next(self) -> Queued:
-        """Return the next window, once there is one."""
+        """Wait for the next window and return it."""
         queued = await self.take.receive()
         self._queued_bytes -= len(queued.payload)
         return queued
@@ -244,20 +256,20 @@ class Inbox:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StageSession:
-    """One session at one stage; see the module's text."""
+    """One session at one stage; see the module docstring."""
 
     place: Place
     held: Held
-    # None but at the tail.
+    # None except at the tail.
     tail: Tail | None
     inbox: Inbox
-    # The session of this name before it: its cache must be free, or handed over, before this one starts.
+    # The earlier session of this name. It must free or hand over its cache before this one starts.
     replaces: "StageSession | None" = None
-    # The opening after this one goes on with what we hold: it is handed over, not freed.
+    # True when the next opening keeps what we hold: the cache is handed over, not freed.
     has_heir: bool = False
-    # What of the text to hold after the end; told by the coordinator's close.
+    # The part of the text to park after the end, as given by the coordinator's close.
     park: Park | None = None
-    # What ended it, and which neighbour that is about.
+    # The error that ended it, and the neighbour that the error is about.
     error: DsdError | None = None
     about: str = ""
     phase: Phase = Phase.OPENING
@@ -278,7 +290,7 @@ class StageSession:
 
     @property
     def opened(self) -> OpenSession:
-        """What opened it."""
+        """The message that opened it."""
         return self.place.opened
 
     @property
@@ -287,6 +299,6 @@ class StageSession:
         return self.phase is Phase.ORPHANED
 
     def end(self, error: DsdError | None = None) -> None:
-        """End it; `error` is reported to the coordinator."""
+        """End the session; the coordinator receives `error`, if any."""
         self.error = self.error or error
         self.scope.cancel()

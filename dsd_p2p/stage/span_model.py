@@ -1,4 +1,4 @@
-"""What a stage server asks of the layers it serves."""
+"""Defines the interface between a stage server and the layers that it serves."""
 
 from collections.abc import Sequence
 from typing import Protocol, Self
@@ -13,7 +13,7 @@ class SpanCache(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Memory it takes of the budget."""
+        """The memory that it takes from the budget."""
         ...
 
     def edit(self, edit: CacheEdit) -> None:
@@ -21,30 +21,30 @@ class SpanCache(Protocol):
         ...
 
     def copy(self, other: Self, num_slots: int) -> None:
-        """Begin with the first slots of another session's cache at the same layers; this one must be empty.
+        """Copy the first slots of another session's cache for the same layers into this one, which must be empty.
 
         Raises:
-            PrefixLost: the other holds fewer.
+            PrefixLost: the other cache holds fewer.
         """
         ...
 
     def shrink(self) -> None:
-        """Give back the room that is not in use: nothing more will be put in."""
+        """Give the unused memory back. Nothing can be added afterwards."""
         ...
 
     def free(self) -> None:
-        """Give the memory back to the budget; twice is harmless."""
+        """Give the memory back to the budget. A second call does nothing."""
         ...
 
 
 class SpanModel(Protocol):
-    """The layers of one span, as a stage uses them (`dsd_p2p.models.span`, and fakes that compute nothing)."""
+    """The layers of one span. `dsd_p2p.models.span` implements it, and so do fakes that compute nothing."""
 
     def narrow(self, span: Span) -> "SpanModel":
-        """Return part of the span as a model that shares everything with this one.
+        """Return a model of part of the span that shares tensors and cache budget with this one.
 
         Raises:
-            ConfigError: the part is not inside.
+            ConfigError: the part is not inside the span.
         """
         ...
 
@@ -60,11 +60,11 @@ class SpanModel(Protocol):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one node's hidden state."""
+        """The size in bytes of one node's hidden state."""
         ...
 
     def new_cache(self, max_slots: int) -> SpanCache:
-        """Return an empty cache for up to `max_slots`.
+        """Return an empty cache for up to `max_slots` slots.
 
         Raises:
             CapacityError: the memory budget is full.
@@ -72,8 +72,9 @@ class SpanModel(Protocol):
         ...
 
     def run(self, passes: Sequence[SpanPass]) -> Sequence[SpanOutput]:
-        """Run the layers over new nodes of several sessions, each cache given once; in order, what comes of each.
+        """Run the layers over new nodes of several sessions, and return one output per pass, in order.
 
-        What is wrong with one of them (bytes, a token outside the vocabulary, values that are not finite) is its own output.
+        Each cache occurs once. A pass with invalid input or output (wrong number of bytes, a token outside the
+        vocabulary, values that are not finite) gets the error as its output; the others are not affected.
         """
         ...

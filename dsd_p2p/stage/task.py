@@ -1,4 +1,4 @@
-"""One session from its opening to its end: takes over or makes a cache, opens the next stage, computes windows in order."""
+"""Runs a session from opening to end: takes over or creates its cache, opens the next stage, computes its windows."""
 
 import logging
 from collections.abc import Callable
@@ -25,9 +25,10 @@ _PARKING_TIMEOUT_S = 5.0
 
 
 class SessionTasks:
-    """Runs sessions. sessions: those that are open, by name; a task takes its own out in the end.
+    """The tasks of a stage's sessions.
 
-    sign: with the peer's own key, for sessions that ask for it.
+    sessions: the open sessions by name; each task removes its own at the end.
+    sign: signs with the peer's own key, for sessions that ask for attestations.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class SessionTasks:
         self._nursery: trio.Nursery | None = None
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Run as long as the nursery is open."""
+        """Use `nursery` for the tasks that report failures."""
         self._nursery = nursery
 
     async def run(self, session: StageSession, failed: Callable[[StageSession], None]) -> None:
-        """Handle the session's windows in order until it ends; an end that is our doing is reported to the coordinator.
+        """Handle the session's windows in order until it ends. Report an error to the coordinator.
 
-        failed: is told when it ended of an error.
+        failed: called if the session ended with an error.
         """
         name = session.opened.session
         logger.info("session opened session=%s span=%s", name.hex(), session.place.span)
@@ -67,7 +68,7 @@ class SessionTasks:
                         queued = await session.inbox.next()
                     await self._compute(session, queued)
         except trio.TooSlowError:
-            session.error = PeerTimeout(f"stage heard nothing for {session.opened.idle_timeout_s:g} s")
+            session.error = PeerTimeout(f"the stage received no window for {session.opened.idle_timeout_s:g} s")
         except DsdError as exc:
             session.error = exc
         except Exception as exc:  # task boundary: one session's failed pass must not end the others
@@ -101,7 +102,7 @@ class SessionTasks:
     # Opening
 
     async def _take_over(self, session: StageSession) -> None:
-        """Start with an empty cache, or with what the session before holds."""
+        """Start with an empty cache, or with the state that the earlier session holds."""
         old, session.replaces = session.replaces, None
         if old is not None:
             await self._until_over(old)
@@ -113,14 +114,14 @@ class SessionTasks:
         old.held.cache = None
         if session.tail is not None and old.tail is not None:
             session.tail.verifier = old.tail.verifier
-            # The root is given once more, and with it the token that it holds.
+            # The root is given again, and with it its token.
             session.tail.verifier.rewind(max(opened.num_prompt, opened.num_given - 1))
         session.held.resume(epoch=epoch, at=opened.resume, num_kept=opened.num_given - 1)
 
     async def _until_over(self, old: StageSession) -> None:
-        """Wait for the session before: its last pass may still run in its thread, and only then is its cache free.
+        """Wait until the earlier session is over, because its last pass may still be using its cache.
 
-        Cancelled, we leave its cache to it, or free it where it is gone.
+        If cancelled, leave the cache to the earlier session, or free it if that one has already handed it over.
         """
         try:
             await old.is_over.wait()
@@ -143,9 +144,10 @@ class SessionTasks:
             session.held.log = BoundaryLog(session.place.written_row_bytes)
 
     async def _until_parked(self, session: StageSession) -> None:
-        """Let the session whose text we go on from come to its end.
+        """Wait for the end of the session whose text is our prefix.
 
-        It may still be in a pass. And its close comes straight from the coordinator, our opening over the route.
+        It may still be in a pass, or its close may not have arrived: the close comes directly from the coordinator, our
+        opening down the route.
         """
         prefix = session.opened.prefix
         writing = self.sessions.get(prefix.session) if prefix is not None else None
@@ -154,7 +156,7 @@ class SessionTasks:
                 await writing.is_over.wait()
 
     async def _open_onward(self, session: StageSession) -> None:
-        """Open the session at the next stage, and refill that one if it lost what we still have."""
+        """Open the session at the next stage, and refill that stage if we keep what we hold and it does not."""
         place, opened = session.place, session.opened
         onward = place.onward
         next_peer = Endpoint(onward.peer, onward.address) if onward else opened.coordinator
@@ -191,13 +193,16 @@ class SessionTasks:
             self.orphan(session, exc, about=to)
 
     def _bound_logs(self, session: StageSession) -> None:
-        """Over the budget, refilling is given up: a replay takes longer but holds nothing."""
+        """Drop the session's log if all logs exceed the budget. Without a refill a replay takes longer."""
         logs = (each.held.log for each in self.sessions.values())
         if sum(log.num_bytes for log in logs if log is not None) > self._limits.max_boundary_bytes:
             session.held.log = None
 
     def orphan(self, session: StageSession, error: PeerError, about: str = "") -> None:
-        """Let a session wait for another route, and tell its coordinator why. about: the neighbour it cannot reach."""
+        """Let a session wait for another route, and tell its coordinator why.
+
+        about: the neighbour that cannot be reached.
+        """
         assert self._nursery is not None, "start first"
         if session.is_orphan:
             return
@@ -206,7 +211,10 @@ class SessionTasks:
         self._nursery.start_soon(self.report, session.opened, error, about)
 
     async def report(self, opened: OpenSession, error: DsdError, about: str = "") -> None:
-        """Tell the coordinator that its session cannot go on here. about: the neighbour that is to blame, if one is."""
+        """Tell the coordinator that its session cannot go on here.
+
+        about: the neighbour that the error is about, if any.
+        """
         logger.warning("session failed session=%s error=%s", opened.session.hex(), error)
         failure = Failure(
             session=opened.session, epoch=opened.epoch, kind=kind_of(error), peer=about, text=str(error)[:512]

@@ -1,4 +1,4 @@
-"""One window at one stage: edits the cache, gives the rows to compute, and makes of them what is sent on."""
+"""Takes one window through a stage: edits the cache, selects the rows to compute, and builds the message to send on."""
 
 from collections.abc import Callable
 
@@ -30,15 +30,16 @@ from dsd_p2p.wire.messages import (
 )
 
 Answer = tuple[Window | Verdict, bytes]
-"""What is sent on, and its payload."""
+"""The message to send on, and its payload."""
 Cost = Callable[[], tuple[StageCost, float]]
-"""What a window took at a stage, and seconds that it waited there."""
+"""Returns the cost of a window at a stage, and the seconds that it waited there."""
 
 
 class WindowPass:
-    """A window's way through the model, in a worker thread: `begin`, `piece` and `take` until `num_left` is 0, `finish`.
+    """One window's pass through the model, in a worker thread.
 
-    sign: with the peer's own key, for sessions that ask for it.
+    Call `begin`, then `piece` and `take` until `num_left` is 0, then `finish`.
+    sign: signs with the peer's own key, for sessions that ask for attestations.
     """
 
     def __init__(self, session: StageSession, queued: Queued, sign: Callable[[bytes], bytes] | None) -> None:
@@ -59,23 +60,23 @@ class WindowPass:
 
     @property
     def model(self) -> SpanModel:
-        """The layers it needs."""
+        """The layers to run."""
         return self.session.place.model
 
     @property
     def num_left(self) -> int:
-        """Rows to compute yet; before `begin` at most so many."""
+        """The number of rows still to compute; before `begin`, an upper bound."""
         if not self.is_begun:
             return len(self.window.tokens)
         return 0 if self._forward is None else len(self._forward.positions) - self._num_done
 
     @property
     def is_stale(self) -> bool:
-        """True when nobody waits for it any more. It stays wanted once begun: the cache holds part of it."""
+        """True when nobody needs it any more. Once begun it is never stale, because the cache holds part of it."""
         return not self.is_begun and (self.session.is_orphan or self.session.held.state.is_stale(self.window))
 
     def begin(self) -> None:
-        """Bring the cache to where the window starts.
+        """Edit the cache so that the window's nodes can follow, and read the inputs.
 
         Raises:
             DsdError: the window breaks a rule of the protocol or a limit.
@@ -109,10 +110,10 @@ class WindowPass:
         )
 
     def take(self, done: SpanPass, output: SpanOutput) -> None:
-        """Take in what came of a piece.
+        """Store the output of a piece.
 
         Raises:
-            DsdError: what is wrong with it.
+            DsdError: the output is an error.
         """
         if self.session.tail is None:
             self._hidden.append(hidden_of(output))
@@ -122,7 +123,10 @@ class WindowPass:
         self._num_done += done.num_rows
 
     def finish(self, cost: Cost) -> Answer | None:
-        """Return what is sent on, None for nothing. cost: what the window took here, up to the moment it is called."""
+        """Return the message to send on, or None.
+
+        cost: returns the window's cost here up to the moment of the call.
+        """
         if not self.is_worth_it:
             return None
         return self._hand_on(cost) if self.session.tail is None else self._judge(cost, self.session.tail)
@@ -136,7 +140,7 @@ class WindowPass:
         return self._measured(self._attested(packed), *cost()), packed
 
     def _judge(self, cost: Cost, tail: Tail) -> Answer | None:
-        """Walk on as far as the picks lead."""
+        """Walk the tree as far as the picks match its nodes, and return the verdict, if any token was committed."""
         window, verifier, text = self.window, tail.verifier, self.session.opened.text
         if self.session.opened.attest:
             window = self._attested(b"")
@@ -184,7 +188,7 @@ class WindowPass:
         return unpack(payload, place.model.row_bytes, place.opened.model.compute, place.read_format)
 
     def _attested(self, packed: bytes) -> Window:
-        """The window with our signature under what came in and what goes out, when the session wants it."""
+        """Return the window with our attestation of its inputs and outputs added, if the session asks for it."""
         place, window = self.session.place, self.window
         if not place.opened.attest or self._sign is None:
             return window
@@ -197,7 +201,7 @@ class WindowPass:
         return msgspec.structs.replace(window, attestations=(*window.attestations, attestation)[-MAX_STAGES:])
 
     def _check_neighbour(self, inputs: bytes) -> None:
-        """Refuse a window whose last signature is not of the rows we received: later it would look like our doing."""
+        """Refuse a window whose last attestation does not match the rows we received, or we would be blamed later."""
         place, signed = self.session.place, self.window.attestations
         if len(signed) != place.index:
             self.session.about = place.previous
@@ -207,7 +211,7 @@ class WindowPass:
             raise RemoteProtocolError("attestation", "hashes of other rows", "hashes of the rows that were sent")
 
     def _measured(self, window: Window, cost: StageCost, waited_s: float) -> Window:
-        """The window with what this stage adds to its measurements."""
+        """Return the window with this stage's measurements added."""
         return msgspec.structs.replace(
             window,
             costs=(*window.costs, cost)[-MAX_STAGES:],

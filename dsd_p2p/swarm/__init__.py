@@ -1,1 +1,1 @@
-"""Who belongs to a swarm and who is alive: keys, grants, invites, records, registry. No I/O: that is `pipeline.membership`."""
+"""Keys, grants, invites, records and the registry of a swarm, without I/O, which is in `dsd_p2p.peers.membership`."""

@@ -1,10 +1,10 @@
-"""Who may be in a swarm: chains of grants that start at the owner's key.
+"""Issues and checks grants: a peer belongs to a swarm if a series of grants leads from the owner's key to its own.
 
     owner → peer                     the owner's own machines
-    owner → invite key → peer        what `dsd join` makes: the invite carries its key's secret, which never crosses a link
-    … → peer → client                a member's command line tools, each with a key of its own
+    owner → invite key → peer        made by `dsd join`; the invite holds its key's secret, which never crosses a link
+    … → peer → client                a member's command line tools, each with its own key
 
-A stolen record is of no use: the last grant names the peer's own key, which the connection authenticates.
+A stolen record is useless: the last grant names the peer's own key, which the connection authenticates.
 """
 
 from collections.abc import Sequence
@@ -30,22 +30,22 @@ def issue(issuer: SigningKey, subject: bytes, *, role: Role, expires_at_s: int, 
 
 
 def revoke(owner: SigningKey, swarm: bytes, subject: bytes) -> Revocation:
-    """Return a signed revocation in the swarm of that id."""
+    """Return the owner's signed revocation of `subject`. swarm: the owner's public key."""
     return Revocation(subject=subject, signature=owner.sign(_REVOCATION_DOMAIN + swarm + subject))
 
 
 def check_grants(grants: Sequence[Grant], *, swarm: bytes, peer: PeerId, now_s: float) -> Role:
-    """Return what `peer` may do in the swarm whose owner's public key is `swarm`.
+    """Return the role of `peer` in the swarm whose owner's public key is `swarm`.
 
     Raises:
-        RemoteProtocolError: says what is wrong with its invite.
+        RemoteProtocolError: the grants do not let it in; says what is wrong with them.
     """
     if not grants:
-        raise RemoteProtocolError("grants", 0, "an invite of this swarm: ask its owner for `dsd invite`")
+        raise RemoteProtocolError("grants", 0, "an invite to this swarm (its owner makes one with `dsd invite`)")
     if grants[0].issuer != swarm:
         raise RemoteProtocolError("invite", grants[0].issuer.hex()[:12], f"one of this swarm, {swarm.hex()[:12]}")
     if grants[-1].subject != public_of(peer):
-        raise RemoteProtocolError("grant", grants[-1].subject.hex()[:12], "made out to the peer that shows it")
+        raise RemoteProtocolError("grant", grants[-1].subject.hex()[:12], "a grant for the peer that shows it")
     for index, grant in enumerate(grants):
         if not is_signed_by(grant.issuer, grant.signature, _signed_part(grant)):
             raise RemoteProtocolError("grant signature", grant.signature.hex()[:12], "its issuer's")
@@ -53,7 +53,7 @@ def check_grants(grants: Sequence[Grant], *, swarm: bytes, peer: PeerId, now_s: 
             raise RemoteProtocolError(
                 "invite",
                 f"expired {now_s - grant.expires_at_s:.0f} s ago",
-                "one that has not expired: ask for a new one",
+                "one that has not expired (ask for a new one)",
             )
         if index:
             _check_link(grants[index - 1], grant, is_from_member=index >= 2)
@@ -61,17 +61,19 @@ def check_grants(grants: Sequence[Grant], *, swarm: bytes, peer: PeerId, now_s: 
 
 
 def is_revocation_valid(revocation: Revocation, swarm: bytes) -> bool:
-    """True when the swarm's owner signed it."""
+    """True if the swarm's owner signed the revocation."""
     return is_signed_by(swarm, revocation.signature, _REVOCATION_DOMAIN + swarm + revocation.subject)
 
 
 def _check_link(before: Grant, grant: Grant, *, is_from_member: bool) -> None:
     if grant.issuer != before.subject:
-        raise RemoteProtocolError("grant issuer", grant.issuer.hex()[:12], "who the grant before it names")
+        raise RemoteProtocolError("grant issuer", grant.issuer.hex()[:12], "the key that the previous grant names")
     if before.max_uses < 1:
-        raise RemoteProtocolError("grant", "by a key that may let nobody in", "one of an invite")
+        raise RemoteProtocolError(
+            "grant", "one by a key that may not issue any", "a grant by a key that may let others in"
+        )
     if grant.role is Role.STAGE and (before.role is Role.CLIENT or is_from_member):
-        raise RemoteProtocolError("role", grant.role.value, f"client, which is all a {before.role} may grant")
+        raise RemoteProtocolError("role", grant.role.value, "client, the only role that this issuer may grant")
 
 
 def _signed_part(grant: Grant) -> bytes:

@@ -1,4 +1,4 @@
-"""The one string that lets a machine in: `dsd1…`, made by `dsd invite`, taken by `dsd join`."""
+"""Invites: strings `dsd1…` that let a peer into a swarm, made by `dsd invite` and used by `dsd join`."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ _PREFIX = "dsd1"
 _CHECKSUM_BYTES = 4
 _MAX_CHARACTERS = 4096
 _MEMBER_USES = 16
-"""Clients that a member's own machine may let in: its command line tools."""
+"""How many clients, its command line tools, a member may let in."""
 
 
 class Invite(msgspec.Struct, frozen=True, array_like=True):
-    """What a newcomer needs. Whoever reads it can join, so it is a secret.
+    """All that a newcomer needs to join. It is secret, because whoever reads it can join.
 
     network_key: pre-shared key of the private network; without it no connection gets past its first bytes.
-    seed: of the invite's own key, which `grants` ends at.
+    seed: secret of the invite's own key, which the last of `grants` names.
     """
 
     swarm: KeyBytes
@@ -41,7 +41,7 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
         return _PREFIX + base58.b58encode(body + _checksum(body)).decode()
 
     def admit(self, member: bytes) -> tuple[Grant, ...]:
-        """Return the grants that let the holder of `member`'s key in."""
+        """Return the grants that let in the holder of the public key `member`."""
         last = self.grants[-1]
         made = issue(
             SigningKey(self.seed), member, role=last.role, expires_at_s=last.expires_at_s, max_uses=_MEMBER_USES
@@ -50,27 +50,31 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
 
 
 def parse_invite(text: str) -> Invite:
-    """Return the invite of a string.
+    """Return the invite that the string holds.
 
     Raises:
-        ConfigError: it is none, or damaged.
+        ConfigError: the string is not an invite, or is damaged.
     """
     text = text.strip()
     if not text.startswith(_PREFIX) or len(text) > _MAX_CHARACTERS:
-        raise ConfigError(f"{text[:16]!r}… is no invite: it starts with {_PREFIX}, made by `dsd invite`")
+        raise ConfigError(
+            f"invite: expected a string from `dsd invite`, which starts with {_PREFIX}, got {text[:16]!r}…"
+        )
     try:
         decoded = base58.b58decode(text.removeprefix(_PREFIX))
         body, checksum = decoded[:-_CHECKSUM_BYTES], decoded[-_CHECKSUM_BYTES:]
         if checksum != _checksum(body):
-            raise ConfigError("the invite is damaged: copy it again, all of it")
+            raise ConfigError("the invite is damaged: copy all of it again")
         return msgspec.msgpack.decode(body, type=Invite)
     except (ValueError, msgspec.DecodeError) as exc:
-        raise ConfigError(f"the invite cannot be read: {exc}; ask for a new one, from the same version") from exc
+        raise ConfigError(
+            f"the invite cannot be read: {exc}; ask for a new one made by the same version of dsd"
+        ) from exc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InviteTerms:
-    """Whom an invite lets in: as what, until when (seconds since 1970), and how often it may be used."""
+    """The terms of an invite: the role it grants, its expiry in seconds since 1970, and how many peers may use it."""
 
     role: Role
     expires_at_s: int
@@ -79,7 +83,7 @@ class InviteTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmSettings:
-    """What a newcomer must know of the swarm. bootstrap: addresses of members. dtype: as the stages hold the model."""
+    """What an invite says about the swarm. bootstrap: addresses of members. dtype: the stages' weights format."""
 
     network_key: bytes
     bootstrap: tuple[str, ...]

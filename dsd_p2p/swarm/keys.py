@@ -1,4 +1,4 @@
-"""Ed25519 keys and the peer ids that libp2p makes of them: an id contains its public key, so a signature needs nothing else."""
+"""Ed25519 keys and libp2p's peer ids. An id contains the public key, so it suffices to check a signature."""
 
 import base58
 from cryptography.exceptions import InvalidSignature
@@ -8,11 +8,12 @@ from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.types import PeerId
 
 _IDENTITY_MULTIHASH = bytes((0x00, 0x24, 0x08, 0x01, 0x12, 0x20))
-"""Identity hash, 36 bytes; protobuf: key type 1 (ed25519), 32 bytes of key (libp2p's peer id specification)."""
+"""Start of a peer id: an identity hash of 36 bytes of protobuf with key type 1 (ed25519) and 32 bytes of key (libp2p's
+peer id specification)."""
 
 
 class SigningKey:
-    """A secret key; `seed` is its 32 bytes."""
+    """A secret key. seed: its 32 bytes."""
 
     def __init__(self, seed: bytes) -> None:
         self.seed = seed
@@ -25,12 +26,12 @@ class SigningKey:
         return peer_of(self.public)
 
     def sign(self, message: bytes) -> bytes:
-        """Return the 64 byte signature."""
+        """Return the 64-byte signature."""
         return self._private.sign(message)
 
 
 def is_signed_by(public: bytes, signature: bytes, message: bytes) -> bool:
-    """True when the holder of `public`'s secret signed `message`."""
+    """True if the holder of `public`'s secret signed `message`."""
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
     except (InvalidSignature, ValueError):
@@ -47,7 +48,7 @@ def public_of(peer: str) -> bytes:
     """Return the public key inside a peer id.
 
     Raises:
-        RemoteProtocolError: it is no id of an ed25519 key.
+        RemoteProtocolError: it is not the id of an ed25519 key.
     """
     try:
         decoded = base58.b58decode(peer)

@@ -1,4 +1,4 @@
-"""Signed records: what a member says of itself, checked by whoever hears it from anybody."""
+"""Signs and checks records, which describe a member and may be passed on by anybody."""
 
 import msgspec
 
@@ -16,16 +16,20 @@ def sign_record(record: MemberRecord, key: SigningKey) -> MemberRecord:
 
 
 def check_record(record: MemberRecord) -> None:
-    """Check that the peer a record is about made it.
+    """Check that the peer described by a record signed it, and that its span is inside the model.
 
     Raises:
-        RemoteProtocolError: it did not.
+        RemoteProtocolError: the signature or the span is wrong.
     """
     if not is_signed_by(public_of(record.info.peer), record.signature, _signed_part(record)):
-        raise RemoteProtocolError("record signature", record.info.peer, "made by the peer it is about")
+        raise RemoteProtocolError(
+            "record signature", record.info.peer, "a signature by the peer that the record describes"
+        )
     span = record.info.span
     if span is not None and not span.first < span.last <= record.info.num_layers:
-        raise RemoteProtocolError("record span", str(span), f"inside the model's {record.info.num_layers} layers")
+        raise RemoteProtocolError(
+            "record span", str(span), f"a span inside the model's {record.info.num_layers} layers"
+        )
 
 
 def _signed_part(record: MemberRecord) -> bytes:

@@ -1,7 +1,8 @@
-"""The whole view one peer has of its swarm: records, who is alive, who is revoked. Pure: it is given the time.
+"""Holds what one peer knows about its swarm: the records, the living members and the revocations. No I/O and no clock.
 
-Two clocks: `now_s` is monotonic and for liveness, `unix_s` for the end of grants.
-A member is alive as long as its own heartbeats come in on its own connection; what others say of it only helps to find it.
+Callers pass the time by two clocks: `now_s` is monotonic and for liveness, `unix_s` is for the expiry of grants. A
+member is alive as long as its own heartbeats arrive on its own connection. What others say about it only helps to find
+it.
 """
 
 import hashlib
@@ -27,10 +28,10 @@ from dsd_p2p.wire.membership import (
 )
 
 MISSED_BEATS = 2
-"""A member that has not been heard for this many intervals is dead."""
+"""A member whose heartbeats are missing for this many intervals is dead."""
 
 DEAF_BEATS = 4
-"""A member that has not listed us among those it hears for this many intervals is behind a one-way link: as good as dead."""
+"""A member that does not list us among those it hears for this many intervals has a one-way link and counts as dead."""
 
 REFRESH_S = 600.0
 """A member makes a new record at least this often."""
@@ -52,7 +53,7 @@ class _Liveness:
 class Member:
     """One member as this peer sees it.
 
-    round_trip_s: to us, None before it is measured. neighbours_s: round trips it measured to members whose heartbeats it receives.
+    round_trip_s: to us; None before it is measured. neighbours_s: the round trips that the member measured to others.
     """
 
     record: MemberRecord
@@ -64,14 +65,14 @@ class Member:
 
     @property
     def peer(self) -> PeerId:
-        """Whose record it is."""
+        """The member's peer id."""
         return PeerId(self.record.info.peer)
 
 
 class Registry:
-    """The members of one swarm as one of them sees it.
+    """The members of a swarm as one of them sees it.
 
-    swarm: the owner's public key. interval_s: between two heartbeats of ours; others' say their own.
+    swarm: the owner's public key. interval_s: time between our heartbeats; other members' heartbeats state their own.
     """
 
     def __init__(self, *, me: PeerId, swarm: bytes, interval_s: float) -> None:
@@ -88,54 +89,56 @@ class Registry:
     # Admission
 
     def admit(self, peer: PeerId, grants: Sequence[Grant], unix_s: float) -> Role:
-        """Return what `peer` may do here; remembers whose invite it used.
+        """Return the role of `peer`, and note the use of its invite.
 
         Raises:
-            RemoteProtocolError: no invite, not one of this swarm, forged, expired, revoked or used up: says which.
+            RemoteProtocolError: the invite is missing, foreign, forged, expired, revoked or used up; says which.
         """
         role = check_grants(grants, swarm=self.swarm, peer=peer, now_s=unix_s)
         for grant in grants:
             if grant.subject in self._revocations:
-                raise RemoteProtocolError("invite", f"{peer_of(grant.subject)} was revoked", "one that still holds")
+                raise RemoteProtocolError(
+                    "invite", f"{peer_of(grant.subject)} was revoked", "an invite that is not revoked"
+                )
         for before, grant in itertools.pairwise(grants):
             used = self._used.setdefault(before.subject, set())
             if grant.subject not in used and len(used) >= before.max_uses:
                 raise RemoteProtocolError(
-                    "invite", f"used by {len(used)} others", f"{before.max_uses} uses: ask for a new one"
+                    "invite", f"used by {len(used)} others", f"at most {before.max_uses} uses (ask for a new one)"
                 )
         for before, grant in itertools.pairwise(grants):
             self._used[before.subject].add(grant.subject)
         return role
 
     def revoke(self, revocation: Revocation) -> bool:
-        """Take in a revocation; True when it is news.
+        """Add a revocation; return whether it is new.
 
         Raises:
             RemoteProtocolError: the owner did not sign it.
-            CapacityError: there are too many.
+            CapacityError: there are too many revocations.
         """
         if revocation.subject in self._revocations:
             return False
         if not is_revocation_valid(revocation, self.swarm):
             raise RemoteProtocolError("revocation signature", revocation.signature.hex()[:12], "the swarm owner's")
         if len(self._revocations) >= MAX_REVOCATIONS:
-            raise CapacityError(f"{MAX_REVOCATIONS} revocations are known: make a new swarm")
+            raise CapacityError(f"the swarm has {MAX_REVOCATIONS} revocations, which is the limit: make a new swarm")
         self._revocations[revocation.subject] = revocation
         self._digest = None
         return True
 
     @property
     def revocations(self) -> tuple[Revocation, ...]:
-        """All that were taken in."""
+        """All known revocations."""
         return tuple(self._revocations.values())
 
     # Records
 
     def merge(self, record: MemberRecord, unix_s: float) -> bool:
-        """Take in a record from anybody; True when it is newer than what is known of its peer.
+        """Add a record, from whomever it came; return whether it is newer than the known one.
 
         Raises:
-            RemoteProtocolError: its peer did not sign it, or does not belong to the swarm.
+            RemoteProtocolError: its peer did not sign it or does not belong to the swarm, or its time or span is wrong.
             CapacityError: the swarm is full.
         """
         peer = PeerId(record.info.peer)
@@ -145,14 +148,16 @@ class Registry:
             return False
         if made_at_s > unix_s + _MAX_CLOCK_SKEW_S:
             raise RemoteProtocolError(
-                "record time", f"{made_at_s - unix_s:.0f} s ahead of our clock", "set the clocks by NTP"
+                "record time",
+                f"{made_at_s - unix_s:.0f} s ahead",
+                "a time near our clock (synchronise the clocks by NTP)",
             )
         check_record(record)
         role = self.admit(peer, record.grants, unix_s)
         if role is Role.CLIENT and record.info.span is not None:
-            raise RemoteProtocolError("span", str(record.info.span), "none: its invite is for clients")
+            raise RemoteProtocolError("span", str(record.info.span), "none, because its invite is for clients")
         if known is None and len(self._records) >= MAX_MEMBERS and not self._evict():
-            raise CapacityError(f"{MAX_MEMBERS} members are known: the swarm is full")
+            raise CapacityError(f"the swarm is full: it has {MAX_MEMBERS} members")
         self._records[peer] = record
         self._digest = None
         if record.state is MemberState.LEFT:
@@ -160,7 +165,7 @@ class Registry:
         return True
 
     def record_of(self, peer: PeerId) -> MemberRecord | None:
-        """Return the newest record of a peer."""
+        """Return the newest record of a peer, or None."""
         return self._records.get(peer)
 
     @property
@@ -170,7 +175,7 @@ class Registry:
 
     @property
     def view(self) -> bytes:
-        """Eight bytes that two peers share when they know the same."""
+        """An eight-byte hash of all known records and revocations, equal for peers that know the same."""
         if self._digest is None:
             lines = sorted(repr((peer, *record.age)) for peer, record in self._records.items())
             lines += sorted(subject.hex() for subject in self._revocations)
@@ -178,7 +183,7 @@ class Registry:
         return self._digest
 
     def _evict(self) -> bool:
-        """Forget the member that has been gone for longest."""
+        """Forget the absent member with the oldest record; return whether there was one."""
         gone = [peer for peer in self._records if peer not in self._alive and peer != self.me]
         if not gone:
             return False
@@ -188,13 +193,13 @@ class Registry:
     # Liveness
 
     def sent(self, beat: int, now_s: float) -> None:
-        """Note when our own heartbeat left, so that an echo of it tells the round trip."""
+        """Note when we sent a heartbeat, so that its echo gives the round trip."""
         self._sent_at_s[beat] = now_s
         while len(self._sent_at_s) > _MAX_BEATS_REMEMBERED:
             del self._sent_at_s[next(iter(self._sent_at_s))]
 
     def heard(self, peer: PeerId, heartbeat: Heartbeat, now_s: float) -> None:
-        """Take in a heartbeat that came on the peer's own connection."""
+        """Add a heartbeat that arrived on the peer's own connection."""
         known = self._alive.get(peer)
         if known is not None and heartbeat.beat <= known.heartbeat.beat:
             return
@@ -203,7 +208,7 @@ class Registry:
             sent_at_s = self._sent_at_s.get(echo.beat) if echo.peer == self.me else None
             if sent_at_s is not None:
                 measured_s = max(0.0, now_s - sent_at_s - echo.held_us / 1e6)
-                # The smaller of old and new at once, growth slowly: a loop that was busy is no longer link.
+                # Take a smaller value at once and a larger one slowly: a busy loop does not make the link longer.
                 round_trip_s = (
                     measured_s if round_trip_s is None else min(measured_s, round_trip_s * 0.8 + measured_s * 0.2)
                 )
@@ -214,18 +219,18 @@ class Registry:
         )
 
     def lost(self, peer: PeerId) -> None:
-        """The connection is gone: the peer is dead to us until it is heard again."""
+        """Note that the connection is gone: the peer is dead to us until we hear it again."""
         self._alive.pop(peer, None)
 
     def forgive(self, seconds: float) -> None:
-        """Time in which we could not have heard anybody does not count as silence."""
+        """Do not count `seconds`, in which we could not hear anybody, as silence."""
         for liveness in self._alive.values():
             liveness.heard_at_s += seconds
             if liveness.deaf_since_s is not None:
                 liveness.deaf_since_s += seconds
 
     def sweep(self, now_s: float, unix_s: float) -> list[tuple[PeerId, str]]:
-        """Forget who has been silent or has no right to be here any more; returns whom, and why."""
+        """Forget members that are silent or may not be here any more; return each with the reason."""
         gone: list[tuple[PeerId, str]] = []
         for peer, liveness in list(self._alive.items()):
             silent_s = now_s - liveness.heard_at_s
@@ -270,11 +275,11 @@ class Registry:
         )
 
     def is_alive(self, peer: PeerId) -> bool:
-        """True when its heartbeats come in."""
+        """True if the peer's heartbeats arrive, or it is this peer."""
         return peer in self._alive or peer == self.me
 
     def members(self) -> list[Member]:
-        """Return everybody known, us included."""
+        """Return all known members, ourselves included."""
         return [self._member(record) for record in self._records.values()]
 
     def _member(self, record: MemberRecord) -> Member:

@@ -1,1 +1,1 @@
-"""What a swarm tells of itself: one schema for live and simulated runs."""
+"""Telemetry of a swarm, in one schema for live and simulated runs."""

@@ -1,7 +1,8 @@
-"""The events, version 1: small structs, JSON on the wire, one a line in a file (docs/telemetry.md).
+"""Defines version 1 of the telemetry events: small structs, as JSON on the wire and one per line in a recording.
 
-Every field has a default, so that a reader takes what an older or newer writer leaves out or adds. Counts are totals since the
-session or node began: an event that is lost or left out costs detail, never a sum.
+See docs/telemetry.md. Every field has a default, so that a reader copes with fields that an older or newer writer
+leaves out or adds. Counts are totals since the session or the peer began, so that a missing event costs detail but no
+sum is wrong.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,10 +30,10 @@ class StageOf(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="peer"):
-    """How a node is, about once a second; the newest is kept by the broker.
+    """The state of a peer, sent about once a second; the broker keeps the newest.
 
-    at_s: of the writer's clock, as in every event. busy_share: of the last interval, 0 to 1. queue: windows waiting.
-    links_s: round trips to other peers. num_dropped: events that this node had to leave out.
+    at_s: by the writer's clock, as in every event. busy_share: busy share of the last interval, 0 to 1. queue: waiting
+    windows. links_s: round trips to other peers. num_dropped: events that this peer had to drop.
     """
 
     at_s: Time = 0.0
@@ -58,7 +59,7 @@ class PeerStatus(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 
 
 class SessionStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="session_started"):
-    """A request opened its route."""
+    """A request opened its first route."""
 
     at_s: Time = 0.0
     session: Label = ""
@@ -71,7 +72,7 @@ class SessionStarted(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
 
 
 class Replayed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="replay"):
-    """A request lost its route and goes on over another."""
+    """A request lost its route and continues over another."""
 
     at_s: Time = 0.0
     session: Label = ""
@@ -81,10 +82,10 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=
 
 
 class WindowVerified(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="window"):
-    """A verdict came in; not every one is told. Totals are of the session.
+    """A verdict arrived; not every verdict makes an event. Counts are totals of the session.
 
-    reason: of the window policy's decision. traversal_s: from sending to the verdict. stage_us: what each stage computed.
-    hits_by_depth, outcomes_by_depth: see `dsd_p2p.session.request.RequestStats`.
+    reason: the policy's, for its decision. traversal_s: from sending to the verdict. stage_us: each stage's computing
+    time. hits_by_depth, outcomes_by_depth: see `dsd_p2p.session.request.RequestStats`.
     """
 
     at_s: Time = 0.0
@@ -107,7 +108,7 @@ class WindowVerified(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
 
 
 class RateOf(msgspec.Struct, frozen=True, kw_only=True):
-    """What one kind of window (`Decision.kind`) was measured to write: tokens a second, tokens in all."""
+    """The measured rate of one kind of window (`Decision.kind`), and the tokens that it wrote in all."""
 
     kind: Label = ""
     tokens_per_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
@@ -115,10 +116,10 @@ class RateOf(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecisionMade(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="decision"):
-    """The window policy changed its mind, or the request is over: what it saw, and what each kind of window wrote so far.
+    """The policy changed its decision, or the request ended.
 
-    Recordings teach the policy (`scripts/train_policy --live`). decision: its kind.
-    features: those of `dsd_p2p.window.learned.features.NAMES`.
+    Recordings of this event train the policy (`scripts/train_policy --live`). decision: its kind. features: what the
+    policy saw, by `dsd_p2p.window.learned.features.NAMES`. measured: rates per kind of window so far.
     """
 
     at_s: Time = 0.0
@@ -131,7 +132,7 @@ class DecisionMade(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", 
 
 
 class SessionEnded(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="session_ended"):
-    """A request is over. error: empty when it ended as asked."""
+    """A request ended. error: empty if it ended normally."""
 
     at_s: Time = 0.0
     session: Label = ""
@@ -148,7 +149,7 @@ Event = PeerStatus | SessionStarted | Replayed | WindowVerified | DecisionMade |
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
-    """An event and the version of its schema."""
+    """An event with the version of its schema."""
 
     event: Event
     schema: int = SCHEMA
@@ -159,12 +160,12 @@ _decoder = msgspec.json.Decoder(Envelope)
 
 
 def encode_event(event: Event) -> bytes:
-    """Return one JSON object, without a line end."""
+    """Return the event as one JSON object, without a newline."""
     return _encoder.encode(Envelope(event=event))
 
 
 def decode_event(data: bytes) -> Event | None:
-    """Return the event; None for what is none of this version: newer kinds, other programs' messages."""
+    """Return the event; None for anything that is not an event of this version, such as newer kinds."""
     try:
         envelope = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -173,12 +174,12 @@ def decode_event(data: bytes) -> Event | None:
 
 
 def arrived(event: Event, now_s: float) -> Event:
-    """Return a live event as of our own clock: other machines' are not ours to tell the time by."""
+    """Return a live event with its time set by our own clock, because other machines' clocks differ."""
     return msgspec.structs.replace(event, at_s=now_s)
 
 
 def read_events(lines: Iterable[bytes]) -> Iterator[Event]:
-    """Yield the events of a recording, skipping what is none."""
+    """Yield the events of a recording; skip lines that are not events."""
     for line in lines:
         if (event := decode_event(line)) is not None:
             yield event

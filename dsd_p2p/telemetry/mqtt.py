@@ -1,7 +1,7 @@
-"""Events over MQTT (docs/telemetry.md). The client is asyncio's and lives in a thread of its own.
+"""Publishes and subscribes to events over MQTT (docs/telemetry.md), with an asyncio client in its own thread.
 
-Writing never waits: events go through a bounded queue, and what does not fit is counted and dropped. A broker that is gone, comes
-back, or accepts and never answers costs its own thread some waiting and nobody else anything.
+Publishing never waits: events go into a bounded queue, and those that do not fit are counted and dropped. If the broker
+is down or does not answer, only this thread waits.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _STOP_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broker:
-    """Where events go. topics: the part of the topics that all members of a swarm share."""
+    """The address of a broker and how to log in. topics: the prefix of all topics of the swarm."""
 
     host: str
     port: int
@@ -46,7 +46,7 @@ def parse_broker(url: str, *, swarm: str, ca_file: str = "") -> Broker:
     """Return the broker of `mqtt://user:password@host:port` or `mqtts://…`.
 
     Raises:
-        ConfigError: it is no such URL, or there is no such file.
+        ConfigError: the URL is not of this form, or `ca_file` does not exist.
     """
     parts = urlsplit(url)
     try:
@@ -54,9 +54,9 @@ def parse_broker(url: str, *, swarm: str, ca_file: str = "") -> Broker:
     except ValueError as exc:
         raise ConfigError(f"broker {url!r}: {exc}") from exc
     if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
-        raise ConfigError(f"broker {url!r}: write mqtt://HOST:PORT, or mqtts://USER:PASSWORD@HOST:PORT")
+        raise ConfigError(f"broker {url!r}: expected mqtt://HOST:PORT or mqtts://USER:PASSWORD@HOST:PORT")
     if ca_file and not Path(ca_file).is_file():
-        raise ConfigError(f"--mqtt-ca {ca_file}: there is no such file")
+        raise ConfigError(f"--mqtt-ca {ca_file}: no such file")
     is_tls = parts.scheme == "mqtts"
     return Broker(
         host=parts.hostname,
@@ -70,7 +70,7 @@ def parse_broker(url: str, *, swarm: str, ca_file: str = "") -> Broker:
 
 
 def topic_of(event: Event, topics: str, peer: str) -> tuple[str, int, bool]:
-    """Return an event's topic below the writer's own, its quality of service, and whether the broker keeps it."""
+    """Return an event's topic, its quality of service, and whether the broker retains it. peer: the writer."""
     match event:
         case PeerStatus():
             return f"{topics}/peers/{peer}/status", 1, True
@@ -81,7 +81,7 @@ def topic_of(event: Event, topics: str, peer: str) -> tuple[str, int, bool]:
 
 
 class _Connection:
-    """A thread with an asyncio loop that keeps a connection to the broker, and does `talk` over it, until `close`."""
+    """A thread with an asyncio loop that stays connected to the broker and runs `talk` until `close`."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class _Connection:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop; waits a moment for what is under way. Blocks: call it in a worker thread."""
+        """Stop, after a short wait for messages under way. Blocks, so call it in a worker thread."""
         self._is_closing = True
         loop, task = self._loop, self._task
         if loop is not None and task is not None:
@@ -114,7 +114,7 @@ class _Connection:
         self._thread.join(_STOP_S)
 
     def wake(self, event: asyncio.Event) -> None:
-        """Set an event of the loop, from any thread."""
+        """Set an event of the loop; may be called from any thread."""
         if self._loop is not None:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(event.set)
@@ -156,9 +156,9 @@ class _Connection:
 
 
 class MqttPublisher:
-    """Publishes a peer's events. `tell` may be called from any thread and returns at once.
+    """A publisher of a peer's events. `tell` may be called from any thread and returns at once.
 
-    num_dropped: events that found the queue full.
+    num_dropped: events that were dropped because the queue was full.
     """
 
     def __init__(self, broker: Broker, peer: str) -> None:
@@ -174,7 +174,7 @@ class MqttPublisher:
 
     @property
     def is_connected(self) -> bool:
-        """True while the broker takes events in."""
+        """True while the broker accepts events."""
         return self._connection.is_connected
 
     def start(self) -> None:
@@ -182,11 +182,11 @@ class MqttPublisher:
         self._connection.start()
 
     def close(self) -> None:
-        """Say goodbye; blocks for a moment: call it in a worker thread."""
+        """Report the peer offline and stop. Blocks for a moment, so call it in a worker thread."""
         self._connection.close()
 
     def tell(self, event: Event) -> None:
-        """Queue an event, or drop it."""
+        """Queue an event, or drop it if the queue is full."""
         if len(self._queue) >= _MAX_QUEUED:
             self.num_dropped += 1
             return
@@ -199,14 +199,14 @@ class MqttPublisher:
         try:
             while True:
                 while self._queue:
-                    # Taken off only when the broker has it: one that is gone is told later.
+                    # Dequeue only once the broker has it; after a lost connection it is sent again.
                     await self._publish(client, self._queue[0])
                     self._queue.popleft()
                 self._arrived.clear()
                 if not self._queue:
                     await self._arrived.wait()
         except asyncio.CancelledError:
-            # Going in good order: the will is not sent then, so we say it ourselves.
+            # After an orderly disconnect the broker does not send the will, so publish its content here.
             await self._publish(client, PeerStatus(peer=self._peer, is_online=False))
             raise
 
@@ -216,7 +216,7 @@ class MqttPublisher:
 
 
 class MqttSubscriber:
-    """Hears all events of a swarm. heard: called in this object's thread."""
+    """A subscriber to all events of a swarm. heard: called with each event, in this object's thread."""
 
     def __init__(self, broker: Broker, heard: Callable[[Event], None]) -> None:
         self._connection = _Connection(broker, "mqtt-subscriber", self._talk)
@@ -225,12 +225,12 @@ class MqttSubscriber:
 
     @property
     def is_connected(self) -> bool:
-        """True while events can come in."""
+        """True while events can arrive."""
         return self._connection.is_connected
 
     @property
     def last_error(self) -> str:
-        """Why there is no broker; empty before the first failure."""
+        """The last connection error; empty before the first."""
         return self._connection.last_error
 
     def start(self) -> None:
@@ -238,7 +238,7 @@ class MqttSubscriber:
         self._connection.start()
 
     def close(self) -> None:
-        """Stop; blocks for a moment: call it in a worker thread."""
+        """Stop. Blocks for a moment, so call it in a worker thread."""
         self._connection.close()
 
     async def _talk(self, client: aiomqtt.Client) -> None:
@@ -248,7 +248,7 @@ class MqttSubscriber:
             if not isinstance(payload, bytes) or len(payload) > _MAX_MESSAGE_BYTES:
                 continue
             event = decode_event(payload)
-            # What a peer says counts under its own topics only: there a broker lets nobody else write.
+            # A peer's events count only under its own topics, where the broker lets nobody else write.
             own = message.topic.value.removeprefix(f"{self._topics}/peers/").split("/")
             if event is not None and len(own) == 2 and own[0] == _author(event):
                 self._heard(event)

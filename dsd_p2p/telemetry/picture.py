@@ -1,4 +1,4 @@
-"""What is known of a swarm from its events: who is there, what is written, what is wrong. Pure: given events and the time."""
+"""Adds up events to a picture of the swarm: its peers, its requests and its problems. No I/O and no clock."""
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ _MAX_PEERS, _MAX_SESSIONS, _MAX_HISTORY = 4096, 1024, 32
 _KEEP_ENDED_S = 10.0
 _KEEP_SILENT_S = 300.0
 _SILENT_S = 6.0
-"""A node tells of itself every second."""
+"""A peer that sends no status for this long is silent; it should send one every second."""
 
 _SERIES_S = 1.0
 _SERIES = 120
@@ -20,7 +20,7 @@ _LONG_QUEUE = 64
 
 @dataclass(slots=True, kw_only=True)
 class SessionView:
-    """One request. `at_s`: of its last event."""
+    """The state of one request. at_s: time of its last event."""
 
     session: str
     coordinator: str
@@ -37,7 +37,7 @@ class SessionView:
     samples: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=128))
 
     def tokens_per_s(self, now_s: float) -> float:
-        """Tokens a second over the last seconds."""
+        """Return the tokens a second over the last five seconds; 0 once the request ended."""
         recent = [(at_s, count) for at_s, count in self.samples if at_s >= now_s - _RATE_S]
         if len(recent) < 2 or self.ended is not None:
             return 0.0
@@ -46,14 +46,14 @@ class SessionView:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """What somebody should look at. level: 2 is broken, 1 is worth a look."""
+    """A problem that somebody should look at. level: 2 is broken, 1 is worth a look."""
 
     level: int
     text: str
 
 
 class Picture:
-    """The state that events add up to; bounded, whatever comes in."""
+    """The state of a swarm, added up from its events. Its size is bounded, whatever arrives."""
 
     def __init__(self) -> None:
         self.peers: dict[str, PeerStatus] = {}
@@ -70,7 +70,7 @@ class Picture:
         self.num_events = 0
 
     def add(self, event: Event) -> None:
-        """Take an event in; the time never runs backwards."""
+        """Add an event. The time never runs backwards."""
         self.num_events += 1
         self._pass_time(event.at_s)
         match event:
@@ -91,47 +91,47 @@ class Picture:
                 self._end(event)
 
     def tick(self, now_s: float) -> None:
-        """Let time pass without an event."""
+        """Let time pass without an event, and forget requests that are over."""
         self._pass_time(now_s)
         for name in [name for name, view in self.sessions.items() if self._is_over(view)]:
             del self.sessions[name]
 
     @property
     def running(self) -> list[SessionView]:
-        """The requests under way, newest first."""
+        """The running requests, newest first."""
         views = [view for view in self.sessions.values() if view.ended is None]
         return sorted(views, key=lambda view: -view.started_at_s)
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second of all requests together, over the last whole seconds."""
+        """Tokens a second of all requests together, over the last five full seconds."""
         recent = list(self.series)[-1 - int(_RATE_S) : -1]
         return sum(recent) / (len(recent) * _SERIES_S) if recent else 0.0
 
     def acceptance(self) -> list[float]:
-        """For each depth below the root, how often a drafted level held the target's token."""
+        """Return, for each depth below the root, how often a drafted level held the target's token."""
         pairs = zip(self.hits_by_depth, self.outcomes_by_depth, strict=False)
         return [hits / outcomes for hits, outcomes in pairs if outcomes]
 
     def is_silent(self, peer: str) -> bool:
-        """True when a node that should be there tells nothing."""
+        """True if the peer has sent no status for too long."""
         return self.now_s - self.heard_at_s.get(peer, 0.0) > _SILENT_S
 
     def alerts(self) -> list[Alert]:
-        """What somebody should look at, the worst first."""
+        """Return what somebody should look at, the worst first."""
         alerts: list[Alert] = []
         for peer, status in self.peers.items():
             name = short_peer(peer)
             if not status.is_online:
                 alerts.append(Alert(2, f"{name} is offline"))
             elif self.is_silent(peer):
-                alerts.append(Alert(2, f"{name} has said nothing for {self.now_s - self.heard_at_s[peer]:.0f} s"))
+                alerts.append(Alert(2, f"{name} has sent no status for {self.now_s - self.heard_at_s[peer]:.0f} s"))
             if status.queue > _LONG_QUEUE:
                 alerts.append(Alert(1, f"{name} has {status.queue} windows waiting"))
             if status.max_cache_bytes and status.cache_bytes > 0.9 * status.max_cache_bytes:
                 alerts.append(Alert(1, f"{name} has less than a tenth of its cache free"))
             if status.num_dropped:
-                alerts.append(Alert(1, f"{name} left {status.num_dropped} events out"))
+                alerts.append(Alert(1, f"{name} dropped {status.num_dropped} events"))
         recent = [each for each in self.replays if each.at_s >= self.now_s - 30]
         if recent:
             alerts.append(Alert(1, f"{len(recent)} route(s) lost in the last 30 s"))
@@ -159,7 +159,7 @@ class Picture:
         return view
 
     def _start(self, event: SessionStarted) -> None:
-        # Told again when a listener comes back: counted once.
+        # The event is repeated when a listener comes back; count it once.
         self.totals["sessions"] += event.session not in self.sessions
         view = self._view(event.session, event.coordinator)
         view.stages, view.drafter, view.max_tokens = event.stages, event.drafter, event.max_tokens
@@ -171,7 +171,7 @@ class Picture:
         before, view.newest, view.at_s = view.newest, event, self.now_s
         for name in ("num_tokens", "num_windows", "num_nodes", "num_misses", "num_stale", "num_relaxed"):
             self.totals[name] += max(0, getattr(event, name) - getattr(before, name))
-        # Of a request that was under way before we listened, what it has written is no speed of now.
+        # Tokens that a request wrote before we listened say nothing about the current speed.
         if view.samples or view.is_from_its_start:
             self.series[-1] += max(0, event.num_tokens - before.num_tokens)
         view.samples.append((self.now_s, event.num_tokens))
@@ -190,7 +190,7 @@ class Picture:
             self.errors.append(event)
 
     def _is_over(self, view: SessionView) -> bool:
-        # One that falls silent without an end has lost its coordinator.
+        # A request that falls silent without ending has lost its coordinator.
         return self.now_s - view.at_s > (_KEEP_ENDED_S if view.ended is not None else _KEEP_SILENT_S)
 
 

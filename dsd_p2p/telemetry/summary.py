@@ -1,11 +1,11 @@
-"""A picture in one JSON-able object, for scripts and pages."""
+"""Describes a picture as one object for JSON, for scripts and web pages."""
 
 from dsd_p2p.telemetry.events import SCHEMA
 from dsd_p2p.telemetry.picture import Picture, SessionView
 
 
 def describe(picture: Picture) -> dict[str, object]:
-    """Return what a picture shows."""
+    """Return the picture as plain dictionaries and lists."""
     running = picture.running
     return {
         "schema": SCHEMA,

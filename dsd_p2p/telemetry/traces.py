@@ -1,4 +1,4 @@
-"""OpenTelemetry: a trace for each request, made of the events that everybody else is told, too."""
+"""Makes an OpenTelemetry trace of each request, from the same events that other sinks get."""
 
 import threading
 from collections import OrderedDict
@@ -18,9 +18,10 @@ _EXPORT_TIMEOUT_S = 5.0
 
 
 class Traces:
-    """A sink of events. Spans wait in a bounded queue of the SDK's own thread, and are left out where it is full.
+    """A sink that makes traces of events. Spans wait in a bounded queue of the SDK's thread; a full queue drops them.
 
-    exporter: where they go. peer: who tells. Names of attributes: OpenTelemetry's for generative AI where it has one, else `dsd.`
+    exporter: where spans go. peer: this peer, as the service's instance id. Attributes have OpenTelemetry's names for
+    generative AI where such exist, else names in `dsd.`.
     """
 
     def __init__(self, exporter: SpanExporter, peer: str, version: str) -> None:
@@ -31,7 +32,7 @@ class Traces:
         self._open: OrderedDict[str, Span] = OrderedDict()
 
     def tell(self, event: Event) -> None:
-        """Take in an event of our own."""
+        """Add one of our own events."""
         match event:
             case SessionStarted():
                 self._start(event)
@@ -49,14 +50,14 @@ class Traces:
                 pass
 
     def end(self) -> None:
-        """End what is under way."""
+        """End all open traces."""
         spans, self._open = self._open, OrderedDict()
         for span in spans.values():
             span.end()
 
     def close(self) -> None:
-        """Send what waits, for seconds at most; in a worker thread."""
-        # The SDK waits for as long as a collector that does not answer makes it.
+        """Send the waiting spans, within five seconds. Blocks, so call it in a worker thread."""
+        # The SDK itself waits as long as an unresponsive collector makes it.
         last_try = threading.Thread(target=self._provider.shutdown, daemon=True)
         last_try.start()
         last_try.join(_EXPORT_TIMEOUT_S)
@@ -100,9 +101,9 @@ class Traces:
 
 
 def export_to(url: str) -> SpanExporter:
-    """Return an exporter to a collector, over OTLP and HTTP. url: its base, like http://127.0.0.1:4318.
+    """Return an exporter to a collector, by OTLP over HTTP. url: the collector's base URL, like http://127.0.0.1:4318.
 
-    Headers, certificates and compression are OpenTelemetry's own environment variables (`OTEL_EXPORTER_OTLP_…`).
+    OpenTelemetry's environment variables (`OTEL_EXPORTER_OTLP_…`) set headers, certificates and compression.
     """
     return OTLPSpanExporter(endpoint=f"{url.rstrip('/')}/v1/traces", timeout=_EXPORT_TIMEOUT_S)
 

@@ -1,4 +1,4 @@
-"""Tells what happens to one request, live or simulated: both run the same machine, so both tell the same events."""
+"""Emits the events of one request, live or simulated: both run the same `RequestMachine` and emit the same events."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,14 +17,14 @@ from dsd_p2p.window.learned.features import features
 from dsd_p2p.wire.messages import Hop, OpenSession, Verdict
 
 Sink = Callable[[Event], None]
-"""Takes an event; returns at once, whatever becomes of it."""
+"""Takes an event and returns at once, without waiting for its delivery."""
 
 _INTERVAL_S = 0.1
-"""Between two told windows of a request: what is skipped is in the next one's totals."""
+"""Minimum time between two window events of a request; the next event's totals include the skipped windows."""
 
 
 class RequestWatch:
-    """Follows a coordinator machine. now: of the events, seconds; drafter: its name."""
+    """The observer of one `RequestMachine`. now: returns the events' time in seconds. drafter: its name."""
 
     def __init__(self, machine: RequestMachine, sink: Sink, now: Callable[[], float], drafter: str) -> None:
         self._machine = machine
@@ -42,11 +42,11 @@ class RequestWatch:
         self._is_ended = False
 
     def opened(self, message: OpenSession) -> None:
-        """A route was opened, the first or another."""
+        """Report that a route was opened: the first one or a replay."""
         now_s, stages = self._now(), _stages(message.route)
         num_tokens = len(self._machine.tokens) - len(self._machine.request.prompt)
         if self._session:
-            # A stage that no longer held what was parked costs a second opening, and is no replay.
+            # If a stage no longer holds the parked text, the route is opened a second time. That is no replay.
             if self._machine.stats.num_replays == self._num_replays:
                 return
             self._num_replays = self._machine.stats.num_replays
@@ -75,7 +75,7 @@ class RequestWatch:
         )
 
     def verdict(self, verdict: Verdict) -> None:
-        """The machine has taken a verdict in."""
+        """Report, after the machine handled a verdict, a changed decision and, at intervals, the window."""
         now_s, machine = self._now(), self._machine
         num_tokens = len(machine.tokens) - len(machine.request.prompt)
         if self._first_at_s is None and num_tokens:
@@ -137,12 +137,12 @@ class RequestWatch:
         )
 
     def ended(self, reason: str, error: str = "") -> None:
-        """The request is over; told once."""
+        """Report the end of the request, once."""
         if self._is_ended or not self._session:
             return
         self._is_ended = True
         now_s, machine = self._now(), self._machine
-        # The last totals: what was skipped since the last told window is in them.
+        # The last totals include the windows skipped since the last event.
         self._tell_window(now_s)
         self._tell_decision(now_s)
         self._sink(

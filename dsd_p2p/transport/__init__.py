@@ -1,1 +1,1 @@
-"""Frames between peers: in memory, over libp2p, and either of them with a wide-area link's delays added."""
+"""Transports of frames between peers: in memory, over libp2p, or either with the delays of an emulated link."""

@@ -1,6 +1,6 @@
-"""Adds a link's latency, jitter and bandwidth to what any transport sends, so one machine can behave like a wide area.
+"""Adds a link's latency, jitter and bandwidth to any transport, so that one machine behaves like a wide-area network.
 
-Connecting and losing a peer are not delayed: frames are.
+Only frames are delayed; connecting to a peer and losing one are not.
 """
 
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ _SEND_TIMEOUT_S = 30.0
 
 
 class EmulatedTransport:
-    """`inner` with every outgoing link behaving like `link`; both ends wrapped make a symmetric link."""
+    """A transport that sends through `inner` as if over `link`. Wrap both ends for a symmetric link."""
 
     def __init__(self, inner: Transport, link: LinkModel, rng: UniformRng, nursery: trio.Nursery) -> None:
         self._inner = inner
@@ -42,7 +42,7 @@ class EmulatedTransport:
         return await self._inner.connect(address, timeout_s)
 
     async def send(self, to: PeerId, frame: bytes) -> None:
-        """Put the frame on the emulated link; there is none to ourselves."""
+        """Put the frame on the emulated link; frames to ourselves skip it."""
         if to == self.peer:
             await self._inner.send(to, frame)
             return
@@ -56,26 +56,26 @@ class EmulatedTransport:
             with trio.fail_after(_SEND_TIMEOUT_S):
                 await queue.send((due_s, frame))
         except trio.TooSlowError:
-            raise PeerTimeout(f"{_QUEUE_FRAMES} frames wait on the emulated link to {to}") from None
+            raise PeerTimeout(f"the emulated link to {to} is full: {_QUEUE_FRAMES} frames are waiting") from None
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            # Should the peer come back, it gets a new link.
+            # If the peer comes back, it gets a new link.
             if to in self._links and self._links[to][1] is queue:
                 del self._links[to]
-            raise PeerDisconnected(f"the link to {to} is gone") from None
+            raise PeerDisconnected(f"the connection to {to} is gone") from None
 
     def admit(self, peer: PeerId) -> None:
-        """Pass it on."""
+        """Admit the peer to the inner transport."""
         self._inner.admit(peer)
 
     async def receive(self) -> Received | Lost:
-        """Return the next event; what still waited on the link to a lost peer is dropped."""
+        """Return the next event; drop the frames that still wait on the link to a lost peer."""
         event = await self._inner.receive()
         if isinstance(event, Lost) and (link := self._links.pop(event.peer, None)) is not None:
             link[1].close()
         return event
 
     def penalise(self, peer: PeerId) -> None:
-        """Pass it on."""
+        """Penalise the peer in the inner transport."""
         self._inner.penalise(peer)
 
     async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
@@ -94,7 +94,7 @@ class EmulatedTransport:
 
 @asynccontextmanager
 async def emulate(inner: Transport, link: LinkModel, rng: UniformRng) -> AsyncIterator[Transport]:
-    """Wrap `inner`, or hand it back untouched when the link is ideal."""
+    """Wrap `inner`, or yield it unchanged if the link is ideal."""
     if link.is_ideal:
         yield inner
         return

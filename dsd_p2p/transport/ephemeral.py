@@ -1,4 +1,4 @@
-"""A libp2p host for one run: how a coordinator of this machine reaches its stages."""
+"""Opens a libp2p host for one run, through which a coordinator on this machine reaches its stages."""
 
 import random
 import secrets
@@ -17,7 +17,7 @@ from dsd_p2p.wire.version import PROTOCOL_ID
 
 @asynccontextmanager
 async def open_ephemeral(link: LinkModel, host: str = "127.0.0.1") -> AsyncIterator[Transport]:
-    """Open libp2p on `host` with an identity for this run only."""
+    """Open a libp2p host on `host` with an identity for this run only."""
     with tempfile.TemporaryDirectory(prefix="dsd-coordinator-") as scratch:
         async with open_libp2p(
             identity=Path(scratch) / "identity",

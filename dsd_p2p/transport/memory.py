@@ -1,4 +1,4 @@
-"""Peers in one process: for tests and for trying things out. Wrap it with `emulated` for links with delays."""
+"""A transport between peers in one process, for tests and experiments; `emulated` adds link delays."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,19 +14,19 @@ _INBOX_FRAMES = 4096
 
 
 class MemoryNetwork:
-    """The peers that can reach each other, by name."""
+    """A set of named peers that can reach each other."""
 
     def __init__(self) -> None:
         self.transports: dict[str, MemoryTransport] = {}
         self._joined: dict[str, trio.Event] = {}
 
     async def joined(self, name: str) -> None:
-        """Wait until somebody has that name."""
+        """Wait until a peer has joined under that name."""
         await self._joined.setdefault(name, trio.Event()).wait()
 
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator["MemoryTransport"]:
-        """Join as `name`; leaving drops all its connections."""
+        """Join as `name`; leaving drops all connections."""
         transport = MemoryTransport(self, name)
         self.transports[name] = transport
         self._joined.setdefault(name, trio.Event()).set()
@@ -50,13 +50,13 @@ class MemoryTransport:
         self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_FRAMES)
 
     async def connect(self, address: str, timeout_s: float) -> PeerId:
-        """Connect both ways; a name nobody has yet is waited for."""
+        """Connect in both directions; wait for a peer that has not joined yet."""
         name = address.removeprefix(_SCHEME)
         with trio.move_on_after(timeout_s):
             await self._network.joined(name)
         other = self._network.transports.get(name)
         if other is None:
-            raise PeerTimeout(f"nobody is at {address} after {timeout_s:g} s: start that peer first")
+            raise PeerTimeout(f"no peer at {address} within {timeout_s:g} s: start that peer first")
         self.connected.add(other.peer)
         other.connected.add(self.peer)
         await trio.lowlevel.checkpoint()
@@ -70,14 +70,14 @@ class MemoryTransport:
         await other._deliver.send(Received(sender=self.peer, frame=frame))
 
     def admit(self, peer: PeerId) -> None:
-        """Nothing is held back from anybody here."""
+        """Do nothing: in memory every peer has full access."""
 
     async def receive(self) -> Received | Lost:
         """Return the next event."""
         return await self._inbox.receive()
 
     def penalise(self, peer: PeerId) -> None:
-        """Nothing is paced here."""
+        """Do nothing: in memory no peer is paced."""
 
     async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
         """Drop the connection at both ends."""

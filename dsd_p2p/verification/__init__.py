@@ -1,1 +1,1 @@
-"""How the target picks a token, and which candidates that accepts."""
+"""Picks the target's tokens, in exact and in relaxed mode."""

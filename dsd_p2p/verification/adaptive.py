@@ -1,8 +1,9 @@
-"""Relaxed verification: a drafted token that is not key may stand although the target would have written another.
+"""Relaxed verification: a drafted token that is not decisive may stand although the target would have written another.
 
-`importance` (arXiv:2511.11733): the target's pick from the blend `softmax((1 - τ) ln P_t + τ ln P_d)` over the drafter's tokens,
-if that is not key. `margin` (cf. arXiv:2601.15498): the drafter's first choice, if it is the target's runner-up by less than a
-margin of logits. Both refuse overshoot: a token that the drafter finds much likelier than the target does.
+Rule `importance` (arXiv:2511.11733) picks from the blend `softmax((1 - τ) ln P_t + τ ln P_d)`, over the drafter's
+tokens and the target's own pick. The token stands if it is not decisive. Rule `margin` (cf. arXiv:2601.15498) takes the
+drafter's first choice if it is the target's runner-up and at most a margin of logits behind. Both rules refuse
+overshoot: a token that the drafter finds much likelier than the target does.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ from dsd_p2p.verification.importance import DraftOpinion, is_decisive, signals_o
 
 
 class AdaptiveSession:
-    """One text of an `AdaptiveVerifier`; what the text so far decides is the exact session's."""
+    """One text of an `AdaptiveVerifier`; the exact session inside it holds the text's state."""
 
     def __init__(self, verifier: "AdaptiveVerifier", exact: ExactSession) -> None:
         self._verifier = verifier
@@ -41,7 +42,7 @@ class AdaptiveSession:
 
 
 class AdaptiveVerifier:
-    """The target's own pick, or one of the drafter's that the relaxation lets stand."""
+    """A rule that picks the target's own token, or a drafted token that the relaxation lets stand."""
 
     def __init__(self, sampling: Sampling, relaxation: Relaxation) -> None:
         self._exact = ExactVerifier(sampling)
@@ -49,7 +50,7 @@ class AdaptiveVerifier:
         self._relaxation = relaxation
 
     def open(self, num_prompt: int) -> "AdaptiveSession":
-        """Start on a text whose first `num_prompt` tokens are its prompt."""
+        """Start a text whose first `num_prompt` tokens are its prompt."""
         return AdaptiveSession(self, self._exact.open(num_prompt))
 
     def pick(self, view: TargetView, position: int, draft: DraftOpinion | None) -> Pick:
@@ -57,7 +58,7 @@ class AdaptiveVerifier:
 
         Raises:
             ModelError: the logits are not finite.
-            RemoteProtocolError: the drafter's tokens are not the vocabulary's.
+            RemoteProtocolError: a token of the drafter's is outside the vocabulary or occurs twice.
         """
         strict = self._exact.pick(view, position)
         if draft is None or draft.tokens[0] == strict:
@@ -76,7 +77,7 @@ class AdaptiveVerifier:
     def _propose(
         self, target_logprobs: NDArray[np.float64], draft: DraftOpinion, position: int, strict: TokenId
     ) -> TokenId | None:
-        """The token that might stand instead of `strict`."""
+        """Return the token that may stand instead of `strict`, or None."""
         relaxation, sampling = self._relaxation, self._sampling
         if relaxation.rule is RelaxationRule.MARGIN:
             first = int(draft.tokens[0])
@@ -87,7 +88,7 @@ class AdaptiveVerifier:
         if not sampling.is_greedy:
             blend = blend + gumbel_noise(sampling.seed, position, len(target_logprobs), draft.tokens)
         if sampling.top_k or sampling.top_p < 1.0:
-            # What the sampler cuts from the target's tokens, the drafter does not bring back.
+            # The drafter must not bring back tokens that the sampler cut.
             blend[~kept_tokens(target_logprobs, sampling.top_k, sampling.top_p)[draft.tokens]] = -np.inf
         row = int(np.argmax(blend))
         candidate = int(draft.tokens[row])

@@ -1,7 +1,7 @@
-"""The seam between the tail's walk and the rule by which the target picks.
+"""Defines the interface between the tail's walk and the rule that picks the target's tokens.
 
-A `Verifier` is the rule; `open` starts a `VerifierSession` on one text. The session holds whatever earlier tokens decide, so
-it is handed over with the cache when a stage goes on after a loss, and it is rewound when the text is.
+A `Verifier` is the rule; its `open` starts a `VerifierSession` for one text. The session holds the state that depends
+on earlier tokens. So it is handed over with the cache when a stage goes on after a loss, and rewound when the text is.
 """
 
 from typing import NamedTuple, Protocol
@@ -14,10 +14,10 @@ from dsd_p2p.verification.importance import DraftOpinion
 
 
 class TargetView(Protocol):
-    """The target's opinion after one node; what is costly is computed when asked."""
+    """The target's opinion after one node; costly values are computed on demand."""
 
     def argmax(self) -> TokenId:
-        """Return the token of the greatest logit, the lowest id among equals."""
+        """Return the token with the greatest logit; among equals, the lowest id."""
         ...
 
     def logits(self) -> NDArray[np.float32]:
@@ -26,43 +26,43 @@ class TargetView(Protocol):
 
 
 class Pick(NamedTuple):
-    """A token to commit; `is_relaxed` when the target itself would have written another."""
+    """A token to commit; `is_relaxed` if the target itself would have written another."""
 
     token: TokenId
     is_relaxed: bool
 
 
 class VerifierSession(Protocol):
-    """Decides the tokens of one text, one position after the other."""
+    """One text whose tokens are decided one position after the other."""
 
     @property
     def length(self) -> int:
-        """Tokens of the text so far; the next token is for this position."""
+        """Number of tokens so far, which is the position of the next token."""
         ...
 
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
-        """Return the token for the next position, given what the drafter expects there, if that is known.
+        """Return the token for the next position. draft: the drafter's opinion there, if it is known.
 
-        The text does not go on by this alone: `accept` follows.
+        This does not extend the text: call `accept` afterwards.
 
         Raises:
             ModelError: the logits are not finite.
-            RemoteProtocolError: the drafter's tokens are not the vocabulary's.
+            RemoteProtocolError: a token of the drafter's is outside the vocabulary or occurs twice.
         """
         ...
 
     def accept(self, token: TokenId) -> None:
-        """Let the text go on with `token`, picked here or written before."""
+        """Extend the text by `token`, which was picked here or is already written."""
         ...
 
     def rewind(self, length: int) -> None:
-        """Take tokens back until `length` are left; never into the prompt."""
+        """Drop the tokens after the first `length`; `length` includes at least the prompt."""
         ...
 
 
 class Verifier(Protocol):
-    """A rule by which the target picks."""
+    """A rule that picks the target's tokens."""
 
     def open(self, num_prompt: int) -> VerifierSession:
-        """Start on a text whose first `num_prompt` tokens are its prompt."""
+        """Start a text whose first `num_prompt` tokens are its prompt."""
         ...

@@ -1,4 +1,4 @@
-"""Chooses the verifier that a request asks for: the one place where a stage and an auditor decide it."""
+"""Chooses the verifier for a request. Stages and auditors both call this function."""
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.types import TextRequest
@@ -8,13 +8,15 @@ from dsd_p2p.verification.exact import ExactVerifier
 
 
 def choose_verifier(text: TextRequest) -> Verifier:
-    """Return what picks the tokens of `text`.
+    """Return the verifier for `text`.
 
     Raises:
-        ConfigError: this peer cannot pick as asked.
+        ConfigError: this peer does not support what the text request asks for.
     """
     if text.constraint:
-        raise ConfigError("this peer cannot follow a constraint: leave it out, or use peers of a later version")
+        raise ConfigError(
+            "this peer does not support constraints: leave the constraint out, or use peers of a later version"
+        )
     if text.relaxation is None:
         return ExactVerifier(text.sampling)
     return AdaptiveVerifier(text.sampling, text.relaxation)

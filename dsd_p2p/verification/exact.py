@@ -1,9 +1,9 @@
-"""Exact verification: the target's own pick, whatever was drafted.
+"""Exact verification: picks the target's own token, whatever was drafted.
 
-Greedy is the argmax. Sampling is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030) over the logits
-divided by the temperature and cut by top-k, then top-p: `argmax(logit + noise)` is distributed as the softmax. The noise
-is a pure function of (seed, position, token id), so the pick does not depend on what was drafted, on the window, or on
-where the model was split.
+Greedy decoding takes the argmax. Sampling uses the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014,
+arXiv:1411.0030) on the logits, divided by the temperature and cut by top-k, then top-p: `argmax(logit + noise)` is
+distributed as the softmax. The noise is a pure function of (seed, position, token id). So the pick does not depend on
+the draft, on the window, or on where the model is split.
 """
 
 import numpy as np
@@ -18,10 +18,10 @@ from dsd_p2p.verification.importance import DraftOpinion
 def gumbel_noise(
     seed: int, position: int, vocab_size: int, tokens: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
-    """Return standard Gumbel noise, float64 `[V]`; entry i belongs to token i. With `tokens` `[m]`, only theirs, `[m]`.
+    """Return standard Gumbel noise, float64 `[V]`; entry i belongs to token i. With `tokens` `[m]`, only theirs.
 
-    Philox-4x64-10 (Salmon et al. 2011) keyed by (seed, position), counter from 1; each 64-bit word w becomes
-    `u = (floor(w / 2^11) + 0.5) / 2^53` and `-ln(-ln(u))`.
+    The source is Philox-4x64-10 (Salmon et al. 2011) with key (seed, position) and a counter from 1. Each word w
+    of 64 bits gives `u = (floor(w / 2^11) + 0.5) / 2^53` and the noise `-ln(-ln(u))`.
     """
     words = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(vocab_size)
     if tokens is not None:
@@ -49,7 +49,7 @@ def kept_tokens(scores: NDArray[np.float64], top_k: int, top_p: float) -> NDArra
 
 
 class ExactSession:
-    """One text of an `ExactVerifier`: its length alone, because the noise depends on nothing else."""
+    """One text of an `ExactVerifier`. Its length is its only state: the noise does not depend on earlier tokens."""
 
     def __init__(self, verifier: "ExactVerifier", num_prompt: int) -> None:
         self._verifier = verifier
@@ -57,7 +57,7 @@ class ExactSession:
         self.length = num_prompt
 
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
-        """Return the target's token; the drafter's opinion does not matter. Raises as `VerifierSession.judge` does."""
+        """Return the target's token and ignore the drafter's opinion. Raises as `VerifierSession.judge` does."""
         return Pick(self._verifier.pick(view, self.length), is_relaxed=False)
 
     def accept(self, token: TokenId) -> None:
@@ -71,13 +71,13 @@ class ExactSession:
 
 
 class ExactVerifier:
-    """The target's own pick under `sampling`."""
+    """A rule that picks the target's own token under `sampling`."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
 
     def open(self, num_prompt: int) -> ExactSession:
-        """Start on a text whose first `num_prompt` tokens are its prompt."""
+        """Start a text whose first `num_prompt` tokens are its prompt."""
         return ExactSession(self, num_prompt)
 
     def pick(self, view: TargetView, position: int) -> TokenId:

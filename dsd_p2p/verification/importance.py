@@ -1,6 +1,7 @@
-"""How much a token matters: three signals from the two models' opinions (arXiv:2511.11733, section on adaptive verification).
+"""Measures how much a token matters, by three signals (arXiv:2511.11733, section on adaptive verification).
 
-The paper names the signals and calibrates thresholds on a small set; its formulas are not all public, so ours are given here.
+The signals compare the two models' opinions. The paper names them and calibrates thresholds on a small set. Not all of
+its formulas are public, so these are our own.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,19 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftOpinion:
-    """The drafter's likeliest tokens after a node, int64 `[m]`, and their log probabilities, float64 `[m]`, likeliest first."""
+    """The drafter's likeliest tokens after a node and their log probabilities, likeliest first.
+
+    tokens: int64 `[m]`. logprobs: float64 `[m]`.
+    """
 
     tokens: NDArray[np.int64]
     logprobs: NDArray[np.float64]
 
     def including(self, token: TokenId) -> "DraftOpinion":
-        """Return the opinion with `token` in it: one that was not told of is below all that were, and is lent the least of them."""
+        """Return the opinion with `token` in it.
+
+        A token that was not reported is less likely than all that were; it gets the lowest reported log probability.
+        """
         if token in self.tokens:
             return self
         return DraftOpinion(
@@ -31,12 +38,12 @@ class DraftOpinion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What speaks for a candidate being key.
+    """Signals that a candidate is decisive.
 
     ce_ratio: the target's surprise over the drafter's, `ln P_t(x) / ln P_d(x)`.
     prob_gap: `|P_d(x) - P_t(x)|`.
-    norm_match: over the m tokens each model finds likeliest, the mass they share: `Σ min(P_t, P_d)` over those in both sets,
-        divided by `Σ P_t` over the target's; 1 when the models agree.
+    norm_match: the mass that the models share among the m tokens that each finds likeliest: `Σ min(P_t, P_d)` over the
+        tokens in both sets, divided by `Σ P_t` over the target's set; 1 when the models agree.
     """
 
     ce_ratio: float
@@ -63,7 +70,7 @@ def signals_of(target_logprobs: NDArray[np.float64], draft: DraftOpinion, candid
 
 
 def is_decisive(signals: Signals, relaxation: Relaxation) -> bool:
-    """True when any signal crosses its threshold: such a token is verified strictly."""
+    """Return True if any signal crosses its threshold; such a token is verified strictly."""
     return (
         signals.ce_ratio > relaxation.max_ce_ratio
         or signals.prob_gap > relaxation.max_prob_gap

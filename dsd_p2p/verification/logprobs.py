@@ -1,4 +1,4 @@
-"""What the target thought of its own tokens."""
+"""Computes the log probabilities that the target gives to its own tokens."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,7 +7,7 @@ from dsd_p2p.types import TokenId, TokenLogprobs
 
 
 def token_logprobs(logits: NDArray[np.float32], token: TokenId, num_top: int) -> TokenLogprobs:
-    """Return the log probabilities of `token` and of the `num_top` likeliest, at temperature 1. logits: `[V]`."""
+    """Return the log probabilities of `token` and the `num_top` likeliest tokens, at temperature 1. logits: `[V]`."""
     scores = logits.astype(np.float64)
     scores -= scores.max()
     scores -= np.log(np.exp(scores).sum())

@@ -1,1 +1,1 @@
-"""How much to speculate, decided from measurements."""
+"""Policies that decide from measurements how much to speculate."""

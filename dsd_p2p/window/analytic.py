@@ -1,8 +1,8 @@
-"""Picks the window that promises the most tokens a second, corrected by what each mode was seen to achieve.
+"""The analytic policy: picks the window with the most predicted tokens a second, corrected by measured rates.
 
-The promise is the latency model of docs/structures.md. What it cannot know (processes that share cores, other sessions, clustered
-misses) shows in the measured rates, so a mode that disappoints is left, and plain decoding is tried where the lead is small: that
-is what keeps speculation from ever costing more than it gains.
+The prediction is the latency model of docs/structures.md. It cannot know about processes that share cores, other
+sessions or clustered misses, but these show in the measured rates. So the policy leaves a mode that disappoints, and
+tries plain decoding where speculation leads by little. This keeps speculation from costing more than it gains.
 """
 
 import heapq
@@ -16,34 +16,35 @@ from dsd_p2p.window.static import PLAIN, SYNC_TREES, sync_chain, sync_tree, usua
 
 SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 TREES = ((1, 2), (1, 4), (2, 4), (4, 8), (12, 16))
-"""(width, nodes a window) of the continuous windows considered."""
+"""(width, nodes per window) of the continuous windows considered."""
 
 _IN_FLIGHT = (3, 6, 128)
-"""Most windows in flight: few for stages that slow each other down because they share a machine, or as many as the route holds."""
+"""Limits on windows in flight: small for stages that share a machine and slow each other down; the last is no limit."""
 
 _KEEP_MARGIN = 1.05
-"""A new decision must promise 5 % more than the present one: smaller differences are noise."""
+"""A new decision must promise 5 % more than the current one; smaller differences are noise."""
 
 _PASS_SPREAD = 0.04
-"""Of a pass's time: how far off a round's is from one to the next."""
+"""How much a round's time varies from one to the next, as a share of a pass."""
 
 _STEM_SHARE = 0.6
-"""Of the nodes whose children a continuous tree may draft in one step, how many it has: 0.4 to 0.7 were measured."""
+"""Share of its allowed stems that a continuous tree usually has in one draft step: 0.4 to 0.7 were measured."""
 
 _MAX_AGREEMENT = 0.995
-"""Nobody guesses better than one miss in two hundred tokens; a rate of 1 would promise endless runs."""
+"""No drafter misses less than one token in two hundred; an agreement of 1 would promise endless runs."""
 
 _MANY_PASSES = 20
-"""After so many a round's own spread is larger than a pass."""
+"""In a round of more passes than this, the round's own spread is larger than a pass."""
 
 
 def predicted_tokens_per_s(decision: Decision, observation: Observation) -> float:
-    """Return the tokens a second that `decision` promises.
+    """Return the predicted tokens a second of `decision`.
 
-    With agreement α by the first candidate and coverage c by all of them (`Observation.hit_rate_by_rank`): plain `1 / T(1)`;
-    synchronous chain of γ `E[k] / (γ d + T(γ + 1))`, `E[k] = (1 - α^(γ+1)) / (1 - α)` (Leviathan et al. 2023, arXiv:2211.17192), a
-    tree with one more than the sum of its nodes' path probabilities for E[k]; continuous: runs of `1 / (1 - c)` tokens, one level
-    time each, and one traversal per run. A level takes a draft step, or its share of a window at the slowest stage.
+    α is the hit rate of the first candidate, c that of all candidates together (`Observation.hit_rate_by_rank`). Plain:
+    `1 / T(1)`. Synchronous chain of γ: `E[k] / (γ d + T(γ + 1))` with `E[k] = (1 - α^(γ+1)) / (1 - α)` (Leviathan et
+    al. 2023, arXiv:2211.17192). For a tree, E[k] is one more than the sum of its nodes' path probabilities. Continuous:
+    runs of `1 / (1 - c)` tokens; a run costs one traversal and one level time for each token after the first. A level
+    takes a draft step or its share of a window at the slowest stage, whichever is longer.
     """
     if decision.mode is Mode.PLAIN:
         return 1 / observation.traversal_s(1)
@@ -60,7 +61,7 @@ def predicted_tokens_per_s(decision: Decision, observation: Observation) -> floa
 
 
 def _mean_accepted(decision: Decision, rates: Sequence[float]) -> float:
-    """Drafts that a synchronous window brings through: the sum of its nodes' path probabilities, the likeliest nodes taken."""
+    """Return the expected accepted drafts of a synchronous window: the sum of its nodes' path probabilities."""
     if len(rates) == 1:
         agreement = min(rates[0], _MAX_AGREEMENT)
         return agreement * (1 - agreement**decision.depth) / (1 - agreement)
@@ -77,10 +78,10 @@ def _mean_accepted(decision: Decision, rates: Sequence[float]) -> float:
 
 
 def _round_s(decision: Decision, observation: Observation) -> float:
-    """Seconds from one synchronous window to the next.
+    """Return the seconds from one synchronous window to the next.
 
-    A stage that several sessions keep busy begins its next pass when one ends, and who comes back in between waits: the round is a
-    whole number of its passes, and a window a little shorter can save one.
+    A stage that several sessions keep busy begins its next pass when one ends. A window that arrives in between waits.
+    So a round is a whole number of passes, and a slightly shorter window can save one.
     """
     pass_s = observation.slowest_stage_s(decision.window_nodes)
     away_s = (
@@ -90,13 +91,13 @@ def _round_s(decision: Decision, observation: Observation) -> float:
     if not busy_share or away_s > _MANY_PASSES * pass_s:
         return away_s + pass_s
     begun, late = divmod(away_s / pass_s, 1.0)
-    # Passes are missed by chance where it is close.
+    # Where it is close, chance decides whether a pass is missed.
     missed = begun + _logistic(late / _PASS_SPREAD) + _logistic((late - 1) / _PASS_SPREAD)
     return (1 - busy_share) * (away_s + pass_s) + busy_share * (1 + missed) * pass_s
 
 
 def _draft_step_s(decision: Decision, observation: Observation) -> float:
-    """Seconds of one draft step, over as many stems as there usually are."""
+    """Return the seconds of one draft step over the usual number of stems."""
     share = _STEM_SHARE if decision.mode is Mode.CONTINUOUS else 1.0
     return observation.draft.at(max(1.0, share * decision.expand_nodes))
 
@@ -106,9 +107,9 @@ def _logistic(value: float) -> float:
 
 
 class AnalyticPolicy:
-    """Argmax over every window this policy knows, "off" included.
+    """A policy that takes the best of all windows it knows, plain decoding included.
 
-    allow: the modes it may choose from besides plain.
+    allow: the modes that it may choose besides plain.
     """
 
     def __init__(self, allow: frozenset[Mode] = frozenset({Mode.SYNC, Mode.CONTINUOUS})) -> None:
@@ -117,12 +118,12 @@ class AnalyticPolicy:
         self._trials = Trials()
 
     def decide(self, observation: Observation) -> Decision:
-        """Return the best decision; plain until the first verdict has told what the route costs."""
+        """Return the best decision, or plain until the first verdict shows what the route costs."""
         if not observation.stages:
-            return replace(PLAIN, reason="nothing is measured yet")
+            return replace(PLAIN, reason="nothing measured yet")
         if (running := self._trials.running(observation)) is not None:
             return running
-        # Plain comes first and so wins ties: speculation has to earn its place.
+        # Plain comes first, so it wins ties: speculation has to earn its place.
         candidates = [PLAIN, *self._candidates(observation)]
         rates = {each.kind: _expected(each, observation) for each in candidates}
         best = max(candidates, key=lambda each: rates[each.kind])
@@ -137,7 +138,7 @@ class AnalyticPolicy:
         return self._current
 
     def _candidates(self, observation: Observation) -> Iterator[Decision]:
-        """Every window considered, the smallest first; only small ones while next to nothing is known of the drafter."""
+        """Yield the windows to consider, smallest first; only small ones while little is known about the drafter."""
         is_known = observation.num_outcomes >= TRIAL_TOKENS
         if Mode.CONTINUOUS in self._allow:
             for width, window_nodes in TREES if is_known else TREES[:1]:
@@ -150,7 +151,7 @@ class AnalyticPolicy:
 
 
 def _expected(decision: Decision, observation: Observation) -> float:
-    """The promise, scaled by how its mode kept promises, and pulled towards what these very windows wrote lately."""
+    """Return the predicted rate, corrected by how its mode kept promises and by this window's measured rate."""
 
     def promise(each: Decision) -> float:
         return predicted_tokens_per_s(each, observation)

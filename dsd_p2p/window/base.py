@@ -1,4 +1,4 @@
-"""The seam between the coordinator and what decides how much it speculates."""
+"""The interface between the coordinator and the policy that decides how much it speculates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,30 +7,30 @@ from typing import Protocol
 
 
 class Mode(StrEnum):
-    """What the coordinator does while a traversal is under way."""
+    """How the coordinator uses the time of a traversal."""
 
     PLAIN = "plain"
-    """Waits: one token per traversal."""
+    """Wait: one token per traversal."""
 
     SYNC = "sync"
-    """Drafts a window, sends it, waits for its verdict: the synchronous algorithm of arXiv:2511.11733."""
+    """Draft a window, send it, and wait for its verdict: the synchronous algorithm of arXiv:2511.11733."""
 
     CONTINUOUS = "continuous"
-    """Keeps drafting and sending; verdicts re-root the tree while the rest is in flight."""
+    """Keep drafting and sending; verdicts re-root the tree while other windows are in flight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """What the coordinator may do until the next decision.
 
-    depth: deepest draft below the root, tokens; 0 in plain mode.
-    width: children kept of each expanded node; 1 is a chain.
-    expand_nodes: nodes whose children are drafted in one step. A synchronous window is sent after `depth` steps.
-    window_nodes: most nodes one window carries.
-    max_in_flight: most windows without a verdict.
-    max_nodes: most sent nodes below the root, the root included.
-    min_path_prob: a node less likely than this, seen from the root, is neither expanded nor sent for now.
-    reason: for people, in a few words.
+    depth: maximum depth of the tree below the root, in tokens; 0 in plain mode.
+    width: children kept per expanded node; 1 is a chain.
+    expand_nodes: stems per draft step. A synchronous window is sent after `depth` steps.
+    window_nodes: maximum nodes per window.
+    max_in_flight: maximum windows without a verdict.
+    max_nodes: maximum sent nodes in the tree, the root included.
+    min_path_prob: nodes with a lower path probability from the root are neither expanded nor sent for now.
+    reason: a few words for people.
     """
 
     mode: Mode
@@ -45,7 +45,7 @@ class Decision:
 
     @property
     def kind(self) -> str:
-        """What tells decisions apart whose speed is measured apart."""
+        """The name under which this decision's speed is measured."""
         match self.mode:
             case Mode.PLAIN:
                 return "plain"
@@ -57,19 +57,23 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostLine:
-    """`fixed_s + per_node_s * n`: seconds of one pass over n nodes, or of a draft step over n stems."""
+    """A linear cost: a pass over n nodes, or a draft step over n stems, takes `fixed_s + per_node_s * n` seconds."""
 
     fixed_s: float
     per_node_s: float
 
     def at(self, num_nodes: float) -> float:
-        """Seconds for `num_nodes`."""
+        """Return the seconds for `num_nodes`."""
         return self.fixed_s + self.per_node_s * num_nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRate:
-    """What one kind of window (`Decision.kind`) achieved: tokens a second lately, tokens in all, tokens written by others since."""
+    """The measured speed of one kind of window (`Decision.kind`).
+
+    tokens_per_s: its recent rate. num_tokens: tokens it wrote in all. num_tokens_since: tokens that other kinds wrote
+    since.
+    """
 
     decision: Decision
     tokens_per_s: float
@@ -79,15 +83,15 @@ class MeasuredRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What is known of a route and its drafter when a decision is due.
+    """What a policy knows about a route and its drafter.
 
     stages: one cost line per stage; empty before the first verdict. num_sharing: sessions that share a stage's pass.
-    links_s: seconds a traversal spends outside the stages' computation, return link included.
+    links_s: seconds of a traversal outside the stages' computation, return link included.
     draft: cost line of one draft step over n stems.
-    hit_rate_by_rank: share of the committed tokens that were the drafter's first, second, ... candidate.
-    num_outcomes: committed tokens that this is known from. confidence: what the drafter gave its first candidates lately.
-    queue_s: seconds that windows lately waited at the stages.
-    measured: what each kind of window (`Decision.kind`) was seen to write on this route.
+    hit_rate_by_rank: how often the committed token was the drafter's first, second, ... candidate.
+    num_outcomes: committed tokens behind these rates. confidence: recent probability of the drafter's first candidates.
+    queue_s: recent seconds that a window waits at the stages.
+    measured: the measured speed of each kind of window (`Decision.kind`) on this route.
     """
 
     stages: tuple[CostLine, ...] = ()
@@ -101,37 +105,38 @@ class Observation:
     measured: Mapping[str, MeasuredRate] = field(default_factory=dict)
 
     def traversal_s(self, num_nodes: float) -> float:
-        """T(n): seconds from sending a window of n nodes to its verdict, none of our own before it.
+        """Return T(n): seconds from sending a window of n nodes to its verdict, with none of our windows ahead of it.
 
-        Those who share its passes are taken to send as much as we do: what one gains at the others' cost is no gain.
+        Assumes that the sessions sharing its passes send as much as we do: a gain at their cost is no gain.
         """
         num_rows = num_nodes * self.num_sharing
         return max(_SHORTEST_S, self.links_s + sum(stage.at(num_rows) for stage in self.stages))
 
     def slowest_stage_s(self, num_nodes: float) -> float:
-        """Seconds between two windows of n nodes at the route's bottleneck."""
+        """Return the seconds between two windows of n nodes at the route's bottleneck."""
         return max((stage.at(num_nodes * self.num_sharing) for stage in self.stages), default=0.0)
 
     def pace_s(self, num_nodes: float) -> float:
-        """Seconds to leave between two windows of up to n nodes.
+        """Return the seconds to leave between two windows of up to n nodes.
 
-        Faster than the slowest stage takes them, they only queue there, in front of better ones; at just its speed the queue still
-        grows, since passes scatter, and a machine that others share has nothing left for them.
+        Windows sent faster than the slowest stage takes them only queue there, ahead of better ones. At exactly its
+        speed the queue still grows, because pass times vary, and a shared machine has no time left for others.
         """
         return _ROOM * self.slowest_stage_s(num_nodes)
 
 
 _SHORTEST_S = 1e-6
-"""As finely as stages report their times."""
+"""One microsecond, the resolution of the times that stages report."""
 
 _ROOM = 1.3
-"""Of 1.0, 1.3, 1.5: on two cores for everything 1.3 writes 5 % more than 1.0 with the best window, on machines of their own 0.7 %
-less (geometric means over eight simulated routes; 1.5: 7 % and 1.8 %)."""
+"""Pace in passes of the slowest stage. With the best window, 1.3 writes 5 % more than 1.0 when all peers share two
+cores, and 0.7 % less when each has its own machine; 1.5 writes 7 % more and 1.8 % less (geometric means over eight
+simulated routes)."""
 
 
 class WindowPolicy(Protocol):
     """Decides how much to speculate; one instance serves one request at a time."""
 
     def decide(self, observation: Observation) -> Decision:
-        """Return what to do from now on; called at the start and after each verdict."""
+        """Return the decision from now on; called at the start and after each verdict."""
         ...

@@ -1,4 +1,4 @@
-"""The windows that are worth comparing, by name: what a sweep tries and what the learned policy chooses from."""
+"""The catalogue: named windows for sweeps to compare and for the learned policy to choose from."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -8,7 +8,7 @@ from dsd_p2p.window.static import PLAIN, SYNC_TREES, sync_chain, sync_tree, usua
 
 _SYNC_DEPTHS = (1, 2, 3, 4, 6, 8, 12)
 _CONTINUOUS = ((1, 2, 3), (1, 2, 128), (2, 4, 6), (2, 4, 128), (2, 8, 6), (4, 8, 6), (4, 8, 128), (12, 16, 128))
-"""(width, nodes a window, windows in flight)."""
+"""(width, nodes per window, windows in flight)."""
 
 
 CATALOGUE: Mapping[str, Decision] = MappingProxyType(

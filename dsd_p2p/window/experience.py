@@ -1,7 +1,7 @@
-"""What windows were seen to write, against what they promised; shared by the policies that adapt.
+"""Corrects predicted rates by measured ones, for the adaptive policies.
 
-Two things correct a promise: how its mode kept promises lately (`kept_share`), and what these very windows wrote (`pulled`). Where
-too little is known, a trial measures it (`Trials`).
+Two things correct a prediction, here called a promise: how well its mode kept its promises lately (`kept_share`), and
+the measured rate of the same window (`pulled`). Where too little is known, a trial measures it (`Trials`).
 """
 
 import math
@@ -12,35 +12,35 @@ from dsd_p2p.window.base import Decision, MeasuredRate, Mode, Observation
 from dsd_p2p.window.static import PLAIN
 
 _SURE_MARGIN = 1.5
-"""Where speculation leads plain by less than this, plain is measured too."""
+"""Plain decoding is measured too where speculation leads it by less than this factor."""
 
 TRIAL_TOKENS = 6
-"""Tokens a mode writes before its measured rate counts, and that a trial lasts."""
+"""Tokens that a window must write before its measured rate counts; also the length of a trial."""
 
 _FORGETTING = 0.99
-"""What is left of the trust in a measured rate after each token that other windows wrote: texts differ."""
+"""Share of the trust in a measured rate that remains after each token from other windows, because the text changes."""
 
 _FIRST_TRIAL_TOKENS = 24
-"""Plain tokens after which speculation that hardly was tried is, whatever it promises, and for twice as long as otherwise."""
+"""Plain tokens after which barely tried speculation gets a trial, whatever it promises and twice as long as usual."""
 
 _DOUBT_TOKENS = 64
-"""Tokens after which plain decoding is tried again where speculation falls behind what the latency model says of it."""
+"""Tokens after which plain decoding is tried again while speculation is slower than the modelled plain decoding."""
 
 _FIRST_RETRY_TOKENS, _MAX_RETRY_TOKENS = 256, 4096
-"""Plain tokens before speculation is tried again: twice as many after each trial that failed, up to the second number."""
+"""Plain tokens before speculation is tried again: the first number, doubled by each failed trial up to the second."""
 
 _PLAIN_SHARE = 64
-"""Plain decoding is measured again once all windows have written this many times the tokens it wrote: under 2 % of the text."""
+"""Plain decoding is measured again once all windows have written this many times its tokens, so it stays under 2 %."""
 
 _FULL_TRUST_TOKENS = 24
 """Tokens after which a measured rate counts fully: four trials."""
 
 _KEPT_BOUNDS = (0.3, 1.5)
-"""A mode is never taken to keep less, or more, of its promises: one bad stretch must not rule it out for good."""
+"""Limits on the share of its promises that a mode is taken to keep: one bad stretch must not rule it out for good."""
 
 
 def pulled(decision: Decision, promise: float, observation: Observation) -> float:
-    """Return a promise in tokens/s, pulled towards what these very windows wrote lately."""
+    """Return the promise in tokens/s, pulled towards the recent measured rate of the same window."""
     measured = observation.measured.get(decision.kind)
     if measured is None:
         return promise
@@ -49,14 +49,14 @@ def pulled(decision: Decision, promise: float, observation: Observation) -> floa
 
 
 class Trials:
-    """Windows worth a few tokens of measuring: plain beside a narrow lead, speculation after a long time without."""
+    """The trials of a few tokens: of plain decoding at a narrow lead, of speculation after long plain decoding."""
 
     def __init__(self) -> None:
         self._trial: Decision | None = None
         self._ends_at = 0
 
     def running(self, observation: Observation) -> Decision | None:
-        """Return the trial that goes on, if one does."""
+        """Return the trial under way, or None."""
         if self._trial is not None and _num_tokens(observation) >= self._ends_at:
             self._trial = None
         return self._trial
@@ -64,7 +64,7 @@ class Trials:
     def next(
         self, best: Decision, rates: Mapping[str, float], observation: Observation, candidates: Sequence[Decision]
     ) -> Decision | None:
-        """Return what to try instead of `best`, None for nothing. rates: expected tokens/s by `Decision.kind`."""
+        """Return the window to try instead of `best`, or None. rates: expected tokens/s by `Decision.kind`."""
         total = _num_tokens(observation)
         plain = observation.measured.get(PLAIN.kind)
         num_plain = plain.num_tokens if plain else 0
@@ -74,14 +74,18 @@ class Trials:
             lead = rates[best.kind] / rates[PLAIN.kind]
             is_due = num_plain < TRIAL_TOKENS or total > _PLAIN_SHARE * num_plain or _is_doubtful(best, observation)
             is_tried = lead < _SURE_MARGIN and is_due and total >= TRIAL_TOKENS
-            self._trial = replace(PLAIN, reason=f"trial: speculation leads by {lead:.2f} only") if is_tried else None
+            self._trial = (
+                replace(PLAIN, reason=f"trial of plain: speculation leads only by a factor of {lead:.2f}")
+                if is_tried
+                else None
+            )
         is_first = best.mode is Mode.PLAIN and total - num_plain < TRIAL_TOKENS
         self._ends_at = total + (2 * TRIAL_TOKENS if is_first else TRIAL_TOKENS) + 1
         return self._trial
 
 
 def _retry(rates: Mapping[str, float], candidates: Sequence[Decision], num_plain: int, total: int) -> Decision | None:
-    # Trials so far, each `TRIAL_TOKENS` long: the wait doubles with every one that failed.
+    # Trials so far, each `TRIAL_TOKENS` long. The wait doubles with each failed trial.
     num_trials = (total - num_plain) // TRIAL_TOKENS
     wait = min(_FIRST_RETRY_TOKENS * 2 ** min(num_trials, 10), _MAX_RETRY_TOKENS)
     speculative = [each for each in candidates if each.mode is not Mode.PLAIN]
@@ -89,14 +93,16 @@ def _retry(rates: Mapping[str, float], candidates: Sequence[Decision], num_plain
     if best is None:
         return None
     if total - num_plain < TRIAL_TOKENS and num_plain >= _FIRST_TRIAL_TOKENS:
-        # What the first few passes and drafts were like may mislead; what was hardly tried stays unknown.
-        return replace(best, reason="trial: it was hardly measured")
+        # The first few passes and drafts may mislead, and what is hardly tried stays unknown.
+        return replace(best, reason="trial: speculation is hardly measured yet")
     is_promising = rates[best.kind] > rates[PLAIN.kind]
-    return replace(best, reason="trial: it may have become faster") if num_plain >= wait and is_promising else None
+    return (
+        replace(best, reason="trial: speculation may be faster by now") if num_plain >= wait and is_promising else None
+    )
 
 
 def _is_doubtful(best: Decision, observation: Observation) -> bool:
-    """True where it writes less than plain decoding would by the latency model, and that was not tried for long."""
+    """True if `best` is slower than the latency model says plain decoding is, and plain was not tried for long."""
     plain, measured = observation.measured.get(PLAIN.kind), observation.measured.get(best.kind)
     if plain is None or measured is None or measured.num_tokens < TRIAL_TOKENS:
         return False
@@ -108,14 +114,17 @@ def _num_tokens(observation: Observation) -> int:
 
 
 def trust(measured: MeasuredRate) -> float:
-    """Return how much a measured rate counts against a promise, 0 to 1: more with its tokens, less with those of others since."""
+    """Return the weight of a measured rate against a promise, 0 to 1.
+
+    It grows with the tokens that the rate comes from and falls with the tokens of other windows since.
+    """
     if measured.num_tokens < TRIAL_TOKENS:
         return 0.0
     return min(1.0, measured.num_tokens / _FULL_TRUST_TOKENS) * _FORGETTING**measured.num_tokens_since
 
 
 def kept_share(mode: Mode, observation: Observation, promise: Callable[[Decision], float]) -> float:
-    """Return measured over promised speed of what the mode wrote lately; 1 where nothing is known."""
+    """Return measured over promised speed of the mode's latest window, weighted by trust; 1 if nothing is known."""
     if mode is Mode.PLAIN:
         return 1.0
     for measured in sorted(observation.measured.values(), key=lambda each: each.num_tokens_since):

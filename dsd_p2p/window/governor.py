@@ -1,8 +1,9 @@
-"""Whether speculation pays while many requests share a route: measured, not promised.
+"""Turns speculation off while it slows all of a coordinator's requests together, by measurement.
 
-What one request gains by guessing others can lose: drafts compete for the coordinator, rows for the stages' arithmetic, and no
-request sees that in its own rates. So the tokens of all requests together are counted, with speculation and without, for each
-number of requests (in powers of two), and the better is kept. The other is tried again now and then, less often each time it loses.
+One request's gain from speculation can be the others' loss: drafts compete for the coordinator's cores and windows for
+the stages' arithmetic, and no request sees this in its own rates. So the governor counts the tokens of all requests
+together, with speculation and without, for each power of two of requests at once, and keeps the better. It tries the
+other now and then, less often each time it loses.
 """
 
 from collections.abc import Callable
@@ -12,21 +13,28 @@ from dsd_p2p.window.base import Decision, Observation, WindowPolicy
 from dsd_p2p.window.static import PLAIN
 
 _SETTLE_S = 0.5
-"""After a change, what comes in is still due to the windows before it."""
+"""Pause after a change, because the first tokens still come from the windows before it."""
 
 _SPAN_S = 1.5
 """Seconds that are counted before a rate is taken."""
 
 _FIRST_SPAN_S = 6.0
+"""The first count takes four spans: requests are still arriving, and the first rate decides what is tried next."""
 
 _SHORT_S, _LOST = 0.5, 0.8
 """A trial that is far behind after this long has lost."""
 
+_NEWEST = 0.5
+"""Weight of the newest rate: two counts that disagree with the past outweigh it."""
+
 _LEAD = 1.03
+"""The other way must be 3 % faster to be taken: less is noise between two spans."""
+
 _FIRST_RETRY_S, _MAX_RETRY_S = 30.0, 480.0
+"""The pause before the loser is tried again doubles from 30 s to 8 min. One trial takes 5 % of the first, 0.3 % of the last."""
 
 _MANY = 8
-"""So many requests begin without speculation: there it seldom pays."""
+"""This many requests at once, or more, begin without speculation, because it seldom pays there."""
 
 
 @dataclass(slots=True)
@@ -35,12 +43,12 @@ class _Rate:
     at_s: float
 
     def add(self, tokens_per_s: float, now_s: float) -> None:
-        self.tokens_per_s += 0.5 * (tokens_per_s - self.tokens_per_s)
+        self.tokens_per_s += _NEWEST * (tokens_per_s - self.tokens_per_s)
         self.at_s = now_s
 
 
 class Governor:
-    """Counts the tokens of all requests of one coordinator. Times in seconds of any one clock."""
+    """Counts the tokens of all requests of one coordinator. All times are seconds of one clock, whichever it is."""
 
     def __init__(self) -> None:
         self.num_requests = 0
@@ -51,15 +59,15 @@ class Governor:
         self._retry_s: dict[int, float] = {}
 
     def joined(self, now_s: float) -> None:
-        """A request begins."""
+        """Count a request that begins."""
         self._count(self.num_requests + 1, now_s)
 
     def left(self, now_s: float) -> None:
-        """A request is over."""
+        """Stop counting a request that is over."""
         self._count(self.num_requests - 1, now_s)
 
     def committed(self, num_tokens: int, now_s: float) -> None:
-        """Some request got tokens."""
+        """Count tokens that any request got."""
         if now_s >= self._counted_from_s:
             self._num_tokens += num_tokens
 
@@ -73,12 +81,12 @@ class Governor:
         return self._is_speculating
 
     def _is_losing(self, tokens_per_s: float) -> bool:
-        """True where the other way is so much better that there is no need to count on."""
+        """True if the alternative is so much better that counting on is pointless."""
         other = self._rates.get((self._size, not self._is_speculating))
         return other is not None and tokens_per_s < _LOST * other.tokens_per_s
 
     def reason(self) -> str:
-        """For people: why requests may not speculate."""
+        """Return, for people, why requests may not speculate."""
         here = self._rates.get((self._size, False))
         there = self._rates.get((self._size, True))
         if here is None or there is None:
@@ -90,7 +98,7 @@ class Governor:
 
     @property
     def _span_s(self) -> float:
-        """Seconds to count now. Few requests begin with speculation, and their policies have to find out what suits first."""
+        """Seconds to count now. Few requests get longer at first, because their policies must find a good window."""
         is_first = self._is_speculating and self.num_requests < _MANY and (self._size, True) not in self._rates
         return _FIRST_SPAN_S if is_first else _SPAN_S
 
@@ -121,7 +129,7 @@ class Governor:
         if other is None:
             self._change(now_s)
         elif other.tokens_per_s > _LEAD * rate.tokens_per_s:
-            # What was tried has lost, or what was kept has become worse.
+            # The mode on trial has lost, or the kept one has become worse.
             self._retry_s[self._size] = min(_MAX_RETRY_S, 2 * self._retry_s.get(self._size, _FIRST_RETRY_S / 2))
             self._change(now_s)
         elif now_s - other.at_s > self._retry_s.get(self._size, _FIRST_RETRY_S):
@@ -133,7 +141,10 @@ class Governor:
 
 
 class GovernedPolicy:
-    """A request's own policy, where the governor allows speculation; else plain. clock: the governor's."""
+    """A policy that asks the request's own policy while the governor allows speculation, else decides plain.
+
+    clock: the governor's.
+    """
 
     def __init__(self, policy: WindowPolicy, governor: Governor, clock: Callable[[], float]) -> None:
         self._policy = policy
@@ -141,14 +152,14 @@ class GovernedPolicy:
         self._clock = clock
 
     def decide(self, observation: Observation) -> Decision:
-        """Return what to do from now on."""
+        """Return the decision from now on."""
         if self._governor.allows(self._clock()):
             return self._policy.decide(observation)
         return replace(PLAIN, reason=self._governor.reason())
 
 
 class Share:
-    """A request in the governor's count: from its first token on, because its prompt writes none. clock: seconds."""
+    """One request in the governor's count, from its first token on: a prompt writes no tokens. clock: in seconds."""
 
     def __init__(self, governor: Governor, clock: Callable[[], float]) -> None:
         self._governor = governor
@@ -156,13 +167,13 @@ class Share:
         self._is_counted = False
 
     def committed(self, num_tokens: int) -> None:
-        """It got tokens."""
+        """Count the tokens that this request got."""
         if not self._is_counted:
             self._is_counted = True
             self._governor.joined(self._clock())
         self._governor.committed(num_tokens, self._clock())
 
     def left(self) -> None:
-        """It is over."""
+        """Stop counting this request."""
         if self._is_counted:
             self._governor.left(self._clock())

@@ -1,4 +1,4 @@
-"""The policies that adapt, by name."""
+"""Makes the adaptive policies by name."""
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.window.analytic import AnalyticPolicy
@@ -9,10 +9,10 @@ ALL_MODES = frozenset({Mode.SYNC, Mode.CONTINUOUS})
 
 
 def adaptive_policy(name: str, modes: frozenset[Mode] = ALL_MODES) -> WindowPolicy:
-    """Return a policy for one request. modes: what it may choose from besides plain.
+    """Return a policy for one request. modes: the modes that it may choose besides plain.
 
     Raises:
-        ConfigError: there is no such policy.
+        ConfigError: no policy has this name.
     """
     match name:
         case "analytic":

@@ -1,25 +1,25 @@
-"""The same decision for the whole request."""
+"""The static policy, one fixed decision per request, and the windows that it and other policies use."""
 
 from dsd_p2p.window.base import Decision, Mode, Observation
 
 _MAX_SENT_NODES = 896
-"""Bounds the stages' caches only (`StageLimits.max_draft_slots`): what is worth a place is decided by its path's probability."""
+"""Bounds only the stages' caches (`StageLimits.max_draft_slots`); path probabilities decide which nodes get a place."""
 
 SYNC_TREES = ((4, 2), (8, 4), (16, 6))
-"""(nodes, draft steps) of the synchronous trees that are considered."""
+"""(nodes, draft steps) of the synchronous trees considered."""
 
 PLAIN = Decision(mode=Mode.PLAIN, reason="asked for")
 
 
 def sync_chain(depth: int) -> Decision:
-    """Return the synchronous algorithm of arXiv:2511.11733 with γ = `depth` (the paper: 8)."""
+    """Return a synchronous chain: the algorithm of arXiv:2511.11733 with γ = `depth` (the paper uses 8)."""
     return Decision(
         mode=Mode.SYNC, depth=depth, window_nodes=depth + 1, max_nodes=depth + 1, reason=f"asked for γ={depth}"
     )
 
 
 def sync_tree(num_nodes: int, depth: int, width: int = 4) -> Decision:
-    """Return the synchronous tree: `depth` draft steps, then the `num_nodes` likeliest nodes (cf. EAGLE-2, arXiv:2406.16858)."""
+    """Return a synchronous tree: the `num_nodes` likeliest nodes of `depth` steps (cf. EAGLE-2, arXiv:2406.16858)."""
     return Decision(
         mode=Mode.SYNC,
         depth=depth,
@@ -48,19 +48,26 @@ def continuous_tree(
     )
 
 
+_WIDE, _LEAST_PATH, _LEAST_WIDE_PATH = 4, 0.02, 0.001
+"""Least probability of a path to be drafted. Trees with more children to a node than `_WIDE` get room for unlikely ones too."""
+
+_USUAL_DEPTH = 96
+"""Levels below the root: more than any window in flight reaches, so that the nodes, not the depth, are the bound."""
+
+
 def usual_tree(width: int, window_nodes: int, max_in_flight: int) -> Decision:
-    """Return the continuous tree of that size with the depth and the least path probability that serve all sizes well."""
+    """Return a continuous tree of this size, with the usual depth and minimum path probability."""
     return continuous_tree(
-        depth=96,
+        depth=_USUAL_DEPTH,
         width=width,
         window_nodes=window_nodes,
         max_in_flight=max_in_flight,
-        min_path_prob=0.001 if width > 4 else 0.02,
+        min_path_prob=_LEAST_WIDE_PATH if width > _WIDE else _LEAST_PATH,
     )
 
 
 class StaticPolicy:
-    """Always decides the same."""
+    """A policy that always returns the same decision."""
 
     def __init__(self, decision: Decision) -> None:
         self._decision = decision

@@ -1,13 +1,13 @@
-"""γ by the share of accepted tokens alone: longer while the drafter is right, shorter while it is wrong."""
+"""The threshold policy: lengthens γ while the drafter is right and shortens it while it is wrong."""
 
 from dsd_p2p.window.base import Decision, Observation
 from dsd_p2p.window.static import sync_chain
 
 
 class ThresholdPolicy:
-    """One token more after agreement above `high`, one less below `low`: the baseline of arXiv:2511.21669.
+    """The baseline of arXiv:2511.21669: γ grows by one token at agreement above `high` and shrinks by one below `low`.
 
-    It steps by whole tokens, because a factor gets stuck where rounding undoes it.
+    It steps by whole tokens, because scaling by a factor gets stuck where rounding undoes it.
     """
 
     def __init__(self, low: float = 0.6, high: float = 0.8, first_depth: int = 4, max_depth: int = 12) -> None:

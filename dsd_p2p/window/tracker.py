@@ -1,4 +1,4 @@
-"""Turns what happens to a request into what a window policy wants to know."""
+"""Turns the events of requests into the observations that a policy decides from."""
 
 import math
 import operator
@@ -26,17 +26,24 @@ _PRIOR_WEIGHT, _FIRST_PRIOR_WEIGHT = 2.0, 6.0
 """Tokens after which measurement and prior count the same; at first more, so that two misses in a row condemn no drafter."""
 
 _USUAL_SLOPE = 0.03
-"""Of a pass's fixed part, what one more node costs: 3 to 4 % on a CPU (docs/benchmarks.md), less on a GPU."""
+"""Cost of one more node as a share of a pass's fixed part: 3 to 4 % on a CPU (docs/benchmarks.md), less on a GPU."""
+
+_FIRST_SHARPENING, _LEAST_SHARPENING, _MOST_SHARPENING = 1.3, 0.5, 3.0
+"""The exponent at first, and its bounds. Above 1, because a greedy target takes the likeliest token more often than sampling would.
+The bounds keep a run of odd outcomes from making the drafter look certain (3) or useless (0.5)."""
+
+_SHARPENING_STEP = 0.02
+"""Greatest change of the exponent for one outcome: from the first value to a bound takes at least 40 outcomes."""
 
 _SLOPE_PRIOR = 64.0
 """Squared nodes; about twenty passes of which every other one is four nodes larger weigh the same as the prior."""
 
 
 class LineFit:
-    """Least squares of `fixed + slope * n`, old samples fading, drawn towards a usual slope; never a negative one.
+    """A least-squares fit of `fixed + slope * n` with fading samples and a prior on the slope, which is never negative.
 
-    Passes of one size tell nothing of the slope, and those of a shared machine scatter by more than a few nodes cost: without a
-    prior a stage was seen to be rated at ten times its cost a node, and the rating outlived what it came from.
+    Passes of one size say nothing about the slope, and on a shared machine their times vary by more than a few nodes
+    cost. Without a prior, a stage was once rated at ten times its cost per node, and the rating outlived its cause.
     """
 
     __slots__ = ("_n", "_nn", "_ny", "_weight", "_y")
@@ -45,7 +52,7 @@ class LineFit:
         self._weight = self._n = self._nn = self._y = self._ny = 0.0
 
     def add(self, num_nodes: int, seconds: float) -> None:
-        """Take in one pass over `num_nodes`."""
+        """Add one pass over `num_nodes`."""
         self._weight = self._weight * _DECAY + 1
         self._n = self._n * _DECAY + num_nodes
         self._nn = self._nn * _DECAY + num_nodes * num_nodes
@@ -64,14 +71,15 @@ class LineFit:
 
 
 class Sharpening:
-    """How much surer a drafter is than it says: probabilities `p^s / Σ p^s`, s fitted to what the target went on to write.
+    """Corrects a drafter's probabilities to `p^s / Σ p^s`, with s fitted to the tokens that the target then wrote.
 
-    A drafter's probabilities are those of sampling; a greedy target takes its likeliest token more often than they say.
-    The exponent climbs the likelihood of the outcomes (stochastic gradient ascent). What no candidate holds counts as one more.
+    A drafter's probabilities are made for sampling; a greedy target takes its likeliest token more often than they say.
+    The exponent follows the likelihood of the outcomes by stochastic gradient ascent. All tokens that are no candidates
+    count as one more candidate.
     """
 
     def __init__(self) -> None:
-        self.exponent = 1.3
+        self.exponent = _FIRST_SHARPENING
 
     def apply(self, logprobs: Sequence[float]) -> list[float]:
         """Return the sharpened log probabilities of one node's candidates."""
@@ -80,14 +88,15 @@ class Sharpening:
         return [exponent * value - log_mass for value in logprobs]
 
     def learn(self, rank: int | None, logprobs: Sequence[float]) -> None:
-        """Take in which candidate came true, None for none of them."""
+        """Learn from one outcome: the rank of the candidate that was committed, or None."""
         exponent, exp = self.exponent, math.exp
         values = (*logprobs, _rest(logprobs))
         weights = [exp(exponent * value) for value in values]
         expected = sum(map(operator.mul, weights, values)) / sum(weights)
-        # Bounded: one great surprise must not undo a hundred confirmations.
+        # Bounded, because one great surprise must not undo a hundred confirmations.
         step = max(-1.0, min(1.0, values[-1 if rank is None else rank] - expected))
-        self.exponent = max(0.5, min(3.0, self.exponent + 0.02 * step))
+        moved = self.exponent + _SHARPENING_STEP * step
+        self.exponent = max(_LEAST_SHARPENING, min(_MOST_SHARPENING, moved))
 
 
 def _rest(logprobs: Sequence[float]) -> float:
@@ -95,7 +104,7 @@ def _rest(logprobs: Sequence[float]) -> float:
 
 
 class _Rate:
-    """Tokens over seconds; the past fades with the tokens that follow it."""
+    """A rate in tokens per second, in which the past fades with each new token."""
 
     def __init__(self, decision: Decision) -> None:
         self._decision = decision
@@ -120,7 +129,7 @@ class _Rate:
 
 
 class Tracker:
-    """Measurements of one route and drafter, kept across the requests that use them."""
+    """The measurements of one route and drafter, kept across requests."""
 
     def __init__(self) -> None:
         self._stages: list[LineFit] = []
@@ -138,9 +147,9 @@ class Tracker:
         self._num_outcomes = 0
 
     def verdict(self, *, traversal_s: float, costs: Sequence[StageCost], waited_s: float) -> None:
-        """Take in the first verdict of a window, `traversal_s` after it was sent, and what it took at each stage.
+        """Add the first verdict of a window, received `traversal_s` after sending, and its cost at each stage.
 
-        waited_s: between its arrivals at the stages and their passes, summed.
+        waited_s: the time between the window's arrival at each stage and its pass there, summed.
         """
         stage_s = [cost.us / 1e6 for cost in costs]
         if len(costs) != len(self._stages):
@@ -154,27 +163,27 @@ class Tracker:
         self._num_sharing += (1 - _DECAY) * (num_sessions - self._num_sharing)
         links_s = max(0.0, traversal_s - sum(stage_s) - waited_s)
         self._queue_s += share * (waited_s - self._queue_s)
-        # A frame that was lost and sent again tells nothing of the next one.
+        # A frame that was lost and sent again says nothing about the next one.
         usual_s = 2 * self._links_s + _LINK_SLACK_S if self._num_verdicts > 1 else links_s
         self._links_s += share * (min(links_s, usual_s) - self._links_s)
 
     def draft_step(self, num_stems: int, seconds: float) -> None:
-        """Take in one draft step over so many stems."""
+        """Add one draft step over `num_stems` stems."""
         self._draft.add(num_stems, seconds)
 
     def sharpened(self, logprobs: Sequence[float]) -> list[float]:
-        """Return one node's candidates' log probabilities as experience corrects them."""
+        """Return the log probabilities of one node's candidates, corrected by experience."""
         return self._sharpening.apply(logprobs)
 
     def outcome(self, rank: int | None, logprobs: Sequence[float] = ()) -> None:
-        """Take in one committed token that the drafter was asked for: its rank, None where it was no candidate.
+        """Add one committed token that the drafter was asked for: its rank, or None if it was no candidate.
 
-        logprobs: of all its candidates, likeliest first.
+        logprobs: those of all candidates for this token, likeliest first.
         """
         if logprobs:
             self._sharpening.learn(rank, logprobs)
             self._confidence += (1 - _DECAY) * (math.exp(logprobs[0]) - self._confidence)
-        # A candidate that the drafter did not name, though asked for as many, was wrong, too.
+        # The drafter may name fewer candidates than it was asked for; the missing ones count as wrong.
         num_tried = len(self._tries_by_rank) if rank is None else rank + 1
         for tried in range(min(num_tried, len(self._tries_by_rank))):
             self._tries_by_rank[tried] = self._tries_by_rank[tried] * _OUTCOME_DECAY + 1
@@ -182,12 +191,12 @@ class Tracker:
         self._num_outcomes += 1
 
     def progress(self, decision: Decision, num_tokens: int, seconds: float) -> None:
-        """Take in what was committed while windows of this kind were at work."""
+        """Add tokens committed, and seconds spent, while windows of this kind were in use."""
         self._num_tokens += num_tokens
         self._rates.setdefault(decision.kind, _Rate(decision)).add(num_tokens, seconds, self._num_tokens)
 
     def observe(self) -> Observation:
-        """Return what is known now."""
+        """Return the current observation."""
         return Observation(
             stages=tuple(fit.line() for fit in self._stages),
             links_s=self._links_s,
@@ -201,9 +210,9 @@ class Tracker:
         )
 
     def _hit_rates(self) -> tuple[float, ...]:
-        """A rank's share is measured only where it was drafted: each is estimated given that those before it failed.
+        """Return the hit rate of each rank, estimated given that the ranks before it failed.
 
-        A drafter whose first candidate is worse than expected is not expected to do well with its others.
+        A drafter whose first candidate does worse than the prior is expected to do worse with its others too.
         """
         rates: list[float] = []
         left, quality = 1.0, 1.0

@@ -1,1 +1,1 @@
-"""What crosses a link: messages, frames, limits (docs/protocol.md)."""
+"""The wire protocol: messages, frames and limits (docs/protocol.md)."""

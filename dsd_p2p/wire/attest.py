@@ -1,7 +1,8 @@
-"""What a stage signs of a window, and what a coordinator makes of it.
+"""Computes the hashes and the text that a stage signs for a window.
 
-A row is a node's hidden state as it travels, or its token in front of the head. Neighbours sign the same hash for the same row, so
-a chain of signatures covers every layer of every window; that the layers were really computed, spot checks show.
+A row is a node's hidden state as sent on the link, or its token before the head. Neighbours sign the same hash for the
+same row, so the signatures of a route cover every layer of every window. They do not show that the layers were really
+computed; spot checks do.
 """
 
 import hashlib
@@ -14,12 +15,12 @@ _DOMAIN = b"dsd-p2p window 1\0"
 
 
 def hash_rows(data: bytes, row_bytes: int) -> bytes:
-    """Return the hashes of the rows of hidden states, one after the other."""
+    """Return the concatenated hashes of the rows of hidden states."""
     return b"".join(_hash(data[start : start + row_bytes]) for start in range(0, len(data), row_bytes))
 
 
 def hash_tokens(tokens: Sequence[TokenId]) -> bytes:
-    """Return the hashes of the rows in front of the head."""
+    """Return the concatenated hashes of the tokens, the rows before the head."""
     return b"".join(_hash(token.to_bytes(8, "little")) for token in tokens)
 
 
@@ -29,7 +30,7 @@ def row_hash(hashes: bytes, row: int) -> bytes:
 
 
 def signed_text(window: Window, span: Span, inputs: bytes, outputs: bytes) -> bytes:
-    """Return what the stage that ran `span` over `window` signs."""
+    """Return the bytes that a stage signs after it ran `span` over `window`."""
     numbers = (window.epoch, window.window, window.first_node, len(window.tokens), span.first, span.last)
     return b"".join((_DOMAIN, window.session, *(number.to_bytes(8, "little") for number in numbers), inputs, outputs))
 

@@ -1,8 +1,8 @@
-"""Messages to frames and back.
+"""Encodes messages as frames and decodes frames.
 
-A frame is `version: u8 | header length: u24 little endian | header: MessagePack | payload: raw bytes`. The payload is hidden
-states, row-major: of a `Window` between stages, and of what spot checks exchange. The transport adds the frame's own length
-(docs/protocol.md).
+A frame is `version: u8 | header length: u24 little endian | header: MessagePack | payload: raw bytes`. The payload
+holds hidden states, row-major; only a `Window` between stages and the messages of spot checks have one. The transport
+adds the frame's length (docs/protocol.md).
 """
 
 import math
@@ -16,7 +16,7 @@ from dsd_p2p.wire.messages import Ask, Message, OpenSession, Recompute, Recomput
 from dsd_p2p.wire.version import PROTOCOL_VERSION
 
 MAX_FRAME_BYTES = 64 << 20
-"""1024 positions of a model with H = 16384 in float32."""
+"""Room for 1024 positions of a model with H = 16384 in float32."""
 
 _MAX_HEADER_BYTES = 1 << 20
 _PREFIX_BYTES = 4
@@ -46,10 +46,10 @@ def encode(message: Message, payload: bytes | memoryview = b"") -> bytes:
 
 
 def decode(frame: bytes) -> Frame:
-    """Check and decode what a peer sent.
+    """Decode and check a frame from a peer.
 
     Raises:
-        RemoteProtocolError: names the field, its value and the limit.
+        RemoteProtocolError: the frame is invalid. The text names the field, its value and the limit.
     """
     if not _PREFIX_BYTES < len(frame) <= MAX_FRAME_BYTES:
         raise RemoteProtocolError("frame length", len(frame), f"{_PREFIX_BYTES + 1}..{MAX_FRAME_BYTES} bytes")
@@ -63,7 +63,7 @@ def decode(frame: bytes) -> Frame:
     try:
         message = _decoder.decode(view[_PREFIX_BYTES : _PREFIX_BYTES + header_bytes])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise RemoteProtocolError("header", str(exc), "a message of docs/protocol.md") from exc
+        raise RemoteProtocolError("header", str(exc), "a message as in docs/protocol.md") from exc
     payload = view[_PREFIX_BYTES + header_bytes :]
     _check(message, len(payload))
     return Frame(message, payload)
@@ -77,16 +77,18 @@ def _check_text(text: TextRequest) -> None:
 
 
 def _check(message: Message, payload_bytes: int) -> None:
-    """Check what the types cannot say."""
+    """Check the rules that the field types cannot express."""
     if isinstance(message, OpenSession | Ask | Recompute):
         _check_text(message.text)
     if isinstance(message, OpenSession):
         if any(hop.span.first >= hop.span.last for hop in message.route):
             raise RemoteProtocolError("route span", [str(hop.span) for hop in message.route], "first < last")
         if message.formats and len(message.formats) != len(message.route) - 1:
-            raise RemoteProtocolError("formats", len(message.formats), f"{len(message.route) - 1}, one a link, or none")
+            raise RemoteProtocolError(
+                "formats", len(message.formats), f"{len(message.route) - 1}, one for each link, or none"
+            )
         if message.kept and len(message.kept) != len(message.route):
-            raise RemoteProtocolError("kept", len(message.kept), f"{len(message.route)}, one a stage, or none")
+            raise RemoteProtocolError("kept", len(message.kept), f"{len(message.route)}, one for each stage, or none")
     if isinstance(message, Revealed | Recompute | Recomputed):
         return
     if not isinstance(message, Window):
@@ -102,7 +104,7 @@ def _check(message: Message, payload_bytes: int) -> None:
         )
     if any(top.offset >= num_nodes or len(top.tokens) != len(top.centinats) for top in message.drafts):
         raise RemoteProtocolError(
-            "drafts", len(message.drafts), "offsets of the window's nodes, a number for each token"
+            "drafts", len(message.drafts), "offsets within the window, and one log probability for each token"
         )
     if message.first_node < 0:
         raise RemoteProtocolError("first_node", message.first_node, ">= 0")

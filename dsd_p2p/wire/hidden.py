@@ -1,7 +1,8 @@
-"""Smaller formats for hidden states on a link: half the bytes, or a quarter, and an error that exact mode takes only when asked.
+"""Packs hidden states for a link into half or a quarter of the bytes.
 
-`model`: as computed. `bf16`: bfloat16, rounded to nearest, for float32 models. `int8`: groups of 32 values, each group a float16
-scale and 32 signed bytes (scales of a row after its values).
+Packing rounds, which can change the text, so a route uses the smaller formats only if the user asks for them.
+`model`: the model's own format, without loss. `bf16`: bfloat16, rounded to nearest, for float32 models. `int8`: groups
+of 32 values, each a float16 scale and 32 signed bytes. The scales of a row follow its values.
 """
 
 import numpy as np
@@ -14,12 +15,12 @@ GROUP = 32
 
 
 def packed_row_bytes(row_bytes: int, compute: ComputeFormat, hidden_format: HiddenFormat) -> int:
-    """Return the bytes of one node's hidden state on the link.
+    """Return the size in bytes of one node's hidden state on the link.
 
-    row_bytes: its bytes as the model computes it.
+    row_bytes: its size in the model's own format.
 
     Raises:
-        ConfigError: the format does not fit the model.
+        ConfigError: the model cannot use the format.
     """
     hidden_size = row_bytes // compute.value_bytes
     match hidden_format:
@@ -38,7 +39,7 @@ def packed_row_bytes(row_bytes: int, compute: ComputeFormat, hidden_format: Hidd
 
 
 def pack(data: bytes, row_bytes: int, compute: ComputeFormat, hidden_format: HiddenFormat) -> bytes:
-    """Return hidden states `[n, H]` as the model computes them in the link's format."""
+    """Return hidden states `[n, H]`, given in the model's own format, in the link's format."""
     if hidden_format is HiddenFormat.MODEL:
         return data
     values = to_float32(data, compute).reshape(len(data) // row_bytes, -1)
@@ -46,14 +47,14 @@ def pack(data: bytes, row_bytes: int, compute: ComputeFormat, hidden_format: Hid
         return _round_to_bfloat16(values).tobytes()
     groups = values.reshape(len(values), -1, GROUP)
     scales = (np.abs(groups).max(axis=2) / 127).astype(np.float16)
-    # The scale as it will be read: rounding it must not move the values twice.
+    # Divide by the scale as the receiver will read it, so that its rounding does not add a second error.
     divisors = np.where(scales == 0, 1, scales).astype(np.float32)[:, :, None]
     rounded = np.clip(np.rint(groups / divisors), -127, 127).astype(np.int8).reshape(values.shape)
     return b"".join(row.tobytes() + scale.tobytes() for row, scale in zip(rounded, scales, strict=True))
 
 
 def unpack(data: bytes, row_bytes: int, compute: ComputeFormat, hidden_format: HiddenFormat) -> bytes:
-    """Return hidden states as the model computes them, as they were before `pack` up to rounding.
+    """Return packed hidden states in the model's own format, equal to the input of `pack` up to rounding.
 
     Raises:
         RemoteProtocolError: a scale is not finite.
@@ -72,14 +73,14 @@ def unpack(data: bytes, row_bytes: int, compute: ComputeFormat, hidden_format: H
 
 
 def _round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """To nearest, ties to even; infinities and NaN keep their upper half."""
+    """Round to nearest, ties to even; infinities and NaN keep their upper half."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isfinite(values), rounded, bits >> 16).astype(np.uint16)
 
 
 def to_float32(data: bytes, compute: ComputeFormat) -> NDArray[np.float32]:
-    """Return hidden states of a model as float32, flat."""
+    """Return hidden states in the model's own format as a flat float32 array."""
     match compute:
         case ComputeFormat.FLOAT32:
             return np.frombuffer(data, "<f4")

@@ -1,6 +1,6 @@
-"""What the peers of a swarm sign and tell each other of themselves (docs/protocol.md, "Swarm").
+"""Defines the structs that the members of a swarm sign and exchange about themselves (docs/protocol.md, "Swarm").
 
-Structs only: `dsd_p2p.swarm` issues, checks and keeps them.
+`dsd_p2p.swarm` issues, checks and keeps them.
 """
 
 from enum import StrEnum
@@ -22,16 +22,16 @@ Microseconds = Annotated[int, Meta(ge=0, le=1 << 40)]
 
 
 class Role(StrEnum):
-    """What a member may do: a stage may also do all that a client may."""
+    """A member's permissions. A stage may do everything that a client may."""
 
     STAGE = "stage"
     CLIENT = "client"
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True):
-    """`issuer` lets the holder of `subject`'s key in; both are ed25519 public keys.
+    """`issuer`'s permission for the holder of the key `subject` to join. Both are ed25519 public keys.
 
-    max_uses: how many others the subject may let in by grants of its own.
+    max_uses: how many other keys the subject may grant permission to.
     """
 
     issuer: KeyBytes
@@ -43,14 +43,14 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Revocation(msgspec.Struct, frozen=True, array_like=True):
-    """The owner takes back whatever was granted to `subject`, a peer's or an invite's key, and what that granted on."""
+    """The owner's revocation of all grants to `subject` (a peer's or an invite's key) and of those based on them."""
 
     subject: KeyBytes
     signature: SignatureBytes = b""
 
 
 class MemberState(StrEnum):
-    """Where a member is in its life."""
+    """The state of a member's process."""
 
     JOINING = "joining"
     SERVING = "serving"
@@ -59,10 +59,11 @@ class MemberState(StrEnum):
 
 
 class PeerProfile(msgspec.Struct, frozen=True, array_like=True):
-    """What a node measured of itself.
+    """A peer's measurements of itself, and what it offers.
 
-    layer_us, layer16_us: microseconds of one layer's pass over 1 and over 16 positions.
-    max_layers: what its memory has room for. drafter: with what it coordinates requests of thin clients; empty does not.
+    layer_us, layer16_us: microseconds for one layer's pass over 1 and over 16 positions.
+    max_layers: how many layers fit into its memory.
+    drafter: the drafter with which it coordinates requests of thin clients; empty if it does not coordinate any.
     """
 
     layer_us: Microseconds = 0
@@ -72,9 +73,9 @@ class PeerProfile(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
-    """What a member says of itself, signed by it; a newer (incarnation, sequence) replaces an older one.
+    """A member's signed description of itself. A greater (incarnation, sequence) replaces a smaller one.
 
-    incarnation, sequence: milliseconds since 1970 when it started and when it made this record.
+    incarnation: when the member's process started. sequence: when it made this record. Both in milliseconds since 1970.
     """
 
     info: PeerInfo
@@ -88,12 +89,15 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def age(self) -> tuple[int, int]:
-        """What tells a newer record from an older one of the same peer."""
+        """The pair that orders the records of one peer; the greater one is newer."""
         return self.incarnation, self.sequence
 
 
 class Heard(msgspec.Struct, frozen=True, array_like=True):
-    """A neighbour as the sender knows it: its last beat, for how long that has lain here, the round trip (0: unknown)."""
+    """An echo of a neighbour's last heartbeat.
+
+    beat: its number. held_us: time since the sender received it. round_trip_us: to that neighbour, 0 if unknown.
+    """
 
     peer: Name
     beat: Annotated[int, Meta(ge=0, le=1 << 50)]
@@ -102,11 +106,11 @@ class Heard(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=10):
-    """Member → every connected member, every interval. Sent by itself on its own connection, so it needs no signature.
+    """Member → every connected member, once each interval, on its own connection; so it needs no signature.
 
-    beat: grows by one. interval_ms: until the next one; who misses two is dead.
-    view: digest of all records and revocations the sender knows; who knows others sends them.
-    num_sessions, cache_bytes: in use at its stage. heard: the neighbours whose heartbeats it receives.
+    beat: grows by one each time. interval_ms: time to the next heartbeat; a member that misses two is considered gone.
+    view: a hash of all records and revocations that the sender knows. A receiver with another view sends its own.
+    num_sessions, cache_bytes: in use at the sender's stage. heard: the neighbours whose heartbeats it receives.
     """
 
     beat: Annotated[int, Meta(ge=0, le=1 << 50)]
@@ -118,7 +122,7 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=10):
 
 
 class Members(msgspec.Struct, frozen=True, array_like=True, tag=11):
-    """Records and revocations the receiver may not know yet."""
+    """Member → member: records and revocations that the receiver may not know yet."""
 
     records: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_MEMBERS)] = ()
     revocations: Annotated[tuple[Revocation, ...], Meta(max_length=MAX_REVOCATIONS)] = ()

@@ -1,8 +1,8 @@
-"""The messages of the protocol (docs/protocol.md), in the order they appear in a session's life.
+"""Defines the messages of the protocol (docs/protocol.md), in the order of a session's life.
 
-Every message carries what makes it idempotent (session, epoch, window number, start position), so nothing is
-acknowledged. Field types and lengths are checked when a frame is decoded (`dsd_p2p.wire.codec`); what needs the state of a session
-(unknown parent, epoch from the future) is checked by `dsd_p2p.session`.
+The fields of every message (session, epoch, window number, start position) make it idempotent, so nothing is
+acknowledged. `dsd_p2p.wire.codec` checks field types and lengths when it decodes a frame. `dsd_p2p.session` checks the
+rules that depend on a session's state, such as an unknown parent or an epoch from the future.
 """
 
 from enum import StrEnum
@@ -39,9 +39,9 @@ MAX_RECOMPUTED = 4096
 MAX_GAP = 1_000_000
 MAX_WAITED = 1 << 40
 WAITED_PER_S = 10_000
-"""Unit of `waited`: a tenth of a millisecond."""
+"""The unit of `waited` is a tenth of a millisecond."""
 FILL_NODES = 128
-"""Nodes of each window, numbered from 0, with which a stage refills the one after it."""
+"""The number of nodes in each window with which a stage refills the next one; they are numbered from 0."""
 
 SessionBytes = Annotated[bytes, Meta(min_length=8, max_length=8)]
 MAX_EPOCH = (1 << 31) - 1
@@ -51,11 +51,11 @@ NodeNumber = Annotated[int, Meta(ge=-1, le=MAX_POSITIONS)]
 Centinats = Annotated[int, Meta(ge=0, le=100_000)]
 
 BASE = -1
-"""Node number of what an epoch hangs under: the root its first window names, or the empty text."""
+"""The node number of an epoch's base: the root that its first window names, or the empty text."""
 
 
 class FailureKind(StrEnum):
-    """Why a peer cannot go on with a session; each maps to one class of `dsd_p2p.errors`."""
+    """The reason why a peer cannot go on with a session; each maps to one class of `dsd_p2p.errors`."""
 
     CAPACITY = "capacity"
     PROTOCOL = "protocol"
@@ -68,7 +68,7 @@ class FailureKind(StrEnum):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """First message on every stream: the sender and the peers it knows; in a swarm, what lets it in."""
+    """The first message on every stream: the sender, the peers it knows and, in a swarm, its grants."""
 
     version: int
     sender: PeerInfo
@@ -77,7 +77,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Hop(msgspec.Struct, frozen=True, array_like=True):
-    """One stage of a route: which peer, its address, and the layers it is asked to run."""
+    """One stage of a route: its peer, the peer's address, and the layers to run."""
 
     peer: Name
     address: Address
@@ -85,31 +85,31 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Prefix(msgspec.Struct, frozen=True, array_like=True):
-    """The first tokens of a text that the stages have parked: those of `session`, which its coordinator closed."""
+    """The first tokens of the parked text of `session`, which its coordinator has closed."""
 
     session: SessionBytes
     num_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
 
 
 class Park(msgspec.Struct, frozen=True, array_like=True):
-    """What a stage is to hold of a session that closes: the text up to the node `at` (epoch, node), `num_tokens` long."""
+    """The text that a stage should park when a session closes: `num_tokens` long, up to node `at` (epoch, node)."""
 
     at: tuple[Epoch, NodeNumber]
     num_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
 
 
 class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """Opens a session at `epoch` on every stage of `route`; travels down the route ahead of the windows.
+    """Coordinator → head → … → tail: open a session at `epoch`. It goes down the route ahead of the windows.
 
-    The first `num_prompt` tokens are the prompt. The first `num_given` are given: the prompt and, in a replay, the tokens
-    that were committed before. The tail does not verify what is given.
-    Received again with a higher epoch, it resets the session: nothing of the old epochs is kept.
-    formats: of the hidden states on each link between stages; empty is the model's own on all of them.
-    kept: for each stage of the route, whether it goes on with what it holds of the session: everything given but the last
-        token, which ends at node `resume` (epoch, node). The others are refilled by the stage before them. Empty: no
-        stage keeps anything.
-    attest: every stage signs what it takes in and gives out.
-    prefix: parked text that the prompt begins with; only what follows is sent.
+    The first `num_prompt` tokens are the prompt. The first `num_given` are given: the prompt and, in a replay, the
+    tokens committed before it. The tail does not verify given tokens.
+    The same session with a higher epoch replaces the open one. Only the stages marked in `kept` keep what they hold.
+    formats: of the hidden states on each link between stages; empty means the model's own on all links.
+    kept: for each stage of the route, whether it goes on with what it holds of the session: all given tokens but the
+        last, ending at node `resume` (epoch, node). The stage before refills each of the others. If empty, no stage
+        keeps anything.
+    attest: every stage signs hashes of its inputs and outputs.
+    prefix: parked text with which the prompt begins. The windows carry only the rest.
     """
 
     session: SessionBytes
@@ -129,12 +129,12 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
     @property
     def max_length(self) -> int:
-        """Length of the finished text at most, prompt included."""
+        """The greatest length of the finished text in tokens, including the prompt."""
         return self.num_prompt + self.text.max_tokens
 
 
 class Attestation(msgspec.Struct, frozen=True, array_like=True):
-    """What a stage signs of one window: a hash of each node's input and of each node's output (none at the tail)."""
+    """One stage's signature for a window, over a hash of each node's input and output (no outputs at the tail)."""
 
     inputs: Annotated[bytes, Meta(max_length=MAX_WINDOW_NODES * ROW_HASH_BYTES)]
     outputs: Annotated[bytes, Meta(max_length=MAX_WINDOW_NODES * ROW_HASH_BYTES)]
@@ -142,14 +142,17 @@ class Attestation(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WindowAttestation(msgspec.Struct, frozen=True, array_like=True):
-    """What every stage of the route signed of one window, head first."""
+    """The attestations of all stages of the route for one window, head first."""
 
     window: WindowNumber
     stages: Annotated[tuple[Attestation, ...], Meta(min_length=1, max_length=MAX_STAGES)]
 
 
 class DraftTop(msgspec.Struct, frozen=True, array_like=True):
-    """What the drafter expects after one node of a window: its likeliest tokens and -100 times the ln of their probabilities."""
+    """The drafter's likeliest tokens after one node of a window.
+
+    offset: the node's index in the window. centinats: -100 times the natural logarithm of each token's probability.
+    """
 
     offset: Annotated[int, Meta(ge=0, lt=MAX_WINDOW_NODES)]
     tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_DRAFT_TOP)]
@@ -157,14 +160,15 @@ class DraftTop(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """Draft nodes on their way down the route; after the first stage the frame's payload is their hidden states `[n, H]`.
+    """Coordinator → head → … → tail: nodes to verify. After the head, the payload is their hidden states `[n, H]`.
 
     root: the newest node known to be committed, as (epoch, node number).
-    first_node: number of the first node; the others follow by one.
-    parents: node number within this epoch of each node's parent, `BASE` for the node that opens the epoch.
-    costs: of each stage passed so far. waited: between arrivals there and the passes, tenths of a millisecond, summed over them.
-    link_bytes: bytes of window frames that the stages passed so far have received in this session.
-    drafts: in relaxed mode, what the drafter expects after some of the nodes. attestations: of the stages passed so far.
+    first_node: the number of the first node; the others are numbered consecutively.
+    parents: the number of each node's parent in this epoch; `BASE` for the node that opens the epoch.
+    costs, attestations: one of each stage passed so far.
+    waited: time between arrival and pass, summed over the stages passed so far, in tenths of a millisecond.
+    link_bytes: the bytes of this session's window frames that the stages passed so far have received.
+    drafts: in relaxed mode, the drafter's likeliest tokens after some of the nodes.
     """
 
     session: SessionBytes
@@ -183,12 +187,12 @@ class Window(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 
 class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """Tail → coordinator: `tokens` are the target's own picks from `start_pos` on; never empty.
+    """Tail → coordinator: the tokens that the tail commits, from `start_pos` on; never empty.
 
-    settled: for each token the node that holds it in the tail's cache, or `BASE` where none did yet.
-    num_live, num_stale: nodes of the window that descended from the tail's position, and those that did not.
-    num_relaxed: of `tokens`, those that the target itself would have written differently.
-    attestations: of every window since the last verdict. logprobs: one a token, where they were asked for.
+    settled: for each token the node that holds it in the tail's cache, or `BASE` if none does yet.
+    num_live, num_stale: how many of the window's nodes descend from the tail's position, and how many do not.
+    num_relaxed: how many of `tokens` differ from the target's own pick (relaxed mode).
+    attestations: of every window since the last verdict. logprobs: one for each token, if the request asked for them.
     """
 
     session: SessionBytes
@@ -208,16 +212,17 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """Coordinator → every stage: drop queued windows of epochs below `epoch`."""
+    """Coordinator → every stage: drop the queued windows of epochs below `epoch`."""
 
     session: SessionBytes
     epoch: Epoch
 
 
 class CloseSession(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """Coordinator → every stage: free the session's cache now; the session may be opened again at a later epoch only.
+    """Coordinator → every stage: end the session now. It can be opened again only at a later epoch.
 
-    park: what of it to hold as long as nobody needs the room, for other sessions of the same coordinator.
+    park: the part of the text to hold for other sessions of this coordinator while nobody needs the room; None: free
+    all.
     """
 
     session: SessionBytes
@@ -226,7 +231,10 @@ class CloseSession(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """Stage → coordinator: the session opened at `epoch` cannot go on here, and why. peer: the neighbour that it does not reach."""
+    """Stage → coordinator: the session opened at `epoch` cannot go on here, and why.
+
+    peer: the neighbour that the failure is about, or empty.
+    """
 
     session: SessionBytes
     epoch: Epoch
@@ -236,9 +244,9 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=8):
-    """Asks for a `Pong` with the same nonce: the round trip of the very stream that windows travel on.
+    """A request for a `Pong` with the same nonce. It measures the round trip on the stream that windows use.
 
-    padding: what makes the way there take as long as so many bytes do.
+    padding: filler, so that sending the ping takes as long as sending that many bytes.
     """
 
     nonce: Annotated[int, Meta(ge=0, le=(1 << 62))]
@@ -246,17 +254,17 @@ class Ping(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True, tag=9):
-    """Answer to a `Ping`."""
+    """The answer to a `Ping`, with its nonce."""
 
     nonce: Annotated[int, Meta(ge=0, le=(1 << 62))]
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag=12):
-    """Thin client → coordinator: write this text for me.
+    """Thin client → coordinator: generate this text for me.
 
-    num_written: the last tokens of `prompt` that another coordinator wrote of the same answer already.
-    owner: answers of one owner share parked text; those without an owner ("") share none.
-    idle_timeout_s: how long a silent route is waited for. deadline_s: of the whole answer, counted from the message's arrival.
+    num_written: how many of the last tokens of `prompt` another coordinator has already written as part of this answer.
+    owner: answers of one owner share parked text; answers without an owner ("") share none.
+    idle_timeout_s: how long to wait for a silent route. deadline_s: for the whole answer, from the message's arrival.
     """
 
     request: SessionBytes
@@ -269,7 +277,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag=12):
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):
-    """Coordinator → thin client: the tokens from number `start` of this answer on."""
+    """Coordinator → thin client: tokens of the answer, the first of them at index `start`."""
 
     request: SessionBytes
     start: Position
@@ -278,7 +286,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):
 
 
 class AnswerEnd(msgspec.Struct, frozen=True, array_like=True, tag=14):
-    """Coordinator → thin client: nothing more comes. error: None when it ended as asked."""
+    """Coordinator → thin client: the answer is over. error: None if it ended normally."""
 
     request: SessionBytes
     reason: Name
@@ -287,30 +295,30 @@ class AnswerEnd(msgspec.Struct, frozen=True, array_like=True, tag=14):
 
 
 class StopAnswer(msgspec.Struct, frozen=True, array_like=True, tag=15):
-    """Thin client → coordinator: no more is wanted."""
+    """Thin client → coordinator: stop generating this answer."""
 
     request: SessionBytes
 
 
 class Reveal(msgspec.Struct, frozen=True, array_like=True, tag=16):
-    """Coordinator → stage: show the hidden states that you sent on for positions below `end`, all committed."""
+    """Coordinator → stage: send me the hidden states that you sent on for the committed positions below `end`."""
 
     session: SessionBytes
     end: Annotated[int, Meta(ge=1, le=MAX_RECOMPUTED)]
 
 
 class Revealed(msgspec.Struct, frozen=True, array_like=True, tag=17):
-    """Stage → coordinator: the payload is those hidden states, as they were sent; fewer rows when fewer are settled."""
+    """Stage → coordinator: the payload is those hidden states as sent; fewer rows if fewer are settled here."""
 
     session: SessionBytes
     num_rows: Annotated[int, Meta(ge=0, le=MAX_RECOMPUTED)]
 
 
 class Recompute(msgspec.Struct, frozen=True, array_like=True, tag=18):
-    """Coordinator → a peer that holds the span: compute it over a text from its start.
+    """Coordinator → replica: run the span over a whole text.
 
-    tokens: of the text, the first `num_prompt` of them its prompt. text: how the tail picks.
-    The payload is the hidden states before the span, as the model computes them; none at the head.
+    tokens: the text; the first `num_prompt` of them are its prompt. text: how the tail picks tokens.
+    The payload is the hidden states before the span, in the model's own format; none at the head.
     """
 
     request: SessionBytes
@@ -322,9 +330,12 @@ class Recompute(msgspec.Struct, frozen=True, array_like=True, tag=18):
 
 
 class Recomputed(msgspec.Struct, frozen=True, array_like=True, tag=19):
-    """The payload is the hidden states after the span; at the tail `picks` are the target's tokens for positions 1 and on.
+    """Replica → coordinator: the result of a `Recompute`.
 
-    gaps: thousandths of a logit by which the text's own tokens miss being those. error: why nothing was computed.
+    The payload is the hidden states after the span; none at the tail.
+    picks: at the tail, the target's tokens for positions 1 and on.
+    gaps: by how much the logit of each of the text's own tokens is below the pick's, in thousandths.
+    error: why nothing was computed, or empty.
     """
 
     request: SessionBytes

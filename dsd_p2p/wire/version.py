@@ -1,7 +1,7 @@
-"""The protocol's version: peers of different versions refuse each other by name."""
+"""Defines the protocol's version. Peers of different versions refuse each other, with an error that names both."""
 
 PROTOCOL_VERSION = 6
-"""Raised by one with every change that an older peer would misread (docs/protocol.md)."""
+"""Goes up by one with every change that an older peer would misread (docs/protocol.md)."""
 
 PROTOCOL_ID = f"/dsd/{PROTOCOL_VERSION}"
-"""Stream protocol, as negotiated by libp2p."""
+"""The name of the stream protocol that libp2p negotiates."""

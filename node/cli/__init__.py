@@ -1,1 +1,1 @@
-"""The command `dsd`: flags, help, and one module for each command."""
+"""Holds the command `dsd`: flags, help, and one module per command."""

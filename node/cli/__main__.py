@@ -1,4 +1,4 @@
-"""`python -m node.cli` is `dsd`."""
+"""Runs `dsd` as `python -m node.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Makes a command line of the structs that say what a command can be told (`node.config.fields`)."""
+"""Builds a command line from the settings structs of a command (`node.config.fields`)."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ Kinds = Sequence[type[msgspec.Struct]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One field of a struct, as the command line needs it. kind: int, float, bool or str; choices: the only values."""
+    """One field of a struct, as the command line needs it. kind: int, float, bool or str. choices: allowed values."""
 
     name: str
     help: str
@@ -29,12 +29,12 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """Its name on the command line."""
+        """The setting's name on the command line."""
         return self.shape.flag or f"--{self.name.replace('_', '-')}"
 
     @property
     def shown_help(self) -> str:
-        """The help with the default behind it, where one says something."""
+        """The help, followed by the default if that is informative."""
         default = self.default
         if self.is_required or self.kind is bool or default is None or default in ("", ()):
             return self.help
@@ -43,7 +43,7 @@ class Setting:
 
 
 def settings_of(kinds: Kinds) -> Iterator[Setting]:
-    """Yield the settings of the structs, each name once, as the first struct that has it says."""
+    """Yield the settings of the structs. A name that several structs have comes once, from the first of them."""
     seen: set[str] = set()
     for kind in kinds:
         hints = get_type_hints(kind, include_extras=True)
@@ -54,7 +54,7 @@ def settings_of(kinds: Kinds) -> Iterator[Setting]:
 
 
 def add_flags(parser: argparse.ArgumentParser, kinds: Kinds) -> None:
-    """Give the parser a flag, or a place, for each setting; what is not given does not appear in the result."""
+    """Add a flag or a positional argument for each setting. Settings that are not given are absent from the result."""
     for setting in settings_of(kinds):
         _add(parser, setting)
 
@@ -64,14 +64,14 @@ def _add(parser: argparse.ArgumentParser, setting: Setting) -> None:
     if setting.shape.is_hidden:
         options["help"] = argparse.SUPPRESS
     if setting.kind is bool:
-        # What is off by default is switched on; what is on by default can be switched off.
+        # A flag switches on what is off by default; --no-… switches off what is on by default.
         action = argparse.BooleanOptionalAction if setting.default else "store_true"
         parser.add_argument(setting.flag, dest=setting.name, action=action, **options)
         return
     if setting.shape.is_positional:
         options |= {"nargs": "+" if setting.is_list else None if setting.is_required else "?"}
         if not setting.is_required:
-            # argparse would hold its own mark for "nothing" against the choices.
+            # argparse would check its own SUPPRESS marker against the choices.
             options["default"] = setting.default
         parser.add_argument(setting.name, choices=setting.choices or None, **options)
         return
@@ -123,7 +123,7 @@ def _setting(field: msgspec.structs.FieldInfo, annotation: Any) -> Setting:
 
 
 def _unwrap(annotation: Any) -> tuple[Any, list[object]]:
-    """Return a type without what is annotated and without `None`, and the annotations, outermost first."""
+    """Return a type without its annotations and without `None`, and the annotations, outermost first."""
     notes: list[object] = []
     while True:
         if get_origin(annotation) is Annotated:

@@ -1,7 +1,7 @@
-"""`dsd`: reads the command line and runs one command.
+"""Reads the command line and runs one command of `dsd`.
 
-Commands are listed in `.table`; what each can be told is a struct (`node.config`), from which `.flags` makes its flags. Only the
-command that is asked for is imported, so that help and a mistyped flag answer at once.
+`.table` lists the commands. The settings of each command are structs (`node.config`), from which `.flags` makes its
+flags. Only the requested command is imported, so that help and a mistyped flag are answered at once.
 """
 
 import argparse
@@ -17,9 +17,10 @@ _DESCRIPTION = "Peer-to-peer LLM inference, fast over distance."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 an error of ours or a peer's, 2 wrong usage, 130 interrupted."""
+    """Run one command and return the exit code: 0 done, 1 error here or at a peer, 2 wrong usage, 130 interrupted."""
     words, command, given = parse(sys.argv[1:] if arguments is None else arguments)
-    # An interrupt while modules load can vanish in one of Python's own callbacks; nothing is to be cleaned up yet, so die at once.
+    # Python can lose an interrupt in one of its own callbacks while modules load. Nothing needs cleaning up yet, so die
+    # at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     run = command.load_run()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[str], Command, dict[str, object]]:
-    """Return the words that name the command, the command, and the flags that were given. Help and mistakes end the program."""
+    """Return the command's words, the command, and the given flags. Help and usage errors exit the program."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         raise SystemExit(0 if arguments else 2)
@@ -66,12 +67,12 @@ def parser_of(words: Sequence[str], command: Command) -> argparse.ArgumentParser
         prog=f"dsd {' '.join(words)}", description=_sentence(command.help), argument_default=argparse.SUPPRESS
     )
     add_flags(parser, command.load_settings())
-    parser.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags; flags win")
+    parser.add_argument("--config", metavar="FILE", help="TOML file of settings, named like the flags; flags win")
     return parser
 
 
 def overview() -> str:
-    """Return what `dsd --help` prints."""
+    """Return the text of `dsd --help`."""
     lines = [_DESCRIPTION, "", "usage: dsd COMMAND [FLAGS]; `dsd COMMAND --help` explains the flags"]
     for group, commands in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {name:<12}{command.help}" for name, command in commands.items())]

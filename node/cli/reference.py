@@ -1,4 +1,4 @@
-"""The configuration reference of docs/operations.md, made from the settings: `python -m node.cli.reference` writes it anew."""
+"""Writes the flag reference of docs/operations.md from the settings. Run as `python -m node.cli.reference`."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def reference() -> str:
 
 
 def with_reference(page: str) -> str:
-    """Return the page with the tables as the code has them."""
+    """Return the page with its tables replaced by current ones."""
     before, _, rest = page.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     return f"{before}{_BEGIN}\n\n{reference()}\n\n{_END}{after}"

@@ -1,4 +1,4 @@
-"""The commands, grouped by what people do; each is imported only when it runs or shows its help."""
+"""Lists the commands in groups. A command is imported only when it runs or shows its help."""
 
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -9,9 +9,9 @@ import msgspec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One command. settings: its structs, as `module:name`; run: the function that gets them, as `module:name`.
+    """One command. settings: its structs, as `module:name`. run: the function that takes them, as `module:name`.
 
-    parts: the commands below it, like `dsd sim run`.
+    parts: its subcommands, as in `dsd sim run`.
     """
 
     help: str
@@ -20,11 +20,11 @@ class Command:
     parts: "dict[str, Command]" = field(default_factory=dict)
 
     def load_settings(self) -> tuple[type[msgspec.Struct], ...]:
-        """Import the structs."""
+        """Import and return the structs."""
         return tuple(_load(name) for name in self.settings)
 
     def load_run(self) -> Any:
-        """Import the function."""
+        """Import and return the function."""
         return _load(self.run)
 
 
@@ -48,47 +48,47 @@ def _bench(help_: str, config: str, rounds: str = "RoundFlags", run: str = "") -
 
 GROUPS: dict[str, dict[str, Command]] = {
     "run a model on this machine": {
-        "up": _command("up", "start a whole swarm on this machine, with its API", f"{_CONFIG}:UpConfig", _GATEWAY),
+        "up": _command("up", "start a whole swarm and its API on this machine", f"{_CONFIG}:UpConfig", _GATEWAY),
         "demo": _command("demo", "write one answer plain and speculative, and compare", f"{_CONFIG}:DemoConfig"),
-        "models": _command("models", "list, fetch and locate models", f"{_CONFIG}:ModelsConfig"),
+        "models": _command("models", "list, download and locate models", f"{_CONFIG}:ModelsConfig"),
     },
     "join a swarm": {
-        "create": _command("create", "make a swarm and run its first peer", f"{_CONFIG}:CreateConfig", _GATEWAY),
-        "invite": _command("invite", "print a string that lets a machine in", f"{_CONFIG}:InviteConfig"),
-        "join": _command("join", "join with an invite, and serve", f"{_CONFIG}:JoinConfig", _GATEWAY),
+        "create": _command("create", "create a swarm and run its first peer", f"{_CONFIG}:CreateConfig", _GATEWAY),
+        "invite": _command("invite", "print an invite for another machine", f"{_CONFIG}:InviteConfig"),
+        "join": _command("join", "join with an invite, and serve layers", f"{_CONFIG}:JoinConfig", _GATEWAY),
         "node": _command(
-            "node", "run, stop or describe this machine's peer of a swarm", f"{_CONFIG}:NodeCommand", _GATEWAY
+            "node", "run, stop or describe this machine's node daemon", f"{_CONFIG}:NodeCommand", _GATEWAY
         ),
-        "members": _command("members", "show who is in the swarm", f"{_CONFIG}:SwarmQuestion"),
+        "members": _command("members", "list the members of the swarm", f"{_CONFIG}:SwarmQuestion"),
         "plan": _command("plan", "show which route a request would use, and why", f"{_CONFIG}:SwarmQuestion"),
-        "doctor": _command("doctor", "find what is wrong, and say what mends it", f"{_CONFIG}:SwarmQuestion"),
-        "revoke": _command("revoke", "throw a member out", f"{_CONFIG}:RevokeConfig"),
+        "doctor": _command("doctor", "find problems and print their fixes", f"{_CONFIG}:SwarmQuestion"),
+        "revoke": _command("revoke", "remove a member from the swarm", f"{_CONFIG}:RevokeConfig"),
     },
     "ask": {
         "generate": _command("generate", "write an answer", f"{_CONFIG}:GenerateConfig"),
     },
     "watch": {
-        "top": _command("top", "watch a swarm on a terminal dashboard", f"{_CONFIG}:TopConfig"),
+        "top": _command("top", "show a dashboard of a swarm in the terminal", f"{_CONFIG}:TopConfig"),
     },
     "measure": {
         "bench": Command(
-            help="measure something; --receipt keeps the result in docs/benchmarks",
+            help="run a benchmark; --receipt saves the result in docs/benchmarks",
             parts={
-                "overhead": _bench("what splitting a model into stages costs", "OverheadConfig", run="overhead"),
-                "ring": _bench("the protocol on fake stages with recorded tokens", "RingConfig", "OneRound", "ring"),
+                "overhead": _bench("cost of splitting a model into stages", "OverheadConfig", run="overhead"),
+                "ring": _bench("speed of the protocol on fake stages", "RingConfig", "OneRound", "ring"),
                 "relaxed": _bench(
                     "problems solved in exact and in relaxed mode", "RelaxedConfig", "ReceiptFlags", "relaxed"
                 ),
-                "wan": _bench("real models on emulated wide-area links, every arm in turn", "WanConfig", run="wan"),
-                "users": _bench("many requests at once, beside one alone", "UsersConfig", run="users"),
-                "passes": _bench("what a stage's pass costs as sessions share it", "PassesConfig", run="passes"),
+                "wan": _bench("speed of real models on emulated wide-area links, arm by arm", "WanConfig", run="wan"),
+                "users": _bench("speed of many requests at once, compared with one", "UsersConfig", run="users"),
+                "passes": _bench("cost of a stage's pass as more sessions share it", "PassesConfig", run="passes"),
                 "brokers": _bench(
-                    "decoding beside a broker that lives, was killed, or never answers", "BrokersConfig", run="brokers"
+                    "decoding speed with a broker that works, was killed, or hangs", "BrokersConfig", run="brokers"
                 ),
-                "formats": _bench("error and size of smaller hidden states on the links", "SplitConfig", run="formats"),
-                "attest": _bench("what signing every window costs a stage", "SplitConfig", run="attest"),
+                "formats": _bench("error and size of compressed hidden states", "SplitConfig", run="formats"),
+                "attest": _bench("cost of signing every window at a stage", "SplitConfig", run="attest"),
                 "simulator": _bench(
-                    "how fast the simulator is, and what it needs", "SimulatorConfig", "ReceiptFlags", "simulator"
+                    "speed and memory use of the simulator", "SimulatorConfig", "ReceiptFlags", "simulator"
                 ),
                 "plots": _command("bench", "draw the receipts in docs/benchmarks", f"{_LAB}:PlotsConfig", run="plots"),
             },
@@ -98,14 +98,17 @@ GROUPS: dict[str, dict[str, Command]] = {
             parts={
                 "run": _command("sim", "simulate a scenario", f"{_LAB}:SimRunConfig", run="run"),
                 "sweep": _command(
-                    "sim", "simulate a grid of changes, on all cores", f"{_LAB}:SimSweepConfig", run="sweep_grid"
+                    "sim",
+                    "simulate all combinations of changes, on all cores",
+                    f"{_LAB}:SimSweepConfig",
+                    run="sweep_grid",
                 ),
                 "trace": _command(
                     "sim", "write a run's timeline for chrome://tracing", f"{_LAB}:SimTraceConfig", run="trace"
                 ),
                 "compare": _command(
                     "sim",
-                    "predict measured runs, and print predicted against measured",
+                    "predict measured runs, and compare prediction and measurement",
                     f"{_LAB}:SimCompareConfig",
                     run="compare_receipts",
                 ),
@@ -120,9 +123,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         ),
     },
     "more": {
-        "completion": _command(
-            "completion", "print a script that completes dsd in a shell", f"{_CONFIG}:CompletionConfig"
-        ),
+        "completion": _command("completion", "print a shell completion script", f"{_CONFIG}:CompletionConfig"),
     },
 }
 

@@ -1,1 +1,1 @@
-"""A coordinator for the commands: model, text, drafter, policy and a connected engine."""
+"""Sets up a coordinator for the commands: model, tokenizer, drafter, policy and a connected engine."""

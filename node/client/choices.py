@@ -1,4 +1,4 @@
-"""Turns names from flags into implementations: drafters and window policies."""
+"""Turns the names in flags into drafters, policies and thresholds."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from node.config import DrafterFlags, GenerateConfig
 
 _SYNC_DEPTH = 8
 _DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 96, 2, 8, 6
-# Best of those measured where all processes share two cores (docs/benchmarks.md).
+# The fastest setting measured with all processes sharing two cores (docs/benchmarks.md).
 
 
 def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolicy:
-    """Return the window policy of `--mode` (or of `mode`), `--window` and the window's numbers.
+    """Return the policy that `--mode` (or `mode`), `--policy` and the options of the static policy ask for.
 
     Raises:
-        ConfigError: there is no such mode or policy.
+        ConfigError: the policy does not exist.
     """
     mode = mode or config.mode
     if mode is Mode.PLAIN:
@@ -46,10 +46,10 @@ def make_policy(config: GenerateConfig, mode: Mode | None = None) -> WindowPolic
 
 
 def make_relaxation(config: GenerateConfig) -> Relaxation | None:
-    """Return what `--verify` asks for; None is exact.
+    """Return the thresholds that `--verify` asks for; None means exact mode.
 
     Raises:
-        ConfigError: no such mode, or the thresholds cannot be read.
+        ConfigError: the mode does not exist, or the thresholds cannot be read.
     """
     match config.verify:
         case "exact":
@@ -59,7 +59,7 @@ def make_relaxation(config: GenerateConfig) -> Relaxation | None:
             relaxation = read_thresholds(file).relaxation
             return relaxation if config.tau is None else msgspec.structs.replace(relaxation, tau=config.tau)
         case other:
-            raise ConfigError(f"verify {other!r}: choose exact or relaxed")
+            raise ConfigError(f"--verify {other!r}: choose exact or relaxed")
 
 
 def make_drafter(config: DrafterFlags, target: ModelSource, progress: Progress) -> Drafter:

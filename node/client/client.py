@@ -1,4 +1,4 @@
-"""A coordinator as the commands use it: model, text, drafter and a connected engine."""
+"""Opens a coordinator for the commands: model, tokenizer, drafter and a connected engine."""
 
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -34,7 +34,7 @@ from node.member.state import SwarmState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """Ready to write; made by `open_client`."""
+    """A coordinator that is ready to write answers. Made by `open_client`. nodes: the stages started here."""
 
     config: GenerateConfig
     engine: Engine
@@ -53,14 +53,14 @@ class Client:
         relaxation: Relaxation | None = None,
         experience: str = "",
     ) -> tuple[list[TokenId], AnswerStatistics]:
-        """Write the answer to the client's prompt or to `prompt`, handing its text to `show` as it comes.
+        """Write the answer to `prompt`, or to the client's own prompt, and pass its text to `show` as it arrives.
 
-        max_tokens, relaxation: instead of the configuration's. experience: see `GenerateOptions`.
+        max_tokens, relaxation: override the configuration. experience: see `GenerateOptions`.
 
         Returns the new tokens and the run's statistics.
 
         Raises:
-            DsdError: what ended it.
+            DsdError: the request failed.
         """
         config, prompt = self.config, prompt or self.prompt
         options = GenerateOptions(
@@ -98,7 +98,7 @@ class Client:
     async def _ask(
         self, coordinator: PeerId, prompt: list[TokenId], options: GenerateOptions, show: Callable[[str], None] | None
     ) -> tuple[list[TokenId], AnswerStatistics]:
-        """Let another peer coordinate."""
+        """Let another peer coordinate the request."""
         assert self.swarm is not None
         tokens: list[TokenId] = []
         streamer, timing = self.text.streamer(), Timing(started_at_s=trio.current_time())
@@ -115,14 +115,16 @@ class Client:
 
 @asynccontextmanager
 async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterator[Client]:
-    """Load what a coordinator needs, start a swarm unless `config.connect` names one, and connect to it.
+    """Load what a coordinator needs and connect it to stages.
+
+    The stages are those of `config.swarm` or `config.connect`. Without either, start stages on this machine.
 
     Raises:
-        ConfigError, ModelError, PeerError: what is missing and what to do.
+        ConfigError, ModelError, PeerError: a setting is invalid, or a model or a peer is not available.
     """
     torch.set_num_threads(config.threads)
     if config.audit and not config.swarm:
-        raise ConfigError("--audit needs the peers of a swarm, who sign: add --swarm")
+        raise ConfigError("--audit needs the signing peers of a swarm: add --swarm NAME")
     state = SwarmState(config.swarm) if config.swarm else None
     if state is not None:
         stored = state.membership()
@@ -154,11 +156,14 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
 async def _stages(
     config: GenerateConfig, num_layers: int, progress: Progress, stack: AsyncExitStack
 ) -> tuple[list[LocalStage], list[str], LinkModel, str]:
-    """Return the stages to use, started here unless `config.connect` names some, and how we reach them."""
+    """Return the stages started here, and the addresses, link and host to use.
+
+    Starts no stages if `config.connect` names some.
+    """
     link, host = config.link_model(), "127.0.0.1"
     if config.connect:
         if config.netlab:
-            raise ConfigError("--netlab makes a swarm of its own: leave out --connect, or --netlab")
+            raise ConfigError("--netlab starts its own stages: leave out --connect or --netlab")
         return [], list(config.connect), link, host
     spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
     processes = stage_processes(config, spans)
@@ -183,10 +188,10 @@ def _prompt(config: GenerateConfig, text: TextCodec) -> list[TokenId]:
 
 
 def _parse_ids(text: str) -> list[TokenId]:
-    """Return `1,2,3` as tokens.
+    """Return text like `1,2,3` as tokens.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: a part is not a whole number.
     """
     try:
         return [int(part) for part in text.replace(",", " ").split()]

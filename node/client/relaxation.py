@@ -1,4 +1,4 @@
-"""The file that `dsd calibrate` writes and relaxed mode reads: thresholds with their provenance."""
+"""Reads and writes the thresholds file of relaxed mode, which `dsd calibrate` makes."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -10,10 +10,10 @@ from dsd_p2p.types import Relaxation
 
 
 class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
-    """Thresholds, and what they were found on.
+    """Thresholds of relaxed mode with their provenance.
 
-    budget_nats: the most mean log-likelihood of the target a token may lose. loss_nats, relaxed_share: what these thresholds lose
-        and let stand on the thresholds texts.
+    budget_nats: allowed loss of the target's mean log-likelihood per token. loss_nats: the loss with these thresholds.
+    relaxed_share: share of tokens that they relax. Both were measured on the texts of `prompts`.
     """
 
     relaxation: Relaxation
@@ -30,19 +30,19 @@ class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True):
-    """The same, with names instead of places for the thresholds."""
+    """The content of the file: `Thresholds`, with each threshold under its name."""
 
     relaxation: dict[str, float | str]
     provenance: dict[str, float | int | str]
 
 
 def bundled_thresholds() -> Path:
-    """Return the thresholds that the project brings along."""
+    """Return the path of the thresholds that come with the project."""
     return Path(str(files("node").joinpath("data/relaxation.json")))
 
 
 def write_thresholds(thresholds: Thresholds, path: Path) -> None:
-    """Write it as JSON that people can read and edit."""
+    """Write the thresholds as JSON that people can read and edit."""
     content = _File(
         relaxation=msgspec.structs.asdict(thresholds.relaxation),
         provenance={name: value for name, value in msgspec.structs.asdict(thresholds).items() if name != "relaxation"},
@@ -51,10 +51,10 @@ def write_thresholds(thresholds: Thresholds, path: Path) -> None:
 
 
 def read_thresholds(path: Path) -> Thresholds:
-    """Return what is in `path`.
+    """Return the thresholds in the file `path`.
 
     Raises:
-        ConfigError: it cannot be read, or a threshold is out of range.
+        ConfigError: the file cannot be read, or a threshold is out of range.
     """
     try:
         content = msgspec.json.decode(path.read_bytes(), type=_File)

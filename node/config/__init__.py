@@ -1,4 +1,4 @@
-"""What each command can be told: one struct for each, whose fields carry type, default and help."""
+"""Holds the settings of each command: one struct per command, whose fields carry type, default and help."""
 
 from node.config.asking import DemoConfig, GenerateConfig, TopConfig
 from node.config.reading import FlagError, read_config, read_configs

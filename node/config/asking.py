@@ -1,4 +1,4 @@
-"""What a command can be told that asks for text or watches."""
+"""Holds the settings of the commands that ask for text or watch a swarm."""
 
 from typing import Annotated, Literal
 
@@ -11,100 +11,110 @@ from node.config.running import Json, SwarmFlags
 
 
 class GenerateConfig(SwarmFlags, frozen=True, kw_only=True):
-    """`dsd generate`."""
+    """Settings of `dsd generate`."""
 
-    prompt: Annotated[str, Help("what to answer, or to continue with --raw; - reads standard input")] = ""
-    prompt_ids: Annotated[str, Help("the prompt as token ids, separated by commas")] = ""
+    prompt: Annotated[str, Help("prompt to answer, or with --raw to continue; -: read standard input")] = ""
+    prompt_ids: Annotated[str, Help("prompt as token ids, separated by commas")] = ""
     raw: Annotated[bool, Help("continue the prompt as it is, without the model's chat template")] = False
-    max_tokens: Annotated[Positive, Help("most new tokens")] = 128
-    temperature: Annotated[float, Meta(ge=0, le=100), Help("temperature of the sampler; 0 is greedy")] = 0.0
+    max_tokens: Annotated[Positive, Help("maximum number of new tokens")] = 128
+    temperature: Annotated[float, Meta(ge=0, le=100), Help("sampling temperature; 0: greedy")] = 0.0
     top_p: Annotated[
-        float, Meta(gt=0, le=1), Help("sample from the likeliest tokens that hold this much of the probability")
+        float,
+        Meta(gt=0, le=1),
+        Help("sample only from the likeliest tokens whose probabilities add up to this; 1: all"),
     ] = 1.0
-    top_k: Annotated[int, Meta(ge=0), Help("sample from this many of the likeliest tokens; 0 is all")] = 0
-    seed: Annotated[
-        int, Meta(ge=0, le=(1 << 63) - 1), Help("seed of the sampler; the same seed gives the same text")
-    ] = 0
+    top_k: Annotated[int, Meta(ge=0), Help("sample only from this many of the likeliest tokens; 0: all")] = 0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1), Help("sampling seed; the same seed gives the same text")] = 0
     connect: Annotated[
-        tuple[str, ...], Help("address of a stage of a running swarm; by default dsd starts stages for this answer")
+        tuple[str, ...],
+        Help("multiaddrs of one or more stages of a running swarm, separated by commas; default: start stages here"),
     ] = ()
-    swarm: Annotated[str, Help("use this machine's swarm of that name, and its model")] = ""
+    swarm: Annotated[str, Help("name of the swarm to use, with its model, or path of its folder")] = ""
     coordinator: Annotated[
         Literal["auto", "self"],
-        Help("with --swarm: who coordinates: the best placed peer (auto) or this machine (self)"),
+        Help("with --swarm: coordinator of the request; auto: the best-placed peer; self: this machine"),
     ] = "auto"
-    timeout: Annotated[str, Help("longest time for an answer that another peer coordinates")] = "1h"
-    audit: Annotated[bool, Help("with --swarm: have the stages sign what they compute, and spot-check them")] = False
-    netlab: Annotated[bool, Help("real links between network namespaces instead of emulated ones (root)")] = False
+    timeout: Annotated[str, Help("time limit for an answer that another peer coordinates, e.g. 1h")] = "1h"
+    audit: Annotated[bool, Help("with --swarm: have the stages sign their outputs, and spot-check them")] = False
+    netlab: Annotated[
+        bool, Help("connect the stages through network namespaces instead of emulated links; needs root")
+    ] = False
     mode: Annotated[
         Mode,
-        Help("plain: one token a trip; sync: a window a trip; continuous: windows all the time"),
+        Help("plain: one token per traversal; sync: one window at a time; continuous: many windows in flight"),
     ] = Mode.CONTINUOUS
     policy: Annotated[
         Literal["learned", "analytic", "static"],
-        Help("what decides how much to guess: a learned policy, the latency model alone, or the four numbers below"),
+        Help(
+            "policy: learned (trained in simulation), analytic (latency model), static (implied by the options below)"
+        ),
     ] = "learned"
     depth: Annotated[
         int,
         Meta(ge=0, le=256),
-        Help("static: deepest guess, γ in sync mode; 0: the mode's default"),
+        Help("static policy: depth of the draft tree (γ in sync mode); 0: the mode's default"),
     ] = 0
     width: Annotated[
-        int, Meta(ge=0, le=8), Help("static: children kept of each node; 1 is a chain; 0: the mode's default")
+        int, Meta(ge=0, le=8), Help("static policy: children per node; 1: a chain; 0: the mode's default")
     ] = 0
     window_nodes: Annotated[
         int,
         Meta(ge=0, le=256),
-        Help("static: most nodes in a window; 0: the mode's default"),
+        Help("static policy: maximum number of nodes in a window; 0: the mode's default"),
     ] = 0
-    in_flight: Annotated[int, Meta(ge=0, le=256), Help("static: most windows under way; 0: the mode's default")] = 0
-    prefill_chunk: Annotated[int, Meta(ge=1, le=1024), Help("prompt tokens in a window")] = 128
-    stall_timeout: Annotated[str, Help("how long a silent route is waited for")] = "60s"
-    hidden: Annotated[HiddenFormat, Help("format of hidden states between stages: as computed (model), or smaller")] = (
-        HiddenFormat.MODEL
-    )
+    in_flight: Annotated[
+        int, Meta(ge=0, le=256), Help("static policy: maximum number of windows in flight; 0: the mode's default")
+    ] = 0
+    prefill_chunk: Annotated[int, Meta(ge=1, le=1024), Help("maximum number of prompt tokens in a window")] = 128
+    stall_timeout: Annotated[str, Help("time without a verdict after which a route counts as lost")] = "60s"
+    hidden: Annotated[
+        HiddenFormat, Help("format of hidden states between stages; model: as computed; bf16, int8: smaller")
+    ] = HiddenFormat.MODEL
     verify: Annotated[
         Literal["exact", "relaxed"],
-        Help("exact: every token is the target's own; relaxed: some may be the drafter's"),
+        Help("exact: every token is the target's own pick; relaxed: some drafted tokens may stand"),
     ] = "exact"
     relaxation: Annotated[
-        str, Help("thresholds of relaxed mode, written by dsd calibrate; by default the bundled ones"), FILE
+        str, Help("thresholds of relaxed mode, as written by dsd calibrate; default: the bundled file"), FILE
     ] = ""
     tau: Annotated[
-        Annotated[float, Meta(ge=0, le=1)] | None, Help("relaxed mode: weight of the drafter, instead of the file's")
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Help("relaxed mode: weight of the drafter, 0 to 1; default: from the thresholds"),
     ] = None
     json: Json = False
 
     def sampling(self) -> Sampling:
-        """Return the sampler's settings."""
+        """Return the sampling settings."""
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
 
 class DemoConfig(GenerateConfig, frozen=True, kw_only=True):
-    """`dsd demo`."""
+    """Settings of `dsd demo`."""
 
-    prompt: Annotated[str, Help("what to answer")] = "Why is the sky blue? Answer in three sentences."
-    link: Annotated[str, Help("emulated one-way latency of every link, like 50ms")] = "50ms"
-    max_tokens: Annotated[Positive, Help("most new tokens")] = 80
+    prompt: Annotated[str, Help("prompt to answer")] = "Why is the sky blue? Answer in three sentences."
+    link: Annotated[str, Help("emulated one-way latency of every link, e.g. 50ms")] = "50ms"
+    max_tokens: Annotated[Positive, Help("maximum number of new tokens")] = 80
 
 
 class TopConfig(Settings, frozen=True, kw_only=True):
-    """`dsd top`."""
+    """Settings of `dsd top`."""
 
     target: Annotated[
-        str, Help("what to watch: a gateway http://HOST:PORT, or a broker mqtt://HOST:PORT"), POSITIONAL
+        str, Help("source of events: a gateway, http://HOST:PORT, or a broker, mqtt://HOST:PORT"), POSITIONAL
     ] = "http://127.0.0.1:8484"
-    topics: Annotated[str, Help("the swarm's name in the broker's topics")] = "local"
-    mqtt_ca: Annotated[str, Help("certificate of the authority that signed the broker's"), FILE] = ""
-    key: Annotated[str, Help("API key of a gateway that needs one; by default $OPENAI_API_KEY")] = ""
-    record: Annotated[str, Help("also write the events to a file, to be replayed"), FILE] = ""
-    replay: Annotated[str, Help("show a recording of a live or simulated run"), FILE] = ""
-    speed: Annotated[float, Meta(gt=0, le=1e12), Help("how many times as fast to replay")] = 1.0
-    once: Annotated[bool, Help("look once and print")] = False
+    topics: Annotated[str, Help("name of the swarm in the broker's topics")] = "local"
+    mqtt_ca: Annotated[str, Help("CA certificate to check the MQTT broker's certificate with"), FILE] = ""
+    key: Annotated[str, Help("API key of the gateway; default: $OPENAI_API_KEY")] = ""
+    record: Annotated[str, Help("file to append the events to, for --replay"), FILE] = ""
+    replay: Annotated[str, Help("recording of a live or simulated run to show"), FILE] = ""
+    speed: Annotated[float, Meta(gt=0, le=1e12), Help("with --replay: speed factor, e.g. 2 for twice as fast")] = 1.0
+    once: Annotated[bool, Help("print one picture of the swarm and exit")] = False
     seconds: Annotated[
-        float, Meta(ge=0, le=600), Help("how long that look takes; 0: 2.5 seconds, or the whole recording")
+        float,
+        Meta(ge=0, le=600),
+        Help("with --once or --svg: seconds to collect events from a gateway or broker; 0: 2.5"),
     ] = 0.0
     json: Annotated[bool, Help("with --once: print one JSON object")] = False
-    svg: Annotated[str, Help("look once and draw a picture"), FILE] = ""
-    columns: Annotated[int, Meta(ge=40, le=500), Help("width of the picture, characters")] = 120
-    rows: Annotated[int, Meta(ge=10, le=200), Help("height of the picture, lines")] = 32
+    svg: Annotated[str, Help("SVG file to draw one picture of the swarm to"), FILE] = ""
+    columns: Annotated[int, Meta(ge=40, le=500), Help("with --svg: width of the picture in characters")] = 120
+    rows: Annotated[int, Meta(ge=10, le=200), Help("with --svg: height of the picture in lines")] = 32

@@ -1,4 +1,4 @@
-"""What a setting says about itself: its help stands beside its name, type and default, and nowhere else."""
+"""Holds the annotations of a setting. Its help stands beside its name, type and default, and nowhere else."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,7 +9,7 @@ from msgspec import Meta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How a setting looks on the command line. flag: another name than the field's. metavar: what stands for its value."""
+    """How a setting looks on the command line. flag: its name, if not the field's. metavar: the value's placeholder."""
 
     flag: str = ""
     metavar: str = ""
@@ -19,13 +19,13 @@ class Shape:
 
 
 class Help(str):
-    """The help of a setting: one sentence without a full stop; the default is added where it is shown."""
+    """The help of a setting: a noun phrase without a full stop. The default is added when the help is shown."""
 
     __slots__ = ()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of everything that a command can be told."""
+    """Base of all settings structs."""
 
 
 Positive = Annotated[int, Meta(ge=1)]

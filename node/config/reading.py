@@ -1,4 +1,4 @@
-"""Reads settings from a TOML file and from flags; flags win, and what no command knows is refused."""
+"""Reads settings from a TOML file and from flags. Flags win; unknown keys are refused."""
 
 import re
 import tomllib
@@ -18,23 +18,25 @@ _PATH = re.compile(r"^(?P<what>.*) - at `\$\.(?P<name>\w+)")
 
 
 class FlagError(ConfigError):
-    """A flag, or a key of the configuration file, that the command does not take as it is."""
+    """A flag, or a key of the configuration file, that the command does not know or whose value is invalid."""
 
 
 def read_config(kind: type[Config], file: str | None, flags: Mapping[str, object]) -> Config:
-    """Return the settings: defaults, then `file`, then the flags that were given.
+    """Return the settings. Values in `file` override the defaults, and flags override both.
 
     Raises:
-        ConfigError: the file cannot be read. FlagError: it has an unknown key, or a value is out of range.
+        ConfigError: the file cannot be read.
+        FlagError: a key is unknown, or a value is invalid.
     """
     (config,) = read_configs((kind,), file, flags)
     return config
 
 
 def read_configs(kinds: tuple[type[Config], ...], file: str | None, flags: Mapping[str, object]) -> tuple[Config, ...]:
-    """Return several structs whose settings stand in one file and among one set of flags.
+    """Return several structs, read from one file and one set of flags.
 
-    A name goes to each struct that has it; one that none has goes to the first, which refuses it. Raises as `read_config` does.
+    Each struct that has a field of a given name gets its value. A name that no struct has goes to the first one, which
+    refuses it. Raises as `read_config` does.
     """
     values = {_OLD_NAMES.get(name, name): value for name, value in (_read(file) | dict(flags)).items()}
     values = {name: _renamed(name, value) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""What a command can be told that runs something: a stage, a member of a swarm, a swarm on this machine."""
+"""Holds the settings of the commands that run a stage, a member of a swarm, or a whole swarm on this machine."""
 
 from typing import Annotated, Literal
 
@@ -14,30 +14,30 @@ from node.config.fields import FILE, POSITIONAL, URL, Help, Positive, Settings, 
 DEFAULT_SWARM = "default"
 
 _MAX_LATENCY_S = 8.0
-"""A route of two stages answers at 8 s each way; at 12 s the connection is closed before it is set up."""
+"""A route of two stages still answers at 8 s each way; at 12 s the connection is closed during its setup."""
 
 SwarmName = Annotated[
-    str, Help("name of the swarm on this machine, or the folder that holds what this machine knows of it")
+    str, Help("name of the swarm on this machine, or path of the folder with its keys and membership")
 ]
 Json = Annotated[bool, Help("print one JSON object instead of text")]
 
 
 class LinkFlags(Settings, frozen=True, kw_only=True):
-    """The emulated link of everything a process sends; the default adds nothing."""
+    """The emulated link for everything that a process sends. The default adds no delay."""
 
-    link: Annotated[str, Help("emulated one-way latency of every link, like 50ms")] = "0ms"
-    rate: Annotated[str, Help("emulated bandwidth of every link, like 100mbit; 0mbit is unlimited")] = "0mbit"
-    jitter: Annotated[str, Help("emulated jitter of every link, like 5ms")] = "0ms"
+    link: Annotated[str, Help("emulated one-way latency of every link, e.g. 50ms")] = "0ms"
+    rate: Annotated[str, Help("emulated bandwidth of every link, e.g. 100mbit; 0mbit: unlimited")] = "0mbit"
+    jitter: Annotated[str, Help("emulated jitter of every link, e.g. 5ms")] = "0ms"
 
     def __post_init__(self) -> None:
         model = self.link_model()
         if max(model.latency_s, model.jitter_s) > _MAX_LATENCY_S:
             raise ConfigError(
-                f"link {self.link}, jitter {self.jitter}: at most {_MAX_LATENCY_S:g}s each; longer ones do not connect"
+                f"link {self.link}, jitter {self.jitter}: expected at most {_MAX_LATENCY_S:g}s each; slower links cannot connect"
             )
 
     def link_model(self) -> LinkModel:
-        """Return it in numbers."""
+        """Return the link in seconds and bits per second."""
         return LinkModel(
             latency_s=units.seconds(self.link),
             jitter_s=units.seconds(self.jitter),
@@ -46,103 +46,109 @@ class LinkFlags(Settings, frozen=True, kw_only=True):
 
 
 class ComputeFlags(LinkFlags, frozen=True, kw_only=True):
-    """What every process that computes needs."""
+    """Settings of every process that computes."""
 
-    device: Annotated[str, Help("torch device to compute on, like cpu or cuda")] = "cpu"
-    threads: Annotated[Positive, Help("torch threads of each process; keep 1 where processes share cores")] = 1
-    cache_memory: Annotated[str, Help("memory for the keys and values of all sessions of a stage")] = "1GB"
-    mqtt: Annotated[str, Help("MQTT broker that gets telemetry, mqtt://HOST:PORT or mqtts://HOST:PORT"), URL] = ""
-    mqtt_ca: Annotated[str, Help("certificate of the authority that signed the broker's"), FILE] = ""
+    device: Annotated[str, Help("torch device, e.g. cpu or cuda")] = "cpu"
+    threads: Annotated[Positive, Help("torch threads per process; keep 1 if processes share cores")] = 1
+    cache_memory: Annotated[str, Help("memory for the KV cache of a stage, shared by all its sessions")] = "1GB"
+    mqtt: Annotated[
+        str,
+        Help("MQTT broker for telemetry, mqtt(s)://HOST:PORT; none: no broker; default: none, but dsd up starts one"),
+        URL,
+    ] = ""
+    mqtt_ca: Annotated[str, Help("CA certificate to check the MQTT broker's certificate with"), FILE] = ""
 
 
 class ModelFlags(ComputeFlags, frozen=True, kw_only=True):
-    """A model and how it is computed."""
+    """A model and the number format it computes with."""
 
-    model: Annotated[str, Help("the target: a catalog name, a folder or a Hugging Face id")] = DEFAULT_MODEL
-    dtype: Annotated[str, Help("numbers to compute with: float32 (exact in every mode), bfloat16 or float16")] = (
+    model: Annotated[str, Help("target model: a catalog name, a folder or a Hugging Face id")] = DEFAULT_MODEL
+    dtype: Annotated[str, Help("number format to compute with: float32 (exact in every mode), bfloat16 or float16")] = (
         "float32"
     )
 
 
 class ServeFlags(ComputeFlags, frozen=True, kw_only=True):
-    """A member of a swarm that serves layers: `dsd create`, `dsd join`, `dsd node --swarm`."""
+    """Settings of a member that serves layers: `dsd create`, `dsd join`, `dsd node --swarm`."""
 
     swarm: SwarmName = DEFAULT_SWARM
-    listen: Annotated[str, Help("address to listen on, as a multiaddr")] = "/ip4/0.0.0.0/tcp/4001"
-    announce: Annotated[str, Help("address at which others reach this machine, like /ip4/203.0.113.5/tcp/4001")] = ""
-    relay: Annotated[bool, Help("relay connections between members that cannot reach each other")] = False
-    through: Annotated[str, Help("address of a relay through which others reach this machine")] = ""
-    lan: Annotated[bool, Help("find members on the local network by multicast DNS")] = True
+    listen: Annotated[str, Help("multiaddr to listen on")] = "/ip4/0.0.0.0/tcp/4001"
+    announce: Annotated[str, Help("public multiaddr of this machine, e.g. /ip4/203.0.113.5/tcp/4001")] = ""
+    relay: Annotated[bool, Help("relay connections between members that cannot reach each other directly")] = False
+    through: Annotated[str, Help("address of the relay through which other members reach this machine")] = ""
+    lan: Annotated[bool, Help("search for members on the local network with multicast DNS; on by default")] = True
     max_layers: Annotated[
-        int, Meta(ge=0, le=4096), Help("hold at most this many layers; 0: as many as memory allows")
+        int, Meta(ge=0, le=4096), Help("maximum number of layers to serve; 0: as many as fit in memory")
     ] = 0
-    memory: Annotated[str, Help("memory for layers and cache, like 8GB; by default 60 %% of what is free")] = ""
+    memory: Annotated[str, Help("memory for layers and KV cache, e.g. 8GB; default: 60 %% of the free memory")] = ""
     draft: Annotated[
         str,
-        Help("drafter with which this peer coordinates requests of thin clients: ngram, or none"),
+        Help("drafter for requests that this peer coordinates; ngram: prompt lookup; none: do not coordinate"),
     ] = "ngram"
-    heartbeat: Annotated[str, Help("time between two heartbeats, 50ms to 10s")] = "1s"
-    record: Annotated[str, Help("append this peer's telemetry to a file, for dsd top --replay"), FILE] = ""
-    otlp: Annotated[str, Help("OpenTelemetry collector for traces, like http://127.0.0.1:4318"), URL] = ""
+    heartbeat: Annotated[str, Help("interval between heartbeats, 50ms to 10s")] = "1s"
+    record: Annotated[str, Help("file to append this peer's telemetry to, for dsd top --replay"), FILE] = ""
+    otlp: Annotated[str, Help("OpenTelemetry collector for traces, e.g. http://127.0.0.1:4318"), URL] = ""
 
 
 class JoinConfig(ServeFlags, frozen=True, kw_only=True):
-    """`dsd join`."""
+    """Settings of `dsd join`."""
 
-    invite: Annotated[str, Help("the string that dsd invite printed"), POSITIONAL]
+    invite: Annotated[str, Help("invite string that dsd invite printed"), POSITIONAL]
 
 
 class CreateConfig(ServeFlags, frozen=True, kw_only=True):
-    """`dsd create`."""
+    """Settings of `dsd create`."""
 
     model: Annotated[str, Help("the swarm's model: a catalog name, a folder or a Hugging Face id")] = DEFAULT_MODEL
-    dtype: Annotated[str, Help("numbers to compute with: float32 (exact in every mode), bfloat16 or float16")] = (
+    dtype: Annotated[str, Help("number format to compute with: float32 (exact in every mode), bfloat16 or float16")] = (
         "float32"
     )
 
 
 class NodeConfig(ModelFlags, frozen=True, kw_only=True):
-    """One stage, started by hand or by `dsd up`. An empty identity is a new one for this run only."""
+    """Settings of one stage, started by hand or by `dsd up`. An empty identity stands for a new key in each run."""
 
-    span: Annotated[str, Help("layers FIRST:LAST that the stage holds; by default all")] = ""
-    listen: Annotated[str, Help("address to listen on, as a multiaddr")] = "/ip4/127.0.0.1/tcp/0"
-    peers: Annotated[tuple[str, ...], Help("addresses of other stages, separated by commas")] = ()
+    span: Annotated[str, Help("layers of the stage as FIRST:LAST, LAST excluded; default: all")] = ""
+    listen: Annotated[str, Help("multiaddr to listen on")] = "/ip4/127.0.0.1/tcp/0"
+    peers: Annotated[tuple[str, ...], Help("multiaddrs of other stages, separated by commas")] = ()
     identity: Annotated[
-        str, Help("file of the peer's secret key, made on first use; by default a new key each run"), FILE
+        str, Help("file with the peer's secret key, created on first use; default: a new key each run"), FILE
     ] = ""
 
 
 class NodeCommand(ServeFlags, frozen=True, kw_only=True):
-    """`dsd node`: a member of a swarm when `swarm` is given, else one stage by hand."""
+    """Settings of `dsd node`: a member of the swarm if `swarm` is given, otherwise one stage started by hand."""
 
     action: Annotated[
         Literal["run", "stop", "status"],
-        Help("run a node, or stop or describe the one that runs for --swarm"),
+        Help("run: serve; stop, status: stop or describe the node daemon that serves --swarm"),
         POSITIONAL,
     ] = "run"
-    drain: Annotated[str, Help("with stop: how long sessions under way may go on")] = "30s"
+    drain: Annotated[str, Help("with stop: time that running sessions get to finish")] = "30s"
     swarm: SwarmName = ""
-    listen: Annotated[str, Help("address to listen on; default: port 4001 in a swarm, else a free local port")] = ""
-    model: Annotated[str, Help("without --swarm: a catalog name, a folder or a Hugging Face id")] = ""
-    dtype: Annotated[str, Help("without --swarm: numbers to compute with")] = ""
-    span: Annotated[str, Help("without --swarm: layers FIRST:LAST of the stage; by default all")] = ""
-    peers: Annotated[tuple[str, ...], Help("without --swarm: addresses of other stages, separated by commas")] = ()
-    identity: Annotated[str, Help("without --swarm: file of the peer's secret key, made on first use"), FILE] = ""
+    listen: Annotated[
+        str, Help("multiaddr to listen on; default: port 4001 with --swarm, otherwise a free local port")
+    ] = ""
+    model: Annotated[str, Help("without --swarm: target model: a catalog name, a folder or a Hugging Face id")] = ""
+    dtype: Annotated[str, Help("without --swarm: number format to compute with; default: float32")] = ""
+    span: Annotated[str, Help("without --swarm: layers of the stage as FIRST:LAST, LAST excluded; default: all")] = ""
+    peers: Annotated[tuple[str, ...], Help("without --swarm: multiaddrs of other stages, separated by commas")] = ()
+    identity: Annotated[str, Help("without --swarm: file with the peer's secret key, created on first use"), FILE] = ""
     exit_with_parent: Annotated[bool, Help("stop when standard input closes")] = False
 
 
 class DrafterFlags(ModelFlags, frozen=True, kw_only=True):
-    """The drafter."""
+    """The drafter of a coordinator."""
 
     draft: Annotated[
         str,
-        Help("drafter: ngram, shadow or a model, each also with +ngram; auto: the fastest measured"),
+        Help("drafter: ngram, shadow, or a model; +ngram adds prompt lookup; auto: the fastest for the target"),
     ] = "auto"
-    draft_dtype: Annotated[str, Help("numbers that a drafting model computes with")] = "float32"
+    draft_dtype: Annotated[str, Help("number format that a drafting model computes with")] = "float32"
 
 
 class SwarmFlags(DrafterFlags, frozen=True, kw_only=True):
-    """A swarm of processes on this machine."""
+    """A swarm of stage processes on this machine."""
 
     stages: Annotated[Positive, Help("number of stage processes to start")] = 3
 
@@ -152,76 +158,78 @@ class GatewayConfig(Settings, frozen=True, kw_only=True):
 
     port: Annotated[
         Annotated[int, Meta(ge=0, le=65535)] | None,
-        Help("port of the OpenAI-compatible API; 0: any free one; default: 8484 for dsd up, else none"),
+        Help("port of the OpenAI-compatible API; 0: any free port; default: 8484 for dsd up, otherwise no API"),
     ] = None
-    host: Annotated[str, Help("address the API listens on")] = "127.0.0.1"
+    host: Annotated[str, Help("IP address that the API listens on")] = "127.0.0.1"
     api_keys: Annotated[
-        str, Help("TOML file of API keys and their limits; without it, anybody on this machine may ask"), FILE
+        str, Help("TOML file of API keys and their limits; default: no key needed, this machine only"), FILE
     ] = ""
     names: Annotated[
-        tuple[str, ...], Help("further host names that clients use for this machine, separated by commas")
+        tuple[str, ...], Help("additional host names that clients use for this machine, separated by commas")
     ] = ()
-    max_running: Annotated[int, Meta(ge=1, le=1024), Help("answers written at once")] = 16
-    max_waiting: Annotated[int, Meta(ge=0, le=65536), Help("answers that may wait for a place")] = 256
-    answer_timeout: Annotated[str, Help("longest time that one answer may take")] = "1h"
+    max_running: Annotated[int, Meta(ge=1, le=1024), Help("maximum number of answers generated at once")] = 16
+    max_waiting: Annotated[int, Meta(ge=0, le=65536), Help("maximum number of queued answers")] = 256
+    answer_timeout: Annotated[str, Help("time limit for one answer, e.g. 1h")] = "1h"
 
 
 NO_GATEWAY = GatewayConfig()
 
 
 class UpConfig(SwarmFlags, frozen=True, kw_only=True):
-    """`dsd up`. An empty mqtt starts a broker on this machine, "none" does without."""
+    """Settings of `dsd up`. An empty `mqtt` starts a broker on this machine; "none" runs without one."""
 
     policy: Annotated[
         Literal["learned", "analytic"],
-        Help("what decides how much to guess: a learned policy, or the latency model alone"),
+        Help("policy that decides how much to guess: learned, trained in the simulator; analytic, latency model only"),
     ] = "learned"
-    otlp: Annotated[str, Help("OpenTelemetry collector for traces, like http://127.0.0.1:4318"), URL] = ""
+    otlp: Annotated[str, Help("OpenTelemetry collector for traces, e.g. http://127.0.0.1:4318"), URL] = ""
 
 
 class InviteConfig(Settings, frozen=True, kw_only=True):
-    """`dsd invite`."""
+    """Settings of `dsd invite`."""
 
     swarm: SwarmName = DEFAULT_SWARM
-    role: Annotated[Role, Help("what the newcomer may do: stage serves layers, client only asks")] = Role.STAGE
-    expires: Annotated[str, Help("how long the invite, and the membership gained with it, stays valid, like 24h")] = (
-        "30d"
+    role: Annotated[Role, Help("role of the new member; stage: serves layers; client: only sends requests")] = (
+        Role.STAGE
     )
-    uses: Annotated[int, Meta(ge=1, le=1 << 20), Help("machines that may join with it")] = 1
-    address: Annotated[tuple[str, ...], Help("addresses to join at; by default those of the running node")] = ()
-    qr: Annotated[bool, Help("also print a QR code on a terminal")] = True
+    expires: Annotated[str, Help("how long the invite, and membership gained with it, stays valid, e.g. 24h")] = "30d"
+    uses: Annotated[int, Meta(ge=1, le=1 << 20), Help("number of machines that may join with the invite")] = 1
+    address: Annotated[
+        tuple[str, ...], Help("multiaddrs to join at, separated by commas; default: those of the running node daemon")
+    ] = ()
+    qr: Annotated[bool, Help("QR code of the invite on a terminal; on by default")] = True
 
 
 class SwarmQuestion(Settings, frozen=True, kw_only=True):
-    """`dsd members`, `dsd plan`, `dsd doctor`."""
+    """Settings of `dsd members`, `dsd plan` and `dsd doctor`."""
 
     swarm: SwarmName = DEFAULT_SWARM
     json: Json = False
 
 
 class RevokeConfig(Settings, frozen=True, kw_only=True):
-    """`dsd revoke`."""
+    """Settings of `dsd revoke`."""
 
-    peer: Annotated[str, Help("peer id of the member, or the end of it"), POSITIONAL]
+    peer: Annotated[str, Help("peer id of the member to remove, or the last characters of it"), POSITIONAL]
     swarm: SwarmName = DEFAULT_SWARM
 
 
 class ModelsConfig(Settings, frozen=True, kw_only=True):
-    """`dsd models`."""
+    """Settings of `dsd models`."""
 
     action: Annotated[
         Literal["list", "pull", "path"],
-        Help("list the catalog, fetch a model, or print the folder that transformers loads"),
+        Help("list: show the catalog; pull: download a model; path: print the folder that transformers can load"),
         POSITIONAL,
     ]
-    name: Annotated[str, Help("a catalog name, a folder or a Hugging Face id"), POSITIONAL] = ""
+    name: Annotated[str, Help("with pull, path: a catalog name, a folder or a Hugging Face id"), POSITIONAL] = ""
 
 
 class CompletionConfig(Settings, frozen=True, kw_only=True):
-    """`dsd completion`."""
+    """Settings of `dsd completion`."""
 
     shell: Annotated[
         Literal["bash", "zsh", "tcsh"],
-        Help("the shell to print a script for"),
+        Help("shell to print the script for"),
         Shape(is_positional=True),
     ]

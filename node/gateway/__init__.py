@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP backend to a swarm."""
+"""The gateway: an OpenAI-compatible HTTP API to a swarm."""

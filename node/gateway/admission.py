@@ -1,4 +1,4 @@
-"""How many answers are written at once, and whose turn it is when there is room."""
+"""Limits how many answers are written at once and decides whose turn is next."""
 
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -23,9 +23,11 @@ class _Waiting:
 
 
 class Admission:
-    """Lets a bounded number in; when there is room, whoever has the least running comes first.
+    """A gate that admits a bounded number of answers.
 
-    max_running, max_waiting: answers. timeout_s: longest wait.
+    A free place goes to the waiting owner with the fewest running answers.
+
+    max_running, max_waiting: numbers of answers. timeout_s: the longest wait.
     """
 
     def __init__(self, *, max_running: int, max_waiting: int, timeout_s: float) -> None:
@@ -37,12 +39,12 @@ class Admission:
 
     @property
     def num_running(self) -> int:
-        """Answers under way."""
+        """The number of answers being written."""
         return self._running.total()
 
     @property
     def num_waiting(self) -> int:
-        """Answers that wait for their turn."""
+        """The number of answers waiting for a place."""
         return len(self._waiting)
 
     @asynccontextmanager
@@ -50,7 +52,7 @@ class Admission:
         """Wait for a place and hold it until the end of the block.
 
         Raises:
-            CapacityError: too many wait already, or it takes too long.
+            CapacityError: too many answers wait already, or no place became free in time.
         """
         await self._wait(owner)
         try:
@@ -63,7 +65,7 @@ class Admission:
             self._running[owner] += 1
             return
         if len(self._waiting) >= self._max_waiting:
-            raise CapacityError(f"{len(self._waiting)} requests wait here already: try again later")
+            raise CapacityError(f"{len(self._waiting)} requests are waiting already: try again later")
         place = _Waiting(owner)
         self._waiting.append(place)
         try:
@@ -94,21 +96,24 @@ class Admission:
 
 
 class PatientBackend:
-    """Waits where the stages have no room for another session's cache, instead of refusing at once. timeout_s: longest wait."""
+    """A backend that waits and retries while the stages have no room for another session's cache.
+
+    timeout_s: the longest wait.
+    """
 
     def __init__(self, backend: Backend, timeout_s: float) -> None:
-        self._door = backend
+        self._backend = backend
         self._timeout_s = timeout_s
 
     async def write(
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
-        """Yield an answer piece by piece. Raises as `Backend.write` does."""
+        """Yield an answer piece by piece. Raises the same errors as `Backend.write`."""
         deadline_s, delay_s = trio.current_time() + self._timeout_s, _FIRST_RETRY_S
         while True:
             is_begun = False
             try:
-                async with aclosing(self._door.write(prompt, options, outcome)) as pieces:
+                async with aclosing(self._backend.write(prompt, options, outcome)) as pieces:
                     async for piece in pieces:
                         is_begun = True
                         yield piece

@@ -1,4 +1,4 @@
-"""The gateway's routes."""
+"""Defines the gateway's HTTP routes."""
 
 import logging
 import secrets
@@ -46,15 +46,16 @@ Handler = Callable[[Request], Awaitable[Response | Writing | EventStream]]
 
 _BODY_TIMEOUT_S = 60.0
 _DEFAULT_TEXT_TOKENS = 16
-"""What OpenAI's completions endpoint writes by default."""
+"""The default of OpenAI's completions endpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayLimits:
-    """What the gateway grants.
+    """The limits of the gateway.
 
-    max_body_bytes: of a request. max_running, max_waiting: answers. wait_s: for a place. deadline_s: of a whole answer.
-    default_tokens: of a chat answer that names no number.
+    max_body_bytes: of one request. max_running, max_waiting: numbers of answers. wait_s: the longest wait for a place.
+    deadline_s: the longest time for a whole answer. default_tokens: the length of a chat answer if the request sets
+    none.
     """
 
     max_body_bytes: int = 4 << 20
@@ -67,7 +68,10 @@ class GatewayLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """The model behind the gateway. name: as clients ask for it; max_positions: of its context; vocab_size: tokens."""
+    """The model behind the gateway.
+
+    name: the name that clients ask for. max_positions: the size of its context. vocab_size: the number of its tokens.
+    """
 
     name: str
     key: ModelKey
@@ -78,7 +82,11 @@ class Served:
 
 @dataclass(slots=True, kw_only=True)
 class Gateway:
-    """Everything the routes use. metrics: in Prometheus' text format; note, note_refused: are told of requests that ended."""
+    """The gateway and everything its routes use.
+
+    metrics: returns Prometheus' text format. note: called when an answered request has ended. note_refused: called with
+    the status when a request is refused.
+    """
 
     backend: Backend
     served: Served
@@ -102,7 +110,11 @@ class Gateway:
         self.backend = PatientBackend(self.backend, limits.wait_s)
 
     def app(self, hosts: Sequence[str]) -> ASGIApp:
-        """Return the ASGI application. hosts: names it may be called by, so that no other site's name can point at it."""
+        """Return the ASGI application.
+
+        hosts: the names that the gateway may be called by. Others are refused, so that no other site can point its name
+        here.
+        """
         return Starlette(
             routes=[
                 Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
@@ -122,7 +134,7 @@ class Gateway:
         )
 
     def _guarded(self, handler: Callable[[Request, Client], Awaitable[Response | Writing | EventStream]]) -> Handler:
-        """Only for who may ask; errors as OpenAI has them."""
+        """Wrap a handler: identify the client first, and answer errors in OpenAI's format."""
 
         async def guarded(request: Request) -> Response | Writing | EventStream:
             try:
@@ -168,15 +180,19 @@ class Gateway:
         return self._writing(client, asked, prompts, options, TextFormat(text, echoes))
 
     def _prompts(self, asked: CompletionRequest) -> list[list[TokenId]]:
-        """The prompts as tokens, from any of the four forms OpenAI takes."""
+        """Return the prompts as tokens, from any of the four forms that OpenAI accepts."""
         given = asked.prompt
         entries: Sequence[object] = [given] if isinstance(given, str) else given
         if all(isinstance(entry, int) for entry in entries):
             entries = [entries]
         if not all(isinstance(entry, str | list | tuple) for entry in entries):
-            raise ApiError(400, "prompt: give texts, or tokens, not both", param="prompt")
+            raise ApiError(
+                400,
+                "prompt: expected only texts or only tokens, got a mixture: send them in separate requests",
+                param="prompt",
+            )
         if len(entries) > MAX_CHOICES:
-            raise ApiError(400, f"prompt: at most {MAX_CHOICES} at once", param="prompt")
+            raise ApiError(400, f"prompt: expected at most {MAX_CHOICES} prompts, got {len(entries)}", param="prompt")
         encode = self.served.text.encode
         return [
             encode(entry, is_raw=True) if isinstance(entry, str) else [int(token) for token in entry]  # type: ignore[attr-defined]
@@ -186,7 +202,7 @@ class Gateway:
     def _options(self, client: Client, asked: Common, max_tokens: int, top_logprobs: int) -> GenerateOptions:
         sampling = Sampling(
             temperature=1.0 if asked.temperature is None else asked.temperature,
-            # OpenAI takes 0 for the likeliest token alone.
+            # OpenAI accepts 0; it means the likeliest token alone.
             top_p=1.0 if asked.top_p is None else max(asked.top_p, 1e-6),
             seed=secrets.randbits(63) if asked.seed is None else asked.seed & ((1 << 63) - 1),
         )
@@ -212,7 +228,9 @@ class Gateway:
     ) -> Writing:
         n = asked.n or 1
         if len(prompts) * n > MAX_CHOICES:
-            raise ApiError(400, f"n: at most {MAX_CHOICES} answers to a request, all prompts together", param="n")
+            raise ApiError(
+                400, f"n: expected at most {MAX_CHOICES} answers over all prompts, got {len(prompts) * n}", param="n"
+            )
         num_prompt_tokens = sum(map(len, prompts))
         self._check_prompts(prompts, options, "messages" if isinstance(form, ChatFormat) else "prompt")
         client.take(num_prompt_tokens)
@@ -245,7 +263,7 @@ class Gateway:
 
     def _check_prompts(self, prompts: Sequence[Sequence[TokenId]], options: GenerateOptions, param: str) -> None:
         if not all(prompts):
-            raise ApiError(400, f"{param}: empty, give at least one token", param=param)
+            raise ApiError(400, f"{param}: expected at least one token, got none", param=param)
         if max(map(max, prompts)) >= self.served.vocab_size or min(map(min, prompts)) < 0:
             raise ApiError(400, f"{param}: the model's tokens are 0 to {self.served.vocab_size - 1}", param=param)
         longest = max(map(len, prompts))
@@ -253,15 +271,16 @@ class Gateway:
             raise ApiError(
                 400,
                 f"the model's context is {self.served.max_positions} tokens: the prompt has {longest}, "
-                f"{options.text.max_tokens} more were asked for",
+                f"{options.text.max_tokens} more were asked for: shorten one of them",
                 code="context_length_exceeded",
                 param=param,
             )
 
     async def _read(self, request: Request, kind: type[Request_]) -> Request_:
-        """The request's body, checked.
+        """Return the request's body, checked.
 
-        Another site's page can send no JSON here without asking first, and is not answered when it asks.
+        A web page of another site cannot post JSON here without a preflight request, and the gateway does not answer
+        those.
         """
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "send the request as application/json")
@@ -332,14 +351,16 @@ def _messages(asked: ChatRequest) -> list[Mapping[str, str]]:
 
 
 def _with_seed(options: GenerateOptions, number: int) -> GenerateOptions:
-    """The same settings, other dice: the `number`-th answer to a prompt."""
+    """Return the options with another seed, for the `number`-th answer to a prompt."""
     sampling = options.text.sampling
     sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + number) & ((1 << 63) - 1))
     return replace(options, text=msgspec.structs.replace(options.text, sampling=sampling))
 
 
 def _no_model(asked: str, served: str) -> ApiError:
-    return ApiError(404, f"there is no model {asked!r} here: ask for {served!r}", code="model_not_found", param="model")
+    return ApiError(
+        404, f"model {asked!r} is not served here: ask for {served!r}", code="model_not_found", param="model"
+    )
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:

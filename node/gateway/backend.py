@@ -1,4 +1,4 @@
-"""What the gateway asks of the swarm behind it."""
+"""Defines how the gateway gets answers from its swarm."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -20,9 +20,9 @@ from dsd_p2p.window.base import WindowPolicy
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """How an answer came about, filled in as it is written.
+    """How an answer was made. The backend fills it in while it writes.
 
-    num_cached_tokens: of the prompt, that the stages still held. statistics: None before the first token.
+    num_cached_tokens: prompt tokens whose cache the stages still held. statistics: None before the first token.
     """
 
     num_cached_tokens: int = 0
@@ -35,16 +35,19 @@ class Backend(Protocol):
     def write(
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
-        """Yield an answer piece by piece; closing the generator frees the stages.
+        """Yield an answer piece by piece. Closing the generator frees the stages.
 
         Raises:
-            DsdError: what ended it.
+            DsdError: the reason why the answer ended early.
         """
         ...
 
 
 class EngineBackend:
-    """This process coordinates. make_policy: a window policy for one request."""
+    """A backend that coordinates in this process.
+
+    make_policy: returns a window policy for one request.
+    """
 
     def __init__(self, engine: Engine, drafter: Drafter, make_policy: Callable[[], WindowPolicy]) -> None:
         self._engine = engine
@@ -54,7 +57,7 @@ class EngineBackend:
     async def write(
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
-        """Yield an answer piece by piece. Raises as `Backend.write` does."""
+        """Yield an answer piece by piece. Raises the same errors as `Backend.write`."""
         policy = self._engine.governed(self._make_policy())
         try:
             async with self._engine.generate(prompt, options, policy) as generation:
@@ -67,14 +70,14 @@ class EngineBackend:
                     if generation.timing.num_tokens:
                         outcome.statistics = statistics_of(generation, self._drafter.name)
         except ConfigError as exc:
-            # What was asked is checked by now: it is the swarm that cannot.
+            # The request has been checked by now: the swarm is what cannot serve it.
             raise PeerDisconnected(str(exc)) from exc
 
 
 class SwarmBackend:
-    """The best coordinator writes, be it this node or another.
+    """A backend that lets the best coordinator write, whether this peer or another.
 
-    choose: the peer that should coordinate now; None for this node.
+    choose: returns the peer that should coordinate now, or None for this one.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class SwarmBackend:
     async def write(
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
-        """Yield an answer piece by piece. Raises as `Backend.write` does."""
+        """Yield an answer piece by piece. Raises the same errors as `Backend.write`."""
         coordinator = self._choose()
         if coordinator is None and self._here is not None:
             async with aclosing(self._here.write(prompt, options, outcome)) as pieces:
@@ -99,6 +102,6 @@ class SwarmBackend:
         async with aclosing(self._thin.generate(prompt, options, self._deadline_s)) as pieces:
             async for piece in pieces:
                 timing.arrived(len(piece.tokens), trio.current_time())
-                # What can be seen from here; the details are the coordinator's.
+                # Only timing can be seen from here; the coordinator keeps the details.
                 outcome.statistics = AnswerStatistics(timing=timing, coordinator=coordinator or PeerId(""))
                 yield piece

@@ -1,4 +1,4 @@
-"""One answer as text: tokens become characters, stop strings end it, log probabilities go along."""
+"""Turns the tokens of one answer into text, applies stop strings and passes on log probabilities."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -12,7 +12,10 @@ from node.gateway.backend import Backend, Outcome
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What is new of an answer. tokens, logprobs: of this piece, without what only ends the answer."""
+    """The next part of an answer.
+
+    tokens, logprobs: of this part, without the tokens that only end the answer.
+    """
 
     text: str
     tokens: tuple[TokenId, ...] = ()
@@ -21,7 +24,7 @@ class Piece:
 
 @dataclass(slots=True, kw_only=True)
 class Choice:
-    """One of the answers to a request; iterate over `pieces` once, then read the rest."""
+    """One of the answers to a request. Iterate over `pieces` once, then read the other fields."""
 
     backend: Backend
     text: TextCodec
@@ -33,10 +36,10 @@ class Choice:
     finish_reason: str | None = None
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Yield the answer as it comes; closing the generator frees the stages.
+        """Yield the answer as it arrives. Closing the generator frees the stages.
 
         Raises:
-            DsdError: what ended it.
+            DsdError: the reason why the answer ended early.
         """
         streamer, stops = self.text.streamer(), StopStrings(self.stops)
         is_stopped = False
@@ -64,7 +67,7 @@ class Choice:
 
 
 class StopStrings:
-    """Passes text on as soon as no stop string can begin in it; nothing from the first stop string on."""
+    """A filter that passes text on once no stop string can begin in it, and nothing from the first stop string on."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -72,7 +75,7 @@ class StopStrings:
         self.is_found = False
 
     def feed(self, text: str) -> str:
-        """Return what may be shown now."""
+        """Add `text` and return the part that may be shown now."""
         self._held += text
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
@@ -84,11 +87,11 @@ class StopStrings:
         return shown
 
     def rest(self) -> str:
-        """Return what was held back when the answer has ended."""
+        """Return the text that is still held back, after the answer has ended."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that `stop` may begin with."""
+    """Return how many characters at the end of `text` could begin `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

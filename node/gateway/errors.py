@@ -1,4 +1,4 @@
-"""What goes wrong, as OpenAI's clients expect to be told."""
+"""Reports errors in the form that OpenAI's clients expect."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,9 @@ from dsd_p2p.errors import CapacityError, ConfigError, DsdError, ModelError, Pee
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that answers a request.
 
-    status: of HTTP. kind, code, param: OpenAI's `type`, `code` and `param`.
+    status: the HTTP status. kind, code, param: OpenAI's `type`, `code` and `param`.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """Return it as the whole answer."""
+        """Return the error as the whole HTTP response."""
         return json_response(self.body, self.status, self.headers)
 
 
 def unexpected() -> ApiError:
-    """Return what a client is told of a failure that nobody foresaw; whoever catches it logs it."""
+    """Return the answer to an unexpected failure. The caller logs the failure."""
     return ApiError(500, "the gateway failed; see its log", kind="server_error")
 
 
@@ -53,7 +53,7 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
 
 
 def api_error(error: DsdError) -> ApiError:
-    """Return what a client is told of an error of ours."""
+    """Return the answer that reports one of our errors."""
     match error:
         case CapacityError():
             return ApiError(429, str(error), kind="rate_limit_error", code="overloaded", headers={"Retry-After": "5"})

@@ -1,4 +1,4 @@
-"""How the two endpoints tell an answer."""
+"""Writes answers in the formats of the two endpoints."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ from node.gateway.writing import Head
 
 
 class ChatFormat:
-    """`/v1/chat/completions`."""
+    """The format of `/v1/chat/completions`."""
 
     prefix = "chatcmpl"
 
@@ -32,7 +32,7 @@ class ChatFormat:
         self._text = text
 
     def whole(self, head: Head, choices: Sequence[tuple[Choice, list[Piece]]], usage: Usage) -> object:
-        """Return the reply in one piece."""
+        """Return the whole reply."""
         return ChatCompletion(
             id=head.id,
             created=head.created,
@@ -51,21 +51,21 @@ class ChatFormat:
         )
 
     def first(self, head: Head, index: int) -> object:
-        """Return the event an answer begins with."""
+        """Return the first event of an answer."""
         return self._chunk(head, [ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
 
     def event(self, head: Head, index: int, piece: Piece) -> object:
-        """Return the event of what is new of an answer."""
+        """Return the event with the next part of an answer."""
         content = [self._token(token, each) for token, each in zip(piece.tokens, piece.logprobs, strict=False)]
         logprobs = ChatLogprobs(content=content) if content else None
         return self._chunk(head, [ChunkChoice(index=index, delta=Delta(content=piece.text), logprobs=logprobs)])
 
     def last(self, head: Head, index: int, choice: Choice) -> object:
-        """Return the event that ends an answer."""
+        """Return the last event of an answer."""
         return self._chunk(head, [ChunkChoice(index=index, delta=Delta(), finish_reason=choice.finish_reason)])
 
     def usage(self, head: Head, usage: Usage) -> object:
-        """Return the event that tells what it cost."""
+        """Return the event with the token counts."""
         return self._chunk(head, [], usage)
 
     @staticmethod
@@ -98,7 +98,10 @@ class ChatFormat:
 
 
 class TextFormat:
-    """`/v1/completions`. echoes: for each choice, the prompt if it is to be repeated."""
+    """The format of `/v1/completions`.
+
+    echoes: for each choice, the prompt if the client wants it repeated, otherwise empty.
+    """
 
     prefix = "cmpl"
 
@@ -108,7 +111,7 @@ class TextFormat:
         self._offsets = [len(echo) for echo in echoes]
 
     def whole(self, head: Head, choices: Sequence[tuple[Choice, list[Piece]]], usage: Usage) -> object:
-        """Return the reply in one piece."""
+        """Return the whole reply."""
         replies = [
             TextChoice(
                 index=index,
@@ -123,23 +126,23 @@ class TextFormat:
         return self._completion(head, replies, usage)
 
     def first(self, head: Head, index: int) -> object | None:
-        """Return the repeated prompt, if it is wanted."""
+        """Return the event that repeats the prompt, if the client wants it."""
         echo = self._echoes[index]
         return self._completion(head, [TextChoice(index=index, text=echo, finish_reason=None)]) if echo else None
 
     def event(self, head: Head, index: int, piece: Piece) -> object:
-        """Return the event of what is new of an answer."""
+        """Return the event with the next part of an answer."""
         logprobs = self._logprobs([piece], self._offsets[index]) if piece.logprobs else None
         self._offsets[index] += sum(len(self._text.token_text(token)) for token in piece.tokens)
         return self._completion(head, [TextChoice(index=index, text=piece.text, finish_reason=None, logprobs=logprobs)])
 
     def last(self, head: Head, index: int, choice: Choice) -> object:
-        """Return the event that ends an answer."""
+        """Return the last event of an answer."""
         reason = "length" if choice.finish_reason == "length" else "stop"
         return self._completion(head, [TextChoice(index=index, text="", finish_reason=reason)])  # type: ignore[arg-type]
 
     def usage(self, head: Head, usage: Usage) -> object:
-        """Return the event that tells what it cost."""
+        """Return the event with the token counts."""
         return self._completion(head, [], usage)
 
     @staticmethod
@@ -181,5 +184,5 @@ def _ln(millinats: int) -> float:
 
 
 def _bytes(text: str) -> list[int] | None:
-    """A token can be part of a character: then its bytes are not known from its text."""
+    """Return the token's bytes, or None if it holds only part of a character: its text does not tell them."""
     return None if "�" in text else list(text.encode())

@@ -1,4 +1,4 @@
-"""Who may ask, and how much a minute."""
+"""Checks clients' API keys and limits how much each may use in a minute."""
 
 import hashlib
 import hmac
@@ -20,7 +20,10 @@ _ANYBODY = "anybody"
 
 
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of the keys' file. key or sha256: the secret, or its hex digest. A limit of 0 is none."""
+    """One entry of the key file.
+
+    key or sha256: the secret, or its hex digest. A limit of 0 means no limit.
+    """
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     key: Annotated[str, Meta(min_length=16, max_length=256)] | None = None
@@ -39,28 +42,31 @@ class _KeysFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_keys(file: Path) -> list[ApiKey]:
-    """Return the keys of a TOML file with a `[[key]]` table for each.
+    """Return the keys of a TOML file that has a `[[key]]` table for each.
 
     Raises:
-        ConfigError: it cannot be read, or an entry is wrong.
+        ConfigError: the file cannot be read, or an entry is wrong.
     """
     try:
         keys = msgspec.convert(tomllib.loads(file.read_text()), _KeysFile).key
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as exc:
         raise ConfigError(f"API keys {file}: {exc}") from exc
     if not keys:
-        raise ConfigError(f"API keys {file}: there is none in it, and nobody could ask")
+        raise ConfigError(f"API keys {file}: expected at least one [[key]] table, found none: add one")
     for key in keys:
         if (key.key is None) == (key.sha256 is None):
-            raise ConfigError(f"API keys {file}: {key.name!r} needs either key or sha256")
+            raise ConfigError(f"API keys {file}: {key.name!r} needs exactly one of key and sha256")
     if len({key.name for key in keys}) != len(keys):
-        raise ConfigError(f"API keys {file}: give every key a name of its own")
+        raise ConfigError(f"API keys {file}: two keys have the same name: give each its own")
     return keys
 
 
 @dataclass(slots=True)
 class Bucket:
-    """So many a minute, as many at once. limit 0: no limit. Spending below zero is a debt."""
+    """A token bucket: `limit` a minute, and as many at once.
+
+    limit: 0 means no limit. A level below zero is a debt.
+    """
 
     limit: int
     level: float = field(init=False)
@@ -70,20 +76,20 @@ class Bucket:
         self.level, self.at_s = float(self.limit), time.monotonic()
 
     def fill(self) -> None:
-        """Take in what the time since the last call was worth."""
+        """Add what has accrued since the last call."""
         now_s = time.monotonic()
         self.level = min(float(self.limit), self.level + (now_s - self.at_s) * self.limit / 60)
         self.at_s = now_s
 
     def wait_s(self, amount: float) -> float:
-        """Seconds until `amount` is there; more than the limit never is, and waits for a full bucket."""
+        """Return the seconds until `amount` is available. An amount above the limit waits for a full bucket."""
         if not self.limit:
             return 0.0
         return max(0.0, (min(amount, self.limit) - self.level) * 60 / self.limit)
 
 
 class Client:
-    """Who asks, and what of the limits is left."""
+    """A client and what is left of its limits."""
 
     def __init__(self, name: str, requests_per_minute: int = 0, tokens_per_minute: int = 0) -> None:
         self.name = name
@@ -91,15 +97,15 @@ class Client:
         self._tokens = Bucket(tokens_per_minute)
 
     def begin(self) -> None:
-        """Count a request, before anything is done for it, whatever becomes of it.
+        """Count a request before anything is done for it, whether or not it succeeds.
 
         Raises:
-            ApiError: 429, with when to come back.
+            ApiError: 429, with the time to wait.
         """
         self._spend(self._requests, 1, "requests")
 
     def take(self, num_tokens: int) -> None:
-        """Count the tokens of a request's prompts. Raises as `begin` does."""
+        """Count the tokens of a request's prompts. Raises the same error as `begin`."""
         self._spend(self._tokens, num_tokens, "tokens")
 
     def _spend(self, bucket: Bucket, amount: int, what: str) -> None:
@@ -115,11 +121,11 @@ class Client:
         bucket.level -= amount
 
     def spend(self, num_tokens: int) -> None:
-        """Count tokens of an answer."""
+        """Count the tokens of an answer."""
         self._tokens.level -= num_tokens
 
     def headers(self) -> dict[str, str]:
-        """OpenAI's rate limit headers."""
+        """Return OpenAI's rate limit headers."""
         headers = {}
         for bucket, what in ((self._requests, "requests"), (self._tokens, "tokens")):
             if bucket.limit:
@@ -131,7 +137,7 @@ class Client:
 
 
 class Clients:
-    """Finds out who asks. Without keys everybody may."""
+    """The clients of the gateway. Without keys everybody may ask."""
 
     def __init__(self, keys: list[ApiKey]) -> None:
         self._by_digest = {key.digest: Client(key.name, key.requests_per_minute, key.tokens_per_minute) for key in keys}
@@ -143,10 +149,10 @@ class Clients:
         return bool(self._by_digest)
 
     def identify(self, headers: Mapping[str, str]) -> Client:
-        """Return the client of a request.
+        """Return the client that sent a request.
 
         Raises:
-            ApiError: 401, no key or a wrong one.
+            ApiError: 401, the key is missing or wrong.
         """
         if not self.need_keys:
             return self._anybody

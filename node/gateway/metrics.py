@@ -1,4 +1,4 @@
-"""Prometheus metrics of a gateway and of what it knows of its swarm, under the field's names."""
+"""Exports Prometheus metrics of a gateway and of the swarm as it sees it."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class GatewayMetrics:
-    """Counts requests as they end, and reads the rest when it is asked."""
+    """The metrics. It counts requests when they end and reads everything else when it is scraped."""
 
     def __init__(self, picture: Picture, admission: Admission | None = None) -> None:
         self.admission = admission
@@ -26,9 +26,7 @@ class GatewayMetrics:
         )
         self._tokens = Counter("dsd_generation_tokens_total", "Tokens written", registry=self._registry)
         self._ttft = Histogram("dsd_time_to_first_token_seconds", "TTFT", buckets=_SECONDS, registry=self._registry)
-        self._tpot = Histogram(
-            "dsd_time_per_output_token_seconds", "TPOT after the first", buckets=_SECONDS, registry=self._registry
-        )
+        self._tpot = Histogram("dsd_time_per_output_token_seconds", "TPOT", buckets=_SECONDS, registry=self._registry)
         self._registry.register(_PictureCollector(picture, self))
 
     def note(self, writing: Writing, status: int) -> None:
@@ -50,7 +48,7 @@ class GatewayMetrics:
         self._requests.labels(str(status)).inc()
 
     def text(self) -> bytes:
-        """Return all of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -66,14 +64,14 @@ class _PictureCollector(Collector):
         for name, text in (
             ("windows", "Windows sent"),
             ("nodes", "Draft nodes sent"),
-            ("misses", "Verdicts no window carried"),
-            ("stale", "Nodes that were sent in vain"),
+            ("misses", "Committed tokens that no sent node held"),
+            ("stale", "Nodes that were stale when they arrived"),
             ("relaxed", "Tokens accepted by relaxed verification"),
         ):
             yield CounterMetricFamily(f"dsd_{name}", text, totals[f"num_{name}"])
-        yield CounterMetricFamily("dsd_replays", "Routes lost in mid-answer", totals["replays"])
+        yield CounterMetricFamily("dsd_replays", "Replays over another route after a stage was lost", totals["replays"])
         acceptance = GaugeMetricFamily(
-            "dsd_acceptance_ratio", "Levels of drafts that held the target's token", labels=["depth"]
+            "dsd_acceptance_ratio", "Share of draft levels that held the committed token", labels=["depth"]
         )
         for depth, share in enumerate(picture.acceptance(), start=1):
             acceptance.add_metric([str(depth)], share)
@@ -90,7 +88,7 @@ class _PictureCollector(Collector):
             "queue": GaugeMetricFamily("dsd_stage_queue_windows", "Windows waiting", labels=["peer"]),
             "sessions": GaugeMetricFamily("dsd_stage_sessions", "Sessions open", labels=["peer"]),
             "cache": GaugeMetricFamily("dsd_stage_cache_bytes", "Cache in use", labels=["peer"]),
-            "room": GaugeMetricFamily("dsd_stage_cache_limit_bytes", "Cache there is", labels=["peer"]),
+            "room": GaugeMetricFamily("dsd_stage_cache_limit_bytes", "Cache limit", labels=["peer"]),
         }
         for peer, status in self._picture.peers.items():
             gauges["up"].add_metric([peer], float(status.is_online and not self._picture.is_silent(peer)))

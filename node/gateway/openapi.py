@@ -1,4 +1,4 @@
-"""The endpoints as an OpenAPI document, made from the very types that requests are checked with."""
+"""Describes the endpoints as an OpenAPI document, generated from the types that check requests."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What clients get, field by field as OpenAI documents it; `usage.speculation` is ours."""
+"""Defines the replies, field by field as OpenAI documents them. Only `usage.speculation` is ours."""
 
 from typing import Literal
 
@@ -8,9 +8,10 @@ from dsd_p2p.coordination.statistics import AnswerStatistics
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):
-    """How an answer came about; times in seconds.
+    """How an answer was made; times in seconds.
 
-    coordinator: the peer that was asked to write, empty for this one; of its answers only speed and `ttft_s` are known here.
+    coordinator: the peer that wrote it, empty for this one. For another peer's answers only speed and `ttft_s` are
+    known.
     """
 
     mode: str = ""
@@ -29,13 +30,16 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """`usage.prompt_tokens_details`. cached_tokens: that the stages still held; not known of what another node wrote."""
+    """`usage.prompt_tokens_details`.
+
+    cached_tokens: prompt tokens whose cache the stages still held; 0 if another peer wrote the answer.
+    """
 
     cached_tokens: int = 0
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """`usage`. speculation: one entry a choice."""
+    """`usage`. speculation: one entry for each choice."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -99,7 +103,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is new of a streamed answer."""
+    """The new part of a streamed answer."""
 
     role: str | None = None
     content: str | None = None
@@ -136,7 +140,7 @@ class TextLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One continued text, or what is new of it."""
+    """One continued text, or the new part of it."""
 
     index: int
     text: str
@@ -157,7 +161,7 @@ class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that can be asked for."""
+    """A model that clients can ask for."""
 
     id: str
     created: int
@@ -173,7 +177,7 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong."""
+    """The details of an error."""
 
     message: str
     type: str
@@ -188,7 +192,7 @@ class Error(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def speculation_of(statistics: AnswerStatistics | None) -> Speculation:
-    """Return what a client is told about how its answer was written; nothing when it has no token."""
+    """Return what a client is told about how its answer was written: all zeros and blanks if it has no token."""
     if statistics is None:
         return Speculation()
     timing, details = statistics.timing, statistics.details

@@ -1,6 +1,7 @@
-"""What clients send, checked and bounded; field by field as OpenAI documents it.
+"""Defines and checks the requests, field by field as OpenAI documents them.
 
-What we do not do is refused by name; what only their servers could do, and changes no answer, is taken and ignored.
+Fields that we do not support are refused by name. Fields that only OpenAI's servers could honour, and that change no
+answer, are accepted and ignored.
 """
 
 from typing import Annotated, Literal
@@ -19,7 +20,7 @@ Tokens = Annotated[list[Token], Meta(min_length=1, max_length=1 << 20)]
 
 
 class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A part of a message; there is text only."""
+    """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: Text
@@ -36,7 +37,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def text(self) -> str:
-        """The content in one piece."""
+        """The content as one string."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content or ())
@@ -50,13 +51,13 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`response_format`: plain text only."""
+    """`response_format`; only plain text is supported."""
 
     type: Literal["text"]
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both endpoints take. `None` is the default everywhere, as OpenAI has it."""
+    """The fields that both endpoints take. `None` is the default everywhere, as in OpenAI's API."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None

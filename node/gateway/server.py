@@ -1,4 +1,4 @@
-"""Serves the gateway over HTTP until cancelled."""
+"""Serves the gateway over HTTP until it is cancelled."""
 
 import errno
 import socket
@@ -13,10 +13,10 @@ from node.gateway.app import Gateway
 
 
 class TaskStatus(Protocol):
-    """What `trio.Nursery.start` hands in."""
+    """The argument that `trio.Nursery.start` passes in."""
 
     def started(self, value: str) -> None:
-        """Tell who waits for the start."""
+        """Report the base URL once the server has started."""
         ...
 
 
@@ -26,13 +26,13 @@ _UNREAD_MS = 30_000
 
 
 def check_exposure(host: str, *, needs_keys: bool) -> None:
-    """Others may only ask with keys.
+    """Check that a gateway which other machines can reach needs keys.
 
     Raises:
-        ConfigError: the gateway would be open to the network.
+        ConfigError: it would be open to the network.
     """
     if host not in ("127.0.0.1", "::1", "localhost") and not needs_keys:
-        raise ConfigError(f"--host {host} lets the network ask: give --api-keys FILE, or leave it at 127.0.0.1")
+        raise ConfigError(f"--host {host} opens the gateway to the network: give --api-keys FILE, or use 127.0.0.1")
 
 
 async def serve_gateway(
@@ -42,7 +42,9 @@ async def serve_gateway(
     names: tuple[str, ...] = (),
     task_status: TaskStatus = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve; started with the base URL. names: further names or addresses that clients call it by.
+    """Serve the gateway, and report the base URL once it has started.
+
+    names: further names or addresses that clients may call it by.
 
     Raises:
         ConfigError: the port cannot be used.
@@ -58,7 +60,7 @@ async def serve_gateway(
     bound_host, bound_port = listener.getsockname()[:2]
     config.bind = [f"fd://{listener.detach()}"]
     is_everywhere = bound_host in ("0.0.0.0", "::")  # noqa: S104 - only compared
-    # Bound to every address and asked for with keys: whatever name it is called by is ours, unless names are given.
+    # Bound to every address, it accepts any host name, unless names are given: a request needs a key anyway.
     hosts = ["*"] if is_everywhere and not names else [*_LOCAL_NAMES, host, bound_host, *names]
     shown = "127.0.0.1" if is_everywhere else f"[{bound_host}]" if ":" in bound_host else bound_host
     async with trio.open_nursery() as nursery:
@@ -67,9 +69,9 @@ async def serve_gateway(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bind; a connection whose other end takes nothing in for half a minute is ended by the system.
+    """Bind the port. The system ends a connection whose other end reads nothing for half a minute.
 
-    Hypercorn sends without a deadline, and shields it: without this one stopped reader would keep us from stopping.
+    Hypercorn sends without a deadline and shields the send: one stalled reader could otherwise keep us from stopping.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

@@ -1,4 +1,4 @@
-"""Makes a gateway of its configuration."""
+"""Builds a gateway from its configuration."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +15,10 @@ from node.watch.hub import EventHub
 
 
 def read_clients(config: GatewayConfig) -> Clients:
-    """Return who may ask, and refuse to be open to the network without any.
+    """Return the clients that may ask.
 
     Raises:
-        ConfigError: they cannot be read, or there are none.
+        ConfigError: the keys cannot be read, or the gateway would be open to the network without keys.
     """
     clients = Clients(read_keys(Path(config.api_keys)) if config.api_keys else [])
     check_exposure(config.host, needs_keys=clients.need_keys)

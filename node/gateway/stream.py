@@ -1,4 +1,4 @@
-"""The swarm's events as server-sent events: first what makes up the present picture, then what comes."""
+"""Streams the swarm's events as server-sent events: first those that make up the present picture, then new ones."""
 
 import trio
 from starlette.types import Receive, Scope, Send
@@ -12,16 +12,21 @@ _BEAT_S = 5.0
 
 
 class EventStream:
-    """A response of Starlette's. It ends when the listener leaves."""
+    """A Starlette response that ends when the listener disconnects."""
 
     def __init__(self, hub: EventHub) -> None:
         self._hub = hub
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer over ASGI."""
+        """Send the response over ASGI."""
         async with self._hub.listen() as listening:
             if listening is None:
-                error = ApiError(429, "too many listen already", kind="rate_limit_error", code="overloaded")
+                error = ApiError(
+                    429,
+                    "too many clients listen to the events already: try again later",
+                    kind="rate_limit_error",
+                    code="overloaded",
+                )
                 await error.response()(scope, receive, send)
                 return
             first, events = listening

@@ -1,4 +1,7 @@
-"""One request's answers, written side by side and told in one stream or in one piece; a client that leaves ends them."""
+"""Writes one request's answers side by side and sends them in one stream or one reply.
+
+The answers end when their client disconnects.
+"""
 
 import logging
 import secrets
@@ -23,39 +26,39 @@ logger = logging.getLogger(__name__)
 
 _QUEUED_PIECES = 64
 _LEFT = 499
-"""Status, in statistics, of an answer that nobody waited for."""
+"""The status that metrics count when the client left before its answer was complete."""
 
 _DONE = b"data: [DONE]\n\n"
 
 
 class Format(Protocol):
-    """How an endpoint tells an answer."""
+    """The format in which an endpoint sends an answer."""
 
     prefix: str
 
     def whole(self, head: "Head", choices: Sequence[tuple[Choice, list[Piece]]], usage: Usage) -> object:
-        """Return the reply in one piece."""
+        """Return the whole reply."""
         ...
 
     def first(self, head: "Head", index: int) -> object | None:
-        """Return the event an answer begins with, if it has one."""
+        """Return the first event of an answer, if the format has one."""
         ...
 
     def event(self, head: "Head", index: int, piece: Piece) -> object:
-        """Return the event of what is new of an answer."""
+        """Return the event with the next part of an answer."""
         ...
 
     def last(self, head: "Head", index: int, choice: Choice) -> object:
-        """Return the event that ends an answer."""
+        """Return the last event of an answer."""
         ...
 
     def usage(self, head: "Head", usage: Usage) -> object:
-        """Return the event that tells what it cost."""
+        """Return the event with the token counts."""
         ...
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What every reply says of itself."""
+    """The fields that every reply begins with."""
 
     id: str
     created: int
@@ -65,7 +68,10 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WritingOptions:
-    """How a request's answers are given. is_stream: as server-sent events. deadline_s: for everything."""
+    """How a request's answers are sent.
+
+    is_stream: whether to send server-sent events. deadline_s: the time limit for all answers together.
+    """
 
     model: str
     fingerprint: str
@@ -75,9 +81,9 @@ class WritingOptions:
 
 
 class Writing:
-    """A response of Starlette's: the answers to one request.
+    """A Starlette response with the answers to one request.
 
-    num_prompt_tokens: of all prompts. note: is told when it has ended, and with which status.
+    num_prompt_tokens: tokens of all prompts. note: called with the status when the request has ended.
     """
 
     def __init__(
@@ -108,7 +114,7 @@ class Writing:
         self._status = _LEFT
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer over ASGI."""
+        """Send the response over ASGI."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_disconnect, receive, nursery.cancel_scope)
@@ -121,7 +127,7 @@ class Writing:
         try:
             with trio.fail_after(self._options.deadline_s):
                 await (self._stream(send) if self._options.is_stream else self._whole(scope, receive, send))
-        except Exception as exc:  # task boundary: whatever goes wrong with one answer, its client is told
+        except Exception as exc:  # task boundary: report any failure of an answer to its client
             error = self._explain(exc)
             self._status = error.status
             if not self._is_started:
@@ -187,7 +193,7 @@ class Writing:
 
     @asynccontextmanager
     async def _pieces(self) -> AsyncIterator[trio.MemoryReceiveChannel[tuple[int, Piece | None]]]:
-        """All answers' pieces as they come, with the number of the answer; None ends one."""
+        """Yield a channel with every answer's pieces and its number, as they arrive. None ends an answer."""
         put, take = trio.open_memory_channel[tuple[int, Piece | None]](_QUEUED_PIECES)
         async with trio.open_nursery() as nursery, take:
             async with put:
@@ -207,7 +213,7 @@ class Writing:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens that the stages still held, as far as is known; a prompt of several answers counts once."""
+        """The prompt tokens that the stages still held, as far as known. A prompt with several answers counts once."""
         cached: dict[int, int] = {}
         for choice in self.choices:
             prompt = id(choice.prompt)
@@ -226,7 +232,7 @@ class Writing:
 
 
 async def watch_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
-    """Nobody reads on: free the stages."""
+    """Cancel `scope` when the client disconnects, so that the stages are freed."""
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()

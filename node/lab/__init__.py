@@ -1,1 +1,1 @@
-"""Everything that measures or trains. Nothing that serves imports it."""
+"""Everything that measures, simulates or trains. No code that serves imports it."""

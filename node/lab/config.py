@@ -1,4 +1,4 @@
-"""What a command can be told that measures or simulates."""
+"""Defines the flags of the commands that measure, simulate or train."""
 
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ Json = Annotated[bool, Help("print the result as one JSON object, on the last li
 
 
 class ReceiptFlags(Settings, frozen=True, kw_only=True):
-    """What every benchmark can be told."""
+    """The flags of every benchmark."""
 
     receipt: Annotated[str, Help("write the result to docs/benchmarks/NAME.json"), Shape(metavar="NAME")] = ""
     json: Json = False
@@ -30,7 +30,7 @@ class RoundFlags(ReceiptFlags, frozen=True, kw_only=True):
 
 
 class OneRound(RoundFlags, frozen=True, kw_only=True):
-    """A benchmark that needs no repetition to be read."""
+    """A benchmark whose result one round shows well enough."""
 
     rounds: Annotated[Positive, Help("repetitions of every arm")] = 1
 
@@ -77,7 +77,7 @@ class RingConfig(LinkFlags, frozen=True, kw_only=True):
 
     link: Annotated[str, Help("one-way latency of every link, like 50ms"), Shape(flag="--links")] = "50ms"
     stages: Annotated[int, Meta(ge=1, le=MAX_STAGES), Help("number of fake stages")] = 4
-    stage_time: Annotated[str, Help("time of a stage's pass")] = "5ms"
+    stage_time: Annotated[str, Help("time of a stage's pass, like 5ms")] = "5ms"
     node_time: Annotated[str, Help("time that each node adds to a pass")] = "0ms"
     draft_time: Annotated[str, Help("time of a draft step")] = "6ms"
     max_tokens: Annotated[Positive, Help("tokens of each text")] = 64
@@ -85,7 +85,7 @@ class RingConfig(LinkFlags, frozen=True, kw_only=True):
 
 
 class WanConfig(Settings, frozen=True, kw_only=True):
-    """`dsd bench wan`: every model, number of stages and link, every category of prompts in each round."""
+    """`dsd bench wan`: runs every model, number of stages and link. Each round has a prompt of every category."""
 
     links: Annotated[Texts, Help("one-way latencies of the links, separated by commas")] = ("50ms",)
     stages: Annotated[tuple[Positive, ...], Meta(min_length=1), Help("numbers of stages, separated by commas")] = (3,)
@@ -95,24 +95,24 @@ class WanConfig(Settings, frozen=True, kw_only=True):
         "maths",
         "code",
     )
-    dtype: Annotated[str, Help("numbers that the targets compute with")] = "float32"
+    dtype: Annotated[str, Help("number format that the targets compute in")] = "float32"
     device: Annotated[str, Help("torch device to compute on")] = "cpu"
     threads: Annotated[Positive, Help("torch threads of each process")] = 1
     draft: Annotated[str, Help("drafter; auto: the one that measured fastest for each target")] = "auto"
-    draft_dtype: Annotated[str, Help("numbers that a drafting model computes with; by default the target's")] = ""
+    draft_dtype: Annotated[str, Help("number format that a drafting model computes in; by default the target's")] = ""
     max_tokens: Annotated[Positive, Help("tokens of each answer")] = 64
     plain_tokens: Annotated[Positive, Help("tokens of each plain answer")] = 16
     temperature: Annotated[float, Meta(ge=0, le=100), Help("temperature of the sampler; 0 is greedy")] = 0.0
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1), Help("seed of the sampler")] = 0
     hidden: Annotated[HiddenFormat, Help("format of hidden states between stages")] = HiddenFormat.MODEL
-    width: Annotated[int, Meta(ge=1, le=16), Help("tree: children kept of each node")] = 4
+    width: Annotated[int, Meta(ge=1, le=16), Help("tree: children kept for each node")] = 4
     window_nodes: Annotated[int, Meta(ge=1, le=64), Help("tree: most nodes in a window")] = 8
-    in_flight: Annotated[int, Meta(ge=1, le=256), Help("tree: most windows under way")] = 64
-    netlab: Annotated[bool, Help("real TCP between network namespaces instead of emulated links (root)")] = False
+    in_flight: Annotated[int, Meta(ge=1, le=256), Help("tree: most windows in flight")] = 64
+    netlab: Annotated[bool, Help("real TCP between network namespaces, not emulated links; needs root")] = False
     relaxed: Annotated[bool, Help("also run the tree in relaxed mode")] = False
     relaxation: Annotated[str, Help("thresholds of relaxed mode"), FILE] = ""
     arms: Annotated[
-        tuple[str, ...], Help("windows of the catalogue, separated by commas, or all; by default one of each mode")
+        tuple[str, ...], Help("windows of the catalogue, separated by commas, or all; by default five and two policies")
     ] = ()
     policies: Annotated[
         tuple[str, ...],
@@ -121,11 +121,9 @@ class WanConfig(Settings, frozen=True, kw_only=True):
     finalists: Annotated[
         int,
         Meta(ge=0, le=64),
-        Help("after a round that is not counted, go on with this many of the fastest windows"),
+        Help("after an uncounted round, keep only this many of the fastest windows; 0: keep all"),
     ] = 0
-    record: Annotated[bool, Help("also record how well the drafter agrees along each answer, for the simulator")] = (
-        False
-    )
+    record: Annotated[bool, Help("also record the agreement along each answer, for the simulator")] = False
 
     def __post_init__(self) -> None:
         for link in self.links:
@@ -141,7 +139,7 @@ class PairFlags(Settings, frozen=True, kw_only=True):
 
     model: Annotated[str, Help("the target")] = "qwen2.5-coder-1.5b"
     draft: Annotated[str, Help("the drafting model")] = "qwen2.5-coder-0.5b"
-    dtype: Annotated[str, Help("numbers that both compute with")] = "bfloat16"
+    dtype: Annotated[str, Help("number format that both compute in")] = "bfloat16"
     device: Annotated[str, Help("torch device to compute on")] = "cpu"
     threads: Annotated[Positive, Help("torch threads")] = 2
     max_tokens: Annotated[Positive, Help("most tokens of each text")] = 128
@@ -154,7 +152,7 @@ class CalibrateConfig(PairFlags, frozen=True, kw_only=True):
     prompts: Annotated[Literal["chat", "maths", "code"], Help("what to calibrate on")] = "chat"
     num_prompts: Annotated[Positive, Help("how many prompts")] = 24
     budget: Annotated[
-        float, Meta(gt=0), Help("log-likelihood of the target that a token may lose on average, nats")
+        float, Meta(gt=0), Help("average loss of the target's log-likelihood allowed per token, in nats")
     ] = 0.01
     output: Annotated[str, Help("where to write the thresholds"), FILE] = "relaxation.json"
 
@@ -185,7 +183,7 @@ class ProfileConfig(SwarmFlags, frozen=True, kw_only=True):
 
 
 class ScenarioFlags(Settings, frozen=True, kw_only=True):
-    """A scenario and changes to it."""
+    """A scenario file and changes to it."""
 
     scenario: Annotated[str, Help("TOML file, see docs/simulator.md"), POSITIONAL]
     set: Annotated[
@@ -236,5 +234,5 @@ class SimCompareConfig(Settings, frozen=True, kw_only=True):
         Help("receipts of dsd bench wan --arms ... --record, or their folder"),
         POSITIONAL,
     ]
-    held_out: Annotated[bool, Help("show only what nothing was fitted to")] = False
+    held_out: Annotated[bool, Help("show only the cells that the fit did not use")] = False
     json: Json = False

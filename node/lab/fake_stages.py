@@ -1,4 +1,4 @@
-"""The stages of the fake ring, one process each.
+"""Runs the stages of the fake ring, each in its own process.
 
 Run as `python -m node.lab.fake_stages`, with a list of `FakeStage` on standard input.
 """

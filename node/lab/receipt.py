@@ -1,4 +1,4 @@
-"""Measurements with a receipt: interleaved arms, medians with their spread, what machine and commit."""
+"""Writes measurements to receipts: medians with their range, the machine and the commit."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ def sample(values: Sequence[float]) -> Sample:
 
 
 def machine() -> dict[str, object]:
-    """Return what a reader needs to judge a timing."""
+    """Return the facts about this machine that a reader needs to judge a timing."""
     cpu = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -60,7 +60,7 @@ def _gpu() -> str | None:
 def write_receipt(
     name: str, benchmark: str, results: dict[str, object], machine_before: dict[str, object], program: str = "dsd"
 ) -> Path:
-    """Write `docs/benchmarks/NAME.json` and return its path. program: what was run, for the receipt's command."""
+    """Write `docs/benchmarks/NAME.json` and return its path. program: the program that the receipt's command names."""
     receipt = {
         "benchmark": benchmark,
         "date": time.strftime("%Y-%m-%d"),
@@ -77,7 +77,7 @@ def write_receipt(
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Show a table to people, on standard error."""
+    """Print a table for people, on standard error."""
     table = Table(box=None)
     for column in columns:
         table.add_column(column)

@@ -1,7 +1,7 @@
-"""Stages and drafter of the fake ring: recorded tokens and service times where a real swarm computes.
+"""Provides the stages and the drafter of the fake ring: recorded tokens and set service times replace the models.
 
-Everything else is the live system: processes, sockets, stage server, coordinator. So the protocol can be measured at stage times
-that this machine could not compute at.
+Everything else is the live system: processes, sockets, stage server, coordinator. So the protocol can be measured at
+stage times that this machine could not reach with a real model.
 """
 
 import struct
@@ -31,20 +31,21 @@ _TOKEN = struct.Struct("<q")
 
 
 class ServiceTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """What the fake stages take and send.
+    """The service times and sizes of the fake stages.
 
-    trace: the file of the recorded texts. stage_s + node_s * n: seconds of a pass over n nodes. row_bytes: hidden state of a node.
+    trace: the agreement's file. stage_s + node_s * n: seconds of a pass over n nodes. row_bytes: size of a node's
+    hidden state.
     """
 
     trace: str
     stage_s: float
     node_s: float = 0.0
     row_bytes: int = 3072
-    """H = 1536 in bfloat16, Qwen2.5 1.5B."""
+    """The size of a hidden state of Qwen2.5 1.5B: H = 1536 in bfloat16."""
 
 
 class FakeStage(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of the fake ring, which has `num_stages` of them with one "layer" each."""
+    """One process of the fake ring. The ring has `num_stages` of them, each with one "layer"."""
 
     config: NodeConfig
     times: ServiceTimes
@@ -52,12 +53,12 @@ class FakeStage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bundled_agreement() -> Path:
-    """Return the agreement trace that the project brings along."""
+    """Return the path of the agreement that comes with the project."""
     return Path(str(files("node").joinpath("data/agreement.json.gz")))
 
 
 def stage_info(peer: str, addresses: tuple[str, ...], span: Span, num_stages: int) -> PeerInfo:
-    """Return what a fake stage says of itself: it holds one "layer"."""
+    """Return how a fake stage describes itself: it holds one "layer"."""
     return PeerInfo(
         peer=peer,
         addresses=addresses,
@@ -72,7 +73,7 @@ def stage_info(peer: str, addresses: tuple[str, ...], span: Span, num_stages: in
 def load_recorded(
     stage: FakeStage, config: NodeConfig, peer: str, addresses: tuple[str, ...]
 ) -> "tuple[RecordedSpan, PeerInfo]":
-    """Load the recorded texts of a stage of the fake ring (`node.local.stage_node.LoadStage`).
+    """Load the recorded texts for a stage of the fake ring (`node.local.stage_node.LoadStage`).
 
     Raises:
         ConfigError: they cannot be read.
@@ -83,28 +84,28 @@ def load_recorded(
 
 
 class RecordedCache:
-    """Remembers only which text is written: the token at position 0."""
+    """A cache that remembers only which text is written: the token at position 0."""
 
     def __init__(self) -> None:
         self.text: TokenId = -1
         self.num_bytes = 0
 
     def edit(self, edit: CacheEdit) -> None:
-        """Nothing to move."""
+        """Do nothing: no slots to move."""
 
     def copy(self, other: "RecordedCache", num_slots: int) -> None:
-        """Go on with the other's text."""
+        """Continue the other cache's text."""
         self.text = other.text
 
     def shrink(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: no memory to give back."""
 
     def free(self) -> None:
-        """Nothing to free."""
+        """Do nothing: no memory to free."""
 
 
 class RecordedView:
-    """The target's view where it goes on to write `token`."""
+    """The target's view at a position where the recorded text continues with `token`."""
 
     def __init__(self, token: TokenId, vocab_size: int) -> None:
         self._token = token
@@ -115,14 +116,14 @@ class RecordedView:
         return self._token
 
     def logits(self) -> NDArray[np.float32]:
-        """Return logits that are certain."""
+        """Return logits that give the recorded token nearly all probability."""
         logits = np.full(self._vocab_size, -100.0, np.float32)
         logits[self._token] = 0.0
         return logits
 
 
 class RecordedSpan:
-    """A stage server's model that sleeps; a node's hidden state is its token and padding."""
+    """A stage's layers that only sleep. A node's hidden state is its token, padded to `row_bytes`."""
 
     def __init__(self, span: Span, num_stages: int, times: ServiceTimes, trace: Agreement) -> None:
         self._span = span
@@ -134,13 +135,13 @@ class RecordedSpan:
         self._trace = trace
 
     def narrow(self, span: Span) -> "RecordedSpan":
-        """Return ourselves: a fake stage holds one "layer".
+        """Return self: a fake stage holds one "layer".
 
         Raises:
-            ConfigError: another one is asked for.
+            ConfigError: `span` is another one.
         """
         if span != self._span:
-            raise ConfigError(f"layers {span} are not this fake stage's {self._span}")
+            raise ConfigError(f"this fake stage holds layers {self._span}, not {span}")
         return self
 
     def new_cache(self, max_slots: int) -> RecordedCache:
@@ -148,7 +149,7 @@ class RecordedSpan:
         return RecordedCache()
 
     def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
-        """Sleep as long as one pass over all the nodes takes; rows carry the tokens on."""
+        """Sleep as long as one pass over all the nodes takes. The rows pass the tokens on."""
         end_s = time.perf_counter() + self._times.stage_s + self._times.node_s * sum(each.num_rows for each in passes)
         outputs = [self._output(each) for each in passes]
         time.sleep(max(0.0, end_s - time.perf_counter()))
@@ -167,7 +168,7 @@ class RecordedSpan:
             cache.text = tokens[0]
         if not self.is_tail:
             return b"".join(_TOKEN.pack(token).ljust(self.row_bytes, b"\0") for token in tokens)
-        # Nobody asks about a node off the recorded path.
+        # The tail only walks along the recorded path, so a node off that path may get any pick.
         last = len(self._trace.texts[cache.text].tokens) - 1
         return [
             RecordedView(recorded_pick(self._trace, cache.text, min(int(positions[row]), last)), self._trace.vocab_size)
@@ -176,7 +177,7 @@ class RecordedSpan:
 
 
 class RecordedDrafter:
-    """Proposes what the recorded drafter proposed, `draft_s` after it was asked."""
+    """A drafter that proposes the recorded candidates, `draft_s` seconds after it is asked."""
 
     name = "recorded"
     is_instant = False
@@ -186,15 +187,15 @@ class RecordedDrafter:
         self._draft_s = draft_s
 
     def open(self, max_length: int, sampling: Sampling = GREEDY) -> DraftSession:
-        """Start on a request; there is nothing to remember."""
+        """Start a request. The drafter keeps no state for it."""
         return self
 
     def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Return each stem's recorded children."""
+        """Return the recorded children of each stem."""
         end_s = time.perf_counter() + self._draft_s
         children = self._drafts.expand(draft)
         time.sleep(max(0.0, end_s - time.perf_counter()))
         return children
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: nothing to free."""

@@ -1,4 +1,4 @@
-"""A slow machine for tests: a span whose passes take longer than they need."""
+"""Simulates a slow machine for tests: passes take longer than they need."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class SlowMachine:
         self._factor = factor
 
     def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> PeerProfile:
-        """Return what this machine measures, slowed down."""
+        """Return this machine's profile with its times multiplied by the factor."""
         profile = measure_node(source, config, dtype)
         return msgspec.structs.replace(
             profile,
@@ -30,7 +30,7 @@ class SlowMachine:
         )
 
     def serve(self, model: SpanModel) -> SpanModel:
-        """Return the model, slowed down."""
+        """Return the model with its passes slowed down."""
         return model if self._factor == 1 else _Slowed(model, self._factor)
 
 

@@ -1,1 +1,1 @@
-"""Stage processes on this machine: start one, start several, emulate a network between them."""
+"""Starts one or several stage processes on this machine and emulates a network between them."""

@@ -1,4 +1,4 @@
-"""What node processes tell the process that started them, one JSON object a line on standard output."""
+"""Defines the events that a stage process reports to its parent, as one JSON object per line on standard output."""
 
 import msgspec
 
@@ -6,33 +6,33 @@ from node.local.pipe import Report
 
 
 class Started(msgspec.Struct, tag="started"):
-    """The process exists."""
+    """The process has started."""
 
     pid: int
 
 
 class Loading(msgspec.Struct, tag="loading"):
-    """A step of starting up."""
+    """The process has begun a step of its startup."""
 
     what: str
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """The node serves from now on."""
+    """The stage is serving."""
 
     address: str
     span: str
     weight_bytes: int
 
 
-class GatewayOpen(msgspec.Struct, tag="door"):
-    """The gateway answers at this base URL."""
+class GatewayOpen(msgspec.Struct, tag="gateway"):
+    """The gateway is serving at this base URL."""
 
     url: str
 
 
 class Failed(msgspec.Struct, tag="failed"):
-    """The node could not start, or has ended."""
+    """The process could not start, or has ended."""
 
     text: str
 
@@ -44,9 +44,9 @@ _decoder = msgspec.json.Decoder(Report[StageEvent])
 
 
 def parse(line: bytes) -> Report[StageEvent]:
-    """Return the report of a line.
+    """Return the report in a line.
 
     Raises:
-        msgspec.DecodeError: it is none.
+        msgspec.DecodeError: the line is not a report.
     """
     return _decoder.decode(line)

@@ -1,4 +1,4 @@
-"""A swarm of node processes on this machine, ended with the block that started them."""
+"""Runs a swarm of stage processes on this machine until the end of a block."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ _STOP_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalStage:
-    """One process of the swarm."""
+    """One stage process of the swarm."""
 
     address: str
     pid: int
@@ -33,7 +33,7 @@ class LocalStage:
 
 @asynccontextmanager
 async def local_swarm(stages: Sequence[StageProcess], progress: Progress) -> AsyncIterator[list[LocalStage]]:
-    """Start one process a stage of a real model; see `stage_swarm`."""
+    """Start one process per stage of a real model. See `stage_swarm`."""
     async with stage_swarm("node.local.stage_processes", stages, progress) as nodes:
         yield nodes
 
@@ -42,15 +42,15 @@ async def local_swarm(stages: Sequence[StageProcess], progress: Progress) -> Asy
 async def stage_swarm(
     program: str, stages: Sequence[msgspec.Struct], progress: Progress
 ) -> AsyncIterator[list[LocalStage]]:
-    """Run the module `program`, which forks one process a stage; yields them, in order, once all of them serve.
+    """Run the module `program`, which forks one process per stage, and yield the stages in order once all are serving.
 
-    A process that dies later is seen by whoever talks to it. All end with the block, and also when this process is killed: each
-    watches its standard input, a pipe whose other end is ours.
+    If a process dies later, its peers notice when they talk to it. All processes end with the block, and also when this
+    process is killed: each watches its standard input, a pipe whose other end we hold.
 
     Raises:
-        ModelError: one of them could not start: says why.
+        ModelError: a stage could not start; the text says why.
     """
-    # A session of their own: Ctrl-C reaches only us, and we end them.
+    # They get a session of their own: Ctrl-C reaches only us, and we end them.
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", program],
         stdin=subprocess.PIPE,
@@ -70,7 +70,7 @@ async def stage_swarm(
 
 
 def stage_processes(config: ModelFlags, spans: Sequence[Span]) -> list[StageProcess]:
-    """Return a process for each span of the model."""
+    """Return the process to start for each span of the model."""
     shared = {name: getattr(config, name) for name in ModelFlags.__struct_fields__}
     return [StageProcess(config=NodeConfig(span=f"{span.first}:{span.last}", **shared)) for span in spans]
 
@@ -101,7 +101,7 @@ async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) 
 
 
 async def _stop(process: trio.Process) -> None:
-    """Ask the whole session to stop, then make it."""
+    """Ask the whole process session to stop, then kill it."""
     with trio.CancelScope(shield=True):
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
@@ -116,7 +116,7 @@ async def _stop(process: trio.Process) -> None:
 
 
 async def _session_gone(process: trio.Process) -> None:
-    """The pipe ends when the last process that can write to it has."""
+    """Wait for all processes: the pipe ends when the last process that can write to it has ended."""
     assert process.stdout is not None
     while await process.stdout.receive_some():
         pass

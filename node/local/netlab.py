@@ -1,9 +1,11 @@
-"""A wide area on one machine with real TCP: network namespaces whose packets are delayed on their way. Needs root and iproute2.
+"""Emulates a wide-area network on one machine, with real TCP between network namespaces. Needs root and iproute2.
 
-Every host is a namespace with one TUN device; one process reads the packets of all hosts and writes each into its destination's
-device when the link between the two would have delivered it. No kernel module for emulated delay is needed.
-Run as `python -m node.local.netlab LATENCY_S JITTER_S BANDWIDTH_BPS NAMESPACE...`, it is that process; its standard input names
-links that are to change.
+Every host is a namespace with one TUN device. One process, the forwarder, reads the packets of all hosts. It writes
+each packet into its destination's device when the link between the two hosts would have delivered it. This needs no
+kernel module for emulated delay.
+
+`python -m node.local.netlab LATENCY_S JITTER_S BANDWIDTH_BPS NAMESPACE...` runs the forwarder. It reads link changes
+(`LinkChange`) from standard input.
 """
 
 import ctypes
@@ -34,17 +36,20 @@ _START_TIMEOUT_S = 10.0
 
 
 def namespace(host: int) -> str:
-    """Return the name of the host's network namespace; another process has others."""
+    """Return the name of a host's network namespace. The name contains the process id, so processes do not clash."""
     return f"dsd{os.getpid()}-{host}"
 
 
 def address(host: int) -> str:
-    """Return the host's IPv4 address."""
+    """Return a host's IPv4 address."""
     return f"10.78.0.{host + 1}"
 
 
 class LinkChange(msgspec.Struct, frozen=True, kw_only=True):
-    """What the link from host `a` to host `b`, one way, is like from now on. loss: share of packets. is_up: False drops all."""
+    """New properties of the link from host `a` to host `b`, one way and without jitter.
+
+    loss: share of packets to drop. is_up: False drops all.
+    """
 
     a: int
     b: int
@@ -55,7 +60,7 @@ class LinkChange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Netlab:
-    """The links between the hosts, while they exist."""
+    """The running network. Its links can be changed."""
 
     def __init__(self, forwarder: "subprocess.Popen[bytes]") -> None:
         self._forwarder = forwarder
@@ -69,15 +74,15 @@ class Netlab:
 
 @contextmanager
 def netlab(num_hosts: int, link: LinkModel) -> Iterator[Netlab]:
-    """Have `num_hosts` namespaces, all linked to each other by `link`; this process is in host 0's until the end.
+    """Make `num_hosts` namespaces, linked to each other by `link`, and keep this thread in host 0's until the end.
 
     Raises:
-        ConfigError: not root, or the kernel or iproute2 will not have it.
+        ConfigError: we are not root, or the kernel or iproute2 refuses.
     """
     if os.geteuid() != 0:
         raise ConfigError("network namespaces need root: run as root, or use emulated links")
     if not 1 <= num_hosts <= 200:
-        raise ConfigError(f"{num_hosts} hosts: 1 to 200")
+        raise ConfigError(f"{num_hosts} hosts: expected 1 to 200")
     home = os.open("/proc/self/ns/net", os.O_RDONLY)
     forwarder = None
     try:
@@ -115,10 +120,10 @@ def netlab(num_hosts: int, link: LinkModel) -> Iterator[Netlab]:
 
 
 def enter_namespace(name: str) -> None:
-    """Move this thread, and what it starts, into a network namespace.
+    """Move this thread, and the processes it starts, into a network namespace.
 
     Raises:
-        ConfigError: there is none of that name, or we may not.
+        ConfigError: no namespace has this name, or we may not enter it.
     """
     try:
         descriptor = os.open(_NAMESPACES / name, os.O_RDONLY)
@@ -154,7 +159,7 @@ def _await_ready(forwarder: "subprocess.Popen[bytes]") -> None:
         raise ConfigError("the packet forwarder did not start: does this kernel have /dev/net/tun?")
 
 
-# The forwarding process
+# The forwarder
 
 
 def main() -> None:
@@ -177,7 +182,7 @@ def _open_device(name: str) -> int:
 
 
 class _Links:
-    """Every direction of every link, as it is now."""
+    """The current state of every link, one entry per direction."""
 
     def __init__(self, link: LinkModel) -> None:
         self._link = link
@@ -187,7 +192,7 @@ class _Links:
         self._text = b""
 
     def arrival_s(self, a: int, b: int, num_bytes: int, now_s: float) -> float | None:
-        """When a packet from host `a` arrives at host `b`; None for never."""
+        """Return when a packet from host `a` arrives at host `b`; None if it is lost."""
         change = self._changes.get((a, b))
         if change is not None and (not change.is_up or self._rng.random() < change.loss):
             return None
@@ -195,7 +200,7 @@ class _Links:
         return state.send(now_s=now_s, num_bytes=num_bytes, rng=self._rng)
 
     def listen(self) -> None:
-        """Take in the changes on standard input; its end ends this process."""
+        """Read changes from standard input. Exit when it ends."""
         text = os.read(0, 65536)
         if not text:
             os._exit(0)
@@ -208,7 +213,7 @@ class _Links:
 
 
 def _forward(devices: list[int], link: LinkModel) -> None:
-    """Deliver every IPv4 packet to its destination's device when its link would."""
+    """Deliver every IPv4 packet to its destination's device at the time its link would."""
     links = _Links(link)
     host_of = {device: host for host, device in enumerate(devices)}
     waiting: list[tuple[float, int, int, bytes]] = []
@@ -230,7 +235,7 @@ def _forward(devices: list[int], link: LinkModel) -> None:
                     heapq.heappush(waiting, (due_s, number, target, packet))
         while waiting and waiting[0][0] <= time.monotonic():
             _, _, target, packet = heapq.heappop(waiting)
-            # A device that is full or not up yet drops packets, as a real one does.
+            # Like a real device, one that is full or not up yet drops packets.
             with suppress(OSError):
                 os.write(devices[target], packet)
 

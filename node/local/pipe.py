@@ -1,4 +1,4 @@
-"""Events of forked processes on one shared pipe: one JSON object a line, each written in one piece."""
+"""Writes events of forked processes to one shared pipe: one JSON object per line, each in a single write."""
 
 import os
 from typing import Generic, TypeVar
@@ -9,7 +9,7 @@ Event = TypeVar("Event", bound=msgspec.Struct)
 
 
 class Report(msgspec.Struct, Generic[Event]):
-    """An event and the number of the process it is about."""
+    """An event and the index of the process that it is about."""
 
     index: int
     event: Event

@@ -1,4 +1,4 @@
-"""What a node can serve: layers of a real model."""
+"""Loads the layers of a real model for a stage."""
 
 import torch
 
@@ -19,8 +19,10 @@ def load_span_of(
 ) -> tuple[SpanModel, PeerInfo]:
     """Load the configured layers of a model and warm them up.
 
+    Returns the layers and the peer's description.
+
     Raises:
-        ConfigError, ModelError: they do not exist, or cannot be loaded.
+        ConfigError, ModelError: the layers do not exist or cannot be loaded.
     """
     num_layers = read_shape(source.folder).num_layers
     span = units.span(config.span) if config.span else Span(0, num_layers)
@@ -31,10 +33,10 @@ def load_span_of(
 def load_span(
     source: ModelSource, span: Span, config: ComputeFlags, dtype: str, donor: SpanModel | None = None
 ) -> SpanModel:
-    """Load layers of a model and warm them up; those that `donor` holds are taken over from it.
+    """Load layers of a model and warm them up. Layers that `donor` holds are taken from it instead of loaded.
 
     Raises:
-        ConfigError, ModelError: they do not exist, or cannot be loaded.
+        ConfigError, ModelError: the layers do not exist or cannot be loaded.
     """
     torch.set_num_threads(config.threads)
     model = SpanModel(
@@ -50,7 +52,7 @@ def load_span(
 
 
 def _warm_up(model: SpanModel) -> None:
-    """The first passes fault the weights in and choose kernels: take that before anybody waits."""
+    """Run the slow first passes, which page the weights in and choose kernels, before any request waits for them."""
     for num_nodes in _WARM_UP_NODES:
         cache = model.new_cache(num_nodes)
         forward = SlotTable().chain(num_nodes)

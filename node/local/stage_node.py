@@ -1,4 +1,4 @@
-"""One node: loads its span, listens, serves until told to stop."""
+"""Runs one stage: load its span, listen, serve until told to stop."""
 
 import logging
 import random
@@ -35,24 +35,24 @@ from node.watch.status import StatusSource, report_forever
 logger = logging.getLogger(__name__)
 
 LoadStage = Callable[[NodeConfig, str, tuple[str, ...]], "tuple[LoadedSpan, PeerInfo]"]
-"""Returns the stage's model and what the node says of itself, given the configuration, its peer id and its addresses."""
+"""Returns the stage's model and the peer's description, given the configuration, the peer id and the addresses."""
 
 _PEER_TIMEOUT_S = 60.0
 
 
 class LoadedSpan(StageModel, Protocol):
-    """A stage server's model that knows its size."""
+    """A stage server's model that knows the size of its weights."""
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of its tensors."""
+        """Size of the tensors in bytes."""
         ...
 
 
 def serve(config: NodeConfig, report: Callable[[StageEvent], None], load: LoadStage | None = None) -> int:
-    """Serve until stopped what `load` returns, by default the configured model; returns the exit code.
+    """Serve the stage that `load` returns, by default the configured model, until stopped. Returns the exit code.
 
-    A node that cannot start reports `Failed`.
+    Reports `Failed` if the stage cannot start.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="%(levelname)s %(name)s %(message)s")
     try:
@@ -66,7 +66,7 @@ def serve(config: NodeConfig, report: Callable[[StageEvent], None], load: LoadSt
 
 
 def _model_loader(config: NodeConfig) -> LoadStage:
-    # torch is imported only where a real model needs it.
+    # Only a real model needs torch, so it is imported here.
     from dsd_p2p.models.source import find_model
     from node.local.stage_models import load_span_of
 
@@ -75,10 +75,10 @@ def _model_loader(config: NodeConfig) -> LoadStage:
 
 
 async def run_node(config: NodeConfig, load: LoadStage, report: Callable[[StageEvent], None]) -> None:
-    """Serve what `load` returns until SIGINT or SIGTERM, or until cancelled.
+    """Serve the stage that `load` returns until SIGINT, SIGTERM or cancellation.
 
     Raises:
-        ConfigError, ModelError: it cannot start as configured.
+        ConfigError, ModelError: the stage cannot start as configured.
     """
     broker = broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     with tempfile.TemporaryDirectory(prefix="dsd-node-") as scratch:
@@ -102,14 +102,14 @@ async def run_node(config: NodeConfig, load: LoadStage, report: Callable[[StageE
 
 
 async def _tell_broker(broker: Broker, links: PeerLinks, server: StageServer, model: LoadedSpan) -> None:
-    """Say how we are."""
+    """Publish this peer's status to the broker, forever."""
     async with publishing(broker, links.me.peer) as publisher:
         assert publisher is not None, "there is a broker"
         source = StatusSource(
             links=links,
             roles=("stage",),
             server=server,
-            # A fake stage has none.
+            # A fake stage has no budget.
             budget=lambda: getattr(model, "budget", None),
             num_dropped=lambda: publisher.num_dropped,
         )

@@ -1,5 +1,7 @@
-"""Starts several stages from one process: it imports everything once and forks, which takes a fraction of the time and memory of
-starting each from scratch. Run as `python -m node.local.stage_processes`, a list of `StageProcess` on standard input.
+"""Starts several stages from one process.
+
+The process imports everything once and then forks, which takes a fraction of the time and memory of separate starts.
+Run as `python -m node.local.stage_processes`, with a list of `StageProcess` on standard input.
 """
 
 import os
@@ -15,20 +17,20 @@ from node.local.pipe import report
 from node.parent import watch_parent
 
 Serve = Callable[[Callable[[StageEvent], None]], int]
-"""Serves one stage until stopped, reports its events, returns the exit code."""
+"""Serves one stage until stopped, reports its events and returns the exit code."""
 
 
 class StageProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """One process. namespace: the network namespace it enters (`node.local.netlab`); empty is ours."""
+    """One stage process. namespace: the network namespace to enter (`node.local.netlab`); empty: stay in ours."""
 
     config: NodeConfig
     namespace: str = ""
 
 
 def main() -> None:
-    """Fork one stage of a real model for each entry."""
+    """Fork one stage of a real model for each entry on standard input."""
     processes = msgspec.json.decode(sys.stdin.readline(), type=list[StageProcess])
-    # No thread may run before the forks, so modules are imported and nothing is started.
+    # No thread may run before the forks, so import the modules but start nothing.
     import node.local.netlab
     import node.local.stage_models
     from node.local.stage_node import serve
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 def fork_each(stages: Sequence[Serve]) -> None:
-    """Fork one process a stage; return when all have ended. All end when standard input does."""
+    """Fork one process per stage and return when all have ended. All end when standard input ends."""
     names: dict[int, int] = {}
     for index, serve in enumerate(stages):
         pid = os.fork()

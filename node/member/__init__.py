@@ -1,1 +1,1 @@
-"""A peer of a swarm: joins, takes layers, serves, leaves; and the commands' way to talk to it."""
+"""Runs a peer of a swarm, from joining to leaving, and lets commands talk to it."""

@@ -1,4 +1,4 @@
-"""A coordinator in a swarm: what `dsd generate --swarm` and other commands use."""
+"""Opens a coordinator in a swarm, for `dsd generate --swarm` and other commands."""
 
 import random
 import secrets
@@ -37,12 +37,12 @@ from node.member.reachable import reachable_addresses
 from node.member.state import SwarmState
 
 SWARM_RETRY = RetryPolicy(max_attempts=8, first_delay_s=0.1, max_delay_s=2.0)
-"""Several peers may go at once, and news of it takes a heartbeat or two: about five seconds of tries in all."""
+"""Several peers may leave at once, and the news takes one or two heartbeats: about five seconds of attempts in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmClient:
-    """A member that holds no layers. thin: asks others to coordinate."""
+    """A member that serves no layers. thin: asks other peers to coordinate."""
 
     engine: Engine
     thin: ThinClient
@@ -63,10 +63,10 @@ async def open_swarm_client(
     coverage_timeout_s: float = 30.0,
     meet_timeout_s: float = 20.0,
 ) -> AsyncIterator[SwarmClient]:
-    """Be a member of the swarm until the end of the block, met by at least one other.
+    """Join the swarm until the end of the block. Yields once at least one other member is reached.
 
     Raises:
-        PeerDisconnected: nobody can be reached, or we are not let in: says why.
+        PeerDisconnected: no member can be reached, or we are refused; the text says why.
     """
     stored = state.membership()
     shape = read_shape(source.folder)
@@ -108,23 +108,26 @@ async def open_swarm_client(
 
 
 def better_coordinator(directory: SwarmDirectory, me: PeerId, drafter: str | None) -> PeerId | None:
-    """Return the peer that should coordinate a request now; None for this one. drafter: ours; None: we do not coordinate."""
+    """Return the peer that should coordinate a request now, or None for this one.
+
+    drafter: name of our drafter; None: we do not coordinate.
+    """
     own = {} if drafter is None else {me: speculation_of(drafter)}
     chosen = choose_coordinator(directory.view(), me, directory.coordinators() | own)
     return None if chosen is None or chosen[0] == me else chosen[0]
 
 
 def next_coordinator(directory: SwarmDirectory, me: PeerId, avoid: Collection[str]) -> PeerId | None:
-    """Return the peer that a thin client should ask, without those to avoid; None when there is none."""
+    """Return the peer that a thin client should ask, or None when there is none. avoid: peers to leave out."""
     chosen = choose_coordinator(directory.view(), me, directory.coordinators(), avoid)
     return chosen[0] if chosen else None
 
 
 async def _meet(membership: Membership, timeout_s: float) -> None:
-    """Wait until a member is heard.
+    """Wait until we hear from another member.
 
     Raises:
-        PeerDisconnected: none was in time.
+        PeerDisconnected: we heard from none in time.
     """
     registry = membership.registry
     with trio.move_on_after(timeout_s):
@@ -139,7 +142,11 @@ async def _meet(membership: Membership, timeout_s: float) -> None:
 
 
 async def _bootstrap(state: SwarmState) -> list[str]:
-    """This machine's own node and whom it reaches; without one, whoever was known and the invite's addresses."""
+    """Return addresses to connect to first.
+
+    They are those of this machine's node daemon and of the members it reaches. Without a daemon, they are those of
+    remembered members and of the invite.
+    """
     try:
         status = await ask_node(state.control_socket, Status(), timeout_s=2)
         assert isinstance(status, PeerReport)

@@ -1,4 +1,4 @@
-"""How commands talk to the node that runs on this machine: one JSON object each way over a socket in the swarm's folder."""
+"""Lets commands talk to the node daemon on this machine, over a socket: one JSON object in each direction."""
 
 import hashlib
 import logging
@@ -23,17 +23,17 @@ _MAX_NAME = 100
 
 
 class Status(msgspec.Struct, tag="status"):
-    """Asks for a `PeerReport`."""
+    """Asks the daemon for a `PeerReport`."""
 
 
 class Stop(msgspec.Struct, tag="stop"):
-    """Asks the node to finish what is under way, for at most so many seconds, and end."""
+    """Asks the daemon to let running sessions finish, for at most `drain_s` seconds, and to exit."""
 
     drain_s: float = 30.0
 
 
 class Revoke(msgspec.Struct, tag="revoke"):
-    """Asks the node to spread the owner's revocation."""
+    """Asks the daemon to spread the owner's revocation."""
 
     revocation: Revocation
 
@@ -42,7 +42,7 @@ Ask = Status | Stop | Revoke
 
 
 class MemberStatus(msgspec.Struct):
-    """One member as the node sees it; times in seconds."""
+    """One member as the daemon sees it. Times are in seconds."""
 
     peer: str
     state: str
@@ -61,7 +61,7 @@ class MemberStatus(msgspec.Struct):
 
 
 class PeerReport(msgspec.Struct, tag="node"):
-    """What a node says of itself and of its swarm."""
+    """The daemon's report on itself and its swarm."""
 
     peer: str
     pid: int
@@ -80,11 +80,11 @@ class PeerReport(msgspec.Struct, tag="node"):
 
 
 class Done(msgspec.Struct, tag="done"):
-    """It is done."""
+    """The daemon has done what was asked."""
 
 
 class Refused(msgspec.Struct, tag="refused"):
-    """It cannot be done, and why."""
+    """The daemon cannot do what was asked. text: why."""
 
     text: str
 
@@ -99,7 +99,7 @@ async def serve_control(path: Path, answer: Callable[[Ask], Awaitable[Answer]]) 
     """Answer commands until cancelled.
 
     Raises:
-        ConfigError: another node of this swarm runs on this machine.
+        ConfigError: another node daemon of this swarm runs on this machine.
     """
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(_listen(path)))
     try:
@@ -112,10 +112,12 @@ def _listen(path: Path) -> socket.socket:
     name = _name(path)
     with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
         probe.connect(name)
-        raise ConfigError("a node of this swarm runs here already: end it with `dsd node stop`, or use another --swarm")
+        raise ConfigError(
+            "a node daemon of this swarm is already running here: stop it with `dsd node stop`, or use another --swarm"
+        )
     Path(name).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
-    # Only we may talk to our node: nobody else gets to the name, or through it.
+    # Only our user may connect to the socket.
     old_mask = os.umask(0o177)
     try:
         listener.bind(name)
@@ -126,7 +128,7 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _name(path: Path) -> str:
-    """The socket's name in the file system, which has room for about a hundred bytes."""
+    """Return the socket's path: `path`, or a short one in the temporary folder if `path` exceeds about 100 bytes."""
     if len(str(path)) < _MAX_NAME:
         return str(path)
     return str(Path(tempfile.gettempdir()) / f"dsd-{hashlib.sha256(str(path).encode()).hexdigest()[:24]}.sock")
@@ -143,10 +145,10 @@ async def _serve(stream: trio.SocketStream, answer: Callable[[Ask], Awaitable[An
 
 
 async def ask_node(path: Path, ask: Ask, timeout_s: float = _TIMEOUT_S) -> Answer:
-    """Return the running node's answer.
+    """Send a request to the node daemon on this machine and return its answer.
 
     Raises:
-        ConfigError: no node of this swarm runs here, or it cannot do what is asked.
+        ConfigError: no node daemon of this swarm runs here, or it refuses.
         PeerTimeout: it does not answer.
     """
     try:
@@ -156,10 +158,10 @@ async def ask_node(path: Path, ask: Ask, timeout_s: float = _TIMEOUT_S) -> Answe
                 reply: Answer = _answer_decoder.decode(await _line(stream))
     except OSError as exc:
         raise ConfigError(
-            f"no node of this swarm runs on this machine: start it with `dsd node --swarm NAME` ({exc.strerror})"
+            f"no node daemon of this swarm is running on this machine: start it with `dsd node --swarm NAME` ({exc.strerror})"
         ) from exc
     except trio.TooSlowError:
-        raise PeerTimeout(f"the node does not answer within {timeout_s:g} s: look at its log") from None
+        raise PeerTimeout(f"the node daemon did not answer within {timeout_s:g} s: see its log") from None
     if isinstance(reply, Refused):
         raise ConfigError(reply.text)
     return reply

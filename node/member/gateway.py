@@ -1,4 +1,4 @@
-"""What a node of a swarm shows outside: the OpenAI-compatible backend, and its telemetry."""
+"""Serves a swarm peer's gateway and sends its telemetry."""
 
 import time
 from collections.abc import AsyncIterator, Callable
@@ -28,13 +28,16 @@ from node.watch.status import StatusSource, report_forever
 
 
 def swarm_topics(stored: StoredMembership) -> str:
-    """Return what a swarm's topics are under at a broker."""
+    """Return the name of a swarm in its broker's topics."""
     return stored.swarm.hex()[:16]
 
 
 @asynccontextmanager
 async def telling(parts: PeerParts, hub: EventHub) -> AsyncIterator[None]:
-    """Tell the hub, and the broker if there is one, how the node and its requests are."""
+    """Report the status of the peer and its requests, until the end of the block.
+
+    Reports go to the hub and, where configured, to a broker, a trace collector and a recording.
+    """
     me = parts.membership.links.me.peer
     broker = broker_of(parts.settings.config.mqtt, parts.settings.config.mqtt_ca, swarm_topics(parts.settings.stored))
     async with (
@@ -66,7 +69,7 @@ async def telling(parts: PeerParts, hub: EventHub) -> AsyncIterator[None]:
 
 
 def _hear_members(membership: Membership, hub: EventHub) -> None:
-    """What heartbeats tell of the others, unless they tell it better themselves."""
+    """Report what heartbeats say about other members, except those that report themselves."""
     hub.tick()
     me = membership.links.me.peer
     for member in membership.registry.members():
@@ -102,7 +105,9 @@ async def serve_peer_gateway(
     make_policy: Callable[[], WindowPolicy],
     opened: Callable[[str], None],
 ) -> None:
-    """Serve until cancelled; the best coordinator writes. opened: is told the base URL.
+    """Serve the gateway until cancelled. The best-placed coordinator handles each request.
+
+    opened: called with the base URL.
 
     Raises:
         ConfigError: the port cannot be used.

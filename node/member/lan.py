@@ -1,7 +1,8 @@
-"""Finds members of our swarm on the local network by multicast DNS, so that an address that has changed keeps nobody out.
+"""Finds members of our swarm on the local network with multicast DNS, even after their addresses changed.
 
-What is announced names neither the swarm nor its key: only who holds the network key can tell whose it is. What is found is an
-address to try, like one of the invite; who answers there still has to know the key and show its grants.
+The announcement names neither the swarm nor its key. Only a holder of the network key can tell which swarm it belongs
+to. A found address is only a hint, like one in an invite: the peer that answers there must still know the key and show
+its grants.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ _MAX_TEXT_BYTES = 240
 
 
 class _Listener(ServiceListener):
-    """Called by zeroconf's own thread."""
+    """Filters the announcements for our swarm. zeroconf calls it in its own thread."""
 
     def __init__(self, tag: bytes, me: str, found: Callable[[str], None]) -> None:
         self._tag, self._me, self._found = tag, me, found
@@ -54,9 +55,9 @@ async def neighbours(
     found: Callable[[str], None],
     interfaces: InterfaceChoice | Sequence[str] = InterfaceChoice.All,
 ) -> AsyncIterator[None]:
-    """Announce our addresses and call `found` with those of others of the same network key, in this trio loop.
+    """Announce our addresses, and call `found` in this trio loop with those of other peers with the same network key.
 
-    A machine without multicast goes on without.
+    Where multicast does not work, log a warning and go on without it.
     """
     token = trio.lowlevel.current_trio_token()
     tag = hashlib.sha256(b"dsd-p2p mdns" + network_key).hexdigest()[:16].encode()
@@ -64,13 +65,13 @@ async def neighbours(
     try:
         zeroconf = await trio.to_thread.run_sync(_start, tag, peer, addresses, listener, interfaces)
     except (OSError, ZeroconfError) as exc:
-        logger.warning("no multicast DNS here, members of this network are found by their addresses only: %s", exc)
+        logger.warning("multicast DNS unavailable, members are found only by known addresses error=%s", exc)
         yield
         return
     try:
         yield
     finally:
-        # Gives up by itself after some seconds.
+        # This gives up by itself after some seconds.
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(zeroconf.close)
 
@@ -82,7 +83,7 @@ def _start(
     parts = addresses[0].split("/")
     properties: dict[bytes, bytes] = {b"swarm": tag}
     for index, address in enumerate(addresses):
-        # A text entry has at most 255 bytes, its name included.
+        # A TXT entry holds at most 255 bytes, including its name.
         if len(address) < _MAX_TEXT_BYTES:
             properties[f"address{index}".encode()] = address.encode()
     info = ServiceInfo(

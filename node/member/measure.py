@@ -1,4 +1,4 @@
-"""What a node is worth: measured once for each model on this hardware, then kept."""
+"""Measures how fast this machine computes a model's layers. The result is cached per model and hardware."""
 
 import hashlib
 import platform
@@ -26,7 +26,7 @@ from node.config import ComputeFlags, ServeFlags
 _REPEATS = 9
 _CONTEXT = 64
 _MEMORY_SHARE = 0.6
-"""Of what is free now: the rest is for activations and for whoever else uses the machine."""
+"""Share of the free memory to use: the rest is for activations and for other programs."""
 
 
 class _Measured(msgspec.Struct, frozen=True):
@@ -36,19 +36,19 @@ class _Measured(msgspec.Struct, frozen=True):
 
 
 class Machine(Protocol):
-    """How a node measures this machine and runs a span on it; the lab has a slow one."""
+    """How a peer measures its machine and runs a span on it. `node.lab.slow` has a slow one for tests."""
 
     def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> PeerProfile:
-        """Return what this machine does with one layer of the model; raises as `measure_node` does."""
+        """Return the speed of this machine with one layer of the model. Raises as `measure_node` does."""
         ...
 
     def serve(self, model: StageModel) -> StageModel:
-        """Return what serves the loaded span."""
+        """Return the model that serves the loaded span."""
         ...
 
 
 class ThisMachine:
-    """The machine as it is."""
+    """This machine, at its real speed."""
 
     def measure(self, source: ModelSource, config: ServeFlags, dtype: str) -> PeerProfile:
         """See `measure_node`."""
@@ -60,7 +60,7 @@ class ThisMachine:
 
 
 def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> PeerProfile:
-    """Return what this machine does with one layer of the model, and how many it has room for.
+    """Return how fast this machine computes one layer of the model, and how many layers fit in its memory.
 
     Raises:
         ConfigError, ModelError: the model cannot be loaded.
@@ -100,7 +100,7 @@ def _measure(source: ModelSource, config: ServeFlags, dtype: str) -> _Measured:
 
 
 def pass_s(model: SpanModel, num_nodes: int) -> float:
-    """Return the median seconds of a pass over `num_nodes` in a context of some length."""
+    """Return the median seconds of a pass over `num_nodes` nodes after a context of at least 64 tokens."""
     cache = model.new_cache(_CONTEXT + (_REPEATS + 2) * num_nodes)
     slots = SlotTable()
 
@@ -138,7 +138,7 @@ def _read(file: Path) -> _Measured | None:
 
 
 def _fingerprint(source: ModelSource, config: ServeFlags, dtype: str) -> str:
-    """What a measurement holds for: the processor, the library, the model, the settings."""
+    """Return a hash of everything a measurement depends on: processor, torch version, model, and settings."""
     hardware = [_processor(), torch.__version__, str(config.threads), config.device]
     if config.device != "cpu" and torch.cuda.is_available():
         hardware.append(torch.cuda.get_device_name())
@@ -154,12 +154,12 @@ def _processor() -> str:
 
 
 def describe_machine(config: ComputeFlags) -> str:
-    """Return processor, library and settings in a line."""
+    """Return the processor, the torch version and the settings in one line."""
     return f"{_processor()}, torch {torch.__version__}, {config.device}, {config.threads} thread(s)"
 
 
 def available_bytes() -> int:
-    """Return the memory that programs may still take."""
+    """Return the available memory in bytes; 2 GiB where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

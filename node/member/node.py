@@ -1,8 +1,9 @@
-"""One node of a swarm: joins, serves the layers that help most, leaves politely.
+"""Runs one peer of a swarm: it joins, serves the layers that help most, and drains before it leaves.
 
-How it works. `SwarmPeer.run` opens the transport, makes the parts (`.parts`), and serves until it is stopped. Two scopes nest: the
-inner one holds everything that serves; the outer one holds the control socket and the signals, which must still answer while the
-inner one drains. `.placed` decides which layers are served, `.status` tells how the node is, `.gateway` serves HTTP and telemetry.
+How it works. `SwarmPeer.run` opens the transport, makes the parts (`.parts`) and serves until it is stopped. It nests
+two scopes. The inner one holds everything that serves. The outer one holds the control socket and the signal handler,
+which must still respond while the inner one drains. `.placed` decides which layers to serve, `.status` reports on the
+peer, and `.gateway` serves HTTP and telemetry.
 """
 
 import logging
@@ -60,17 +61,17 @@ logger = logging.getLogger(__name__)
 _JOIN_TIMEOUT_S = 20.0
 _CHECK_S = 0.1
 _SETTLE_BEATS = 2.5
-"""Heartbeats to listen to before choosing layers: by then everybody was heard."""
+"""Heartbeats to wait for before choosing layers: by then every member has been heard."""
 
 _REMEMBER_S = 10.0
 _DRAIN_S = 10.0
 
 
 class SwarmPeer:
-    """Joins and serves; `run` until stopped.
+    """A peer of a swarm; `run` joins and serves until stopped.
 
     Raises:
-        ConfigError: it cannot coordinate, or serve HTTP, as configured.
+        ConfigError: the drafter or the file of API keys is invalid.
     """
 
     def __init__(self, settings: PeerSettings) -> None:
@@ -84,12 +85,13 @@ class SwarmPeer:
         """Join and serve until told to stop.
 
         Raises:
-            ConfigError, ModelError: it cannot start as configured.
-            PeerDisconnected: the swarm does not let us in.
+            ConfigError, ModelError: the peer cannot start as configured.
+            RemoteProtocolError: our grants have expired or are invalid.
+            PeerDisconnected: the swarm refuses us, or nobody answers.
         """
         settings, config, stored = self._settings, self._settings.config, self._settings.stored
         if not 0.05 <= units.seconds(config.heartbeat) <= 10:
-            raise ConfigError(f"--heartbeat is {config.heartbeat}: give 50ms to 10s")
+            raise ConfigError(f"--heartbeat is {config.heartbeat}: expected 50ms to 10s")
         broker_of(config.mqtt, config.mqtt_ca, swarm_topics(stored))
         check_collector(config.otlp)
         check_grants(stored.grants, swarm=stored.swarm, peer=settings.state.node_key().peer, now_s=time.time())
@@ -179,10 +181,10 @@ class SwarmPeer:
             await parts.placed.keep(membership, parts.directory)
 
     async def _join(self, parts: PeerParts) -> None:
-        """Meet the swarm, unless we are its first node or the others are down.
+        """Connect to the swarm, unless we are its first peer or all other members are down.
 
         Raises:
-            PeerDisconnected: we are not let in.
+            PeerDisconnected: the swarm refuses us, or nobody answers and we know no member from an earlier run.
         """
         settings, membership, links = self._settings, parts.membership, parts.membership.links
         settings.report(Loading(what="meet the swarm"))
@@ -196,19 +198,19 @@ class SwarmPeer:
             while not links.connected and not dialer.is_refused:
                 with trio.move_on_after(_CHECK_S):
                     await membership.changed()
-        # A node that belongs here already serves alone while the others are down; one that is not wanted does not.
+        # A peer that has met members before serves alone while they are down. A new or a refused peer does not.
         if not links.connected and (dialer.is_refused or not others):
             raise PeerDisconnected(f"cannot join the swarm: {dialer.last_failure or 'nobody answered'}")
         await trio.sleep(_SETTLE_BEATS * membership.registry.interval_s)
 
-    # Stopping, and what commands ask
+    # Stopping, and requests from commands
 
     async def _stop(self, parts: PeerParts, drain_s: float) -> None:
         await parts.placed.drain(parts.membership, drain_s)
         self._scope.cancel()
 
     async def _stop_on_signal(self, parts: PeerParts) -> None:
-        """The first signal drains, the second does not wait for what is under way."""
+        """Drain at the first signal; stop at once at the second, without waiting for running sessions."""
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
                 async for _ in signals:
@@ -244,7 +246,7 @@ def _report_url(settings: PeerSettings, url: str) -> None:
 
 
 def _recall(registry: Registry, known: Known) -> None:
-    """Take in what was known before the restart; what has expired since is left out."""
+    """Restore records and revocations from before the restart, without records that have expired since."""
     for revocation in known.revocations:
         registry.revoke(revocation)
     for record in known.records:
@@ -255,14 +257,14 @@ def _recall(registry: Registry, known: Known) -> None:
 
 
 def _drafter(name: str) -> Drafter | None:
-    """What a node coordinates with."""
+    """Return the drafter for requests that this peer coordinates, or None."""
     match name:
         case "none":
             return None
         case "ngram":
             return NgramDrafter()
         case other:
-            raise ConfigError(f"draft {other!r}: a node coordinates with ngram, or with none")
+            raise ConfigError(f"--draft {other!r}: choose ngram or none")
 
 
 def _coordinating_policy() -> WindowPolicy:

@@ -1,4 +1,4 @@
-"""What a node of a swarm is made of, once it is connected."""
+"""Holds the parts of a connected swarm peer."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,10 @@ from node.member.settings import PeerSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerParts:
-    """engine: None where it does not coordinate. placed: which layers it serves. services: what takes its messages."""
+    """The parts of a connected swarm peer.
+
+    placed: decides which layers it serves. engine: None if it does not coordinate. services: handle its messages.
+    """
 
     settings: PeerSettings
     shape: ModelShape

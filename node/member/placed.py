@@ -1,4 +1,7 @@
-"""Which layers this node serves: it takes those that help most, closes gaps, and tells others when its passes change."""
+"""Decides which layers this peer serves: those that help most at first, later those that close a gap.
+
+Also announces a new record when the duration of the peer's passes changes.
+"""
 
 import logging
 
@@ -21,15 +24,15 @@ from node.member.settings import PeerSettings
 logger = logging.getLogger(__name__)
 
 _GAP_BEATS = 2.0
-"""A gap that is younger may only be a restart."""
+"""Heartbeats to wait before closing a gap: a younger one may only be a restart."""
 
 _MEASURE_S = 10.0
 _REPORT_CHANGE = 1.25
-"""Passes that take this many times as long, or as short, are worth a new record; less is the noise of a shared machine."""
+"""Factor by which pass times must grow or shrink to justify a new record. Less is the noise of a shared machine."""
 
 
 class Placed:
-    """The layers of one node. state: what the swarm is told of it."""
+    """The layers of one peer. state: the state that it announces to the swarm."""
 
     def __init__(self, settings: PeerSettings, server: StageServer) -> None:
         self.state = MemberState.JOINING
@@ -39,19 +42,19 @@ class Placed:
         self._model: SpanModel | None = None
 
     def load(self) -> Load:
-        """Return what our stage holds right now."""
+        """Return the current load of our stage: number of sessions and bytes of cache."""
         cache_bytes = self._model.budget.used_bytes - self._server.parked_bytes if self._model else 0
         return Load(num_sessions=self._server.num_sessions, cache_bytes=cache_bytes)
 
     def budget(self) -> CacheBudget | None:
-        """Return the memory that sessions share; None while no layers are loaded."""
+        """Return the cache memory that sessions share; None while no layers are loaded."""
         return self._model.budget if self._model else None
 
     async def take_first(self, membership: Membership, directory: SwarmDirectory) -> None:
-        """Serve the layers that help the swarm most.
+        """Load and serve the layers that help the swarm most.
 
         Raises:
-            ModelError: they cannot be loaded.
+            ModelError: the layers cannot be loaded.
         """
         me = PeerView(
             peer=membership.registry.me,
@@ -62,7 +65,7 @@ class Placed:
         await self._take(choose_span(directory.view(with_joining=True), me), membership)
 
     async def keep(self, membership: Membership, directory: SwarmDirectory) -> None:
-        """Close gaps that nobody else closes, until cancelled."""
+        """Move to layers that no peer serves when the placement rule picks us, until cancelled."""
         interval_s = membership.registry.interval_s
         while True:
             with trio.move_on_after(2 * interval_s):
@@ -76,7 +79,7 @@ class Placed:
                 await self._take(move.span, membership)
 
     async def report_changes(self, membership: Membership) -> None:
-        """Tell others when passes take another time than they did, until cancelled."""
+        """Announce a new record whenever the duration of passes changes, until cancelled."""
         while True:
             await trio.sleep(_MEASURE_S)
             measured = self._server.measured_layer_s()
@@ -89,7 +92,7 @@ class Placed:
                 await membership.announce(membership.links.me, self.state, self._profile)
 
     async def drain(self, membership: Membership, timeout_s: float) -> None:
-        """Take no new sessions, let those under way end, say goodbye. Does nothing when that is under way already."""
+        """Refuse new sessions, give running ones `timeout_s` to finish, then leave. Do nothing if already draining."""
         if self.state is MemberState.DRAINING:
             return
         self.state = MemberState.DRAINING
@@ -98,11 +101,11 @@ class Placed:
         await membership.leave()
 
     async def _take(self, span: Span, membership: Membership) -> None:
-        """Load a span, keeping the layers that are here already, and serve it."""
+        """Load a span, reusing the layers that are already loaded, and serve it."""
         settings, addresses = self._settings, membership.links.me.addresses
         info = settings.describe(span, addresses)
         if self._model is None:
-            # Others count on it while it loads, so that nobody takes the same gap.
+            # Announce the span before it is loaded, so that no other peer takes the same gap.
             await membership.announce(info, MemberState.JOINING)
         settings.report(Loading(what=f"load {settings.stored.model} {span}"))
         model = await trio.to_thread.run_sync(self._load, span)

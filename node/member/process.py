@@ -1,4 +1,4 @@
-"""Runs a node of a swarm in this process."""
+"""Runs a swarm peer in this process."""
 
 import logging
 import sys
@@ -23,9 +23,9 @@ def serve_swarm(
     gateway: GatewayConfig = NO_GATEWAY,
     machine: "Machine | None" = None,
 ) -> int:
-    """Serve until stopped; what keeps the node from it is reported. Returns the exit code.
+    """Serve until stopped, and return the exit code. Reports `Failed` if the peer cannot start or go on.
 
-    machine: what computes; by default this one.
+    machine: the machine to measure and compute on; default: this one.
     """
     from dsd_p2p.models.source import find_model
     from node.member.measure import ThisMachine
@@ -64,7 +64,7 @@ def serve_swarm(
 
 
 def tell_user(event: StageEvent) -> None:
-    """Show what the node does."""
+    """Print an event of the peer for the user."""
     match event:
         case Loading(what=what):
             console.print(f"[dim]{what} …[/]")

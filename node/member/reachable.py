@@ -1,10 +1,12 @@
-"""The addresses that others can reach us at."""
+"""Finds the addresses at which other peers can reach this machine."""
 
 import ifaddr
 
 
 def reachable_addresses(listening: tuple[str, ...], announce: str) -> tuple[str, ...]:
-    """Return what to tell others: `announce` first, then every own address in place of 0.0.0.0, this machine's loopback last.
+    """Return up to 8 addresses to announce to other peers.
+
+    `announce` comes first and loopback addresses come last. 0.0.0.0 is replaced by every address of this machine.
 
     listening: multiaddrs that end in `/p2p/ID`.
     """

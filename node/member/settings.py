@@ -1,4 +1,4 @@
-"""What a node of a swarm is started with."""
+"""Holds the settings that a swarm peer starts with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from node.member.state import StoredMembership, SwarmState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerSettings:
-    """profile: what this machine was measured at. report: is told what the node does."""
+    """The settings of a swarm peer. profile: measured speed of this machine. report: called with the peer's events."""
 
     config: ServeFlags
     gateway: GatewayConfig
@@ -29,10 +29,10 @@ class PeerSettings:
 
     @property
     def shape(self) -> ModelShape:
-        """The numbers of the swarm's model."""
+        """The sizes of the swarm's model."""
         return read_shape(self.source.folder)
 
     def describe(self, span: Span | None, addresses: tuple[str, ...]) -> PeerInfo:
-        """Return what the node says about itself while it serves `span`."""
+        """Return the description that the peer announces while it serves `span`."""
         peer = self.state.node_key().peer
         return stage_info(self.source, self.stored.dtype, self.shape, peer=peer, addresses=addresses, span=span)

@@ -1,8 +1,11 @@
-"""What this machine remembers of each swarm it belongs to: a folder only its owner can read.
+"""Stores what this machine knows of each swarm that it belongs to, in a folder that only the user can read.
 
-identity      the node's secret          owner.key   the swarm owner's, on the machine that made it
-client        the command line's secret  membership  network key, grants, bootstrap addresses, model
-known         records and revocations heard so far    control.sock  the running node's backend for commands
+identity      the peer's secret key
+owner.key     the swarm owner's secret key, only on the machine that created the swarm
+client-N      secret keys of commands; each is used by one command at a time
+membership    network key, grants, bootstrap addresses, model
+known         records and revocations heard so far
+control.sock  the socket at which the node daemon takes commands
 """
 
 import os
@@ -32,7 +35,7 @@ _MAX_CLIENTS = 16
 
 
 class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
-    """What lets this machine into a swarm."""
+    """The keys and grants that let this machine into a swarm, with bootstrap addresses and the model."""
 
     swarm: KeyBytes
     network_key: KeyBytes
@@ -43,14 +46,17 @@ class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Known(msgspec.Struct, frozen=True, array_like=True):
-    """What was heard of others, so that a restart finds them without the bootstrap list and forgets no revocation."""
+    """Records and revocations heard so far.
+
+    With them, a restarted peer finds other members without the bootstrap list and forgets no revocation.
+    """
 
     records: tuple[MemberRecord, ...] = ()
     revocations: tuple[Revocation, ...] = ()
 
 
 class SwarmState:
-    """One swarm's folder. `name` is the user's word for it, or a path."""
+    """The folder of one swarm. name: the user's name for the swarm, or a path."""
 
     def __init__(self, name: str) -> None:
         self.folder = Path(name) if "/" in name else default_state_dir() / name
@@ -63,38 +69,38 @@ class SwarmState:
 
     @property
     def control_socket(self) -> Path:
-        """Where the running node listens for commands."""
+        """Path of the socket at which the node daemon takes commands."""
         return self.folder / "control.sock"
 
     @property
     def identity(self) -> Path:
-        """The node's secret."""
+        """Path of the file with the peer's secret key."""
         return self.folder / "identity"
 
     def node_key(self) -> SigningKey:
-        """Return the node's key, made on first use."""
+        """Return the peer's key, created on first use."""
         return self.key_of(self.identity)
 
     def owner_key(self) -> SigningKey:
         """Return the swarm owner's key.
 
         Raises:
-            ConfigError: this machine did not make the swarm.
+            ConfigError: this machine did not create the swarm.
         """
         path = self.folder / "owner.key"
         if not path.exists():
-            raise ConfigError(f"only the machine that made the swarm can do this: {path} is missing")
+            raise ConfigError(f"only the machine that created the swarm can do this: {path} is missing")
         return self.key_of(path)
 
     def create(self, *, model: str, dtype: str) -> StoredMembership:
-        """Make a new swarm owned by this machine.
+        """Create a new swarm owned by this machine.
 
         Raises:
-            ConfigError: there is one of this name already.
+            ConfigError: this machine already belongs to a swarm of this name.
         """
         if self.is_member:
             raise ConfigError(
-                f"this machine belongs to a swarm {self.name!r} already: choose another name with --swarm"
+                f"this machine already belongs to a swarm {self.name!r}: choose another name with --swarm"
             )
         self._make_folder()
         owner = self.key_of(self.folder / "owner.key")
@@ -117,14 +123,15 @@ class SwarmState:
         )
 
     def join(self, invite: Invite) -> StoredMembership:
-        """Take an invite.
+        """Accept an invite and store the membership.
 
         Raises:
-            ConfigError: it has expired, or this machine belongs to another swarm of this name.
+            ConfigError: this machine belongs to another swarm of this name.
+            RemoteProtocolError: the invite has expired, or its grants are invalid.
         """
         if self.is_member and (mine := self.membership()).swarm != invite.swarm:
             raise ConfigError(
-                f"this machine belongs to another swarm as {self.name!r} ({mine.swarm.hex()[:12]}): choose a name with --swarm"
+                f"{self.name!r} is the name of another swarm here ({mine.swarm.hex()[:12]}): choose another name with --swarm"
             )
         grants = invite.admit(self._made().node_key().public)
         check_grants(grants, swarm=invite.swarm, peer=self.node_key().peer, now_s=time.time())
@@ -140,20 +147,20 @@ class SwarmState:
         )
 
     def membership(self) -> StoredMembership:
-        """Return what lets this machine in.
+        """Return the stored membership.
 
         Raises:
-            ConfigError: it belongs to no swarm of this name.
+            ConfigError: this machine belongs to no swarm of this name.
         """
         if not self.is_member:
             raise ConfigError(
-                f"this machine belongs to no swarm {self.name!r}: make one with `dsd create`, or `dsd join INVITE`"
+                f"this machine belongs to no swarm {self.name!r}: create one with `dsd create`, or join one with `dsd join INVITE`"
             )
         return self._read("membership", StoredMembership)
 
     @contextmanager
     def client(self) -> Iterator[tuple[Path, tuple[Grant, ...]]]:
-        """Yield an identity that no other command of this machine uses now, and its grants: the node vouches for it.
+        """Yield the file of a key that no other command uses now, and its grants. Our peer's key issues the last one.
 
         Raises:
             ConfigError: too many commands use the swarm at once.
@@ -171,17 +178,17 @@ class SwarmState:
                 grant = issue(self.node_key(), public, role=Role.CLIENT, expires_at_s=grants[-1].expires_at_s)
                 yield identity, (*grants, grant)
                 return
-        raise ConfigError(f"{_MAX_CLIENTS} commands of this machine use the swarm already: end one")
+        raise ConfigError(f"{_MAX_CLIENTS} commands on this machine already use the swarm: wait for one to end")
 
     def known(self) -> Known:
-        """Return what was remembered of others; nothing when it cannot be read."""
+        """Return the stored records and revocations; empty if they cannot be read."""
         try:
             return self._read("known", Known)
         except ConfigError:
             return Known()
 
     def remember(self, known: Known) -> None:
-        """Keep what was heard of others."""
+        """Store records and revocations of other members."""
         self._write("known", known)
 
     def _made(self) -> "SwarmState":
@@ -195,7 +202,7 @@ class SwarmState:
             raise ConfigError(f"{self.folder}: {exc.strerror}; choose another place with --swarm /path") from exc
 
     def key_of(self, path: Path) -> SigningKey:
-        """Return the key in a file, made on first use."""
+        """Return the key in a file, created on first use."""
         return SigningKey(load_or_create_seed(path))
 
     def _store(self, membership: StoredMembership) -> StoredMembership:

@@ -1,4 +1,4 @@
-"""What a node answers when a command asks how it is."""
+"""Builds the node daemon's answer to `Status`."""
 
 import os
 import time
@@ -10,7 +10,7 @@ from node.member.parts import PeerParts
 
 
 def node_status(parts: PeerParts) -> PeerReport:
-    """Return what `dsd node status` and other commands are told of this node."""
+    """Return the report on this peer for `dsd node status` and other commands."""
     links, load, stored = parts.membership.links, parts.placed.load(), parts.settings.stored
     return PeerReport(
         peer=links.me.peer,

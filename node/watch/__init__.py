@@ -1,1 +1,1 @@
-"""What a process reports about itself, where the reports go, and the dashboard that shows them."""
+"""Collects the events of a process, sends them on, and shows them on a dashboard."""

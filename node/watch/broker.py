@@ -1,6 +1,6 @@
-"""The embedded MQTT broker: a process of its own on this machine's loopback, so that it shares no time with decoding.
+"""Runs the embedded MQTT broker on the loopback address, in a process of its own so that it does not slow decoding.
 
-Run as `python -m node.watch.broker`; it prints its URL, and ends when standard input does.
+Run as `python -m node.watch.broker`. It prints its URL and exits when standard input ends.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ _START_TIMEOUT_S = 30.0
 
 @asynccontextmanager
 async def embedded_broker() -> AsyncIterator[str]:
-    """Run one until the end of the block; yields its URL.
+    """Run a broker until the end of the block and yield its URL.
 
     Raises:
-        ConfigError: it does not start.
+        ConfigError: the broker does not start.
     """
     process = await trio.lowlevel.open_process(
         [sys.executable, "-m", "node.watch.broker"],
@@ -43,7 +43,9 @@ async def embedded_broker() -> AsyncIterator[str]:
                     break
                 line += chunk
         if not line.endswith(b"\n"):
-            raise ConfigError("the embedded MQTT broker does not start: use --mqtt none, or one of your own")
+            raise ConfigError(
+                "the embedded MQTT broker did not start: use --mqtt none, or give your own with --mqtt URL"
+            )
         yield line.decode().strip()
     finally:
         process.kill()

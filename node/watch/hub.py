@@ -1,4 +1,4 @@
-"""Adds a process's events up to a picture, and passes them on to whoever listens."""
+"""Adds events up to a picture of the swarm and passes them on to listeners."""
 
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +15,10 @@ _MAX_SPEAKING = 4096
 
 
 class EventHub:
-    """Adds events up to a picture and passes them on; of one trio loop. speaking: peers that tell of themselves."""
+    """Adds events up to a picture and passes them on. For use in one trio loop.
+
+    speaking: peers that report themselves.
+    """
 
     def __init__(self) -> None:
         self.picture = Picture()
@@ -24,36 +27,36 @@ class EventHub:
         self.speaking: set[str] = set()
 
     def pass_on_to(self, sink: Callable[[Event], None]) -> None:
-        """From now on hand our own events to `sink`, too."""
+        """From now on, pass this process's own events to `sink`."""
         self._sinks.append(sink)
 
     def tick(self) -> None:
-        """Let time pass, so that what is over is forgotten."""
+        """Advance the picture's clock, so that it forgets what is over."""
         self.picture.tick(time.time())
 
     def tell(self, event: Event) -> None:
-        """Take in an event of our own."""
+        """Add an event of this process and pass it to listeners and sinks."""
         self.hear(event)
         for sink in self._sinks:
             sink(event)
 
     def hear_from(self, author: str, event: Event) -> None:
-        """Take in what a peer says itself."""
+        """Add an event that another peer reports about itself."""
         if len(self.speaking) < _MAX_SPEAKING:
             self.speaking.add(author)
         self.hear(event)
 
     def hear(self, event: Event) -> None:
-        """Take in an event, whoever told it."""
+        """Add an event of any origin and pass it to listeners."""
         self.picture.add(event)
         for listener in self._listeners:
-            # One that does not keep up misses some; totals make up for it.
+            # A listener that does not keep up misses some events. Later events carry totals, which make up for it.
             with suppress(trio.WouldBlock, trio.BrokenResourceError):
                 listener.send_nowait(event)
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[tuple[list[Event], trio.MemoryReceiveChannel[Event]] | None]:
-        """Yield what makes up the picture now, and what comes from now on; None when too many listen already."""
+        """Yield events that add up to the current picture, and a channel of new ones; None if too many listen."""
         if len(self._listeners) >= _MAX_LISTENERS:
             yield None
             return
@@ -68,7 +71,7 @@ class EventHub:
 
 
 def snapshot(picture: Picture) -> list[Event]:
-    """Return events that add up to what is running in a picture."""
+    """Return events that add up to the peers and running requests of a picture."""
     events: list[Event] = list(picture.peers.values())
     for view in picture.running:
         events.append(

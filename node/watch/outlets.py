@@ -1,4 +1,4 @@
-"""Where a process's events go: a recording, a collector of traces, an MQTT broker; and what comes from the broker."""
+"""Sends a process's events to a recording, a trace collector or a broker, and receives others' from the broker."""
 
 import logging
 import time
@@ -20,24 +20,24 @@ logger = logging.getLogger(__name__)
 
 NO_BROKER = "none"
 TOPICS = "local"
-"""The name under which a swarm without one has its topics."""
+"""Swarm name in the topics of a swarm that has no name."""
 
 
 def broker_of(url: str, ca_file: str, swarm: str) -> Broker | None:
-    """Return the broker of `--mqtt`; None when there is none.
+    """Return the broker of `--mqtt`, or None if there is none.
 
     Raises:
-        ConfigError: it is no broker's URL.
+        ConfigError: `url` is not the URL of a broker.
     """
     return None if url in ("", NO_BROKER) else parse_broker(url, swarm=swarm, ca_file=ca_file)
 
 
 @contextmanager
 def recording(file: str) -> Iterator[Callable[[Event], None]]:
-    """Append what is told to a file, each line at once, until the end of the block; without a file, to nothing.
+    """Yield a function that appends an event to a file, unbuffered. Without a file, it does nothing.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     if not file:
         yield lambda _event: None
@@ -64,16 +64,16 @@ def recording(file: str) -> Iterator[Callable[[Event], None]]:
 
 @asynccontextmanager
 async def tracing(url: str, peer: str) -> AsyncIterator[Callable[[Event], None]]:
-    """Send OpenTelemetry traces of a peer's requests to a collector until the end of the block; without one, nowhere.
+    """Yield a function that sends traces of a peer's requests to an OpenTelemetry collector. Without a URL, it is idle.
 
-    url: what `check_collector` has accepted.
+    url: checked by `check_collector` before.
     """
     if not url:
         yield lambda _event: None
         return
     from dsd_p2p.telemetry.traces import Traces, export_to
 
-    # Each failed batch is an error of its own; its retries are not worth a line.
+    # Every failed batch is logged as an error. Its retries are not worth a line each.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     traces = Traces(export_to(url), peer, version("dsd-p2p"))
     try:
@@ -85,10 +85,10 @@ async def tracing(url: str, peer: str) -> AsyncIterator[Callable[[Event], None]]
 
 
 def check_collector(url: str) -> None:
-    """Say what is wrong with `--otlp` before anything slow begins.
+    """Check `--otlp` before anything slow starts.
 
     Raises:
-        ConfigError: the extra is not installed, or `url` is none of a collector.
+        ConfigError: the extra is not installed, or `url` is not the URL of a collector.
     """
     if not url:
         return
@@ -107,7 +107,7 @@ def check_collector(url: str) -> None:
 
 @asynccontextmanager
 async def publishing(broker: Broker | None, peer: str) -> AsyncIterator[MqttPublisher | None]:
-    """Publish a peer's events until the end of the block; without a broker, nothing."""
+    """Yield a publisher of a peer's events, or None without a broker."""
     if broker is None:
         yield None
         return
@@ -122,7 +122,7 @@ async def publishing(broker: Broker | None, peer: str) -> AsyncIterator[MqttPubl
 
 @asynccontextmanager
 async def hearing(broker: Broker | None, hub: EventHub, me: str) -> AsyncIterator[None]:
-    """Let the hub hear what others tell the broker."""
+    """Pass events that other peers publish at the broker to the hub, until the end of the block."""
     if broker is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""How a peer is, reported every second: its own words, and what a coordinator sees of others."""
+"""Reports the status of this peer every second, and a coordinator's view of its stages."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,10 @@ _MAX_PINGED = 32
 
 @dataclass(slots=True, kw_only=True)
 class StatusSource:
-    """Where a node's status comes from. server, budget: of a node that serves a stage; budget is asked anew each time."""
+    """Builds the status of a peer.
+
+    server, budget: only of a peer that serves a stage. budget: a function, because moving to other layers changes it.
+    """
 
     links: PeerLinks
     roles: tuple[str, ...]
@@ -36,7 +39,7 @@ class StatusSource:
     _at_s: float = field(default_factory=time.perf_counter)
 
     def status(self) -> PeerStatus:
-        """Return how the node is; busy since the last call."""
+        """Return the peer's status. Its busy share covers the time since the last call."""
         me, server, budget = self.links.me, self.server, self.budget()
         now_s, busy_s = time.perf_counter(), server.work.busy_s if server else 0.0
         share = (busy_s - self._busy_s) / max(1e-3, now_s - self._at_s)
@@ -67,7 +70,7 @@ class StatusSource:
 async def report_forever(
     source: StatusSource, tell: Callable[[Event], None], look_around: Callable[[], None] = lambda: None
 ) -> None:
-    """Tell the node's status every second, and measure its links now and then. look_around: called beside it."""
+    """Report the peer's status every second, and measure its links every 5 s. look_around: called after each report."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_measure_links, source)
         while True:
@@ -91,7 +94,7 @@ async def _measure_links(source: StatusSource) -> None:
 
 
 def seen_peers(links: PeerLinks) -> list[PeerStatus]:
-    """Return what a coordinator knows of its stages without their word."""
+    """Return the status of each known stage as the coordinator sees it."""
     return [
         PeerStatus(
             at_s=time.time(),

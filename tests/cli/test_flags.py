@@ -98,7 +98,7 @@ def test_a_file_is_read_and_flags_beat_it(tmp_path):
     [
         (["generate", "--prompt", "x", "--top-p", "0"], "--top-p is 0.0"),
         (["bench", "users", "--sessions", "0"], "--sessions is 0"),
-        (["node", "--swarm", "x", "--span", "0:2"], "--span is for a stage by hand"),
+        (["node", "--swarm", "x", "--span", "0:2"], "--span applies only to a stage started by hand"),
     ],
 )
 def test_a_value_out_of_range_is_named_by_its_flag(arguments, words, capsys):

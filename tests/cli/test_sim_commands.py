@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsd_p2p.models.progress import NoProgress
-from dsd_p2p.sim.scenario import parse_scenario, read_scenario
+from dsd_p2p.sim.scenario_file import parse_scenario, read_scenario
 from node.cli.main import main
 from node.lab.benches.simulator import _on_all_cores
 

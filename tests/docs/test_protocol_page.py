@@ -75,9 +75,12 @@ def test_code_cites_rules_by_their_present_numbers_and_titles():
     titles = {int(number): title for number, title in re.findall(r"^(\d+)\. \*\*(.+?)\.\*\*", PAGE, re.MULTILINE)}
     cited = 0
     for path in (each for top in ("dsd_p2p", "node", "tests") for each in (ROOT / top).rglob("*.py")):
-        for number, rest in re.findall(r"\b[Rr]ules? (\d+)\b(.{0,40})", path.read_text()):
+        text = " ".join(path.read_text().split())
+        cases = re.findall(r"\b[Rr]ules? (\d+)((?:: | \()[A-Z]?.{0,20})?", text)
+        cases += re.findall(r"\b(\d+)( \([A-Z][a-z ]+\))", text) if "docs/protocol.md" in text else []
+        for number, rest in cases:
             title = titles[int(number)]
-            assert rest.startswith(f": {title}"), f"{path} cites rule {number}, which is '{title}'"
+            assert rest.startswith((f": {title}", f" ({title})")), f"{path} cites rule {number}, which is '{title}'"
             cited += 1
     assert cited > 5
     assert sorted(titles) == list(range(1, len(titles) + 1))

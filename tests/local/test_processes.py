@@ -199,19 +199,22 @@ def broken_models(tiny, tmp_path):
     [
         ("generate --model /no/such/folder --prompt x", "no model '/no/such/folder'"),
         ("generate --model no-such-model --prompt x", "no model 'no-such-model'"),
-        ("generate --model {encoder} --prompt-ids 1", "is no decoder language model"),
+        ("generate --model {encoder} --prompt-ids 1", "is not a decoder language model"),
         ("generate --model {empty} --prompt-ids 1", "has no model.safetensors"),
         ("generate --model {cut} --prompt-ids 1", "fetch them again"),
-        ("generate --model {llama} --prompt x", "no tokenizer: give the prompt as --prompt-ids"),
+        ("generate --model {llama} --prompt x", "no tokenizer: give the prompt with --prompt-ids"),
         ("generate --model {llama} --prompt-ids 1,x", "token ids separated by commas"),
         ("generate --model {llama} --prompt-ids 999", "outside the model's vocabulary of 131"),
-        ("generate --model {llama} --stages 9 --prompt-ids 1", "4 layers allow 1..4"),
+        ("generate --model {llama} --stages 9 --prompt-ids 1", "stages: expected 1 to 4"),
         ("generate --model {llama} --stages 1 --max-tokens 1024 --prompt-ids 1", "exceed the model's context of 1024"),
         ("generate --model {llama} --stages 1 --cache-memory 1kb --prompt-ids 1", "raise --cache-memory"),
         ("generate --model {llama} --stages 1 --dtype float8 --prompt-ids 1", "choose one of float32"),
-        ("generate --model {llama} --stages 1 --draft smollm2-135m --prompt-ids 1", "must share a tokenizer"),
-        ("generate --prompt x --link 50parsec", "write a number and one of s, ms, us"),
-        ("generate", "nothing to write about"),
+        (
+            "generate --model {llama} --stages 1 --draft smollm2-135m --prompt-ids 1",
+            "choose a drafter with the target's tokenizer",
+        ),
+        ("generate --prompt x --link 50parsec", "expected a number and one of s, ms, us"),
+        ("generate", "no prompt: give --prompt TEXT"),
         ("generate --prompt x --config /no/such.toml", "config file /no/such.toml"),
         ("generate --model {llama} --connect /ip4/127.0.0.1/tcp/9 --prompt-ids 1", "/p2p/PEER"),
         ("node --model {llama} --span 2:9", "outside the model's layers [0, 4)"),
@@ -261,7 +264,7 @@ def test_stages_of_different_weights_are_refused(tiny):
         addresses = [node.stdout.readline().strip() for node in nodes]
         result = dsd("generate", "--model", str(folders[0]), "--connect", ",".join(addresses), "--prompt-ids", "1,2")
         assert result.returncode != 0
-        assert "hold different models" in result.stderr
+        assert "serve different models" in result.stderr
     finally:
         for node in nodes:
             node.stdin.close()

@@ -71,7 +71,7 @@ def test_from_an_invite_to_an_answer_and_back_out(tiny, tmp_path):
             assert len([m for m in status(a).members if m.span]) == 2, "restarted, not counted twice"
 
 
-def test_any_node_can_be_the_door_and_the_best_coordinator_writes(tmp_path):
+def test_any_peer_can_be_the_gateway_and_the_best_coordinator_writes(tmp_path):
     """The second node does not coordinate: it hands requests on, over the swarm, and a text is the same through either."""
     a, b = folders(tmp_path, "a", "b")
     asked = {
@@ -87,16 +87,16 @@ def test_any_node_can_be_the_door_and_the_best_coordinator_writes(tmp_path):
         assert reply.status_code == 200, reply.text
         return reply.json()
 
-    def door(process: subprocess.Popen) -> str:
+    def gateway_url(process: subprocess.Popen) -> str:
         while not (found := re.search(r"chat at (http://[^/]+)/", line := process.stdout.readline())):
             assert line, "the node ended"
         return found.group(1)
 
     with running("create", "--swarm", a, "--port", 0, log=tmp_path / "a.log") as first:
-        own = door(first)
+        own = gateway_url(first)
         invite = dsd("invite", "--swarm", a).stdout.strip()
         with running("join", invite, "--swarm", b, "--draft", "none", "--port", 0, log=tmp_path / "b.log") as second:
-            other = door(second)
+            other = gateway_url(second)
             wait_until(lambda: httpx.get(f"{other}/readyz").status_code == 200)
             here, there = ask(own), ask(other)
             assert here["choices"] == there["choices"]
@@ -120,7 +120,7 @@ def test_who_is_not_wanted_gets_a_clear_word_and_nothing_else(tiny, tmp_path):
             grants=(issue(other, SigningKey(b"y" * 32).public, role=Role.STAGE, expires_at_s=2**33, max_uses=9),),
         )
         cases = {
-            "forged": (forged, "one of this swarm|who the grant"),
+            "forged": (forged, "one of this swarm|the previous grant"),
             "stretched": (replace(invite, grants=(replace(invite.grants[0], expires_at_s=2**34),)), "signature"),
             "other network key": (replace(invite, network_key=bytes(32)), "network key"),
         }
@@ -177,7 +177,7 @@ def test_a_second_node_of_the_same_swarm_on_a_machine_is_refused(tiny, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["members", "--swarm", "nowhere"], "no node of this swarm"),
+        (["members", "--swarm", "nowhere"], "no node daemon of this swarm"),
         (["invite", "--swarm", "nowhere"], "dsd create"),
         (["generate", "--swarm", "nowhere", "--prompt", "x"], "dsd create"),
         (["generate", "--audit", "--prompt", "x"], "--swarm"),

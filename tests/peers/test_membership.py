@@ -117,7 +117,7 @@ async def test_a_one_way_link_is_no_link(autojump_clock):
         ((), "dsd invite"),
         (invite(owner=STRANGER).admit(key(7).public), "one of this swarm"),
         (invite(expires_at_s=NOW_S - 5).admit(key(7).public), "expired"),
-        (invite().admit(key(6).public), "made out to"),
+        (invite().admit(key(6).public), "a grant for the peer that shows it"),
         (tuple(replace(g, max_uses=1000) for g in invite().admit(key(7).public)), "signature"),
     ],
     ids=["stranger", "other-swarm", "expired", "stolen", "forged"],
@@ -164,7 +164,7 @@ async def test_chains_follow_the_members(autojump_clock):
             await directory(client, coverage_timeout_s=1).find(Detour(peers=frozenset([nodes[0].peer])))
         nodes[0].scope.cancel()
         await settled_without(nodes[0], [client])
-        with pytest.raises(CoverageLost, match=r"nobody serves layers \[0, 10\)"):
+        with pytest.raises(CoverageLost, match=r"no peer serves layers \[0, 10\)"):
             await directory(client, coverage_timeout_s=10).find()
 
         async def come_back():

@@ -95,7 +95,7 @@ def test_placement_beats_the_split_by_memory():
     ratios = []
     for seed in range(20):
         swarm = random_swarm(seed)
-        stages = [PlannedStage(peer=peer, span=span) for peer, span in (swarm).items()]
+        stages = [PlannedStage(peer=peer, span=span) for peer, span in proportional_spans(swarm).items()]
         proportional = evaluate(swarm, "client", stages, Speculation())
         chosen = choose_route(joined(swarm), "client")
         ratios.append(proportional.s_per_token / chosen.s_per_token)

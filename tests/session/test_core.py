@@ -295,7 +295,7 @@ def test_a_stage_names_what_is_wrong(broken, field):
 
 def test_a_session_cannot_outgrow_its_slots():
     state = StageState(epoch=0, max_length=20, max_speculative=3)
-    with pytest.raises(CapacityError, match="4 nodes wait below the root, 3 may"):
+    with pytest.raises(CapacityError, match="4 nodes would wait below the root, at most 3 may"):
         state.accept(window(0, 0, (0, BASE), 0, [(1, BASE, 0), (2, 0, 1), (3, 1, 2), (4, 2, 3)]))
 
 
@@ -383,6 +383,34 @@ def test_only_what_is_lost_is_computed_again(decision, lost):
     # The coordinator gives tokens again only to a head that lost them.
     assert stats.num_prefill_tokens == 4 + (num_given if 0 in lost else 0)
     assert network.emitted == plain_text([1, 2, 3, 4, 5], 30)
+
+
+@pytest.mark.parametrize("lost", [{0}, {1}, {2}, {0, 1}, {1, 2}, {0, 2}])
+def test_a_refill_in_more_windows_than_the_prompt_came_in_hides_none_of_the_next(lost, monkeypatch):
+    """A stage drops window numbers that it has seen: the coordinator's next must be above those of any refill."""
+    for module in ("toy", "dsd_p2p.session.flight"):
+        monkeypatch.setattr(f"{module}.FILL_NODES", 2)
+    prompt = list(range(1, 30))
+    network = ToyNetwork(
+        prompt=prompt,
+        num_tokens=10,
+        num_stages=3,
+        decision=PLAIN,
+        drafts=drafter(0.7, random.Random(0)),
+        choose=random.Random(0).randrange,
+        tracker=Tracker(),
+        prefill_chunk=29,
+    )
+    network.perform(network.machine.start(0.0))
+    while not network.emitted:
+        network.step()
+    network.perform(network.machine.lost(PeerDisconnected("stages died"), network.now_s))
+    names = [f"new{i}" if i in lost else f"stage{i}" for i in range(3)]
+    network.links.clear()
+    network.perform(network.machine.reopen(toy_route(3, names), network.now_s))
+    while network.step():
+        pass
+    assert network.emitted == plain_text(prompt, 10)
 
 
 def test_replays_are_bounded():

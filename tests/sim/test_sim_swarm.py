@@ -9,7 +9,7 @@ from dsd_p2p.netmodel import LinkModel, in_series
 from dsd_p2p.sim.fleet import Fleet
 from dsd_p2p.sim.policies import policy_maker
 from dsd_p2p.sim.report import summarise
-from dsd_p2p.sim.scenario import changed, parse_scenario
+from dsd_p2p.sim.scenario_file import changed, parse_scenario
 
 SCENARIO = """
 seed = 5
@@ -161,16 +161,20 @@ def test_two_links_in_a_row():
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
-        ("layers = 6", "layers = 13", r"test\.toml:3: layers: is 13: the peers have room for 1\.\.12"),
-        ("layers = 6", "", r"layers: is 0: the peers have room for"),
-        ("count = 2", "count = 65", rf"test\.toml:{FIRST_NODE}: peers\[0\]: at most 64 in all"),
-        ('link = "far"', 'link = "moon"', r"peers\[1\]\.link: 'moon' is none of the \[links\], near, far"),
-        ("[workload]", "[speculation]\nrouting = 'random'\n[workload]", r"speculation\.routing: among peers"),
-        ("[workload]", "[speculation]\nmode = 'auto'\n[workload]", r"speculation: peers are no place to draft at"),
+        ("layers = 6", "layers = 13", r"test\.toml:3: layers: is 13, expected 1 to 12"),
+        ("layers = 6", "", r"layers: is 0, expected 1 to 12"),
+        ("count = 2", "count = 65", rf"test\.toml:{FIRST_NODE}: peers\[0\]: expected at most 64 peers"),
+        ('link = "far"', 'link = "moon"', r"peers\[1\]\.link: is 'moon', expected one of the \[links\]: near, far"),
+        (
+            "[workload]",
+            "[speculation]\nrouting = 'random'\n[workload]",
+            r"speculation\.routing: has no effect with peers",
+        ),
+        ("[workload]", "[speculation]\nmode = 'auto'\n[workload]", r"speculation: peers cannot draft"),
         (
             "[workload]",
             "[[targets]]\nstage = { fixed = '1ms' }\n[workload]",
-            rf"test\.toml:{FIRST_NODE}: peers\[0\]: give \[\[targets\]\], or \[\[peers\]\]",
+            rf"test\.toml:{FIRST_NODE}: peers\[0\]: give either \[\[targets\]\], or \[\[peers\]\]",
         ),
         ("max_layers = 3", "", r"peers\[\.\.\.\]: Object missing required field `max_layers`|max_layers"),
     ],

@@ -77,17 +77,23 @@ def test_the_chain_of_grants_lets_in_whom_it_should():
         (lambda g: (), "dsd invite"),
         (lambda g: invite(owner=STRANGER).admit(key(1).public), "one of this swarm"),
         (lambda g: invite(expires_at_s=NOW_S).admit(key(1).public), "expired"),
-        (lambda g: invite().admit(key(2).public), "made out to the peer"),
-        (lambda g: (g[0],), "made out to the peer"),
+        (lambda g: invite().admit(key(2).public), "a grant for the peer that shows it"),
+        (lambda g: (g[0],), "a grant for the peer that shows it"),
         (lambda g: (replace(g[0], role=Role.CLIENT), g[1]), "its issuer's"),
         (lambda g: (replace(g[0], expires_at_s=NOW_S * 2), g[1]), "its issuer's"),
         (lambda g: (replace(g[0], max_uses=99), g[1]), "its issuer's"),
         (lambda g: (g[0], replace(g[1], issuer=STRANGER.public)), "its issuer's"),
-        (lambda g: (g[0], issue(STRANGER, key(1).public, role=Role.STAGE, expires_at_s=NOW_S + 9)), "who the grant"),
-        (lambda g: (g[0], issue(key(3), key(1).public, role=Role.STAGE, expires_at_s=NOW_S + 9)), "who the grant"),
-        (lambda g: (*invite(role=Role.CLIENT).grants, stage_by_invite()), "client, which is all"),
-        (lambda g: invite(max_uses=0).admit(key(1).public), "let nobody in"),
-        (lambda g: (*invite().admit(key(4).public), stage_by(key(4))), "client, which is all"),
+        (
+            lambda g: (g[0], issue(STRANGER, key(1).public, role=Role.STAGE, expires_at_s=NOW_S + 9)),
+            "the key that the previous grant names",
+        ),
+        (
+            lambda g: (g[0], issue(key(3), key(1).public, role=Role.STAGE, expires_at_s=NOW_S + 9)),
+            "the key that the previous grant names",
+        ),
+        (lambda g: (*invite(role=Role.CLIENT).grants, stage_by_invite()), "client, the only role"),
+        (lambda g: invite(max_uses=0).admit(key(1).public), "may not issue any"),
+        (lambda g: (*invite().admit(key(4).public), stage_by(key(4))), "client, the only role"),
     ],
 )
 def test_a_forged_chain_lets_nobody_in(spoil, words):
@@ -176,7 +182,7 @@ def test_records_are_what_their_peer_signed():
         replace(good, info=replace(good.info, peer=key(2).peer)),
         replace(good, info=replace(good.info, span=Span(0, 11))),
     ):
-        with pytest.raises(RemoteProtocolError, match="made by the peer"):
+        with pytest.raises(RemoteProtocolError, match="a signature by the peer"):
             registry().merge(bad, NOW_S)
     with pytest.raises(RemoteProtocolError, match="30 layers"):
         registry().merge(record(key(1), span=Span(5, 31)), NOW_S)

@@ -102,11 +102,11 @@ def test_failovers_errors_and_what_never_ended():
 
 @pytest.mark.parametrize("kind", ["gone", "silent"])
 def test_a_collector_that_does_not_answer_holds_nobody_up(kind):
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
         if kind == "silent":
-            door.listen(8)
-        traces = Traces(export_to(f"http://127.0.0.1:{door.getsockname()[1]}"), "me", "1")
+            listener.listen(8)
+        traces = Traces(export_to(f"http://127.0.0.1:{listener.getsockname()[1]}"), "me", "1")
         started_at = time.monotonic()
         for number in range(3000):
             traces.tell(SessionStarted(at_s=1.0, session=str(number)))

@@ -151,7 +151,7 @@ async def test_a_peer_that_starts_late_is_waited_for(tmp_path):
 async def test_a_wrong_peer_id_is_refused_at_once(tmp_path):
     async with open_host(tmp_path, "a") as a, open_host(tmp_path, "b") as b, open_host(tmp_path, "c") as c:
         address = b.addresses[0].replace(b.peer, c.peer)
-        with pytest.raises(PeerDisconnected, match="/p2p/ id"), trio.fail_after(10):
+        with pytest.raises(PeerDisconnected, match="another peer id"), trio.fail_after(10):
             await a.connect(address, 10)
 
 
@@ -193,7 +193,7 @@ async def test_an_identity_survives_a_restart_and_is_private(tmp_path):
     with pytest.raises(ConfigError, match="chmod 600"):
         load_or_create_seed(tmp_path / "a")
     (tmp_path / "short").touch(0o600)
-    with pytest.raises(ConfigError, match="0 bytes instead of 32"):
+    with pytest.raises(ConfigError, match="expected 32 bytes, got 0"):
         load_or_create_seed(tmp_path / "short")
 
 

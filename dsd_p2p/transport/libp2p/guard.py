@@ -1,7 +1,9 @@
-"""What stands between a listening socket and strangers: a private network, deadline and budget before authentication, a gate after.
+"""Guards a listening socket against strangers.
 
-py-libp2p 0.8.1 lets an unauthenticated peer announce messages of any length, waits ten seconds for each half-made connection,
-takes no more connections at all after 250 in its life, and asks nobody before it opens a protocol (docs/adr/0002-libp2p.md).
+A private network, a deadline and a byte budget apply before authentication, and a gate on protocols after it. They are
+needed because py-libp2p 0.8.1 lets an unauthenticated peer announce messages of any length, waits ten seconds for each
+half-made connection, refuses all connections after its first 250, and opens any protocol without asking
+(docs/adr/0002-libp2p.md).
 """
 
 import logging
@@ -24,7 +26,7 @@ from dsd_p2p.types import PeerId
 
 logger = logging.getLogger(__name__)
 
-WRONG_NETWORK_KEY = "not of this private network: another network key, or none"
+WRONG_NETWORK_KEY = "not in this private network: its network key is another or missing"
 
 _MULTISTREAM = b"\x13/multistream/1.0.0\n"
 _IDENTIFY = "/ipfs/id/1.0.0"
@@ -33,7 +35,7 @@ _MAX_PENDING = 128
 _MAX_PENDING_OF_ADDRESS = 32
 _MAX_CONNECTIONS_OF_ADDRESS = 256
 _CONNECTIONS_PER_S, _BURST_CONNECTIONS = 5.0, 100
-"""Of one address: a handshake costs ten milliseconds of a core, a refusal a hundredth of that; members keep their connections."""
+"""Per address. A handshake takes ten milliseconds of a core, a refusal a hundredth of that; members stay connected."""
 
 _MAX_ADDRESSES = 4096
 _ADMISSION_S = 10.0
@@ -41,7 +43,7 @@ _CHECK_ADMISSION_S = 0.25
 
 
 def install_private_network() -> None:
-    """Let connections of a network with a key use `_PrivateConnection`; relayed ones are inside the key already."""
+    """Use `_PrivateConnection` in networks with a key; relayed connections run inside encrypted ones and need none."""
 
     def protect(connection: Any, network_key: str) -> Any:
         if isinstance(connection, PskConn) or connection.get_connection_type() is ConnectionType.RELAYED:
@@ -52,20 +54,20 @@ def install_private_network() -> None:
 
 
 class _PrivateConnection(PskConn):
-    """A connection inside a private network that notices another key with the first bytes instead of after a timeout."""
+    """A private network's connection that detects a different key from the first bytes instead of by a timeout."""
 
     def __init__(self, connection: Any, network_key: str) -> None:
         super().__init__(connection, network_key)
-        # Upstream leaves these unset: the connection's type and addresses could not be asked for.
+        # Upstream does not set these, so asking for the connection's type or addresses would fail.
         RawConnection.__init__(self, connection.stream, connection.is_initiator)
         self.read_cipher: Any = None
         self._start = b""
 
     async def read(self, n: int | None = None) -> bytes:
-        """Return what the peer sent.
+        """Return bytes that the peer sent.
 
         Raises:
-            RawConnError: it is not of this network.
+            RawConnError: the peer is not in this network.
         """
         if self.read_cipher is None:
             self.read_cipher = Salsa20.new(key=self._psk, nonce=await read_exactly(self._conn, 8))
@@ -78,7 +80,10 @@ class _PrivateConnection(PskConn):
 
 
 def limit_upgrade(network: Any, timeout_s: float) -> None:
-    """Give authentication a deadline, both ways; libp2p's own covers the muxer only, and a cancelled dial leaks a slot."""
+    """Give authentication a deadline in both directions.
+
+    libp2p's own deadline covers only the muxer, and a cancelled dial leaks a slot.
+    """
     upgrade = network.upgrader.upgrade_security
 
     async def upgrade_in_time(connection: Any, is_initiator: bool, peer: Any = None) -> Any:
@@ -92,11 +97,11 @@ def limit_upgrade(network: Any, timeout_s: float) -> None:
 
 
 class _GatedMultiselect(Multiselect):
-    """Negotiates identify and our own protocol with strangers, everything with those who were let in."""
+    """A negotiator that offers strangers only identify and our own protocol, and admitted peers everything."""
 
     def __init__(self, handlers: Any, protocol: str, is_admitted: Callable[[PeerId], bool]) -> None:
         super().__init__(handlers)
-        # The same live mapping: handlers are added later.
+        # Shares the live mapping, because handlers are added later.
         self.handlers = handlers
         self._public = frozenset((_IDENTIFY, protocol))
         self._is_admitted = is_admitted
@@ -110,34 +115,34 @@ class _GatedMultiselect(Multiselect):
 
 
 def install_gate(host: Any, protocol: str, is_admitted: Callable[[PeerId], bool]) -> None:
-    """Keep strangers away from every protocol but identify and `protocol`."""
+    """Allow strangers no protocols except identify and `protocol`."""
     host.multiselect = _GatedMultiselect(host.multiselect.handlers, protocol, is_admitted)
 
 
 class _BudgetedConnection(RawConnection):
-    """A connection that may make us read only so much before it is authenticated; `None` lifts the limit."""
+    """A connection with a limit on the bytes read before authentication; setting `budget` to None lifts it."""
 
     budget: int | None = _MAX_BYTES_BEFORE_AUTHENTICATION
 
     async def read(self, n: int | None = None) -> bytes:
-        """Return what the peer sent.
+        """Return bytes that the peer sent.
 
         Raises:
-            RawConnError: more than a stranger may send.
+            RawConnError: the peer sent more than a stranger may.
         """
         if self.budget is None:
             return await super().read(n)
         if self.budget <= 0:
             raise RawConnError("too many bytes before authentication")
         data: bytes = await super().read(min(n or self.budget, self.budget))
-        # Lifted while this read was parked?
+        # The limit may have been lifted while this read waited.
         if self.budget is not None:
             self.budget -= len(data)
         return data
 
 
 class Pace:
-    """A token bucket: so many a second, and a burst."""
+    """A token bucket: `per_s` tokens a second, with bursts of up to `burst`."""
 
     def __init__(self, per_s: float, burst: int) -> None:
         self._per_s = per_s
@@ -145,16 +150,16 @@ class Pace:
         self._due_s = 0.0
 
     def delay_s(self, now_s: float) -> float:
-        """Take one; returns how long to wait for it, nothing or less within the pace."""
+        """Take one token and return the seconds to wait for it, 0 or less within the pace."""
         self._due_s = max(self._due_s, now_s - self._burst_s) + 1 / self._per_s
         return self._due_s - now_s
 
     def charge(self, seconds: float, now_s: float) -> None:
-        """Nothing is free for so long."""
+        """Make no token free for the next `seconds`."""
         self._due_s = max(self._due_s, now_s + seconds)
 
     def is_free(self, now_s: float) -> bool:
-        """Take one if it is there at once."""
+        """Take one token if it is free now; return whether it was."""
         if max(self._due_s, now_s - self._burst_s) + 1 / self._per_s > now_s:
             return False
         self.delay_s(now_s)
@@ -162,7 +167,10 @@ class Pace:
 
 
 class Doorman:
-    """Accepts connections in place of `Swarm._handle_inbound_connection`: few at a time are half made, strangers do not stay."""
+    """Accepts connections in place of libp2p's `Swarm._handle_inbound_connection`.
+
+    It limits half-made connections and closes those of peers that are not admitted in time.
+    """
 
     def __init__(self, network: Any, is_admitted: Callable[[PeerId], bool]) -> None:
         self._network = network
@@ -174,7 +182,7 @@ class Doorman:
         network._handle_inbound_connection = self.accept
 
     async def accept(self, stream: Any, address: Any) -> None:
-        """Serve one TCP connection; returning closes it."""
+        """Serve one TCP connection, which is closed on return."""
         ip = (stream.get_remote_address() or ("?", 0))[0]
         num_pending = sum(pending == ip for pending in self._pending.values())
         is_crowded = num_pending >= _MAX_PENDING_OF_ADDRESS or self._of_address[ip] >= _MAX_CONNECTIONS_OF_ADDRESS
@@ -203,7 +211,7 @@ class Doorman:
         self.num_refused += 1
         oldest = next(iter(self._pending))
         del self._pending[oldest]
-        # Closed, not cancelled: a cancelled upgrade never gives its slot back.
+        # Close, not cancel: a cancelled upgrade never gives its slot back.
         await oldest.close()
 
     async def _upgrade(self, stream: Any, address: Any) -> Any:
@@ -219,7 +227,7 @@ class Doorman:
         return connection
 
     async def _is_let_in(self, connection: Any) -> bool:
-        """Wait until the peer was let in; close its connection when it was not in time."""
+        """Wait until the peer is admitted; close its connection if that takes too long."""
         peer = PeerId(str(connection.peer_id))
         with trio.move_on_after(_ADMISSION_S):
             while not connection.event_shutting_down.is_set() and not self._is_admitted(peer):  # noqa: ASYNC110 - libp2p's event

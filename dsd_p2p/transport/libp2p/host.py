@@ -1,6 +1,6 @@
-"""Peers over libp2p: TCP, Noise, Yamux; one long-lived stream per neighbour and direction.
+"""The libp2p transport: TCP, Noise and Yamux, with one long-lived stream per neighbour and direction.
 
-What py-libp2p 0.8.1 needs from its caller is in docs/adr/0002-libp2p.md; each workaround below has a regression test.
+docs/adr/0002-libp2p.md lists what py-libp2p 0.8.1 needs from its caller; each workaround below has a regression test.
 """
 
 import logging
@@ -28,20 +28,18 @@ from dsd_p2p.types import PeerId
 logger = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<I")
-_READ_BYTES = 64 << 10
-_QUEUE_FRAMES = 64
 _INBOX_EVENTS = 4096
 _MAX_PENDING_BYTES = 256 << 20
-"""Frames of one peer that were read from its stream and not yet taken by `receive`; past this the peer is dropped."""
+"""Limit on one peer's frames that are read but not yet taken by `receive`; beyond it the peer is dropped."""
 
 _MAX_STRANGER_FRAME_BYTES = 64 << 10
-"""Room for a greeting; more only from those who were let in."""
+"""Frame limit before admission: enough for a greeting."""
 
 _FRAMES_PER_S, _BURST_FRAMES = 200.0, 1000
-"""What is read of one peer: a window each five milliseconds; a long prompt is one burst. Who sends faster waits alone."""
+"""Per peer: a window every five milliseconds, and a long prompt as one burst. A faster sender delays only itself."""
 
 _USELESS_FRAME_COUNTS = 5
-"""A request that ends leaves a few frames behind that nobody needs any more; only who sends little else is slowed down."""
+"""A useless frame counts as this many. A request's end leaves a few, so only peers that send little else slow down."""
 
 _MAX_PACES = 1024
 _FLUSH_S = 0.5
@@ -55,7 +53,7 @@ _TUNE_INTERVAL_S = 2.0
 
 
 class Libp2pTransport:
-    """A `Transport` over a libp2p host; made by `.open.open_libp2p`."""
+    """A `Transport` over a libp2p host; `.open.open_libp2p` makes it."""
 
     def __init__(self, host: Any, protocol: str, max_frame_bytes: int, nursery: trio.Nursery) -> None:
         self._host = host
@@ -73,11 +71,11 @@ class Libp2pTransport:
         self.addresses: tuple[str, ...] = ()
 
     def close(self) -> None:
-        """Report no losses from now on: we are leaving ourselves."""
+        """Stop reporting losses, because this end is leaving."""
         self._is_closing = True
 
     async def connect(self, address: str, timeout_s: float) -> PeerId:
-        """Dial until it works or time is up."""
+        """Dial until it works or the time is up."""
         try:
             info = info_from_p2p_addr(Multiaddr(address))
         except (MultiaddrError, InvalidAddrError, ValueError) as exc:
@@ -89,7 +87,7 @@ class Libp2pTransport:
             while True:
                 try:
                     with trio.fail_after(_DIAL_TIMEOUT_S):
-                        # A failed dial is remembered for a minute; the retry loop is ours, so forget it.
+                        # libp2p blocks a peer for a minute after a failed dial; this loop does its own retries.
                         self._host.get_network().unblock_peer(info.peer_id)
                         await self._dial(info, address)
                         link = self._link_to(peer, is_attempt=True)
@@ -98,7 +96,7 @@ class Libp2pTransport:
                 except Exception as exc:  # whatever a hostile answer makes libp2p raise is one failed attempt
                     last_error = exc
                     if "handshake" in str(exc.__cause__ or exc):
-                        raise PeerDisconnected(f"{address} is not the peer it should be: check its /p2p/ id") from exc
+                        raise PeerDisconnected(f"{address} has another peer id: check the part after /p2p/") from exc
                     if WRONG_NETWORK_KEY in str(_root(exc)):
                         raise PeerDisconnected(f"{address} is {WRONG_NETWORK_KEY}: check the invite") from exc
                     await trio.sleep(backoff_s)
@@ -121,7 +119,7 @@ class Libp2pTransport:
         return bool(connections) and all(relay.is_relayed(connection) for connection in connections)
 
     def be_reachable_through(self, address: str) -> None:
-        """Hold a reservation at the relay of that address, and tell others the way through it."""
+        """Hold a reservation at the relay at `address` and advertise the address through it."""
         self.addresses = (*self.addresses, f"{address}{relay.CIRCUIT}/p2p/{self.peer}")
         self._nursery.start_soon(relay.keep_reserved, self._host, address)
 
@@ -138,12 +136,12 @@ class Libp2pTransport:
             with trio.fail_after(_SEND_TIMEOUT_S):
                 await (link or self._link_to(to)).queue.send(frame)
         except trio.TooSlowError:
-            raise PeerTimeout(f"{to} takes no frames in: it is stuck or the link is down") from None
+            raise PeerTimeout(f"{to} reads no frames: it is stuck or the link is down") from None
         except (*NETWORK_ERRORS, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             raise PeerDisconnected(f"the connection to {to} is gone") from exc
 
     def admit(self, peer: PeerId) -> None:
-        """Open everything to the peer."""
+        """Open all protocols and full-size frames to the peer."""
         self._admitted.add(peer)
 
     def is_admitted(self, peer: PeerId) -> bool:
@@ -158,12 +156,12 @@ class Libp2pTransport:
         return event
 
     def penalise(self, peer: PeerId) -> None:
-        """Let the frame count for several."""
+        """Count the peer's last frame as several."""
         for _ in range(_USELESS_FRAME_COUNTS - 1):
             self._pace_of(peer).delay_s(trio.current_time())
 
     async def disconnect(self, peer: PeerId, reason: str, penalty_s: float = 0.0) -> None:
-        """Drop the connection; both ends see `Lost`. What was sent before still goes out, in a moment and at most that."""
+        """Drop the connection; both ends see `Lost`. Frames sent before get half a second to go out."""
         link = self._links.get(peer)
         connections = list(self._host.get_network().get_connections(ID.from_string(peer)))
         self._drop(peer, reason, is_flushing=True)
@@ -185,7 +183,7 @@ class Libp2pTransport:
         return self._paces.setdefault(peer, Pace(_FRAMES_PER_S, _BURST_FRAMES))
 
     def _link_to(self, peer: PeerId, *, is_attempt: bool = False) -> Link:
-        """Return the outgoing side to a connected peer; its stream is opened in the background on first use."""
+        """Return the outgoing link to a connected peer; the first use opens its stream in the background."""
         link = self._links.get(peer)
         if link is None:
             link = self._links[peer] = Link(is_attempt=is_attempt)
@@ -213,7 +211,7 @@ class Libp2pTransport:
             link.is_over.set()
 
     async def _write(self, link: Link) -> None:
-        """One writer a stream, one write a frame."""
+        """Write the link's frames to its stream: one writer per stream, one write per frame."""
         raw = None if relay.is_relayed(link.stream.muxed_conn) else raw_socket(link.stream)
         set_congestion_control(raw, b"cubic")
         tuned_at_s = trio.current_time()
@@ -226,18 +224,18 @@ class Libp2pTransport:
                         set_congestion_control(raw, b"bbr")
 
     async def _watch(self, stream: Any, scope: trio.CancelScope) -> None:
-        """The peer sends nothing on our stream: a read that returns tells that it is gone, which a write does not."""
+        """Cancel `scope` when the peer is gone: a read on our stream returns only then, and a write does not notice."""
         with suppress(*NETWORK_ERRORS):
             await stream.read(1)
         scope.cancel()
 
     async def read(self, stream: Any) -> None:
-        """Stream handler: always drains, so that a slow consumer never stalls the peer's other streams."""
+        """Drain an inbound stream at the peer's pace, so that a slow consumer never stalls the peer's other streams."""
         peer = PeerId(str(stream.muxed_conn.peer_id))
         replaced = self._inbound.get(peer)
         self._inbound[peer] = stream
         if replaced is not None:
-            # One stream a direction: an old one that ends later must not take the new one down.
+            # One stream per direction: an old one that ends later must not close the new one.
             await reset(replaced)
         reason = "closed by the peer"
         buffer = StreamBuffer(stream)
@@ -249,14 +247,14 @@ class Libp2pTransport:
                 (frame_bytes,) = _LENGTH.unpack(await buffer.take(_LENGTH.size))
                 max_bytes = self._max_frame_bytes if peer in self._admitted else _MAX_STRANGER_FRAME_BYTES
                 if frame_bytes > max_bytes:
-                    reason = f"announced a frame of {frame_bytes} bytes, {max_bytes} are allowed"
+                    reason = f"announced a frame of {frame_bytes} bytes; the limit is {max_bytes}"
                     return
                 frame = await buffer.take(frame_bytes)
                 if self._inbound.get(peer) is not stream:
                     continue
                 pending_bytes = self._pending_bytes.get(peer, 0) + len(frame)
                 if pending_bytes > _MAX_PENDING_BYTES:
-                    reason = f"sent {pending_bytes} bytes faster than they were taken"
+                    reason = f"sent frames faster than we handle them: {pending_bytes} bytes are waiting"
                     return
                 self._pending_bytes[peer] = pending_bytes
                 await self._deliver.send(Received(sender=peer, frame=frame))
@@ -269,10 +267,10 @@ class Libp2pTransport:
                 await reset(stream)
 
     def _drop(self, peer: PeerId, reason: str, link: Link | None = None, *, is_flushing: bool = False) -> None:
-        """Forget both directions (only if the link is still `link`, when given) and tell the consumer once.
+        """Forget both directions (if `link` is given, only while it is current) and report the loss once.
 
-        is_flushing: the connection goes on until what is queued is sent, what still comes in is discarded. Resetting the peer's
-        stream first would tell it that we are gone before it can read why.
+        is_flushing: keep the connection until queued frames are sent, and discard incoming ones. Resetting the streams
+        now would tell the peer that we are gone before it can read why.
         """
         current, inbound = self._links.get(peer), self._inbound.get(peer)
         if self._is_closing or (link is not None and current is not link) or (current is None and inbound is None):
@@ -286,7 +284,7 @@ class Libp2pTransport:
             if stream is not None:
                 self._nursery.start_soon(reset, stream)
         if inbound is None and current is not None and current.is_attempt and current.stream is None:
-            # One attempt of `connect`, which goes on: nothing was there to be lost.
+            # A failed attempt of `connect`, which will retry: there was no connection to lose.
             return
         try:
             self._deliver.send_nowait(Lost(peer=peer, reason=reason))
@@ -295,7 +293,7 @@ class Libp2pTransport:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What libp2p's errors about a dial go back to."""
+    """Return the root cause of libp2p's error about a dial."""
     while (cause := error.__cause__ or next(iter(getattr(error, "errors", ())), None)) is not None:
         error = cause
     return error

@@ -1,4 +1,4 @@
-"""Opens a libp2p host as this project needs it: what of it is switched off, and what guards it."""
+"""Opens a libp2p host for this project: switches parts of libp2p off and installs the guards."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -36,7 +36,7 @@ from dsd_p2p.transport.libp2p.streams import reset
 logger = logging.getLogger(__name__)
 
 _UPGRADE_TIMEOUT_S = 4.0
-"""Below a dial's deadline: a dial that is cancelled from outside leaks a slot of libp2p's."""
+"""Shorter than a dial's deadline, because a dial that is cancelled from outside leaks one of libp2p's slots."""
 
 
 @asynccontextmanager
@@ -49,12 +49,13 @@ async def open_libp2p(
     network_key: bytes | None = None,
     is_relay: bool = False,
 ) -> AsyncIterator[Libp2pTransport]:
-    """Run a host with the identity in that file, listening on a multiaddr like `/ip4/127.0.0.1/tcp/0`.
+    """Run a host.
 
-    network_key: 32 bytes that all peers of a private network share. is_relay: pass connections on between others.
+    identity: the file with its seed. listen: a multiaddr like `/ip4/127.0.0.1/tcp/0`.
+    network_key: 32 bytes that all peers of a private network share. is_relay: relay connections between other peers.
 
     Raises:
-        ConfigError: the address cannot be listened on.
+        ConfigError: the host cannot listen on the address, or the identity file is unusable.
     """
     _quieten()
     listen_address = check_listen(listen)
@@ -90,13 +91,13 @@ async def open_libp2p(
                 transport.close()
                 nursery.cancel_scope.cancel()
         finally:
-            # Leaving host.run alone would keep its sockets open until the process ends.
+            # Leaving `host.run` does not close its sockets; they would stay open until the process ends.
             with trio.CancelScope(shield=True), trio.move_on_after(2):
                 await network.close()
 
 
 def _quieten() -> None:
-    """Undo what importing py-libp2p does to logging, and wait less for a second address family."""
+    """Undo py-libp2p's changes to logging, and shorten its wait before it tries a second address family."""
     logging.getLogger("libp2p").addHandler(logging.NullHandler())
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)
@@ -106,11 +107,11 @@ def _quieten() -> None:
 
 
 async def _never_connect(*_args: object, **_kwargs: object) -> None:
-    """Stands in for libp2p's auto-connector, which dials known peers on its own."""
+    """Do nothing, in place of libp2p's auto-connector, which would dial known peers on its own."""
 
 
 def _guarded(handler: Any) -> Any:
-    """An exception in libp2p's stream handler (a few junk bytes suffice) would end the whole host."""
+    """Return the handler with its exceptions caught: in libp2p one, from a few junk bytes, would end the whole host."""
 
     async def handle(stream: Any) -> None:
         try:

@@ -1,7 +1,7 @@
-"""Circuit relay v2: reach a peer that cannot be dialled, through one that both can reach.
+"""Circuit relay v2: reaches a peer that cannot be dialled, through a relay that both can reach.
 
-py-libp2p's own client reserves behind our back and its pump ends a circuit when another one of the same target ends
-(docs/adr/0002-libp2p.md), so the few messages are exchanged here.
+py-libp2p's own client makes reservations without being asked, and its relay ends a circuit when another one to the same
+target ends (docs/adr/0002-libp2p.md). So this module exchanges the few messages and copies the data itself.
 """
 
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 CIRCUIT = "/p2p-circuit"
 _LIMITS = RelayLimits(3600, 1 << 30, 8, 64, 3600)
-"""Seconds and bytes of a circuit, circuits of a target, reservations in all, seconds of a reservation."""
+"""Seconds and bytes per circuit, circuits per target, reservations in all, seconds per reservation."""
 
 _OK = 100
 _TIMEOUT_S = 5.0
@@ -35,7 +35,7 @@ _CHECK_CONNECTED_S = 0.25
 
 
 class Relay(CircuitV2Protocol):
-    """The relaying end. The pump is ours: it ends both directions of its own circuit, at once, and keeps the time limit."""
+    """The relay's service. Its own copy loop ends both directions of its circuit at once and keeps the time limit."""
 
     def __init__(self, host: Any) -> None:
         super().__init__(host, limits=_LIMITS, allow_hop=True)
@@ -59,7 +59,7 @@ class Relay(CircuitV2Protocol):
         except Exception as exc:  # task boundary: either end is gone, in whatever way libp2p puts it
             logger.debug("circuit ended error=%r", exc)
         finally:
-            # Our own reset does not wake our own pending read: cancel the other direction.
+            # Our own reset does not wake our own pending read, so cancel the other direction.
             for each in self._scopes.pop(circuit, ()):
                 each.cancel()
             self._active_relays.pop(peer_id, None)
@@ -70,12 +70,12 @@ class Relay(CircuitV2Protocol):
 
 
 def accepting(host: Any) -> CircuitV2Protocol:
-    """Return the service of a peer that takes relayed connections in."""
+    """Return the service of a peer that accepts relayed connections."""
     return CircuitV2Protocol(host)
 
 
 def is_relayed(connection: Any) -> bool:
-    """True for a connection, or a stream's connection, that goes through a relay."""
+    """True if the connection, also a stream's, goes through a relay."""
     return bool(connection.get_connection_type() is ConnectionType.RELAYED)
 
 
@@ -83,7 +83,7 @@ async def dial_relayed(host: Any, address: str) -> None:
     """Connect to the peer of `/ip4/…/p2p/RELAY/p2p-circuit/p2p/TARGET`.
 
     Raises:
-        SwarmException: the relay is not reachable, or the peer has no reservation there.
+        SwarmException: the relay cannot be reached, or the peer has no reservation there.
     """
     relay_part, _, target_part = address.partition(f"{CIRCUIT}/p2p/")
     target = ID.from_string(target_part)
@@ -96,7 +96,7 @@ async def dial_relayed(host: Any, address: str) -> None:
 
 
 async def keep_reserved(host: Any, address: str) -> None:
-    """Hold a reservation at the relay of that address, renewed in time and after every loss; runs until cancelled."""
+    """Hold a reservation at the relay at `address`; renew it in time and after every loss, until cancelled."""
     relay = info_from_p2p_addr(Multiaddr(address))
     backoff_s = _FIRST_BACKOFF_S
     while True:
@@ -104,20 +104,20 @@ async def keep_reserved(host: Any, address: str) -> None:
             with trio.fail_after(_TIMEOUT_S):
                 held_s = await _reserve(host, relay)
         except Exception as exc:  # whatever the relay does, the next try is ours
-            logger.warning("relay gives no reservation relay=%s error=%s", address, exc)
+            logger.warning("reservation failed relay=%s error=%s", address, exc)
             await trio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
             continue
         logger.info("reserved at relay=%s for_s=%.0f", address, held_s)
         backoff_s = _FIRST_BACKOFF_S
         with trio.move_on_after(max(1.0, min(held_s / 3, 60.0))):
-            # A reservation counts only while we are connected.
+            # A reservation is valid only while we are connected.
             while host.get_network().get_connections(relay.peer_id):  # noqa: ASYNC110 - libp2p tells nobody
                 await trio.sleep(_CHECK_CONNECTED_S)
 
 
 async def _reserve(host: Any, relay: PeerInfo) -> float:
-    """Return for how many seconds it holds."""
+    """Reserve at the relay and return how many seconds the reservation lasts."""
     stream, answer = await _ask(host, relay, HopMessage(type=HopMessage.RESERVE))
     with suppress(Exception):
         await stream.reset()
@@ -141,4 +141,4 @@ async def _ask(host: Any, relay: PeerInfo, message: HopMessage) -> tuple[Any, Ho
 
 def _check(answer: HopMessage) -> None:
     if answer.status != _OK:
-        raise SwarmException(f"the relay refuses, status {answer.status}: does the peer have a reservation there?")
+        raise SwarmException(f"the relay refused with status {answer.status}: does the peer have a reservation there?")

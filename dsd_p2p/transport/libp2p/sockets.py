@@ -1,4 +1,4 @@
-"""The sockets under libp2p: which address may be listened on, and how TCP paces what is sent."""
+"""Handles the sockets under libp2p: checks listen addresses and chooses TCP's congestion control."""
 
 import socket
 import struct
@@ -16,7 +16,13 @@ _LOSSY_SHARE = 0.005
 
 
 def check_listen(listen: str) -> Multiaddr:
-    """Bind once ourselves: libp2p sets SO_REUSEPORT, so a port in use raises nothing and steals connections."""
+    """Return the parsed listen address after binding it once as a test.
+
+    libp2p sets SO_REUSEPORT, so listening on a port in use would raise nothing and steal connections.
+
+    Raises:
+        ConfigError: the address cannot be parsed or bound.
+    """
     try:
         address = Multiaddr(listen)
         host, port = address.value_for_protocol("ip4"), int(address.value_for_protocol("tcp"))
@@ -32,18 +38,21 @@ def check_listen(listen: str) -> Multiaddr:
 
 
 def raw_socket(stream: Any) -> Any:
-    """The TCP socket under Yamux, Noise and trio."""
+    """Return the TCP socket under Yamux, Noise and trio."""
     return stream.muxed_conn.secured_conn.conn.read_writer.read_write_closer.stream.stream.socket
 
 
 def set_congestion_control(raw: Any, name: bytes) -> None:
-    """Cubic sends a window in one burst, BBR paces it over a round trip but survives loss; a kernel may lack either."""
+    """Set the congestion control if the kernel has it.
+
+    Cubic sends a window in one burst. BBR spreads it over a round trip but copes with loss.
+    """
     with suppress(OSError, AttributeError):
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
 
 
 def is_lossy(raw: Any) -> bool:
-    """True when the kernel had to send more than a few of the connection's segments again."""
+    """True if the kernel had to resend more than a few of the connection's segments."""
     with suppress(OSError, AttributeError, struct.error):
         info = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         (retransmits,) = struct.unpack_from("<I", info, _TOTAL_RETRANSMITS_AT)

@@ -1,4 +1,4 @@
-"""What one neighbour's streams are made of."""
+"""The outgoing link and the read buffer of a neighbour's streams."""
 
 from contextlib import suppress
 from typing import Any
@@ -15,7 +15,7 @@ NETWORK_ERRORS = (IOException, SwarmException, HostException, OSError)
 
 
 class Link:
-    """The outgoing side of one neighbour. is_attempt: `connect` waits for its stream, nobody has sent anything yet."""
+    """The outgoing link to one neighbour. is_attempt: `connect` opened it and waits for its stream."""
 
     def __init__(self, *, is_attempt: bool) -> None:
         self.stream: Any = None
@@ -26,14 +26,17 @@ class Link:
 
 
 class StreamBuffer:
-    """Cuts a stream into pieces; reads as much as there is, because each read passes through five layers."""
+    """A buffer that cuts a stream into pieces. It reads all that is available, because each read passes five layers."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._buffer = bytearray()
 
     async def take(self, num_bytes: int) -> bytes:
-        """Return the next `num_bytes`, once they are there; raises one of `NETWORK_ERRORS` when the stream ends before."""
+        """Return the next `num_bytes` of the stream.
+
+        Raises one of `NETWORK_ERRORS` if the stream ends first.
+        """
         while len(self._buffer) < num_bytes:
             self._buffer += await self._stream.read(_READ_BYTES)
         piece = bytes(memoryview(self._buffer)[:num_bytes])
@@ -42,7 +45,7 @@ class StreamBuffer:
 
 
 async def reset(stream: Any) -> None:
-    """End a stream at once; one that has ended already is no error."""
+    """End a stream at once; do nothing if it has ended already."""
     with trio.CancelScope(shield=True), trio.move_on_after(1), suppress(*NETWORK_ERRORS):
         await stream.reset()
 

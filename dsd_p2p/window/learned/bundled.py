@@ -1,4 +1,4 @@
-"""The learned window policy with the weights that come along (`scripts/train_policy`): the default of every way in."""
+"""The learned policy with the bundled weights (made by `scripts/train_policy`), the default policy everywhere."""
 
 from functools import cache
 from importlib.resources import files
@@ -10,10 +10,10 @@ from dsd_p2p.window.learned import LearnedPolicy, Network
 
 @cache
 def bundled_network() -> Network:
-    """Return the network of the learned policy.
+    """Return the learned policy's network.
 
     Raises:
-        ConfigError: its weights are missing or of another version.
+        ConfigError: its weights are missing or from another version.
     """
     file = files("dsd_p2p").joinpath("data/policy.npz")
     try:
@@ -24,5 +24,5 @@ def bundled_network() -> Network:
 
 
 def learned_policy(modes: frozenset[Mode] = frozenset({Mode.SYNC, Mode.CONTINUOUS})) -> LearnedPolicy:
-    """Return the policy of one request. modes: it may choose from besides plain."""
+    """Return a policy for one request. modes: the modes that it may choose besides plain."""
     return LearnedPolicy(bundled_network(), modes)

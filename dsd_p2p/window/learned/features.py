@@ -1,4 +1,4 @@
-"""What the network sees: an observation as numbers around one, free of units."""
+"""Turns an observation into the network's inputs: numbers around one, without units."""
 
 import math
 
@@ -31,13 +31,14 @@ NAMES = (
     "previous_flight",
     *(f"previous_{mode}" for mode in _MODES),
 )
-"""Shares are of the traversal of one node; `tpot` over it; hits_n: the target's token is among the first n candidates."""
+"""Names of the features, in order. Times are relative to a traversal of one node unless the name says otherwise.
+hits_n: how often the target's token is among the first n candidates."""
 
 NUM_FEATURES = len(NAMES)
 
 
 def features(observation: Observation, previous: Decision) -> NDArray[np.float32]:
-    """Return float32 `[NUM_FEATURES]`. The observation has stages; `previous` is what is decided now."""
+    """Return float32 `[NUM_FEATURES]`. The observation must have stages; `previous` is the decision now in force."""
     traversal_s = max(observation.traversal_s(1), 1e-6)
     slowest_s = max(observation.slowest_stage_s(1), 1e-6)
     draft_s = max(observation.draft.at(1), 1e-6)

@@ -1,4 +1,4 @@
-"""The network in numpy: one linear layer in, two residual blocks of SiLU, one linear layer out."""
+"""The network in numpy: an input layer, two residual SiLU blocks, and an output layer."""
 
 import io
 import zipfile
@@ -17,17 +17,18 @@ Array = NDArray[np.float32]
 
 
 class Network:
-    """Rates the windows of the catalogue. weights: by name, as `scripts/train_policy` writes them.
+    """The network that rates the windows of the catalogue. weights: by name, as `scripts/train_policy` writes them.
 
     Raises:
-        ConfigError: made for other features or another catalogue.
+        ConfigError: the weights were made for another version, other features or another catalogue.
     """
 
     def __init__(self, weights: Mapping[str, NDArray[np.generic]]) -> None:
         arms, names = list(map(str, weights["arms"])), list(map(str, weights["features"]))
         if int(weights["version"]) != VERSION or arms != list(CATALOGUE) or names != list(NAMES):
             raise ConfigError(
-                "the weights of the window policy are of another version: train them with scripts/train_policy"
+                "policy weights: made for another version, other features or another catalogue; "
+                "train them with scripts/train_policy"
             )
         self._mean, self._scale = _array(weights["mean"]), _array(weights["scale"])
         self._first = _array(weights["first.weight"]).T.copy(), _array(weights["first.bias"])
@@ -45,19 +46,19 @@ class Network:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Network":
-        """Return the network in the bytes of an `.npz` file.
+        """Return the network from the bytes of an `.npz` file.
 
         Raises:
-            ConfigError: it is none, or of another version.
+            ConfigError: the bytes are not such a file, or are from another version.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as weights:
                 return cls({name: weights[name] for name in weights.files})
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as exc:
-            raise ConfigError(f"weights of the window policy: {exc}; train them with scripts/train_policy") from exc
+            raise ConfigError(f"policy weights: {exc}; train them with scripts/train_policy") from exc
 
     def rate(self, features: Array) -> Array:
-        """Return for each window of the catalogue the logarithm of its speed over plain decoding's: float32 `[arms]`."""
+        """Return the logarithm of each catalogue window's speed over plain decoding's, float32 `[arms]`."""
         hidden = _silu(_linear((features - self._mean) / self._scale, self._first))
         for inner, outer in self._blocks:
             hidden = hidden + _linear(_silu(_linear(hidden, inner)), outer)
@@ -71,7 +72,7 @@ def _linear(values: Array, layer: tuple[Array, Array]) -> Array:
 
 
 def _silu(values: Array) -> Array:
-    # x * sigmoid(x), by a function that does not overflow.
+    # x * sigmoid(x), written with tanh because it does not overflow.
     result: Array = values * (1 + np.tanh(values / 2)) / 2
     return result
 

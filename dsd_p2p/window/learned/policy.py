@@ -1,4 +1,4 @@
-"""The learned policy: the network's ratings, steadied, corrected by what was measured, and kept on a leash by the latency model."""
+"""The learned policy: network ratings, smoothed, corrected by measurements and bounded by the latency model."""
 
 import math
 from dataclasses import replace
@@ -18,19 +18,19 @@ _SMOOTHING = 0.4
 """Weight of the newest ratings (arXiv:2511.21669)."""
 
 _SWITCH_AFTER = 2
-"""Decisions in a row that must want another mode before it is taken (arXiv:2511.21669)."""
+"""Decisions in a row that must favour another mode before the policy switches to it (arXiv:2511.21669)."""
 
 _KEEP_MARGIN, _PLAIN_MARGIN = 1.1, 1.03
-"""How much better another window must promise to be: smaller differences are noise. To plain decoding less: it needs no drafter."""
+"""Lead that another window needs; smaller leads are noise. Plain decoding needs less lead: it needs no drafter."""
 
 _GUARD = math.log(1.5)
-"""A rating further than this from the latency model's is cut: far from what it was trained on a network errs without limit."""
+"""Maximum distance of a rating from the latency model's: far from its training data a network errs without limit."""
 
 
 class LearnedPolicy:
-    """Argmax over the catalogue. One instance serves one request; what it knows of the route is in the observations.
+    """A policy that takes the best window of the catalogue. One instance serves one request.
 
-    modes: it may choose from besides plain.
+    All it knows about the route is in the observations. modes: the modes that it may choose besides plain.
     """
 
     def __init__(self, network: Network, modes: frozenset[Mode] = frozenset({Mode.SYNC, Mode.CONTINUOUS})) -> None:
@@ -47,9 +47,9 @@ class LearnedPolicy:
         self._trials = Trials()
 
     def decide(self, observation: Observation) -> Decision:
-        """Return the window of the best steadied rating; plain until the first verdict has told what the route costs."""
+        """Return the window with the best expected rate, or plain until the first verdict shows the route's cost."""
         if not observation.stages:
-            return replace(PLAIN, reason="nothing is measured yet")
+            return replace(PLAIN, reason="nothing measured yet")
         if (running := self._trials.running(observation)) is not None:
             return running
         newest = self._network.rate(features(observation, self._current))
@@ -69,10 +69,10 @@ class LearnedPolicy:
         return self._current
 
     def _rates(self, ratings: NDArray[np.float32], observation: Observation) -> dict[str, float]:
-        """Expected tokens/s by `Decision.kind`.
+        """Return the expected tokens/s by `Decision.kind`.
 
-        The ratings are relative; what they are relative to is known best from the window at work: stages that share their cores
-        with others take longer while all of them are busy, so that plain decoding cannot be told from their times then.
+        The ratings are relative to plain decoding. Its speed is best derived from the current window: stages that share
+        cores slow down while all are busy, so their times then say little about plain decoding.
         """
         plain_s = observation.traversal_s(1)
         guarded = {
@@ -87,7 +87,7 @@ class LearnedPolicy:
         def promise(decision: Decision) -> float:
             return math.exp(log_plain + guarded.get(decision.kind, 0.0))
 
-        # A mode that lost against plain decoding has to be forgotten before it is trusted again.
+        # A mode that lost to plain decoding is trusted again only once that result has faded.
         plain = observation.measured.get(PLAIN.kind)
         has_lost = plain is not None and self._current.mode is Mode.PLAIN and _lost(plain, observation)
         shares = {mode: min(1.0, kept_share(mode, observation, promise)) if has_lost else 1.0 for mode in Mode}
@@ -97,14 +97,14 @@ class LearnedPolicy:
         }
 
     def _guarded(self, decision: Decision, rating: float, plain_s: float, observation: Observation) -> float:
-        """The mean of the network's rating and the latency model's, both over plain decoding."""
+        """Return the mean of the network's bounded rating and the latency model's, both relative to plain decoding."""
         if decision.mode is Mode.PLAIN:
             return 0.0
         modelled = math.log(predicted_tokens_per_s(decision, observation) * plain_s)
         return (max(modelled - _GUARD, min(modelled + _GUARD, rating)) + modelled) / 2
 
     def _is_worth_it(self, best: Decision, rates: dict[str, float]) -> bool:
-        """True when the lead is more than noise, and another mode was wanted for long enough."""
+        """True if the lead is more than noise and a new mode has been favoured for long enough."""
         if best.mode is not self._wanted_mode:
             self._wanted_mode, self._num_wanted = best.mode, 0
         self._num_wanted += 1
@@ -114,7 +114,7 @@ class LearnedPolicy:
 
 
 def _lost(plain: MeasuredRate, observation: Observation) -> bool:
-    """True when what speculated last was slower than plain decoding."""
+    """True if the latest speculative window was slower than plain decoding."""
     others = [each for each in observation.measured.values() if each.decision.mode is not Mode.PLAIN]
     latest = min(others, key=lambda each: each.num_tokens_since, default=None)
     return latest is not None and latest.tokens_per_s < plain.tokens_per_s

@@ -1,1 +1,1 @@
-"""One module a command, each with `run(options) -> exit code`."""
+"""Holds one module per command. Its functions (`node.cli.table`) take the settings and return the exit code."""

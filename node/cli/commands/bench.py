@@ -1,4 +1,4 @@
-"""`dsd bench`: measures, prints a table, writes a receipt."""
+"""Implements `dsd bench`: run a benchmark, print a table, write a receipt."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,63 +28,63 @@ from node.lab.receipt import machine, write_receipt
 
 
 def ring(config: RingConfig, flags: OneRound) -> int:
-    """The protocol on fake stages."""
+    """Measure the protocol on fake stages."""
     from node.lab.benches.ring import run_ring
 
     return _measure("ring", flags, lambda progress: trio.run(run_ring, config, flags.rounds, progress))
 
 
 def wan(config: WanConfig, flags: RoundFlags) -> int:
-    """Real models on emulated wide-area links."""
+    """Measure real models on emulated wide-area links."""
     from node.lab.benches.wan import run_wan
 
     return _measure("wan", flags, lambda progress: trio.run(run_wan, config, flags.rounds, progress))
 
 
 def users(config: UsersConfig, flags: RoundFlags) -> int:
-    """Many requests at once."""
+    """Measure many requests at once."""
     from node.lab.benches.users import run_users
 
     return _measure("users", flags, lambda progress: trio.run(run_users, config, flags.rounds, progress))
 
 
 def brokers(config: BrokersConfig, flags: RoundFlags) -> int:
-    """Decoding beside a telemetry broker."""
+    """Measure decoding with a telemetry broker beside it."""
     from node.lab.benches.brokers import run_brokers
 
     return _measure("brokers", flags, lambda progress: trio.run(run_brokers, config, flags.rounds, progress))
 
 
 def passes(config: PassesConfig, flags: RoundFlags) -> int:
-    """What a pass costs as sessions share it."""
+    """Measure the cost of a pass as more sessions share it."""
     from node.lab.benches.passes import run_passes
 
     return _measure("passes", flags, lambda progress: run_passes(config, flags.rounds, progress))
 
 
 def formats(config: SplitConfig, flags: RoundFlags) -> int:
-    """Smaller hidden states on the links."""
+    """Measure error and size of compressed hidden states on the links."""
     from node.lab.benches.link_formats import run_formats
 
     return _measure("formats", flags, lambda progress: run_formats(config, progress))
 
 
 def attest(config: SplitConfig, flags: RoundFlags) -> int:
-    """What signing costs."""
+    """Measure the cost of signing windows."""
     from node.lab.benches.attestation import run_attestation
 
     return _measure("attest", flags, lambda progress: run_attestation(config, flags.rounds, progress))
 
 
 def simulator(config: SimulatorConfig, flags: ReceiptFlags) -> int:
-    """How fast the simulator is."""
+    """Measure the simulator's speed."""
     from node.lab.benches.simulator import run_simulator_bench
 
     return _measure("simulator", flags, lambda progress: run_simulator_bench(progress, config.large))
 
 
 def relaxed(config: RelaxedConfig, flags: ReceiptFlags) -> int:
-    """Problems in exact and in relaxed mode."""
+    """Compare problems solved in exact and in relaxed mode."""
     from node.lab.benches.relaxed import run_relaxed
 
     paths = [Path(name) for name in config.relaxation] or [bundled_thresholds()]
@@ -93,14 +93,14 @@ def relaxed(config: RelaxedConfig, flags: ReceiptFlags) -> int:
 
 
 def overhead(config: OverheadConfig, flags: RoundFlags) -> int:
-    """What splitting a model costs."""
+    """Measure the cost of splitting a model."""
     from node.lab.benches.overhead import run_overhead
 
     return _measure("overhead", flags, lambda _progress: trio.run(run_overhead, config, flags.rounds))
 
 
 def plots(_config: PlotsConfig) -> int:
-    """Draw the receipts."""
+    """Draw the plots of all receipts."""
     from node.lab.benches.plots import draw_plots
 
     for path in draw_plots():
@@ -109,7 +109,7 @@ def plots(_config: PlotsConfig) -> int:
 
 
 def _measure(name: str, flags: ReceiptFlags, run: Callable[[Progress], dict[str, object]]) -> int:
-    """Run one benchmark; with --json its last line on standard output is the result as one object."""
+    """Run one benchmark. With --json, its last line on standard output is the result as one object."""
     before = machine()
     with ConsoleProgress() as progress:
         results = run(progress)

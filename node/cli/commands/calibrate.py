@@ -1,4 +1,4 @@
-"""`dsd calibrate`: finds relaxed mode's thresholds for a quality budget."""
+"""Implements `dsd calibrate`: find relaxed mode's thresholds for a quality budget."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from node.lab.config import CalibrateConfig
 
 
 def run(config: CalibrateConfig) -> int:
-    """Write a prompt set with the exact pair, then the thresholds that relax most within the budget."""
+    """Generate texts in exact mode, then write the thresholds that relax the most tokens within the budget."""
     from node.lab.quality.thresholds import find_thresholds
 
     torch.set_num_threads(config.threads)
@@ -18,7 +18,7 @@ def run(config: CalibrateConfig) -> int:
         thresholds = find_thresholds(config, progress)
     write_thresholds(thresholds, Path(config.output))
     console.print(
-        f"{thresholds.relaxed_share:.1%} of the tokens would be relaxed, losing {thresholds.loss_nats:.4f} nats a token "
+        f"{thresholds.relaxed_share:.1%} of the tokens would be relaxed, at a loss of {thresholds.loss_nats:.4f} nats per token "
         f"(budget {config.budget:g}); written to"
     )
     print(config.output)

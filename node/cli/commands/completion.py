@@ -1,4 +1,4 @@
-"""`dsd completion`: a script that completes commands and flags in a shell."""
+"""Implements `dsd completion`: print a script that completes commands and flags in a shell."""
 
 import argparse
 
@@ -10,7 +10,7 @@ from node.config import CompletionConfig
 
 
 def run(config: CompletionConfig) -> int:
-    """Print the script; `eval "$(dsd completion bash)"` loads it."""
+    """Print the script. `eval "$(dsd completion bash)"` loads it."""
     parser = argparse.ArgumentParser(prog="dsd", add_help=False)
     _add_commands(parser, COMMANDS, ())
     print(shtab.complete(parser, shell=config.shell))

@@ -1,4 +1,4 @@
-"""`dsd create`: a new swarm, and its first node."""
+"""Implements `dsd create`: create a swarm and run its first peer."""
 
 from node.config import CreateConfig, GatewayConfig
 from node.console import console
@@ -7,7 +7,7 @@ from node.member.state import SwarmState
 
 
 def run(config: CreateConfig, gateway: GatewayConfig) -> int:
-    """Make the swarm and serve until stopped."""
+    """Create the swarm and serve until stopped."""
     SwarmState(config.swarm).create(model=config.model, dtype=config.dtype)
-    console.print(f"swarm {config.swarm!r} is made; let others in with `dsd invite` on this machine")
+    console.print(f"swarm {config.swarm!r} created; to add other machines, run `dsd invite` here")
     return serve_swarm(config, tell_user, gateway)

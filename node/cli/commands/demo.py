@@ -1,4 +1,4 @@
-"""`dsd demo`: the same answer twice, plain and speculative, over links with a delay, and both speeds."""
+"""Implements `dsd demo`: write the same answer without and with speculation over slow links, and compare the speeds."""
 
 import sys
 
@@ -16,14 +16,14 @@ from node.console import ConsoleProgress
 
 
 def run(config: DemoConfig) -> int:
-    """Show both."""
+    """Show both answers and their speeds."""
     trio.run(_demo, config)
     return 0
 
 
 async def _demo(config: DemoConfig) -> None:
     table = Table(box=None)
-    for column in ("mode", "tokens/s", "first token", "tokens an epoch"):
+    for column in ("mode", "tokens/s", "first token", "tokens per epoch"):
         table.add_column(column, justify="left" if column == "mode" else "right")
     answers: list[list[int]] = []
     speeds: list[float] = []
@@ -39,7 +39,7 @@ async def _demo(config: DemoConfig) -> None:
                 speeds.append(speed)
                 table.add_row(mode, f"{speed:.2f}", f"{stats.timing.ttft_s:.2f} s", f"{length:.2f}")
     if answers[0] != answers[1]:
-        raise LocalProtocolError("the two answers differ: exact mode is broken here, please report it")
+        raise LocalProtocolError("the two answers differ: exact mode is broken; please report this bug")
     print()
     Console(file=sys.stdout).print(table)
     print(f"\nThe same {len(answers[0])} tokens, {speeds[1] / speeds[0]:.1f} times as fast.")

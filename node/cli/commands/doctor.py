@@ -1,4 +1,4 @@
-"""`dsd doctor`: within ten seconds, what is reachable, how, what is slow or wrong, and the command that mends it."""
+"""Implements `dsd doctor`: within ten seconds, report which peers are reachable, what is slow or wrong, and the fix."""
 
 import shutil
 import time
@@ -34,7 +34,7 @@ _LOW_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at. fix: the command that mends it, empty when nothing is wrong."""
+    """The result of one check. fix: the command or advice that solves the problem, empty when there is none."""
 
     what: str
     is_ok: bool
@@ -43,7 +43,7 @@ class Finding:
 
 
 def run(config: SwarmQuestion) -> int:
-    """Print the findings; 1 when something is wrong."""
+    """Print the findings and return the exit code: 1 when something is wrong."""
     state = SwarmState(config.swarm)
     findings = trio.run(examine, state)
     if config.json:
@@ -59,7 +59,7 @@ def run(config: SwarmQuestion) -> int:
 
 
 async def examine(state: SwarmState) -> list[Finding]:
-    """Return everything found out before the deadline, worst last."""
+    """Return everything found before the deadline, problems last."""
     findings: list[Finding] = []
     with trio.move_on_after(_DEADLINE_S) as scope:
         findings += _machine(state)
@@ -74,7 +74,7 @@ async def examine(state: SwarmState) -> list[Finding]:
         if stored.model not in CATALOG or is_cached(stored.model):
             findings += await _neighbours(state, stored)
     if scope.cancelled_caught:
-        says = f"not everything answered within {_DEADLINE_S:g} s"
+        says = f"some checks did not finish within {_DEADLINE_S:g} s"
         findings.append(Finding(what="time", is_ok=False, says=says, fix="dsd members"))
     return sorted(findings, key=lambda finding: not finding.is_ok)
 
@@ -137,22 +137,22 @@ async def _node(state: SwarmState) -> list[Finding]:
         Finding(
             what="members",
             is_ok=bool(others),
-            says=f"{len(others)} others reached",
-            fix="" if others else "let TCP 4001 through the firewall, or add --through RELAY_ADDRESS",
+            says=f"{len(others)} other members reached",
+            fix="" if others else "open TCP port 4001 in the firewall, or start with --through RELAY_ADDRESS",
         ),
         Finding(
             what="coverage",
             is_ok=not status.uncovered,
             says=f"all {status.num_layers} layers served"
             if not status.uncovered
-            else f"nobody serves {status.uncovered}",
+            else f"no peer serves layers {status.uncovered}",
             fix="" if not status.uncovered else "dsd invite, and dsd join on another machine",
         ),
     ]
 
 
 async def _neighbours(state: SwarmState, stored: StoredMembership) -> list[Finding]:
-    """Every member that is reached from here: directly or through a relay, how far, how wide, and its clock."""
+    """Return one finding per member (direct or relayed, round trip, bandwidth) and one about this machine's clock."""
     source = find_model(stored.model, NoProgress())
     findings: list[Finding] = []
     try:
@@ -190,16 +190,16 @@ async def _neighbour(client: SwarmClient, peer: PeerId, findings: list[Finding])
     says = f"{'relayed' if is_relayed else 'direct'}, {trip_s * 1e3:.1f} ms, {rate_bps / 1e6:.0f} Mbit/s"
     fix = ""
     if is_relayed:
-        fix = "open TCP 4001 there, then start its node without --through"
+        fix = "open TCP port 4001 on that machine, then restart its `dsd node` without --through"
     elif is_slow:
         fix = "dsd plan shows whether routes avoid it"
     findings.append(Finding(what=short_peer(peer), is_ok=not (is_relayed or is_slow), says=says, fix=fix))
 
 
 def _clock(client: SwarmClient) -> Finding:
-    """Records carry the time they were made: nobody's can be from our future."""
+    """Compare our clock with the times in the members' records: a record from our future means a slow clock."""
     members = [member for member in client.membership.registry.members() if member.is_alive]
     ahead_s = max((member.record.sequence / 1e3 - time.time() for member in members), default=0.0)
     is_ok = ahead_s < _SKEW_S
-    says = "agrees with the members'" if is_ok else f"{ahead_s:.0f} s behind a member's"
+    says = "agrees with the other members" if is_ok else f"{ahead_s:.0f} s behind another member"
     return Finding(what="clock", is_ok=is_ok, says=says, fix="" if is_ok else "timedatectl set-ntp true")

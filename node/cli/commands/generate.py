@@ -1,4 +1,4 @@
-"""`dsd generate`: one answer, from a swarm that runs or from one started for it."""
+"""Implements `dsd generate`: write one answer with a running swarm, or with one started for it."""
 
 import sys
 
@@ -16,7 +16,7 @@ from node.console import ConsoleProgress, console
 def run(config: GenerateConfig) -> int:
     """Write the answer to standard output."""
     if not config.prompt and not config.prompt_ids:
-        raise ConfigError("nothing to write about: give --prompt TEXT, --prompt - or --prompt-ids")
+        raise ConfigError("no prompt: give --prompt TEXT, --prompt - (standard input) or --prompt-ids IDS")
     trio.run(_generate, config)
     return 0
 
@@ -33,7 +33,7 @@ async def _generate(config: GenerateConfig) -> None:
     else:
         print(flush=True)
         timing = stats.timing
-        length = f", {stats.details.mean_accepted_length:.2f} tokens an epoch" if stats.details else ""
+        length = f", {stats.details.mean_accepted_length:.2f} tokens per epoch" if stats.details else ""
         where = f", coordinated by {short_peer(stats.coordinator)}" if stats.coordinator else ""
         console.print(
             f"[dim]{timing.num_tokens} tokens, {timing.tokens_per_s:.2f} tokens/s, first after "

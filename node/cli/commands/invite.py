@@ -1,4 +1,4 @@
-"""`dsd invite`: one string, and the same as a QR code, that lets a machine in."""
+"""Implements `dsd invite`: print an invite as a string and as a QR code."""
 
 import secrets
 import sys
@@ -19,7 +19,7 @@ _MAX_BOOTSTRAP = 4
 
 
 def run(config: InviteConfig) -> int:
-    """Print the invite on standard output, the code on standard error."""
+    """Print the invite on standard output and the QR code on standard error."""
     state = SwarmState(config.swarm)
     stored, owner = state.membership(), state.owner_key()
     bootstrap = config.address or trio.run(_bootstrap, state)
@@ -38,19 +38,23 @@ def run(config: InviteConfig) -> int:
     )
     if config.qr and sys.stderr.isatty():
         segno.make(str(invite), error="l").terminal(out=sys.stderr, compact=True)
-    console.print(f"for {config.uses} {config.role}(s), until {config.expires} from now; whoever reads it can join:")
+    console.print(
+        f"for {config.uses} member(s) with role {config.role}, valid for {config.expires}; anyone who has it can join:"
+    )
     print(f"{invite}", flush=True)
     return 0
 
 
 async def _bootstrap(state: SwarmState) -> tuple[str, ...]:
-    """This node's addresses, then those of other members."""
+    """Return the addresses of this machine's peer and of other members."""
     try:
         status = await ask_node(state.control_socket, Status())
     except (ConfigError, PeerTimeout) as exc:
-        raise ConfigError(f"{exc}; an invite names a running node, or give one with --address") from exc
+        raise ConfigError(
+            f"{exc}; an invite needs an address to join at: start the node daemon, or give --address"
+        ) from exc
     assert isinstance(status, PeerReport)
-    # Loopback addresses are of use on this machine only: they come last.
+    # Loopback addresses work only on this machine, so they come last.
     others = [
         m.addresses[0] for m in status.members if m.is_alive and m.addresses and m.peer != status.peer and m.max_layers
     ]

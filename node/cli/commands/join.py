@@ -1,4 +1,4 @@
-"""`dsd join INVITE`: everything a second machine types."""
+"""Implements `dsd join INVITE`: the only command that another machine needs."""
 
 from dsd_p2p.swarm.invite import parse_invite
 from node.config import GatewayConfig, JoinConfig
@@ -7,7 +7,7 @@ from node.member.state import SwarmState
 
 
 def run(config: JoinConfig, gateway: GatewayConfig) -> int:
-    """Take the invite and serve until stopped; a client's invite only lets this machine's commands in."""
+    """Accept the invite and serve until stopped. A client's invite only lets this machine send requests."""
     invite = parse_invite(config.invite)
     stored = SwarmState(config.swarm).join(invite)
     if stored.grants[-1].role == "client":

@@ -1,4 +1,4 @@
-"""`dsd members`: who is in the swarm, as this machine's node sees it."""
+"""Implements `dsd members`: list the swarm's members as this machine's peer sees them."""
 
 import msgspec
 import trio
@@ -26,7 +26,9 @@ def run(config: SwarmQuestion) -> int:
         table.add_row(*_row(member, status.peer))
     Console().print(table)
     if status.uncovered:
-        print(f"nobody serves layers {status.uncovered[0]}..{status.uncovered[-1]}: add a node with `dsd join`")
+        print(
+            f"no peer serves some of the layers {status.uncovered[0]}..{status.uncovered[-1]}: add a machine with `dsd join`"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`dsd models list|pull|path`."""
+"""Implements `dsd models list|pull|path`."""
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +10,7 @@ from node.console import ConsoleProgress, console
 
 
 def run(config: ModelsConfig) -> int:
-    """List the catalog, fetch a model, or print the folder that transformers loads."""
+    """List the catalog, download a model, or print the folder that transformers can load."""
     name = config.name
     match config.action:
         case "list":

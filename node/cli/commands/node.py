@@ -1,4 +1,4 @@
-"""`dsd node`: this machine's peer of a swarm, or one stage started by hand."""
+"""Implements `dsd node`: run this machine's peer of a swarm, or one stage by hand."""
 
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ _BY_HAND = ("model", "dtype", "span", "peers", "identity")
 
 
 def run(config: NodeCommand, gateway: GatewayConfig) -> int:
-    """Serve until stopped; or ask the peer that serves."""
+    """Serve until stopped, or send a command to the running node daemon."""
     if config.exit_with_parent:
         watch_parent()
     if config.action != "run":
@@ -40,7 +40,7 @@ def _ask(config: NodeCommand) -> int:
 def _as_member(config: NodeCommand) -> ServeFlags:
     given = [name for name in _BY_HAND if getattr(config, name)]
     if given:
-        raise FlagError(f"--{given[0]} is for a stage by hand: leave it out, or leave out --swarm")
+        raise FlagError(f"--{given[0]} applies only to a stage started by hand: leave it out, or leave out --swarm")
     return _narrowed(config, ServeFlags)
 
 
@@ -49,7 +49,7 @@ def _as_stage(config: NodeCommand) -> NodeConfig:
 
 
 def _narrowed(config: NodeCommand, kind: type[Kind]) -> Kind:
-    """The settings that both have; where the command was not told, the other's default stands."""
+    """Return the settings that both structs have. An empty setting of the command keeps the default of `kind`."""
     names = set(kind.__struct_fields__) & set(config.__struct_fields__)
     values = {name: getattr(config, name) for name in names}
     return msgspec.convert({name: value for name, value in values.items() if value not in ("", ())}, kind)

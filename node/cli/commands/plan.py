@@ -1,4 +1,4 @@
-"""`dsd plan`: which route and which coordinator a request would use now, and why."""
+"""Implements `dsd plan`: show which route and coordinator a request would use now, and why."""
 
 import msgspec
 import trio
@@ -19,11 +19,11 @@ from node.member.state import SwarmState
 
 _OWN_DRAFTER = "ngram"
 _BEATS = 3
-"""Heartbeats to hear before choosing: the first ones do not know the round trips yet."""
+"""Heartbeats to wait for before choosing: the first ones do not know the round trips yet."""
 
 
 def run(config: SwarmQuestion) -> int:
-    """Print the plan."""
+    """Print the plan and return the exit code."""
     return trio.run(_plan, SwarmState(config.swarm), config.json)
 
 
@@ -75,4 +75,4 @@ def _show(view: SwarmView, coordinator: PeerId, plan: Plan, me: PeerId, own: Pla
         f"{1 / plan.s_per_token:.1f} tokens/s predicted with speculation, {1 / plan.traversal_s:.1f} without"
     )
     if coordinator != me:
-        print(f"coordinated from this machine it would be {1 / own.s_per_token:.1f} tokens/s")
+        print(f"with this machine as coordinator: {1 / own.s_per_token:.1f} tokens/s")

@@ -1,4 +1,4 @@
-"""`dsd profile`: what this machine takes for a stage's passes, as the lines of a scenario file."""
+"""Implements `dsd profile`: measure a stage's passes on this machine and print them for a scenario file."""
 
 import sys
 import time
@@ -29,7 +29,7 @@ def run(config: ProfileConfig) -> int:
             curves.append(curve)
             row_bytes = model.row_bytes
     layer, tail = curves
-    # The tail's part is spread over all stages: a scenario's stages are alike.
+    # A scenario's stages are alike, so the tail's extra time is spread over all of them.
     stage = [
         (layer_s * num_layers + max(0.0, tail_s - layer_s)) / config.stages
         for layer_s, tail_s in zip(layer, tail, strict=True)

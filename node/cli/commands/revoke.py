@@ -1,4 +1,4 @@
-"""`dsd revoke PEER`: the owner throws a member out, everywhere."""
+"""Implements `dsd revoke PEER`: let the owner remove a member from the whole swarm."""
 
 import trio
 
@@ -11,7 +11,7 @@ from node.member.state import SwarmState
 
 
 def run(config: RevokeConfig) -> int:
-    """Sign the revocation and let this machine's node spread it."""
+    """Sign the revocation and let this machine's node daemon spread it."""
     state = SwarmState(config.swarm)
     owner, stored = state.owner_key(), state.membership()
     peer = trio.run(_full_id, state, config.peer)
@@ -21,7 +21,7 @@ def run(config: RevokeConfig) -> int:
 
 
 async def _full_id(state: SwarmState, name: str) -> str:
-    """Return the peer id that `name` is, or is the end of."""
+    """Return the peer id that equals `name` or ends in it."""
     status = await ask_node(state.control_socket, Status())
     assert isinstance(status, PeerReport)
     found = [member.peer for member in status.members if member.peer.endswith(name.lstrip("…"))]
@@ -30,5 +30,7 @@ async def _full_id(state: SwarmState, name: str) -> str:
     try:
         public_of(name)
     except RemoteProtocolError as exc:
-        raise ConfigError(f"{len(found)} members' ids end in {name!r}: see `dsd members --json`") from exc
+        raise ConfigError(
+            f"{name!r} matches the ids of {len(found)} members, expected one: see `dsd members --json`"
+        ) from exc
     return name

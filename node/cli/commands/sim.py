@@ -1,4 +1,4 @@
-"""`dsd sim`: what would this swarm do? Scenarios in virtual time, with the live core."""
+"""Implements `dsd sim`: simulate swarms in virtual time with the live protocol."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +9,8 @@ import msgspec
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.sim.report import Report, chrome_trace, rows, summarise
-from dsd_p2p.sim.scenario import Scenario, changed, read_scenario
+from dsd_p2p.sim.scenario import Scenario
+from dsd_p2p.sim.scenario_file import changed, read_scenario
 from node.console import ConsoleProgress
 from node.lab.config import RecordConfig, ScenarioFlags, SimCompareConfig, SimRunConfig, SimSweepConfig, SimTraceConfig
 from node.lab.receipt import print_table
@@ -19,7 +20,7 @@ from node.watch.outlets import recording
 
 
 def run(config: SimRunConfig) -> int:
-    """Simulate one scenario; with --json its last line on standard output is one object."""
+    """Simulate one scenario. With --json, the last line on standard output is one object."""
     scenario = _scenario(config)
     with ConsoleProgress() as progress, recording(config.record) as tell:
         total = scenario.workload.requests
@@ -38,7 +39,7 @@ def run(config: SimRunConfig) -> int:
 
 
 def trace(config: SimTraceConfig) -> int:
-    """Write a run's timeline."""
+    """Write the timeline of a run."""
     fleet_run = run_scenario(_scenario(config), is_recording=True)
     output = Path(config.output)
     output.write_bytes(chrome_trace(fleet_run))
@@ -47,7 +48,7 @@ def trace(config: SimTraceConfig) -> int:
 
 
 def sweep_grid(config: SimSweepConfig) -> int:
-    """Simulate every combination of changes; with --json its last line on standard output is one object."""
+    """Simulate every combination of changes. With --json, the last line on standard output is one object."""
     scenario, points = _scenario(config), grid(list(config.grid))
     with ConsoleProgress() as progress:
         cells = sweep(scenario, points, config.seeds, progress, num_processes=config.processes, ray_address=config.ray)
@@ -63,7 +64,7 @@ def sweep_grid(config: SimSweepConfig) -> int:
 
 
 def compare_receipts(config: SimCompareConfig) -> int:
-    """Predict measured runs; with --json its last line on standard output is one object."""
+    """Predict measured runs. With --json, the last line on standard output is one object."""
     comparisons = compare([path for name in config.receipts for path in _files(Path(name))])
     if config.held_out:
         comparisons = [each for each in comparisons if each.is_held_out]
@@ -106,7 +107,9 @@ def record(config: RecordConfig) -> int:
 
 def _errors(comparisons: Sequence[Comparison]) -> dict[str, float | int]:
     if not comparisons:
-        raise ConfigError("nothing is held out in these receipts: they have one cell")
+        raise ConfigError(
+            "no held-out cells: the receipts have only the cell used for the fit; give more receipts or drop --held-out"
+        )
     errors = [abs(each.error) for each in comparisons]
     ttft_errors = [abs(each.ttft_error) for each in comparisons]
     return {
@@ -143,7 +146,7 @@ def _show(report: Report) -> None:
             ("requests", f"{report.num_requests} in {report.duration_s:.1f} s, {report.num_failed} failed"),
             ("throughput", f"{report.requests_per_s:.2f} requests/s, {report.tokens_per_s:.1f} tokens/s"),
             ("within limits", f"{report.goodput_per_s:.2f} requests/s"),
-            ("acceptance", f"{report.acceptance:.3f}, {report.mean_accepted_length:.2f} tokens an epoch"),
+            ("acceptance", f"{report.acceptance:.3f}, {report.mean_accepted_length:.2f} tokens per epoch"),
             (
                 "windows",
                 f"{report.num_windows}: "

@@ -1,4 +1,4 @@
-"""`dsd top`: watch a swarm."""
+"""Implements `dsd top`: show a dashboard of a swarm."""
 
 import os
 import time
@@ -17,11 +17,11 @@ from node.watch.dashboard.sources import BrokerSource, GatewaySource, Recorder, 
 from node.watch.dashboard.view import Choices, render
 
 _ONCE_S = 2.5
-"""Nodes tell of themselves every second."""
+"""Long enough to hear every peer: each sends its status every second."""
 
 
 def run(config: TopConfig) -> int:
-    """Watch until the person quits; once with --once or --svg."""
+    """Show the dashboard until the user quits. With --once or --svg, take one picture."""
     source = _source(config)
     if config.record:
         source = Recorder(source, Path(config.record))
@@ -53,7 +53,7 @@ def _source(config: TopConfig) -> Source:
 
 
 def _look_once(source: Source, config: TopConfig) -> Picture:
-    """What comes within a moment; of a recording, all of it."""
+    """Return a picture of the events of a few seconds, or of a whole recording."""
     picture = Picture()
     until_s = time.monotonic() + (config.seconds or _ONCE_S)
     if isinstance(source, Replay):

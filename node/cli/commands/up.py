@@ -1,4 +1,4 @@
-"""`dsd up`: a whole swarm on this machine, its API and its broker, until Ctrl-C."""
+"""Implements `dsd up`: run a whole swarm on this machine, with its API and broker, until Ctrl-C."""
 
 import signal
 from collections.abc import AsyncIterator
@@ -40,7 +40,7 @@ def run(config: UpConfig, gateway: GatewayConfig) -> int:
 
 async def _up(config: UpConfig, api: GatewayConfig) -> None:
     clients = read_clients(api)
-    # Before anything slow: the stages would only die of it.
+    # Check these before anything slow starts: the stages would only fail on them later.
     broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     check_collector(config.otlp)
     torch.set_num_threads(config.threads)
@@ -88,7 +88,7 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
 
 @asynccontextmanager
 async def _telling(config: UpConfig, engine: Engine, hub: EventHub) -> AsyncIterator[None]:
-    """Tell the hub, and the broker if there is one, what happens here; hear what the stages tell."""
+    """Send this process's events to the hub and to the broker, if there is one, and receive the stages' events."""
     broker = broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     me = engine.links.me.peer
     async with (
@@ -109,7 +109,7 @@ async def _telling(config: UpConfig, engine: Engine, hub: EventHub) -> AsyncIter
         )
 
         def look_around() -> None:
-            """What the stages say themselves is better than what we see of them."""
+            """Report our view of each stage that does not report itself: a stage's own status is better."""
             hub.tick()
             for status in seen_peers(engine.links):
                 if status.peer not in hub.speaking or hub.picture.is_silent(status.peer):
@@ -128,10 +128,10 @@ def _has_route(stages: StageList) -> bool:
 
 
 async def _introduce(engine: Engine, stages: StageList) -> None:
-    """Tell every node of all the others, so that the address of one is enough."""
+    """Tell every stage the addresses of all the others, so that a client needs the address of only one."""
     await engine.links.introduce()
     for info in stages.stages():
-        # Answered after the introduction before it on the same stream.
+        # The stage answers only after it has read the introduction, which came first on the same stream.
         await engine.links.round_trip_s(PeerId(info.peer), timeout_s=10)
 
 

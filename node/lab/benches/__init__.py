@@ -1,1 +1,1 @@
-"""What `dsd bench` measures, one benchmark a file."""
+"""The benchmarks of `dsd bench`, one in each file."""

@@ -1,4 +1,4 @@
-"""What every benchmark compares: one arm per way to speculate, run in turn and counted the same way."""
+"""Counts what the arms of a benchmark wrote. An arm is one way to speculate; all arms are counted alike."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,34 +12,41 @@ PLAIN_ARM = "plain"
 
 @dataclass(slots=True)
 class ArmRuns:
-    """What one arm wrote: tokens after the first arrival and the seconds they took, by round, and each run's statistics."""
+    """The answers of one arm.
+
+    num_tokens, seconds: by round, the tokens after the first arrival and the time they took. runs: the category and the
+    statistics of each answer.
+    """
 
     num_tokens: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     runs: list[tuple[str, AnswerStatistics]] = field(default_factory=list)
 
     def add(self, round_number: int, category: str, stats: AnswerStatistics) -> None:
-        """Take in one answer to a prompt of `category`."""
+        """Add one answer to a prompt of `category`."""
         timing = stats.timing
         self.num_tokens[round_number] = self.num_tokens.get(round_number, 0) + timing.num_later_tokens
         self.seconds[round_number] = self.seconds.get(round_number, 0.0) + timing.later_s
         self.runs.append((category, stats))
 
     def rows(self) -> list[dict[str, object]]:
-        """Return the answers as a receipt keeps them."""
+        """Return the answers in the form that receipts keep."""
         return [stats.as_json() | {"category": category} for category, stats in self.runs]
 
     def tokens_per_s(self) -> list[float]:
-        """Tokens a second of each round: all its tokens over all their time, so that slow texts weigh most."""
+        """Return each round's tokens a second: all its tokens over all their time, so that slow texts weigh most."""
         return [self.num_tokens[number] / self.seconds[number] for number in sorted(self.seconds)]
 
     def speed(self) -> float:
-        """Tokens a second over all rounds, which have texts of their own: their median would compare one text with another."""
+        """Return the tokens a second over all rounds together.
+
+        Each round has its own texts, so a median of the rounds would compare different texts.
+        """
         return sum(self.num_tokens.values()) / sum(self.seconds.values())
 
 
 def ratios_to_plain(arms: Mapping[str, ArmRuns]) -> dict[str, Sample]:
-    """Return each arm's speed over plain, round by round."""
+    """Return each arm's speed over that of plain decoding, round by round."""
     plain = arms[PLAIN_ARM].tokens_per_s()
     return {
         name: sample([speed / base for speed, base in zip(runs.tokens_per_s(), plain, strict=True)])

@@ -1,4 +1,4 @@
-"""`dsd bench attest`: what signing every window costs a stage, beside the pass itself."""
+"""Implements `dsd bench attest`: the cost of signing every window, relative to a stage's pass."""
 
 import time
 
@@ -26,7 +26,7 @@ def run_attestation(config: SplitConfig, rounds: int, progress: Progress) -> dic
     """Time a middle stage's passes and the hashing and signing of their rows, in turns.
 
     Raises:
-        ModelError: the model cannot be had.
+        ModelError: the model cannot be loaded.
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
@@ -51,7 +51,7 @@ def run_attestation(config: SplitConfig, rounds: int, progress: Progress) -> dic
 
 
 def _measure(model: SpanModel, span: Span, key: SigningKey, num_nodes: int) -> tuple[float, float]:
-    """Seconds of a pass, and of attesting it, over `_PASSES` of them."""
+    """Return the seconds of `_PASSES` passes and the seconds of attesting them."""
     slots, cache = SlotTable(), model.new_cache(_CONTEXT + _PASSES * num_nodes)
     rows = bytes(_CONTEXT * model.row_bytes)
     model.hidden(cache, slots.chain(_CONTEXT), rows)

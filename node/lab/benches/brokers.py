@@ -1,4 +1,4 @@
-"""`dsd bench brokers`: decoding beside a telemetry broker that lives, was killed, or never answers."""
+"""Implements `dsd bench brokers`: decoding with a telemetry broker that is alive, was killed, or never answers."""
 
 import random
 import socket
@@ -21,14 +21,14 @@ from node.watch.broker import embedded_broker
 from node.watch.outlets import NO_BROKER, TOPICS, broker_of, publishing
 
 _WINDOW = sync_chain(4)
-"""One that changes nothing by itself from answer to answer."""
+"""A fixed window: it does not change from answer to answer."""
 
 
 async def run_brokers(config: UsersConfig, rounds: int, progress: Progress) -> dict[str, object]:
-    """Write the same answers in swarms whose stages and coordinator tell different brokers, in turns.
+    """Write the same answers in swarms whose stages and coordinator publish to different brokers, in turns.
 
     Raises:
-        ModelError: the model cannot be had.
+        ModelError: the model cannot be loaded.
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
@@ -55,7 +55,7 @@ async def run_brokers(config: UsersConfig, rounds: int, progress: Progress) -> d
             engines[arm], runs[arm] = engine, []
         for number in range(-1, rounds):
             if number == 0:
-                # In the middle of the run: what was connected must notice.
+                # Kill it after the warm-up: the connected publishers must notice.
                 await doomed.aclose()
             order = list(engines)
             random.Random(number).shuffle(order)  # noqa: S311 - reproducible
@@ -73,11 +73,11 @@ async def run_brokers(config: UsersConfig, rounds: int, progress: Progress) -> d
 
 @contextmanager
 def _silent_broker() -> Iterator[str]:
-    """Accepts connections and never says a word; yields its URL."""
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        door.listen(64)
-        yield f"mqtt://127.0.0.1:{door.getsockname()[1]}"
+    """Yield the URL of a broker that accepts connections and never sends anything."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def _summary(runs: list[Run], none: list[Run], num_dropped: int) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""A swarm in one process, its stages on one device: for a GPU, where processes of their own would only take turns."""
+"""Runs a swarm in one process with all stages on one device.
+
+It is for a GPU: stages in separate processes would only take turns on it.
+"""
 
 import time
 from collections.abc import AsyncIterator
@@ -26,7 +29,7 @@ from node.lab.config import UsersConfig
 async def in_process_swarm(
     config: UsersConfig, source: ModelSource, spans: list[Span], drafter: Drafter
 ) -> AsyncIterator[tuple[Engine, list[StageServer]]]:
-    """Load and serve the spans until the end of the block.
+    """Load the spans and serve them until the end of the block.
 
     Raises:
         ModelError: the weights cannot be loaded.

@@ -1,4 +1,4 @@
-"""`dsd bench formats`: what smaller hidden states on the links save and what they do to the target's picks."""
+"""Implements `dsd bench formats`: what smaller hidden states save on links, and how they change the target's picks."""
 
 import math
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ _PROMPTS_PER_CATEGORY = 4
 
 
 def run_formats(config: SplitConfig, progress: Progress) -> dict[str, object]:
-    """Run prompts through the model's stages in this process, with every link in each format, and compare all positions.
+    """Run prompts through the model's stages in this process, with each link format, and compare all positions.
 
     Raises:
-        ModelError: the model or the prompts cannot be had.
+        ModelError: the model or the prompts cannot be loaded.
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
@@ -71,7 +71,7 @@ def run_formats(config: SplitConfig, progress: Progress) -> dict[str, object]:
 
 
 class _Measured:
-    """Errors of one format, over all prompts."""
+    """The errors of one format over all prompts."""
 
     def __init__(self) -> None:
         self.error = self.norm = self.kl = 0.0
@@ -79,7 +79,7 @@ class _Measured:
 
     @property
     def relative_error(self) -> float:
-        """Root mean square error of the hidden states over their root mean square, as sent."""
+        """The root mean square error of the hidden states, divided by their root mean square before packing."""
         return math.sqrt(self.error / self.norm) if self.norm else 0.0
 
     def compare(self, reference: torch.Tensor, logprobs: torch.Tensor) -> None:
@@ -95,7 +95,7 @@ def _run(
     hidden_format: HiddenFormat,
     measured: _Measured,
 ) -> torch.Tensor:
-    """Log probabilities `[n, V]` after every position, float32."""
+    """Return the log probabilities `[n, V]` after every position, float32."""
     inputs: list[TokenId] | bytes = prompt
     num_nodes = len(prompt)
     forward = SlotTable().chain(num_nodes)

@@ -1,4 +1,4 @@
-"""`dsd bench overhead`: what splitting a model into stage processes costs."""
+"""Implements `dsd bench overhead`: the cost of splitting a model into stage processes."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _MIB = 2**20
 
 
 async def run_overhead(config: GenerateConfig, rounds: int) -> dict[str, object]:
-    """Measure plain decoding, unsplit in this process and through the stage processes, in turn."""
+    """Measure plain decoding with the unsplit model in this process and through the stage processes, in turns."""
     config = msgspec.structs.replace(config, draft="ngram")
     unsplit_s, split_s, hop_s = [], [], []
     with ConsoleProgress() as progress:
@@ -76,7 +76,7 @@ def _load_unsplit(config: GenerateConfig) -> Any:
 
 
 def _write_unsplit(model: Any, prompt: Sequence[TokenId], num_tokens: int) -> tuple[list[TokenId], float]:
-    """Greedy text by transformers' own forward and cache; seconds a token after the first."""
+    """Write greedy text with transformers' own forward and cache. Return it and the seconds a token after the first."""
     tokens: list[TokenId] = []
     with torch.inference_mode():
         output = model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
@@ -89,7 +89,10 @@ def _write_unsplit(model: Any, prompt: Sequence[TokenId], num_tokens: int) -> tu
 
 
 def _memory(pid: int, weight_bytes: int) -> dict[str, float]:
-    """Peak resident memory of a stage, and its proportional share now: pages that forked stages share count once."""
+    """Return a stage's peak resident memory and its current proportional share, in MiB.
+
+    The proportional share counts pages that forked stages share only once.
+    """
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     rollup = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     weights_mib = weight_bytes / _MIB

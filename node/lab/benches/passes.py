@@ -1,4 +1,4 @@
-"""`dsd bench passes`: what a stage's pass costs as sessions share it, and what packing its weights gains (CPU)."""
+"""Implements `dsd bench passes`: the cost of a pass that sessions share, and the gain of packed weights (CPU)."""
 
 import time
 
@@ -24,10 +24,10 @@ _WINDOWS = (1, 2, 3, 4, 5, 8, 12, 16)
 
 
 def run_passes(config: PassesConfig, rounds: int, progress: Progress) -> dict[str, object]:
-    """Time a middle stage's passes, in turns: so many sessions with so many new nodes each, all with a context of 128.
+    """Time a middle stage's passes by number of sessions and of new nodes in each, in turns. Each context is 128.
 
     Raises:
-        ModelError: the model cannot be had.
+        ModelError: the model cannot be loaded.
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
@@ -46,7 +46,7 @@ def run_passes(config: PassesConfig, rounds: int, progress: Progress) -> dict[st
     shares = {arm: arm[0] * alone[arm[1]] / sample(values).median for arm, values in seconds.items()}
     names = {arm: f"{arm[0]} sessions of {arm[1]}" for arm in arms}
     print_table(
-        ("arm", "pass, ms", "as many passes as alone"),
+        ("arm", "pass, ms", "speed-up over separate passes"),
         [(names[arm], f"{1000 * sample(seconds[arm]).median:.2f}", f"{shares[arm]:.2f}") for arm in arms],
     )
     results = {
@@ -68,7 +68,7 @@ def run_passes(config: PassesConfig, rounds: int, progress: Progress) -> dict[st
 
 
 def _compare_packing(config: PassesConfig, source: ModelSource, span: Span, rounds: int) -> dict[str, object]:
-    """Passes of one window, with torch's linear layers and with packed ones, in turns."""
+    """Time passes of one window with torch's linear layers and with packed ones, in turns."""
     cache_bytes = units.num_bytes(config.cache_memory)
     models = {
         name: SpanModel(source, span, dtype=config.dtype, cache_bytes=cache_bytes, is_packed=name == "packed")
@@ -90,7 +90,7 @@ def _compare_packing(config: PassesConfig, source: ModelSource, span: Span, roun
 
 
 def _time(model: SpanModel, num_sessions: int, num_rows: int) -> float:
-    """Seconds of one pass over `num_rows` new nodes of each session."""
+    """Return the seconds of one pass over `num_rows` new nodes of each session."""
     caches = [model.new_cache(_CONTEXT + num_rows) for _ in range(num_sessions)]
     tables = [SlotTable() for _ in caches]
     row = bytes(model.row_bytes)

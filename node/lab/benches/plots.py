@@ -1,4 +1,4 @@
-"""`dsd bench plots`: draws the receipts of `dsd bench wan` and `simulator`."""
+"""Implements `dsd bench plots`: draws the receipts of `dsd bench wan` and `dsd bench simulator`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,10 +58,10 @@ class _Receipt(msgspec.Struct):
 
 
 def draw_plots() -> list[Path]:
-    """Draw what there are receipts of; return the files.
+    """Draw every receipt that there is and return the files.
 
     Raises:
-        ConfigError: matplotlib is missing, or there are no receipts.
+        ConfigError: matplotlib is missing, or there are no receipts of `dsd bench wan`.
     """
     if find_spec("matplotlib") is None:
         raise ConfigError("plots need matplotlib: pip install 'dsd-p2p[bench]'")
@@ -69,7 +69,7 @@ def draw_plots() -> list[Path]:
 
 
 def _draw_scaling() -> list[Path]:
-    """CPU time of the simulator, for one request of each drafter, against the number of drafters."""
+    """Draw the simulator's CPU time for one request of each drafter against the number of drafters."""
     from matplotlib.figure import Figure
 
     written = []
@@ -92,7 +92,7 @@ def _draw_scaling() -> list[Path]:
 
 
 def _draw_links() -> list[Path]:
-    """Tokens a second against link latency, one picture per model, number of stages and device."""
+    """Draw tokens a second against link latency: one picture for each model, number of stages and device."""
     from matplotlib.figure import Figure
 
     groups: dict[tuple[str, int, str], list[_Cell]] = {}

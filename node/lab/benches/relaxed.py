@@ -1,4 +1,4 @@
-"""`dsd bench relaxed`: what relaxed mode does to the answers: the same problems in exact and relaxed mode, judged one by one."""
+"""Implements `dsd bench relaxed`: answers the same problems in exact and relaxed mode and judges every answer."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _FENCE = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 class ModeResult(msgspec.Struct, kw_only=True):
-    """One mode over all problems."""
+    """The result of one mode over all problems."""
 
     solved: list[str]
     num_tokens: int
@@ -34,7 +34,7 @@ class ModeResult(msgspec.Struct, kw_only=True):
 
 
 class Drift(msgspec.Struct, kw_only=True):
-    """One thresholds beside exact mode, by problem."""
+    """The result of one set of thresholds, compared with exact mode problem by problem."""
 
     relaxation: dict[str, object]
     budget_nats: float
@@ -44,10 +44,10 @@ class Drift(msgspec.Struct, kw_only=True):
 
 
 def run_relaxed(config: RelaxedConfig, thresholds: Sequence[Thresholds], progress: Progress) -> dict[str, object]:
-    """Answer `config.problems` problems of maths and of code in exact mode and under each thresholds.
+    """Answer `config.problems` problems each of maths and of code, in exact mode and with each set of thresholds.
 
     Raises:
-        ModelError: a model or the problems cannot be had.
+        ModelError: a model or the problems cannot be loaded.
     """
     codec = TextCodec(find_model(config.model, progress).folder)
     problems = [
@@ -114,12 +114,12 @@ def _print(exact: ModeResult, drifts: Sequence[Drift], num_problems: int) -> Non
 
 
 def solves(problem: Problem, answer: str) -> bool:
-    """True when the answer gives GSM8K's number, or HumanEval's tests pass on its code."""
+    """Return whether the answer gives GSM8K's number, or its code passes HumanEval's tests."""
     if problem.category == "maths":
         return _number_in(answer) == _number_in(problem.expected)
     blocks = _FENCE.findall(answer)
     code = next((block for block in blocks if f"def {problem.entry_point}" in block), blocks[0] if blocks else answer)
-    # The imports and helpers of the given signature stand before the function, which the answer defines again.
+    # `signature` brings the imports and helpers that precede the function; the answer then defines the function again.
     program = f"{problem.signature}    pass\n\n{code}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
     return passes(program)
 

@@ -1,4 +1,4 @@
-"""`dsd bench ring`: the live protocol at stage times this machine could not compute at."""
+"""Implements `dsd bench ring`: measures the live protocol at stage times that this machine could not compute at."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -31,14 +31,14 @@ from node.local.local_swarm import stage_swarm
 _SYNC_DEPTHS = (4, 6, 8, 12, 16, 24)
 _SYNC_TREE_NODES = (16, 32, 64)
 _PLAIN_TOKENS = 10
-"""Plain decoding writes every token in the same time: more of them would only take longer."""
+"""Plain decoding takes the same time for every token, so more tokens would only take longer."""
 
 
 async def run_ring(config: RingConfig, rounds: int, progress: Progress) -> dict[str, object]:
-    """Run every arm on one text of each category a round; returns the ratios and everything behind them.
+    """Run every arm on one text of each category in each round. Return the ratios and all data behind them.
 
     Raises:
-        ConfigError: a flag or the trace is unusable.
+        ConfigError: a flag or the agreement is unusable.
     """
     path = Path(config.trace) if config.trace else bundled_agreement()
     trace = read_agreement(path)
@@ -75,7 +75,10 @@ async def _play(
     texts: list[list[int]],
     progress: Progress,
 ) -> dict[str, ArmRuns]:
-    """Have every arm write the texts of each round over one ring. path: of the recorded agreement, for the stages."""
+    """Have every arm write the texts of each round over one ring.
+
+    path: the agreement's file, for the stages.
+    """
     runs = {name: ArmRuns() for name in arms}
     drafter = RecordedDrafter(trace, units.seconds(config.draft_time))
     async with (
@@ -84,7 +87,7 @@ async def _play(
         open_engine(transport, drafter, trace.vocab_size) as (engine, stages),
     ):
         await stages.add([node.address for node in local_nodes])
-        # The windows are fixed; what is measured of the route (pace, the drafter's sharpening) serves all arms alike.
+        # The windows are fixed, and all arms share what is measured of the route (pace, the drafter's sharpening).
         for number, round_texts in enumerate(texts):
             for text in round_texts:
                 for name, decision in arms.items():
@@ -126,7 +129,7 @@ def _show(runs: dict[str, ArmRuns], ratios: dict[str, Sample], simulated: dict[s
 
 
 def choose_arms(trace: Agreement, route: RouteModel, texts: list[int], max_tokens: int) -> dict[str, Decision]:
-    """Return one decision per arm; the synchronous ones get the γ and the tree size that the simulator finds best."""
+    """Return one decision for each arm. The sync arms get the γ and the tree size that are best in the simulator."""
 
     def best(candidates: list[Decision]) -> Decision:
         return max(candidates, key=lambda decision: _simulate(trace, route, texts, decision, max_tokens))
@@ -141,7 +144,7 @@ def choose_arms(trace: Agreement, route: RouteModel, texts: list[int], max_token
 
 
 def _simulate(trace: Agreement, route: RouteModel, texts: list[int], decision: Decision, max_tokens: int) -> float:
-    """Tokens a second over all `texts`, counted as `ArmRuns` does."""
+    """Return the tokens a second over all `texts`, counted as `ArmRuns` does."""
     num_tokens, seconds = 0, 0.0
     tracker = Tracker()
     for text in texts:
@@ -168,7 +171,7 @@ def _texts_of_round(trace: Agreement, number: int) -> list[int]:
     for category in CATEGORIES:
         of_category = [index for index, text in enumerate(trace.texts) if text.category == category]
         if not of_category:
-            raise ConfigError(f"the trace has no {category} texts: make one with `dsd sim record`")
+            raise ConfigError(f"the agreement has no {category} texts: record one with `dsd sim record`")
         texts.append(of_category[number % len(of_category)])
     return texts
 
@@ -179,5 +182,5 @@ async def _write(engine: Engine, trace: Agreement, text: int, decision: Decision
     async with engine.generate([text], options, StaticPolicy(decision)) as generation:
         tokens = [token async for token in generation]
     if tokens != recorded:
-        raise LocalProtocolError(f"text {trace.texts[text].source} came out differently: please report it")
+        raise LocalProtocolError(f"text {trace.texts[text].source} differs from the recorded text: please report it")
     return statistics_of(generation, engine.drafter.name)

@@ -1,4 +1,4 @@
-"""What the benchmarks of serving share: stages, prompts, and answers that are written at once."""
+"""Provides the stages, the prompts and the simultaneous answers for the benchmarks of serving."""
 
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,7 +22,7 @@ _PROMPT_TOKENS = 24
 
 @dataclass(slots=True)
 class Run:
-    """One repetition of an arm: so many requests at once."""
+    """One repetition of an arm: several requests at once."""
 
     tokens: dict[int, list[TokenId]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
@@ -31,12 +31,12 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all requests together."""
+        """The tokens a second of all requests together."""
         return sum(map(len, self.tokens.values())) / self.wall_s
 
     @property
     def fairness(self) -> float:
-        """Slowest over fastest request."""
+        """The speed of the slowest request over that of the fastest."""
         rates = [len(self.tokens[index]) / self.seconds[index] for index in self.tokens]
         return min(rates) / max(rates)
 
@@ -45,7 +45,7 @@ class Run:
 async def serving_swarm(
     config: UsersConfig, source: ModelSource, num_layers: int, vocab_size: int, progress: Progress
 ) -> AsyncIterator[Engine]:
-    """Serve a model as `config` says until the end of the block; yields who coordinates.
+    """Serve a model as `config` says until the end of the block. Yield the engine that coordinates.
 
     Raises:
         ModelError: the weights cannot be loaded.
@@ -58,7 +58,7 @@ async def serving_swarm(
         async with in_process_swarm(config, source, spans, drafter) as (engine, _):
             yield engine
         return
-    # Imported only here: what runs in one process needs no network.
+    # Imported only here: a swarm in one process needs no network.
     from dsd_p2p.transport.ephemeral import open_ephemeral
     from node.local.local_swarm import local_swarm, stage_processes
 
@@ -74,7 +74,7 @@ async def serving_swarm(
 async def write_together(
     engine: Engine, config: UsersConfig, prompts: Sequence[Sequence[TokenId]], policy: Callable[[], WindowPolicy]
 ) -> Run:
-    """Write one answer to each prompt, all at once."""
+    """Write one answer to each prompt, all at the same time."""
     run = Run()
     options = GenerateOptions(text=TextRequest(max_tokens=config.max_tokens))
 
@@ -99,6 +99,6 @@ async def write_together(
 
 
 def random_prompts(vocab_size: int, count: int) -> list[list[TokenId]]:
-    """Tokens at random: a bench of serving needs no sense in them, and a model no tokenizer."""
+    """Return prompts of random tokens. They need not make sense here, and so the model needs no tokenizer."""
     rng = random.Random(0)  # noqa: S311 - reproducible
     return [rng.choices(range(vocab_size), k=_PROMPT_TOKENS + index) for index in range(count)]

@@ -1,4 +1,4 @@
-"""`dsd bench simulator`: how fast the simulator is, and what it needs."""
+"""Implements `dsd bench simulator`: the simulator's speed and its memory."""
 
 import multiprocessing
 import resource
@@ -8,7 +8,8 @@ from typing import Any
 
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.sim.report import summarise
-from dsd_p2p.sim.scenario import Scenario, changed, read_scenario
+from dsd_p2p.sim.scenario import Scenario
+from dsd_p2p.sim.scenario_file import changed, read_scenario
 from node.lab.receipt import print_table
 from node.lab.simulator.simulation import Change, run_scenario, sweep
 
@@ -22,11 +23,14 @@ _WINDOWS: dict[str, Change] = {
 }
 _DRAFTERS = (10, 100, 1000, 10_000)
 _LOAD_OF_DRAFTER = 0.02
-"""Requests a second: the same for each, so that ten times as many drafters ask ten times as much."""
+"""Requests a second of one drafter: the same for every drafter, so that ten times as many ask ten times as often."""
 
 
 def run_simulator_bench(progress: Progress, num_big: int) -> dict[str, object]:
-    """Measure windows a second by policy, cost by number of drafters, and `num_big` requests on all cores (0: leave them out)."""
+    """Measure windows a second by policy, and the cost by number of drafters.
+
+    num_big: also simulate this many requests on all cores; 0 leaves that out.
+    """
     base = changed(read_scenario(_SCENARIO), {**_OPEN, "workload.rate": 20, "workload.requests": 1500})
     windows = {}
     for name, change in _WINDOWS.items():
@@ -68,7 +72,7 @@ def run_simulator_bench(progress: Progress, num_big: int) -> dict[str, object]:
 
 
 def _on_all_cores(base: Scenario, num_requests: int, progress: Progress) -> dict[str, float]:
-    """The same swarm and load once on each core, with other seeds and its share of the requests."""
+    """Run the same swarm and load once on each core, each with its own seed and its share of the requests."""
     num_cores = multiprocessing.cpu_count()
     share = changed(base, {"workload.requests": max(1, num_requests // num_cores)})
     start_s = time.monotonic()

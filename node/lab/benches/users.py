@@ -1,4 +1,4 @@
-"""`dsd bench users`: many requests at once, beside one alone; with speculation and without."""
+"""Implements `dsd bench users`: many requests at once compared with one alone, with and without speculation."""
 
 from collections.abc import Callable
 from statistics import median, quantiles
@@ -21,7 +21,7 @@ async def run_users(config: UsersConfig, rounds: int, progress: Progress) -> dic
     """Run every arm with one request and with many, in turns.
 
     Raises:
-        ModelError: the model cannot be had.
+        ModelError: the model cannot be loaded.
     """
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
@@ -38,7 +38,7 @@ async def run_users(config: UsersConfig, rounds: int, progress: Progress) -> dic
                 )
                 progress.step(f"{arm}, round {number + 1}", number + 1, rounds)
                 many = await write_together(engine, config, prompts, _policy(engine, arm))
-                # The first, number -1, warms up: kernels, and what policies must find out.
+                # Round -1 warms up the kernels and lets the policies learn.
                 if number >= 0:
                     alone[arm].append(one)
                     together[arm].append(many)

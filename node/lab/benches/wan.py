@@ -1,4 +1,4 @@
-"""`dsd bench wan`: real models over emulated wide-area links, every arm in turn on the same stages and prompts."""
+"""Implements `dsd bench wan`: real models over emulated wide-area links; all arms share stages and prompts."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,10 +28,10 @@ RELAXED_ARM = "continuous_tree_relaxed"
 
 
 async def run_wan(config: WanConfig, rounds: int, progress: Progress) -> dict[str, object]:
-    """Run every cell of models x stages x links; `ratios` are those of the first cell.
+    """Run every cell of models x stages x links. `ratios` are those of the first cell.
 
     Raises:
-        DsdError: a model cannot be had, a route broke, or two exact arms wrote different float32 text.
+        DsdError: a model cannot be loaded, a route broke, or two exact arms wrote different float32 text.
     """
     cells = [
         await _run_cell(config, model, stages, link, rounds, progress)
@@ -59,7 +59,7 @@ async def _run_cell(
             ]
             for category, group in problems.items()
         }
-        # Learn the costs first: they choose γ of the synchronous arm. Nothing of this run is counted.
+        # Measure the costs first: they decide γ of the sync arm. These answers are not counted.
         for policy in (StaticPolicy(sync_chain(_PAPER_DEPTH)), _tree(config)):
             await client.write(policy, prompt=prompts[config.prompts[0]][0][1], max_tokens=24)
         arms = _arms(config, client.engine.observe())
@@ -122,7 +122,10 @@ def _cell_config(config: WanConfig, model: str, stages: int, link: str) -> Gener
 
 @dataclass(frozen=True, kw_only=True)
 class _Cell:
-    """One model, route and link, as `name` says for who waits. answers: by round and problem, what each arm wrote."""
+    """One model, number of stages and link.
+
+    name: shown with the progress. answers: what each arm wrote, by round and problem.
+    """
 
     name: str
     config: WanConfig
@@ -135,7 +138,7 @@ class _Cell:
     async def play_all(
         self, num_sweeps: int, rounds: int, progress: Progress
     ) -> tuple[dict[str, ArmRuns], dict[str, ArmRuns]]:
-        """Have all arms play the sweeps, which are not counted, and those that are left the rounds; returns both."""
+        """Have all arms play the uncounted sweeps and the remaining arms play the rounds. Return both."""
         names = [*self.arms, RELAXED_ARM] if self.relaxation else list(self.arms)
         swept = await self.play(range(num_sweeps), names, progress)
         if self.config.finalists:
@@ -143,7 +146,7 @@ class _Cell:
         return swept, await self.play(range(num_sweeps, num_sweeps + rounds), names, progress)
 
     async def play(self, rounds: range, names: list[str], progress: Progress) -> dict[str, ArmRuns]:
-        """Have each arm answer the prompts of `rounds`, another one first each time."""
+        """Have each arm answer the prompts of `rounds`. Each round starts with another arm."""
         runs: dict[str, ArmRuns] = {}
         for number in rounds:
             for category, group in self.prompts.items():
@@ -154,7 +157,7 @@ class _Cell:
                         prompt=prompt,
                         max_tokens=self.config.plain_tokens if name == PLAIN_ARM else None,
                         relaxation=self.relaxation if name == RELAXED_ARM else None,
-                        # A policy must not profit from what the windows beside it have shown, nor they from one another.
+                        # Policies and fixed windows must not profit from one another's measurements.
                         experience=name if self.config.policies else "",
                     )
                     runs.setdefault(name, ArmRuns()).add(number, category, stats)
@@ -164,7 +167,7 @@ class _Cell:
 
 
 def _fixed(runs: Mapping[str, ArmRuns], config: WanConfig) -> dict[str, float]:
-    """Tokens a second of the arms that are no policy, fastest first."""
+    """Return the tokens a second of the fixed windows, fastest first."""
     speeds = {name: arm.speed() for name, arm in runs.items() if name not in config.policies}
     return dict(sorted(speeds.items(), key=lambda item: -item[1]))
 
@@ -174,7 +177,7 @@ def _finalists(swept: Mapping[str, ArmRuns], config: WanConfig) -> list[str]:
 
 
 def _regret(runs: Mapping[str, ArmRuns], config: WanConfig) -> dict[str, float]:
-    """By how much each policy was slower than the best of the fixed windows, as a share of that one's speed."""
+    """Return how much slower each policy was than the best fixed window, as a share of that window's speed."""
     best = next(iter(_fixed(runs, config).values()))
     return {name: 1 - runs[name].speed() / best for name in config.policies}
 
@@ -184,7 +187,7 @@ def _record(
     prompts: dict[str, list[tuple[str, list[TokenId]]]],
     answers: dict[tuple[int, str], dict[str, list[TokenId]]],
 ) -> dict[str, RecordedText]:
-    """What the drafter proposes along the longest answer to each prompt."""
+    """Record the drafter's candidates along the longest answer to each prompt."""
     by_problem = {problem: max(by_arm.values(), key=len) for (_, problem), by_arm in answers.items()}
     return {
         problem: record_text(client.drafter, problem, prompt, by_problem[problem])
@@ -211,7 +214,7 @@ def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy
         names = list(CATALOGUE) if config.arms == ("all",) else [PLAIN_ARM, *config.arms]
         unknown = [name for name in names if name not in CATALOGUE]
         if unknown:
-            raise ConfigError(f"--arms {', '.join(unknown)}: choose of {', '.join(CATALOGUE)}")
+            raise ConfigError(f"--arms {', '.join(unknown)}: no such window, choose from {', '.join(CATALOGUE)}")
         fixed: dict[str, WindowPolicy] = {name: StaticPolicy(CATALOGUE[name]) for name in names}
         return fixed | {name: adaptive_policy(name) for name in config.policies}
     best_depth = max(SYNC_DEPTHS, key=lambda depth: predicted_tokens_per_s(sync_chain(depth), observation))
@@ -227,7 +230,10 @@ def _arms(config: WanConfig, observation: Observation) -> dict[str, WindowPolicy
 
 
 def _identical_share(answers: dict[tuple[int, str], dict[str, list[TokenId]]]) -> float:
-    """Share of the exact arms' answers, plain's shorter ones included, that are the longest one as far as they go."""
+    """Return the share of exact answers that equal the beginning of the longest one.
+
+    Plain decoding writes shorter answers, so only the common part is compared.
+    """
     same = []
     for by_arm in answers.values():
         exact = [tokens for name, tokens in by_arm.items() if name != RELAXED_ARM]
@@ -256,4 +262,4 @@ def _print(model: str, stages: int, link: str, runs: dict[str, ArmRuns], predict
         )
         promise = f"{predicted[name]:.2f}" if name in predicted else ""
         rows.append((name, f"{speeds.median:.2f}", ratio, promise))
-    print_table((f"{model}, {stages} stages, {link}", "tokens/s", "over plain", "model's tokens/s"), rows)
+    print_table((f"{model}, {stages} stages, {link}", "tokens/s", "over plain", "predicted tokens/s"), rows)

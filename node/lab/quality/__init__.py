@@ -1,1 +1,1 @@
-"""Answer quality: prompts, paired generation, thresholds, and a sandbox for generated programs."""
+"""Tools to judge answer quality: prompts, paired generation, thresholds, and a sandbox for generated programs."""

@@ -1,7 +1,7 @@
-"""Writes many texts at once with a target and a drafter in one process, by the verifiers that stages use.
+"""Writes many texts at once with a target and a drafter in one process, using the verifiers that stages use.
 
-For judging relaxed mode's quality, where how the tokens travel does not matter. Unlike in a swarm the drafter's opinion is known at
-every position, so as much is relaxed as ever can be.
+It serves to judge the quality of relaxed mode, where it does not matter how tokens travel. Unlike in a swarm, the
+drafter's opinion is known at every position, so relaxed mode relaxes as many tokens as it ever can.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -22,7 +22,7 @@ from dsd_p2p.verification.importance import DraftOpinion
 
 @dataclass(slots=True)
 class Written:
-    """One text; logprob is the target's, of all its tokens, nats."""
+    """One text. logprob: the target's log probability of all its tokens, in nats."""
 
     tokens: list[TokenId] = field(default_factory=list)
     num_relaxed: int = 0
@@ -32,7 +32,10 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disagreement:
-    """A position where the drafter's first token is not the target's pick; target_row is float32 `[V]` on the CPU."""
+    """A position where the drafter's first token is not the target's pick.
+
+    target_row: the target's logits, float32 `[V]` on the CPU.
+    """
 
     strict: TokenId
     target_row: torch.Tensor
@@ -40,7 +43,7 @@ class Disagreement:
 
 
 class _Model:
-    """One model and its cache over a left-padded batch."""
+    """One model with its cache for a left-padded batch."""
 
     def __init__(self, name: str, dtype: str, device: str, progress: Progress) -> None:
         from transformers import AutoModelForCausalLM
@@ -57,7 +60,7 @@ class _Model:
         return self.step(tokens, mask)
 
     def step(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Feed `[B, n]` new tokens; logits after the last of them, `[B, V]`."""
+        """Feed `[B, n]` new tokens. Return the logits after the last of them, `[B, V]`."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         output = self._model(
             tokens,
@@ -73,10 +76,10 @@ class _Model:
 
 
 class PairWriter:
-    """A target and a drafter with one vocabulary, loaded on `device`.
+    """A target and a drafter that share one vocabulary, loaded on `device`.
 
     Raises:
-        ModelError: one of them cannot be had.
+        ModelError: one of them cannot be loaded.
     """
 
     def __init__(self, target: str, drafter: str, *, dtype: str, device: str, progress: Progress) -> None:
@@ -93,7 +96,7 @@ class PairWriter:
         verifier: Verifier,
         observe: Callable[[Disagreement], None] | None = None,
     ) -> list[Written]:
-        """Continue every prompt by up to `max_tokens`; `observe` sees each position where the models disagree."""
+        """Continue every prompt by up to `max_tokens`. Call `observe` at each position where the models disagree."""
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         given = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -1,7 +1,7 @@
-"""Prompts of the public benchmarks, read in place from the packages that carry them.
+"""Loads prompts of public benchmarks directly from the packages that contain them.
 
-HumanEval (Chen et al. 2021, arXiv:2107.03374, MIT), GSM8K (Cobbe et al. 2021, arXiv:2110.14168, MIT), MT-Bench (Zheng et al. 2023,
-arXiv:2306.05685, Apache-2.0).
+HumanEval (Chen et al. 2021, arXiv:2107.03374, MIT), GSM8K (Cobbe et al. 2021, arXiv:2110.14168, MIT), MT-Bench (Zheng
+et al. 2023, arXiv:2306.05685, Apache-2.0).
 """
 
 import gzip
@@ -23,9 +23,10 @@ CATEGORIES = ("chat", "maths", "code")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One prompt and how its answer is judged.
+    """One prompt and what is needed to judge its answer.
 
-    expected: GSM8K's number. test, entry_point, signature: HumanEval's checks, the function they call, and the given code.
+    expected: GSM8K's number. test, entry_point, signature: HumanEval's checks, the function they call, and the given
+    code.
     """
 
     name: str
@@ -82,7 +83,7 @@ _COLLECTIONS = {
 
 
 def load_problems(category: str, progress: Progress) -> list[Problem]:
-    """Return all problems of `category`, in the collection's order, downloading the collection once.
+    """Return all problems of `category` in the collection's order. The first call downloads the collection.
 
     Raises:
         ConfigError: there is no such category.
@@ -101,7 +102,7 @@ def load_problems(category: str, progress: Progress) -> list[Problem]:
 
 
 def spread(problems: Sequence[Problem], count: int) -> list[Problem]:
-    """Return `count` problems, evenly spaced over the collection: its neighbours are alike."""
+    """Return `count` problems evenly spaced over the collection, because neighbours are alike."""
     return [problems[index * len(problems) // count] for index in range(min(count, len(problems)))]
 
 

@@ -1,6 +1,7 @@
-"""Runs a program that a model wrote: a process of its own, without network, in an empty folder, with hard limits.
+"""Runs a program that a model wrote in a process of its own: no network, an empty folder, hard limits.
 
-It may still read and write what the user may: run untrusted models as a user, or in a container, of their own.
+The program can still read and write every file that the user can, and it keeps the network where this user may make no
+network namespace. Run untrusted models as a separate user or in a container.
 """
 
 import os
@@ -20,7 +21,7 @@ _MAX_PROCESSES = 64
 
 
 def passes(program: str) -> bool:
-    """True when `program` ends by itself with exit code 0 within the limits."""
+    """Return whether `program` exits by itself with code 0 within the limits."""
     with tempfile.TemporaryDirectory(prefix="dsd-sandbox-") as folder:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter; what it runs is confined below
             [*_without_network(), sys.executable, "-I", "-S", "-c", program],
@@ -37,7 +38,7 @@ def passes(program: str) -> bool:
         except subprocess.TimeoutExpired:
             return False
         finally:
-            # What it forked, too: all are in the session that it was started in.
+            # Also kill the processes that it forked: all are in the session that it was started in.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -45,7 +46,7 @@ def passes(program: str) -> bool:
 
 @cache
 def _without_network() -> list[str]:
-    """A network namespace without interfaces, where this user may make one."""
+    """Return the command prefix for a network namespace without interfaces, empty if this user may not make one."""
     command = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
     try:
         is_allowed = subprocess.run([*command, "true"], check=False, capture_output=True, timeout=5).returncode == 0  # noqa: S603

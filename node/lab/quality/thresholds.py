@@ -1,4 +1,4 @@
-"""Which thresholds let most tokens stand for a given loss of the target's log-likelihood."""
+"""Finds the thresholds that relax most tokens for a given loss of the target's log-likelihood."""
 
 import itertools
 import sys
@@ -29,7 +29,7 @@ _OVERSHOOTS = (1.5, 2.0, 3.0, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class _Position:
-    """A disagreement with everything the search needs; the strict token is among `tokens`, at `strict_row`."""
+    """A disagreement in the form that the search needs. The strict token is at `strict_row` of the arrays."""
 
     target_logprobs: NDArray[np.float64]
     draft_logprobs: NDArray[np.float64]
@@ -41,7 +41,8 @@ def find_thresholds(config: CalibrateConfig, progress: Progress) -> Thresholds:
     """Return the thresholds with the greatest share of relaxed tokens whose mean loss stays within `config.budget`.
 
     Raises:
-        ConfigError: no prompt category of that name. ModelError: a model cannot be had.
+        ConfigError: the prompt category is unknown, or no thresholds stay within the budget.
+        ModelError: a model cannot be loaded.
     """
     codec = TextCodec(find_model(config.model, progress).folder)
     problems = spread(load_problems(config.prompts, progress), config.num_prompts)
@@ -91,7 +92,7 @@ def _candidates() -> list[Relaxation]:
 
 
 def position_of(disagreement: Disagreement) -> _Position:
-    """Return what `outcome` needs of a disagreement."""
+    """Return the parts of a disagreement that `outcome` needs."""
     scores = disagreement.target_row.double().numpy()
     logprobs = scores - np.logaddexp.reduce(scores)
     opinion = disagreement.opinion.including(disagreement.strict)
@@ -106,7 +107,8 @@ def position_of(disagreement: Disagreement) -> _Position:
 def outcome(positions: list[_Position], num_tokens: int, relaxation: Relaxation) -> tuple[float, float]:
     """Return the share of relaxed tokens and the mean loss in nats a token.
 
-    The rule of `dsd_p2p.verification.adaptive`, on the few tokens that matter: a search judges each position a thousand times.
+    This is the rule of `dsd_p2p.verification.adaptive`, restricted to the candidates and the strict token: a search
+    judges each position about a thousand times.
     """
     num_relaxed, loss = 0, 0.0
     max_log_overshoot = np.log(relaxation.max_overshoot)

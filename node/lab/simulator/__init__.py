@@ -1,1 +1,1 @@
-"""Simulator runs for the commands: scenarios, fitting, training, reproduction of the papers."""
+"""Simulator runs for the commands: scenarios, fitting, training, and the papers' figures."""

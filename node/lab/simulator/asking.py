@@ -1,4 +1,4 @@
-"""Asks a drafter what it proposes at every position of a text, for traces that the simulator replays."""
+"""Records what a drafter proposes at every position of a text, for agreements that the simulator uses."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from dsd_p2p.sim.agreement import RecordedText
 from dsd_p2p.types import TokenId
 
 MAX_CENTINATS = 690
-"""Candidates below one in a thousand are left out: they fill the file and never the tree."""
+"""The cutoff for candidates, one in a thousand: less likely ones would fill the file but never enter the tree."""
 
 
 def record_text(
     drafter: Drafter, source: str, prompt: Sequence[TokenId], answer: Sequence[TokenId], category: str = ""
 ) -> RecordedText:
-    """Return the answer with the drafter's candidates at each of its positions, given the text before it."""
+    """Return the answer with the drafter's candidates at each position, given the text before it."""
     text = [*prompt, *answer]
     session = drafter.open(len(text) + 1)
     tokens: list[tuple[TokenId, ...]] = []

@@ -1,10 +1,15 @@
-"""Fits the simulator to a measured run and predicts others (`dsd sim compare`).
+"""Fits the simulator to a measured cell and predicts the other cells (`dsd sim compare`).
 
-The first cell of a `dsd bench wan --record` receipt gives the service times: seconds of a layer's pass by number of positions, what
-the tail adds, draft steps, what a hop costs beyond its link. They are read from the arms in which one process works at a time. What
-several at once are worth on the machine's cores, and what a draft step over many stems costs, is what makes all arms of that cell
-come out best. The other cells, with other links and numbers of stages, are held out: nothing of them is used but their description
-and the texts.
+The fit uses the first cell of a `dsd bench wan --record` receipt. Its service times are the seconds of a layer's pass
+by number of positions, the tail's extra time, the draft step, and the cost of a hop beyond its link. They come from the
+arms in which only one process works at a time.
+
+Five parameters do not show there (`_KNOBS`): what several processes at once gain from the machine's cores, how much of
+a hop's cost is work at the stage and at the coordinator, the weight of a draft step, and the cost of a draft step over
+many stems. The fit chooses them so that its predictions for all arms of that cell come closest to the measurements.
+
+The other cells, with other links and numbers of stages, are held out: the predictions use only their description and
+texts.
 """
 
 import itertools
@@ -41,22 +46,22 @@ _KNOBS: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "many_stems": (0.0, 0.8, 1.0, 1.2, 1.4),
     }
 )
-"""What cannot be read off a receipt, and the values it may have; `_adjusted` says what they do."""
+"""The parameters that a receipt does not show, with the values to try; `_adjusted` applies them."""
 
 _STARTS = ((0.8, 1.0, 0.0, 1.0, 0.0), (0.8, 3.0, 1.0, 2.0, 0.0), (0.65, 1.0, 0.0, 4.0, 0.0))
-"""Of the knobs, in their order."""
+"""Start values of the parameters, in the order of `_KNOBS`."""
 
 _ROUNDS = 4
 
 _TTFT_WEIGHT = 0.25
-"""Of a time to the first token against a speed: it is one event of an answer, the other the mean of dozens."""
+"""Weight of the error in the first token's time relative to speed: it is one event, speed averages dozens."""
 
 _READING_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""What the drafter may take for a prompt, of what the target does."""
+"""Values to try for the drafter's time to read a prompt, as a share of the target's time."""
 
 
 class MeasuredRun(msgspec.Struct):
-    """One answer of one arm, as receipts keep it."""
+    """One answer of one arm, in the form that receipts keep."""
 
     problem: str
     decision: Decision
@@ -71,7 +76,7 @@ class MeasuredRun(msgspec.Struct):
 
 
 class MeasuredCell(msgspec.Struct):
-    """One cell of a receipt: a model on a number of stages over one kind of link."""
+    """One cell of a receipt: a model, a number of stages and one kind of link."""
 
     model: str
     stages: int
@@ -82,7 +87,7 @@ class MeasuredCell(msgspec.Struct):
 
     @property
     def link_s(self) -> float:
-        """One-way latency."""
+        """The one-way latency of the link."""
         return units.seconds(self.link)
 
 
@@ -95,7 +100,7 @@ class _Machine(msgspec.Struct):
 
 
 class MeasuredReceipt(msgspec.Struct):
-    """What is read of a receipt."""
+    """The parts of a receipt that the fit reads."""
 
     benchmark: str
     machine: _Machine
@@ -104,7 +109,7 @@ class MeasuredReceipt(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One arm of one cell. Speeds in tokens a second, ttft in seconds."""
+    """One arm of one cell. Speeds in tokens a second, time to the first token (TTFT) in seconds."""
 
     stages: int
     link: str
@@ -117,20 +122,20 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less one."""
+        """The relative error of the predicted speed: predicted over measured, minus one."""
         return self.predicted / self.measured - 1
 
     @property
     def ttft_error(self) -> float:
-        """The same of the time to the first token."""
+        """The relative error of the predicted time to the first token."""
         return self.predicted_ttft_s / self.measured_ttft_s - 1
 
 
 def compare(paths: Sequence[Path]) -> list[Comparison]:
-    """Return every arm of every cell of the receipts that can be compared.
+    """Return a comparison for every arm of every usable cell of the receipts.
 
     Raises:
-        ConfigError: none can.
+        ConfigError: no receipt is usable, or one has no plain decoding to fit to.
     """
     comparisons = [each for path in paths for each in _compare_receipt(path)]
     if not comparisons:
@@ -149,7 +154,9 @@ def _compare_receipt(path: Path) -> Iterator[Comparison]:
     if receipt.benchmark != "wan" or not cells:
         return
     if not any(runs[0].decision.depth == 0 for runs in cells[0].runs.values()):
-        raise ConfigError(f"{path} has no plain decoding to fit to: make it with dsd bench wan --arms")
+        raise ConfigError(
+            f"{path} has no plain arm in its first cell, which the fit needs: make the receipt with dsd bench wan --arms"
+        )
     profile = fit(cells[0], receipt.machine.cores)
     for cell in cells:
         for arm, (speed, ttft_s) in predict(profile, cell).items():
@@ -168,12 +175,13 @@ def _compare_receipt(path: Path) -> Iterator[Comparison]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Service times of one machine and model.
+    """The service times of one machine and model.
 
-    layer: one layer's pass. tail: what the tail's pass takes more. draft: one step. hop_s: of each link, beyond its latency.
-    handled_share: of that, what is work at the stage behind the link. draft_weight: of a draft against a pass.
-    coordinator_share: by how much of it a message delays the next draft.
-    cores: that all stages and the drafter share; they share memory too, so that it is less than is printed on the box.
+    layer: one layer's pass. tail: the extra time of the tail's pass. draft: one draft step. hop_s: the time that each
+    link adds to its latency. handled_share: the share of it that is work at the stage behind the link.
+    coordinator_share: the share of it by which a message delays the next draft. draft_weight: the weight of a draft
+    step relative to a pass. cores: the cores that all stages and the drafter share. They also share memory, so it is
+    less than the machine's number.
     """
 
     num_layers: int
@@ -187,7 +195,7 @@ class Profile:
     cores: float
 
     def route(self, num_stages: int, link_s: float) -> RouteModel:
-        """Return a route of so many stages with even spans."""
+        """Return a route of `num_stages` stages with even spans."""
         spans = even_spans(self.num_layers, num_stages)
         stages = [self.layer.scaled(last - first) for first, last in spans]
         stages[-1] = _sum(stages[-1], self.tail)
@@ -203,9 +211,10 @@ class Profile:
 
 
 def fit(cell: MeasuredCell, cores: int) -> Profile:
-    """Return the service times that a cell shows; its knobs are turned one after the other, as long as that helps.
+    """Return the service times that fit a cell best.
 
-    From several beginnings: who gets the cores when they are short, and what messages cost, make up for one another.
+    The search changes one parameter at a time for as long as that helps. It starts from several points, because the
+    sharing of scarce cores and the cost of messages can compensate for each other.
     """
     measured = _measured(cell, cores)
     many = max(run.decision.expand_nodes for runs in cell.runs.values() for run in runs)
@@ -227,7 +236,7 @@ def fit(cell: MeasuredCell, cores: int) -> Profile:
 
 
 def _turned(start: tuple[float, ...], misfit: Callable[[tuple[float, ...]], float]) -> tuple[float, ...]:
-    """Turn one knob after the other to where it fits best, until none moves or for so many rounds."""
+    """Set each parameter in turn to its best value, until none changes or `_ROUNDS` are over."""
     knobs = start
     for _ in range(_ROUNDS):
         before = knobs
@@ -250,7 +259,7 @@ def _adjusted(profile: Profile, many: int, knobs: Mapping[str, float]) -> Profil
 
 
 def _bent(draft: PassCost, num_stems: int, factor: float) -> PassCost:
-    """The curve with another point: so many stems cost `factor` times what the line through the others promises."""
+    """Return the curve with one more point: `num_stems` stems cost `factor` times what the curve predicts for them."""
     if num_stems <= draft.nodes[-1]:
         return draft
     seconds = max(draft.seconds[-1], factor * draft.at(num_stems))
@@ -258,7 +267,7 @@ def _bent(draft: PassCost, num_stems: int, factor: float) -> PassCost:
 
 
 def _with_prefill(profile: Profile, cell: MeasuredCell) -> Profile:
-    """Stretch the curve past what windows have, so that the first token comes when it came in plain decoding."""
+    """Scale the curve beyond the sizes of windows so that plain decoding's first token comes when it was measured."""
     arm, plain = next((arm, runs) for arm, runs in cell.runs.items() if runs[0].decision.depth == 0)
     links_s = (cell.stages + 1) * (cell.link_s + profile.hop_s)
     wanted_s = median(run.ttft_s for run in plain) - links_s
@@ -269,7 +278,7 @@ def _with_prefill(profile: Profile, cell: MeasuredCell) -> Profile:
 
 
 def _reading(profile: Profile, cell: MeasuredCell, share: float) -> Profile:
-    """The drafter reads a prompt in `share` of the time that the target takes for it."""
+    """Let the drafter read a prompt in `share` of the time that the target takes for it."""
     draft = profile.draft
     lengths = sorted(
         {run.num_prompt_tokens for runs in cell.runs.values() for run in runs} - {*range(draft.nodes[-1] + 1)}
@@ -280,7 +289,7 @@ def _reading(profile: Profile, cell: MeasuredCell, share: float) -> Profile:
 
 
 def _misfits(profile: Profile, cell: MeasuredCell) -> tuple[float, float]:
-    """Squared logarithmic errors, summed over the arms: of tokens a second, and of the time to the first token."""
+    """Return the squared logarithmic errors, summed over the arms: of the speed and of the time to the first token."""
     predicted = [(cell.runs[arm], speed, ttft_s) for arm, (speed, ttft_s) in predict(profile, cell).items()]
     return (
         sum(math.log(speed / measured_speed(runs)) ** 2 for runs, speed, _ in predicted),
@@ -289,12 +298,12 @@ def _misfits(profile: Profile, cell: MeasuredCell) -> tuple[float, float]:
 
 
 def measured_speed(runs: Sequence[MeasuredRun]) -> float:
-    """Return tokens a second of one arm: all its tokens over all their time."""
+    """Return the tokens a second of one arm: all its tokens over all their time."""
     return sum(run.num_later_tokens for run in runs) / sum(run.later_s for run in runs)
 
 
 def _measured(cell: MeasuredCell, cores: int) -> Profile:
-    """What the arms show in which one process works at a time."""
+    """Return the service times shown by the arms in which only one process works at a time."""
     num_layers = cell.num_layers
     spans = even_spans(num_layers, cell.stages)
     layers = [last - first for first, last in spans]
@@ -305,7 +314,7 @@ def _measured(cell: MeasuredCell, cores: int) -> Profile:
         for run in runs:
             if run.decision.max_in_flight > 1:
                 continue
-            # The windows after the prompt's: the root and what was drafted below it.
+            # The size of the windows after the prompt's: the root and the nodes drafted below it.
             size = max(1, run.decision.window_nodes)
             per_layer = [seconds / count for seconds, count in zip(run.mean_stage_s, layers, strict=True)]
             shared = mean(per_layer[:-1]) if len(per_layer) > 1 else per_layer[0]
@@ -318,7 +327,7 @@ def _measured(cell: MeasuredCell, cores: int) -> Profile:
     stages_s = mean(sum(run.mean_stage_s) for run in plain)
     num_links = cell.stages + 1
     hop_s = max(0.0, (traversal_s - stages_s) / num_links - cell.link_s)
-    # The first verdict comes after all of the prompt but its last token, and then that one at the tail.
+    # The first verdict needs all of the prompt except its last token, and then that token at the tail.
     for run in plain:
         prefill_s = run.ttft_s - num_links * (cell.link_s + hop_s) - run.mean_stage_s[-1]
         layer_points.setdefault(run.num_prompt_tokens - 1, []).append(max(0.0, prefill_s) / num_layers)
@@ -337,7 +346,10 @@ def _measured(cell: MeasuredCell, cores: int) -> Profile:
 
 
 def predict(profile: Profile, cell: MeasuredCell) -> dict[str, tuple[float, float]]:
-    """Return tokens a second and seconds to the first token of each arm of the cell, its own measurements unseen."""
+    """Return each arm's tokens a second and seconds to the first token, by simulating the cell.
+
+    The cell's measured times are not used.
+    """
     assert cell.recorded is not None
     route = profile.route(cell.stages, cell.link_s)
     tracker = Tracker()
@@ -369,7 +381,7 @@ def _speed(requests: Sequence[SimulatedRequest]) -> float:
 
 
 def _curve(points: dict[int, list[float]]) -> PassCost:
-    """The medians by number of positions; a larger pass never takes less."""
+    """Return the medians by number of positions, made monotonic: a larger pass never takes less time."""
     nodes = tuple(sorted(points))
     seconds: list[float] = []
     for count in nodes:

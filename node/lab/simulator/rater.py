@@ -1,4 +1,7 @@
-"""The network that rates windows, and how it is fitted: torch here, numpy where it serves (`dsd_p2p.window.learned.network`)."""
+"""Defines and fits the network that rates windows.
+
+Training uses torch; serving uses numpy (`dsd_p2p.window.learned.network`).
+"""
 
 import sys
 from collections.abc import Sequence
@@ -46,7 +49,7 @@ class _Rater(nn.Module):
 def train(
     samples: Sequence[Sample], num_epochs: int, seed: int
 ) -> tuple[dict[str, NDArray[np.generic]], tuple[float, float]]:
-    """Return the weights by name, and the L1 losses of the scenarios trained on and of the tenth that was held out."""
+    """Return the weights by name, and the L1 losses on the training scenarios and on the tenth that is held out."""
     torch.manual_seed(seed)
     num_held_out = max(1, len(samples) // 10)
     inputs = np.concatenate([sample.inputs for sample in samples])
@@ -84,7 +87,7 @@ def _fit(network: _Rater, inputs: torch.Tensor, labels: torch.Tensor, num_epochs
 
 
 def _loss(ratings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How far off the known speeds are."""
+    """Return the mean absolute error over the known speeds."""
     known = torch.isfinite(labels)
     return nn.functional.l1_loss(ratings[known], labels[known])
 

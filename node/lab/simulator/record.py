@@ -1,4 +1,4 @@
-"""Makes an agreement trace from two real models (`dsd sim record`)."""
+"""Records the agreement of two real models (`dsd sim record`)."""
 
 import sys
 import time
@@ -19,10 +19,10 @@ from node.lab.simulator.asking import MAX_CENTINATS
 
 
 def record_agreement(config: RecordConfig, progress: Progress) -> Agreement:
-    """Let the target answer prompts of every category greedily, then ask the drafter for its candidates along each answer.
+    """Let the target answer prompts of every category greedily, then ask the drafter for candidates along each answer.
 
     Raises:
-        ModelError: a model or the prompts cannot be had.
+        ModelError: a model or the prompts cannot be loaded.
     """
     problems = [
         problem for category in CATEGORIES for problem in spread(load_problems(category, progress), config.texts)

@@ -1,4 +1,7 @@
-"""`scripts/reproduce`: the figures of the two papers, from the simulator, beside what the papers say (docs/simulator.md)."""
+"""Reproduces the figures of the two papers in the simulator and shows them beside the papers' own (docs/simulator.md).
+
+Run as `scripts/reproduce`.
+"""
 
 import argparse
 import sys
@@ -10,7 +13,7 @@ from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.sim.answer import AgreementModel, ParametricAnswer
 from dsd_p2p.sim.report import Report
 from dsd_p2p.sim.route import RouteModel, SimulatedRequest, simulate_request
-from dsd_p2p.sim.scenario import changed, read_scenario
+from dsd_p2p.sim.scenario_file import changed, read_scenario
 from dsd_p2p.sim.service import PassCost
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
@@ -26,7 +29,9 @@ _WORKLOADS: dict[str, Change] = {
     "CNN/DailyMail": {"workload.prompt.mean": 800, "workload.answer.mean": 80, "acceptance.rate": 0.72},
     "HumanEval": {"workload.prompt.mean": 150, "workload.answer.mean": 150, "acceptance.rate": 0.86},
 }
-"""Lengths are those of the collections; rates are what pairs of models of one family agree at. The paper does not give its own."""
+"""The lengths are those of the collections. The paper gives no acceptance rates; these are typical of two models of one
+family.
+"""
 
 _POLICIES: dict[str, Change] = {
     "random, γ=4": {"speculation.routing": "random"},
@@ -52,11 +57,11 @@ _LATENCY_RATIOS = (1.0, 3.0, 5.0, 10.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run both papers' grids; returns the exit code."""
+    """Run the grids of both papers and return the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/reproduce", description=__doc__)
-    parser.add_argument("--requests", type=int, default=2000, help="of each cell of paper B (default 2000)")
+    parser.add_argument("--requests", type=int, default=2000, help="requests in each cell of paper B (default 2000)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each cell (the paper: 3)")
-    parser.add_argument("--processes", type=int, default=0, help="default: one a core")
+    parser.add_argument("--processes", type=int, default=0, help="processes to use (default: one for each core)")
     parser.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
     options = parser.parse_args(arguments)
     before = machine()
@@ -75,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def paper_a() -> list[dict[str, float]]:
-    """Speed-up over plain decoding by number of nodes and t1 / t0: the paper's formula, its algorithm simulated, and ours."""
+    """Return the speed-ups over plain decoding by number of peers (N) and t1 / t0.
+
+    Each row has the paper's formula, its algorithm simulated, and our continuous tree.
+    """
     rows = []
     for num_nodes in _NODES:
         for ratio in _LATENCY_RATIOS:
@@ -116,7 +124,10 @@ def paper_a() -> list[dict[str, float]]:
 
 
 def _write(num_nodes: int, ratio: float, decision: Decision, num_tokens: int) -> SimulatedRequest:
-    """One text on `num_nodes` nodes, t1 apart, that compute t0 = 10 ms in all, for many positions as for one."""
+    """Simulate one text on `num_nodes` peers with links of latency t1.
+
+    Together they compute for t0 = 10 ms a window, however many positions it has.
+    """
     t0_s = 0.01
     route = RouteModel(
         stages=(PassCost.line(t0_s / num_nodes, 0.0),) * num_nodes,
@@ -138,7 +149,7 @@ def _grid(num_requests: int, num_seeds: int, num_processes: int, progress: Conso
         for count in _DRAFTERS
         for rtt_ms in _RTT_MS
         for policy in _POLICIES
-        # The whole stack of policies in one cell, what it comes to in all.
+        # One cell gets all policies, to show the gain of each.
         if policy in _EVERYWHERE or (name, count, rtt_ms) == ("GSM8K", _DRAFTERS[0], _RTT_MS[0])
     ]
     points: list[Change] = [
@@ -193,7 +204,10 @@ def _numbers(reports: Sequence[Report]) -> dict[str, float]:
 
 
 def _crossover(num_requests: int, num_processes: int, progress: ConsoleProgress) -> list[dict[str, Any]]:
-    """Distributed against fused over the round trip; single-node targets, and targets of four stages as far apart."""
+    """Compare distributed and fused mode over the round trip.
+
+    The targets have one stage, or four stages with the same link between them.
+    """
     base = read_scenario(_SCENARIO)
     points: list[Change] = []
     for stages in (1, 4):

@@ -1,4 +1,4 @@
-"""What the learned policy is taught with."""
+"""Defines the training data of the learned policy."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One scenario, or one recorded decision: inputs `[n, features]` and the label `[arms]` they share, NaN where it is unknown."""
+    """One scenario, or one recorded decision.
+
+    inputs: `[n, features]`. label: `[arms]`, shared by all inputs, NaN where it is unknown.
+    """
 
     inputs: NDArray[np.float32]
     label: NDArray[np.float32]

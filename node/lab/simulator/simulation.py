@@ -1,4 +1,4 @@
-"""Runs scenarios for `dsd sim`: one, or a grid of changes on all cores."""
+"""Runs scenarios for `dsd sim`: a single one, or a grid of changes on all cores."""
 
 import csv
 import itertools
@@ -18,7 +18,8 @@ from dsd_p2p.sim.agreement import Agreement, read_agreement
 from dsd_p2p.sim.fleet import Fleet, FleetRun
 from dsd_p2p.sim.policies import policy_maker
 from dsd_p2p.sim.report import Report, summarise
-from dsd_p2p.sim.scenario import Scenario, changed
+from dsd_p2p.sim.scenario import Scenario
+from dsd_p2p.sim.scenario_file import changed
 from dsd_p2p.telemetry.watch import Sink
 from node.lab.recorded import bundled_agreement
 
@@ -32,10 +33,12 @@ def run_scenario(
     progress: Callable[[int, float], None] | None = None,
     tell: Sink | None = None,
 ) -> FleetRun:
-    """Run one scenario to its end. tell: is told what a live swarm's telemetry tells.
+    """Run one scenario to its end.
+
+    tell: receives the events that a live swarm's telemetry would send.
 
     Raises:
-        ConfigError: its trace or the policy's weights cannot be read.
+        ConfigError: the scenario's agreement or the policy's weights cannot be read.
     """
     policy_of = policy_maker(scenario.speculation)
     return Fleet(scenario, policy_of, _trace(scenario), is_recording=is_recording, progress=progress, tell=tell).run()
@@ -52,14 +55,14 @@ def _trace(scenario: Scenario) -> Agreement | None:
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """One point of a sweep: what was changed, and the reports of its seeds."""
+    """One point of a sweep: the changes to the scenario, and one report for each seed."""
 
     changes: dict[str, Any]
     reports: list[Report]
     seconds: float
 
     def spread(self, value: Callable[[Report], float]) -> tuple[float, float]:
-        """Mean and standard deviation over the seeds."""
+        """Return the mean and standard deviation over the seeds."""
         values = [value(report) for report in self.reports]
         return mean(values), stdev(values) if len(values) > 1 else 0.0
 
@@ -68,7 +71,7 @@ def grid(texts: Sequence[str]) -> list[Change]:
     """Return the product of `NAME=VALUE,VALUE` texts, in their order.
 
     Raises:
-        ConfigError: one is not of that form.
+        ConfigError: a text does not have that form.
     """
     axes = []
     for text in texts:
@@ -78,10 +81,10 @@ def grid(texts: Sequence[str]) -> list[Change]:
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """Return name and value of `NAME=VALUE`; the value as JSON where it is JSON, so that a list is written `["sync"]`.
+    """Return the name and value of `NAME=VALUE`. A value that is valid JSON is read as JSON: `["sync"]` is a list.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: the text does not have that form.
     """
     name, separator, value = text.partition("=")
     if not separator or not value:
@@ -100,7 +103,7 @@ def sweep(
     num_processes: int = 0,
     ray_address: str = "",
 ) -> list[Cell]:
-    """Run every point with seeds `scenario.seed`, +1, ...; on all cores, or on a Ray cluster. The results do not depend on where.
+    """Run every point with seeds `scenario.seed`, +1, ... on all cores or on a Ray cluster; the results are the same.
 
     Raises:
         ConfigError: a change does not fit the scenario, or Ray is not installed.
@@ -158,7 +161,7 @@ def _report(scenario: Scenario) -> tuple[Report, float]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows with one header, the keys of the first."""
+    """Write rows as CSV. The header is the keys of the first row."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
@@ -166,7 +169,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def flat(report: Report) -> dict[str, object]:
-    """Return the report's numbers in one row."""
+    """Return the report's numbers as one flat row."""
     row: dict[str, object] = {}
     for name, value in msgspec.to_builtins(report).items():
         if isinstance(value, dict) and name.endswith("_s"):
@@ -177,7 +180,7 @@ def flat(report: Report) -> dict[str, object]:
 
 
 def draw(path: Path, cells: Sequence[Cell], axis: str) -> None:
-    """Draw throughput and time per token against the first changed value, one line for each combination of the others.
+    """Draw throughput and time per token against `axis`, one line for each combination of the other changes.
 
     Raises:
         ConfigError: matplotlib is missing.

@@ -1,8 +1,8 @@
-"""Teaches the window policy in the simulator: `scripts/train_policy` (docs/simulator.md).
+"""Trains the learned window policy in the simulator (`scripts/train_policy`, docs/simulator.md).
 
-Each scenario is a random route, drafter and kind of text; in some of them several drafters share one target's passes. Every window
-of the catalogue writes the same texts there; the label is the logarithm of its speed over plain decoding's, the inputs are what the
-live tracker had observed under each of the windows.
+Each scenario is a random route, drafter and kind of text; in some, several drafters share one target's passes. Every
+window of the catalogue writes the same texts in it. The label is the logarithm of the window's speed over plain
+decoding's. The inputs are what the live tracker would have observed under each of the windows.
 """
 
 import argparse
@@ -49,26 +49,26 @@ _TOKENS = 40
 _PLAIN_TOKENS = 12
 _TEXTS = 2
 _CROWDED_SHARE = 0.15
-"""Scenarios in which drafters share a target; the others have the route for themselves."""
+"""The share of scenarios in which several drafters share a target. In the others the drafter is alone."""
 
 _CROWD_TOKENS = 40
 _MIN_LIVE_TOKENS = 12
-"""Fewer measure a live window too badly to learn from."""
+"""The fewest tokens that measure a live window well enough to learn from."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Sweep, train, write the weights; returns the exit code."""
+    """Simulate, train and write the weights. Return the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/train_policy", description=__doc__)
     parser.add_argument("--scenarios", type=int, default=2100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--live", type=Path, nargs="*", default=[], help="recordings of live runs to learn from, too")
+    parser.add_argument("--live", type=Path, nargs="*", default=[], help="recordings of live runs to learn from also")
     parser.add_argument("--output", type=Path, default=Path("dsd_p2p/data/policy.npz"))
     options = parser.parse_args(arguments)
     samples = sweep(options.scenarios, options.seed, options.processes)
     samples += [sample for path in options.live for sample in read_live(path)]
-    # torch only now: the simulations were forked without it.
+    # Import torch only now: the simulations are forked without it.
     from node.lab.simulator.rater import train
 
     weights, losses = train(samples, options.epochs, options.seed)
@@ -80,10 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_live(path: Path) -> list[Sample]:
-    """Return what a recording (`--record`) tells of decisions: the speeds of the windows that were measured beside plain decoding.
+    """Return the samples of a recording (`--record`): the speeds of the measured windows over plain decoding's.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the recording cannot be read.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -110,7 +110,7 @@ def _live_label(event: DecisionMade) -> NDArray[np.float32]:
 
 
 def sweep(num_scenarios: int, seed: int, num_processes: int) -> list[Sample]:
-    """Simulate the scenarios on all cores; the same seed gives the same samples in the same order."""
+    """Simulate the scenarios on all cores. The same seed gives the same samples in the same order."""
     seeds = [f"{seed} {number}" for number in range(num_scenarios)]
     samples: list[Sample] = []
     start_s = time.monotonic()
@@ -154,7 +154,7 @@ def _alone(rng: random.Random) -> Sample:
 
 
 def _crowded(rng: random.Random) -> Sample:
-    """Several drafters at one target, all with the same window: what one gains at the others' cost is no gain."""
+    """Simulate several drafters at one target, all with the same window, so that none gains at the others' cost."""
     scenario = _random_crowd(rng)
     inputs: list[NDArray[np.float32]] = []
     speeds: list[float] = []
@@ -187,7 +187,7 @@ def _random_crowd(rng: random.Random) -> Scenario:
                 max_batch=rng.choice((count, max(2, count // 2))),
             ),
         ),
-        # All are at work most of the time, and come in at any moment of the others' passes.
+        # The drafters work most of the time, and join at any moment of the others' passes.
         workload=Workload(
             arrivals="closed",
             concurrency=count,
@@ -230,7 +230,7 @@ def _random_route(rng: random.Random) -> RouteModel:
 
 
 def _random_answers(rng: random.Random) -> list:  # type: ignore[type-arg]
-    """Makers of the scenario's texts: each arm writes the same ones."""
+    """Return functions that make the scenario's texts. Every arm writes the same ones."""
     if rng.random() < 0.5:
         assert _trace is not None
         category = rng.choice(("chat", "maths", "code"))

@@ -1,1 +1,1 @@
-"""A swarm in network namespaces of this machine, with real links between them, to be used and abused."""
+"""A test swarm in network namespaces of this machine, with real links between them."""

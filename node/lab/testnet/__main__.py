@@ -1,4 +1,7 @@
-"""`scripts/testnet`: a swarm in network namespaces, for trying things out (`up`) and for breaking it (`chaos`). Needs root."""
+"""Runs a swarm on this machine, to try things out (`up`) or to test it hard (`chaos`, `siege`, `place`).
+
+`up` and `chaos` use network namespaces and need root.
+"""
 
 import argparse
 import dataclasses
@@ -34,23 +37,23 @@ _QUESTIONS = (
 
 
 def main() -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/testnet", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="run until Ctrl-C")
     up.set_defaults(receipt=None, json=False)
-    chaos = commands.add_parser("chaos", help="break it while clients write")
+    chaos = commands.add_parser("chaos", help="break peers and links while clients write")
     chaos.add_argument("--minutes", type=float, default=10.0)
     chaos.add_argument("--clients", type=int, default=4)
     chaos.add_argument("--tokens", type=int, default=48)
-    chaos.add_argument("--record", metavar="FILE", help="write everybody's telemetry, for dsd top --replay")
+    chaos.add_argument("--record", metavar="FILE", help="write the telemetry of all processes, for dsd top --replay")
     chaos.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
-    siege = commands.add_parser("siege", help="attack a node while an honest client writes (needs no root)")
+    siege = commands.add_parser("siege", help="attack a peer while an honest client writes (needs no root)")
     siege.add_argument("--frames", type=int, default=1_000_000)
     siege.add_argument("--handshakes", type=int, default=10_000)
     siege.add_argument("--rounds", type=int, default=3)
     siege.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
-    place = commands.add_parser("place", help="placement against an even split, one of four peers slow (needs no root)")
+    place = commands.add_parser("place", help="compare placement with an even split, one of four peers slow (no root)")
     place.add_argument("--rounds", type=int, default=5)
     place.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
     for each in (up, chaos):
@@ -80,7 +83,7 @@ def main() -> int:
 
 
 def _is_good(outcome: dict[str, Any]) -> bool:
-    """True when nothing went wrong that must not."""
+    """Return whether the outcome is free of errors."""
     bad = ("wrong", "hung", "leaked", "failed_while_covered")
     return outcome.get("is_alive", True) and not any(outcome.get(name) for name in bad)
 
@@ -101,7 +104,7 @@ async def _up(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for node in net.nodes:
             await net.start_node(node.index)
         await net.all_ready(net.nodes)
-        print(f"{options.nodes} nodes are up; Ctrl-C ends them. Look at them with")
+        print(f"{options.nodes} peers are up; Ctrl-C ends them. List them with")
         print(f"dsd members --swarm {net.nodes[0].state.folder}/", flush=True)
         await trio.sleep_forever()
     return {}
@@ -121,7 +124,7 @@ async def _chaos(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _merge(folder: Path, file: Path) -> None:
-    """Everybody's events in the order of their times."""
+    """Merge the events of all processes into one file, ordered by time."""
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().splitlines()]
     events = sorted(read_events(lines), key=lambda event: event.at_s)
     file.write_bytes(b"".join(encode_event(event) + b"\n" for event in events))
@@ -144,7 +147,7 @@ _COMMANDS = {"up": _up, "chaos": _chaos, "siege": _siege, "place": _place}
 
 
 def _reference(num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts, and what the unsplit model writes after each."""
+    """Return the prompts and the unsplit model's answer to each."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -153,7 +156,7 @@ def _reference(num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
     source = find_model(_MODEL, NoProgress())
     text = TextCodec(source.folder)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
-    # The same number of tokens each, past the end of the text: more to get wrong.
+    # Go on past the end of the text, so that all answers have the same length and more tokens can be wrong.
     model.generation_config.eos_token_id = None
     prompts, answers = [], []
     for question in _QUESTIONS:

@@ -1,6 +1,7 @@
-"""What strangers and hostile members throw at a node: half-made connections, junk, and frames bent at random.
+"""Attacks a peer as strangers and hostile members could: half-open connections, junk, and randomly corrupted frames.
 
-Run as `python -m node.lab.testnet.attacker ADDRESS SWARM_FOLDER FRAMES HANDSHAKES SEED`; prints how many of each were sent.
+Run as `python -m node.lab.testnet.attacker ADDRESS SWARM_FOLDER FRAMES HANDSHAKES SEED`. It prints the numbers of
+handshakes and frames that it sent.
 """
 
 import random
@@ -49,7 +50,7 @@ _HELD = 64
 
 
 def main() -> None:
-    """Attack, then say so."""
+    """Run the attack, then print what was sent."""
     address, folder, frames, handshakes, seed = sys.argv[1:6]
     rng = random.Random(int(seed))  # noqa: S311 - what is bent how
     num_handshakes = _handshakes(address, int(handshakes), rng)
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def _handshakes(address: str, count: int, rng: random.Random) -> int:
-    """Connect and stop half way, keeping some of them open."""
+    """Open connections, send a broken start on each, and keep some of them open."""
     parts = address.split("/")
     held: list[socket.socket] = []
     for _ in range(count):
@@ -77,7 +78,7 @@ def _handshakes(address: str, count: int, rng: random.Random) -> int:
 
 
 def _honest() -> list[bytes]:
-    """Well-formed, about sessions that do not exist and texts that cannot be."""
+    """Return well-formed messages about sessions that do not exist and texts that cannot exist."""
     messages = (
         Window(
             session=_NAME,
@@ -109,7 +110,10 @@ def _honest() -> list[bytes]:
 
 
 def _bent(rng: random.Random) -> Iterator[bytes]:
-    """Frames of every kind: one in two hundred bent, so that the others reach what a bent one would not."""
+    """Yield frames of every kind, one in two hundred corrupted.
+
+    The rest stay intact, so that they reach code that a corrupted frame never reaches.
+    """
     honest = _honest()
     while True:
         frame = bytearray(rng.choice(honest))
@@ -126,7 +130,7 @@ def _bent(rng: random.Random) -> Iterator[bytes]:
 
 
 async def _frames(address: str, state: SwarmState, count: int, rng: random.Random) -> int:
-    """Send frames as a member that went bad; it is thrown out again and again, and comes back."""
+    """Send frames as a hostile member. It is disconnected again and again, and reconnects each time."""
     num_sent = 0
     stored = state.membership()
     with state.client() as (identity, grants), tempfile.TemporaryDirectory() as scratch:

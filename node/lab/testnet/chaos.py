@@ -1,7 +1,7 @@
-"""Ten minutes of a swarm's worst day: peers killed, frozen, cut off, lossy, leaving and coming while clients write.
+"""Disturbs a swarm while clients write: peers are killed, frozen, cut off, or leave, and links lose packets.
 
-Every finished answer must be the unsplit model's; nothing may hang; failures are typed, and only where layers were really lost;
-nothing stays allocated at the end.
+Every finished answer must equal the unsplit model's. Nothing may hang. A request may only fail with a typed error, and
+only when layers were really lost. Nothing may stay allocated at the end.
 """
 
 import random
@@ -22,7 +22,7 @@ from node.member.control import PeerReport, Status, ask_node
 
 _DEADLINE_S = 120.0
 _COVERAGE_S = 60.0
-"""A failure is put down to lost layers when they were lost this long before it, or later."""
+"""A failure is blamed on lost layers if they were lost within this many seconds before its request began, or later."""
 
 _MAX_DISTURBED = 3
 _DRAIN_S = 150.0
@@ -32,7 +32,10 @@ _LOSS = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How long and with what. prompts: token ids; expected: what the unsplit model writes after each."""
+    """The plan of a run.
+
+    prompts: token ids. expected: the unsplit model's answer to each.
+    """
 
     minutes: float
     seed: int
@@ -42,7 +45,10 @@ class Plan:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What came of it. failed_while_covered: failures although every layer was served, with their texts."""
+    """The result of a run.
+
+    failed_while_covered: the failures that happened although every layer was served, with their texts.
+    """
 
     answers: int = 0
     wrong: int = 0
@@ -58,7 +64,7 @@ class Outcome:
     leaks: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as scripts read it; pauses in seconds."""
+        """Return the result for scripts, with pauses in seconds."""
         pauses = sorted(self.pauses_s)
         return {
             "answers": self.answers,
@@ -82,7 +88,7 @@ class Outcome:
 
 
 class Chaos:
-    """Breaks things and judges answers."""
+    """A run that disturbs peers and judges answers."""
 
     def __init__(self, testnet: Testnet, plan: Plan) -> None:
         self._net = testnet
@@ -93,7 +99,7 @@ class Chaos:
         self.outcome = Outcome()
 
     async def run(self) -> Outcome:
-        """Start everything, break it for as long as planned, let it heal, and count."""
+        """Start everything, disturb it for the planned time, let it heal, and count."""
         net = self._net
         net.on_event = self._note
         for node in net.nodes:
@@ -104,19 +110,19 @@ class Chaos:
             num_tokens = len(self._plan.expected[0])
             await net.launch(net.client_command(client.index, self._plan.prompts, num_tokens, seed, _DEADLINE_S))
         await net.all_ready(net.clients)
-        _say(f"{len(net.nodes)} nodes and {len(net.clients)} clients are up")
+        _say(f"{len(net.nodes)} peers and {len(net.clients)} clients are up")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_coverage)
             async with trio.open_nursery() as disturbances:
                 with trio.move_on_after(self._plan.minutes * 60):
                     await self._break_forever(disturbances)
-            _say("nothing is broken any more; waiting for the last answers")
+            _say("the disturbances are over; waiting for the last answers")
             await self._finish()
             nursery.cancel_scope.cancel()
         await self._count_leaks()
         return self.outcome
 
-    # What is broken
+    # Disturbances
 
     async def _break_forever(self, nursery: trio.Nursery) -> None:
         kinds: list[Callable[[int], Awaitable[None]]] = [
@@ -135,12 +141,12 @@ class Chaos:
             index, kind = self._rng.choice(healthy), self._rng.choice(kinds)
             name = kind.__name__.strip("_")
             self.outcome.events[name] += 1
-            _say(f"node {index}: {name}")
+            _say(f"peer {index}: {name}")
             self._disturbed.add(index)
             nursery.start_soon(self._disturb, kind, index)
 
     async def _disturb(self, kind: Callable[[int], Awaitable[None]], index: int) -> None:
-        # What was begun is mended, also when time is up.
+        # Finish a disturbance, with its repair, even when the time is over.
         with trio.CancelScope(shield=True):
             await kind(index)
         self._disturbed.discard(index)
@@ -193,10 +199,10 @@ class Chaos:
         self._net.set_link(index, other)
         await trio.sleep(3)
 
-    # What comes of it
+    # Results
 
     async def _watch_coverage(self) -> None:
-        """Note when some layer is held by nobody who is up and reached; slow and lossy nodes count."""
+        """Note when some layer has no undisturbed holder; peers with lossy links count as disturbed."""
         while True:
             held: set[int] = set()
             for node in self._net.nodes:
@@ -241,7 +247,7 @@ class Chaos:
                 self._net.signal(client.index, signal.SIGKILL)
 
     async def _count_leaks(self) -> None:
-        """Sessions and cache bytes that the nodes still hold, once what waits for another route has been given up."""
+        """Count the peers that still hold sessions or cache bytes after orphaned sessions had time to end."""
         with trio.move_on_after(_LEAK_S):
             while True:
                 leaks = await self._held()
@@ -257,11 +263,11 @@ class Chaos:
             try:
                 status = await ask_node(node.state.control_socket, Status(), timeout_s=5)
             except DsdError as exc:
-                held.append(f"node {node.index} does not answer: {exc}")
+                held.append(f"peer {node.index} does not answer: {exc}")
                 continue
             assert isinstance(status, PeerReport)
             if status.num_sessions or status.cache_bytes:
-                held.append(f"node {node.index}: {status.num_sessions} sessions, {status.cache_bytes} bytes")
+                held.append(f"peer {node.index}: {status.num_sessions} sessions, {status.cache_bytes} bytes")
         return held
 
 

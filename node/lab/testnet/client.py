@@ -1,4 +1,4 @@
-"""A client of a testnet: asks one thing after another and reports what became of it."""
+"""Runs a client of a testnet, which asks one prompt after another and reports each result."""
 
 import logging
 import random
@@ -30,7 +30,7 @@ _WINDOWS = continuous_tree(depth=8, width=1, window_nodes=4, max_in_flight=4)
 
 
 def run_client(command: StartClient) -> int:
-    """Ask until SIGTERM; returns the exit code."""
+    """Ask until SIGTERM, then return the exit code."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format=f"%(asctime)s client{command.index} %(levelname)s %(message)s"
     )
@@ -104,7 +104,7 @@ async def _ask(client: SwarmClient, command: StartClient, prompt: int) -> Answer
 
 
 async def _write(client: SwarmClient, command: StartClient, prompt: int, written: _Written) -> None:
-    """Write one answer, noting each pause that a lost route made."""
+    """Write one answer and note each pause caused by a lost route."""
     options = GenerateOptions(
         text=TextRequest(max_tokens=command.max_tokens), stall_timeout_s=_STALL_S, retry=SWARM_RETRY
     )

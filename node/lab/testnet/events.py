@@ -1,4 +1,7 @@
-"""What the processes of a testnet report, one JSON object a line on a shared pipe; each fits into one atomic write."""
+"""Defines the commands to a testnet's processes and the events that they report.
+
+Events are JSON objects, one a line, on a shared pipe; each fits into one atomic write.
+"""
 
 import msgspec
 
@@ -8,7 +11,10 @@ from node.local.pipe import Report
 
 
 class StartNode(msgspec.Struct, tag="node"):
-    """Run a node of a swarm, its passes `slowdown` times as long as they need, in a network namespace (empty: ours)."""
+    """Run a peer's node daemon.
+
+    namespace: its network namespace, empty for ours. slowdown: the factor by which its passes take longer.
+    """
 
     index: int
     config: ServeFlags
@@ -17,10 +23,10 @@ class StartNode(msgspec.Struct, tag="node"):
 
 
 class StartClient(msgspec.Struct, tag="client"):
-    """Write answers one after another until told to stop.
+    """Run a client that writes answers one after another until it is told to stop.
 
-    prompts: token ids. deadline_s: of one answer, after which it counts as hung. namespace: of the network.
-    record: file that the client's telemetry is appended to.
+    prompts: token ids. deadline_s: the time after which an answer counts as hung. namespace: the network namespace.
+    record: the file that the client's telemetry is appended to.
     """
 
     index: int
@@ -47,9 +53,9 @@ class Asking(msgspec.Struct, tag="asking"):
 class Answered(msgspec.Struct, tag="answered"):
     """A client's answer has ended.
 
-    tokens: all that were written, finished or not. error: what ended it early, by its type; empty when it is whole.
-    pauses_s: for each time the route was lost, seconds between the tokens before and after. resumes: of those, where stages went on
-        with what they held.
+    tokens: everything written, even if the answer is incomplete. error: the type of the error that ended it early, else
+    empty. pauses_s: for each lost route, the seconds between the tokens before and after. resumes: how often stages
+    went on with what they had kept.
     """
 
     prompt: int
@@ -69,9 +75,9 @@ _decoder = msgspec.json.Decoder(Report[Event])
 
 
 def parse(line: bytes) -> Report[Event]:
-    """Return the report of a line.
+    """Return the report in a line.
 
     Raises:
-        msgspec.DecodeError: it is none.
+        msgspec.DecodeError: the line is not a report.
     """
     return _decoder.decode(line)

@@ -1,4 +1,7 @@
-"""Placement on real peers: four on loopback, one of them slow, against a split in proportion to memory."""
+"""Measures placement on real peers: four on loopback, one of them slow.
+
+The baseline is a split in proportion to memory.
+"""
 
 import statistics
 from contextlib import AsyncExitStack
@@ -20,13 +23,13 @@ _SLOW_PEER, _SLOWDOWN = 1, 6.0
 _BEATS = 4
 _MEMORY = 15
 _SHARES = (8, 7, 8, 7)
-"""Every peer has room for half of the model: in proportion, each gets a quarter, and all four are in the route."""
+"""Each peer has room for half of the model, so in a proportional split each of the four serves a quarter."""
 
 
 async def measure_placement(
     folder: Path, model: str, prompt: list[int], expected: list[int], rounds: int
 ) -> dict[str, Any]:
-    """Return plain tokens a second of both swarms, measured in turns on the same machine."""
+    """Return plain decoding's tokens a second in both swarms, measured in turns on the same machine."""
     speeds: dict[str, list[float]] = {"chosen": [], "proportional": []}
     outcome: dict[str, Any] = {"slow_peer": _SLOW_PEER, "slowdown": _SLOWDOWN, "wrong": 0}
     async with AsyncExitStack() as stack:

@@ -1,8 +1,8 @@
-"""A node under siege: hostile handshakes and bent frames by the hundred thousand, beside an honest client that writes on.
+"""Attacks a peer with hostile handshakes and malformed frames while an honest client keeps writing.
 
-The same attack goes in turns against a node of the client's route and against a decoy that has nothing to do with it: on one
-machine attackers slow everybody down, and only the difference between the two is what they do to the node. They run at the lowest
-priority.
+The same attack runs in turns against a peer of the client's route and against an unrelated decoy. On one machine the
+attackers slow everything down, so only the difference between the two is the attack's effect on the peer. The attackers
+run at the lowest priority.
 """
 
 import statistics
@@ -22,7 +22,11 @@ ATTACKERS = 4
 
 @dataclass(slots=True)
 class Siege:
-    """Attacks the first node of a testnet whose last `ATTACKERS` clients are invited and never started. decoy: another like it."""
+    """A run that attacks the first peer of a testnet.
+
+    The last `ATTACKERS` clients of each testnet are invited but never started. decoy: a testnet whose first peer is
+    attacked for comparison.
+    """
 
     net: Testnet
     decoy: Testnet
@@ -39,7 +43,7 @@ class Siege:
     sent_handshakes: int = 0
 
     async def run(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """Return what came of it."""
+        """Run the attack and return its outcome."""
         net = self.net
         net.on_event = self._note
         for each in (net, self.decoy):
@@ -54,7 +58,7 @@ class Siege:
         rss_before = _resident_mib(before.pid)
         for number in range(self.rounds):
             for phase, target in (("calm", None), ("decoy", self.decoy), ("besieged", net)):
-                # What was under way when the phase changed belongs to neither.
+                # Answers that were under way when the phase changed count for neither phase.
                 self.phase = "between"
                 await self._answers(1)
                 self.phase = phase

@@ -1,4 +1,4 @@
-"""A running testnet: namespaces and links, node and client processes, and what they report."""
+"""Runs a testnet: its namespaces and links, its peer and client processes, and their reports."""
 
 import math
 import os
@@ -35,7 +35,11 @@ _INVITE_S = 86400
 
 @dataclass(slots=True, kw_only=True)
 class Process:
-    """One node or client. span: what a node serves, empty before it does. has_failed: it ended by itself."""
+    """One serving peer or client.
+
+    span: the layers that a peer serves, None before it serves any. failure: why the process did not start, empty if it
+    did.
+    """
 
     index: int
     state: SwarmState
@@ -48,10 +52,11 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How large a testnet is. slowdowns: of some nodes, by index. max_layers: of every node, or of each.
+    """The size and settings of a testnet.
 
-    record: folder for each process's telemetry.
-    is_loopback: everything on 127.0.0.1 from `base_port` on instead of in namespaces; needs no root, has no links to change.
+    max_layers: for all serving peers, or one number for each. slowdowns: factors of the slowed peers, by index. record:
+    the folder for each process's telemetry. is_loopback: run everything on 127.0.0.1 from `base_port` on, without
+    namespaces. This needs no root and has no links to change.
     """
 
     num_nodes: int
@@ -66,24 +71,24 @@ class Layout:
     record: str = ""
 
     def recording(self, index: int) -> str:
-        """The file of a process's telemetry, empty for none."""
+        """Return the file for a process's telemetry, empty for none."""
         return f"{self.record}/{index}.jsonl" if self.record else ""
 
     def ip(self, index: int) -> str:
-        """The address of a process."""
+        """Return the IP address of a process."""
         return "127.0.0.1" if self.is_loopback else address(index + 1)
 
     def port(self, index: int) -> int:
-        """The port a process listens on."""
+        """Return the port that a process listens on."""
         return self.base_port + index if self.is_loopback else _PORT
 
     def namespace(self, index: int) -> str:
-        """The network namespace of a process, empty for ours."""
+        """Return the network namespace of a process, empty for ours."""
         return "" if self.is_loopback else namespace(index + 1)
 
 
 class Testnet:
-    """What can be done to it. Hosts are numbered from 1: nodes first, then clients."""
+    """A running testnet. Processes are numbered from 0, the serving peers first; their hosts are numbered from 1."""
 
     def __init__(self, layout: Layout, lab: Netlab | None, launcher: trio.Process, folder: Path) -> None:
         self.layout = layout
@@ -107,20 +112,20 @@ class Testnet:
 
     @property
     def clients(self) -> list[Process]:
-        """The processes that ask."""
+        """The client processes."""
         return self.processes[self.layout.num_nodes :]
 
     def address_of(self, index: int) -> str:
-        """The multiaddr of a node."""
+        """Return the multiaddr of a serving peer."""
         peer = self.processes[index].state.node_key().peer
         return f"/ip4/{self.layout.ip(index)}/tcp/{self.layout.port(index)}/p2p/{peer}"
 
     def latency_s(self, a: int, b: int) -> float:
-        """One way, between two processes' hosts."""
+        """Return the one-way latency between the hosts of two processes."""
         return _NEAR_S + _FAR_S * math.dist(self._places[a], self._places[b])
 
     def set_link(self, a: int, b: int, *, loss: float = 0.0, is_up: bool = True) -> None:
-        """Change the link from one process to another, that direction only."""
+        """Change the link from one process to another, in that direction only."""
         if self.lab is None:
             return
         self.lab.change(
@@ -135,7 +140,7 @@ class Testnet:
         )
 
     async def start_node(self, index: int) -> None:
-        """Start a node; it is ready later."""
+        """Start a peer's node daemon. It becomes ready later."""
         layout = self.layout
         config = ServeFlags(
             swarm=str(self.processes[index].state.folder) + "/",
@@ -157,7 +162,7 @@ class Testnet:
         await self._launcher.stdin.send_all(msgspec.json.encode(command) + b"\n")
 
     def signal(self, index: int, number: signal.Signals) -> None:
-        """Send a signal to a process that we started."""
+        """Send a signal to a process of the testnet."""
         process = self.processes[index]
         if process.pid:
             with suppress(ProcessLookupError):
@@ -166,13 +171,13 @@ class Testnet:
             process.span = None
 
     def is_alive(self, index: int) -> bool:
-        """True while the process exists."""
+        """Return whether the process exists."""
         return self.processes[index].pid > 0 and Path(f"/proc/{self.processes[index].pid}").exists()
 
     def client_command(
         self, index: int, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int, deadline_s: float
     ) -> StartClient:
-        """Return what starts a client."""
+        """Return the command that starts a client."""
         port = 0 if self.layout.is_loopback else _PORT + 1
         return StartClient(
             index=index,
@@ -188,10 +193,10 @@ class Testnet:
         )
 
     async def all_ready(self, processes: list[Process]) -> None:
-        """Wait until they serve.
+        """Wait until the processes are ready.
 
         Raises:
-            ModelError: one cannot.
+            ModelError: a process failed or did not start in time.
         """
         with trio.move_on_after(_START_TIMEOUT_S) as scope:
             for process in processes:
@@ -203,7 +208,7 @@ class Testnet:
             raise ModelError(f"processes {waiting} did not start within {_START_TIMEOUT_S:g} s")
 
     async def listen(self) -> None:
-        """Take in what the processes report, until the last of them has ended."""
+        """Process the reports of all processes until the last one has ended."""
         assert self._launcher.stdout is not None
         buffer = b""
         while chunk := await self._launcher.stdout.receive_some():
@@ -227,7 +232,7 @@ class Testnet:
                 pass
 
     def _invite(self) -> None:
-        """Make the swarm on the first node's machine and let the others in."""
+        """Create the swarm with the first peer as owner and invite the others."""
         first = self.processes[0].state
         stored = first.create(model=self.layout.model, dtype="float32")
         bootstrap = (self.address_of(0),)
@@ -251,10 +256,10 @@ def _parse_span(text: str) -> Span | None:
 
 @asynccontextmanager
 async def open_testnet(layout: Layout, folder: Path) -> AsyncIterator[Testnet]:
-    """Have namespaces, links and the launcher until the end of the block; everything that was started ends with it.
+    """Open the namespaces, links and launcher until the end of the block. Every started process ends with it.
 
     Raises:
-        ConfigError: not root, or the kernel or iproute2 will not have it.
+        ConfigError: the user is not root, or the kernel or iproute2 refuses.
     """
     with ExitStack() as stack:
         num_hosts = layout.num_nodes + layout.num_clients + 1

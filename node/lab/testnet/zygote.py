@@ -1,6 +1,8 @@
-"""Imports everything once and forks a process for each command on standard input: a killed node is back in a second.
+"""Forks a process for each command on standard input.
 
-Run as `python -m node.lab.testnet.zygote`; it ends, and everything it forked with it, when standard input does.
+All modules are already imported, so a killed peer is back within a second.
+
+Run as `python -m node.lab.testnet.zygote`. When standard input ends, it ends with everything that it forked.
 """
 
 import ctypes
@@ -20,8 +22,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Fork until standard input ends."""
-    # No thread may run before the forks, so modules are imported and nothing is started.
+    """Read and run commands until standard input ends."""
+    # No thread may run before a fork, so importing must not start one.
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     decoder = msgspec.json.Decoder(Command)
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 def _become(command: StartNode | StartClient) -> None:
-    """Be that process, and end."""
+    """Become the process of a command, and exit when it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.close(0)

@@ -1,1 +1,1 @@
-"""`dsd top`: a swarm on a terminal."""
+"""Implements `dsd top`, the dashboard of a swarm in a terminal."""

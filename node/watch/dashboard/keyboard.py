@@ -1,4 +1,4 @@
-"""Single keys from a terminal, without waiting for them."""
+"""Reads single keys from a terminal without waiting for Enter."""
 
 import os
 import select
@@ -13,7 +13,7 @@ _NAMES = {b"\x1b[A": "up", b"\x1b[B": "down", b"\r": "enter", b"\n": "enter", b"
 
 @contextmanager
 def raw_keys() -> Iterator[bool]:
-    """Let keys through one by one until the end of the block; yields False where there is no keyboard."""
+    """Deliver keys one by one until the end of the block. Yields False if standard input is no terminal."""
     if not sys.stdin.isatty():
         yield False
         return
@@ -27,7 +27,7 @@ def raw_keys() -> Iterator[bool]:
 
 
 def next_key(timeout_s: float) -> str:
-    """Return the key pressed within `timeout_s`: a letter or a name; empty for none."""
+    """Return the key pressed within `timeout_s`, as a letter or a name; empty if there was none."""
     if not select.select([sys.stdin], [], [], timeout_s)[0]:
         return ""
     data = os.read(sys.stdin.fileno(), 8)

@@ -1,4 +1,4 @@
-"""The dashboard's loop: take events in, look at keys, draw."""
+"""Runs the dashboard's loop: take events, draw, handle keys."""
 
 import time
 
@@ -15,7 +15,7 @@ _HOLD_S = 2.0
 
 
 def show(source: Source, console: Console) -> Picture:
-    """Draw until the person quits or a replay is over; returns the last picture."""
+    """Draw until the user quits or a recording ends, and return the last picture."""
     picture, choices = Picture(), Choices(source=source.name)
     over_s: float | None = None
     with raw_keys() as has_keys, Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
@@ -35,14 +35,14 @@ def show(source: Source, console: Console) -> Picture:
 
 
 def follow(source: Source, picture: Picture) -> None:
-    """Take in what has happened."""
+    """Add the source's new events to the picture."""
     for event in source.take():
         picture.add(event)
     picture.tick(source.now_s())
 
 
 def press(key: str, choices: Choices) -> bool:
-    """Do what a key says; False to quit."""
+    """Handle a key. Returns False to quit."""
     match key:
         case "q":
             return False

@@ -1,4 +1,7 @@
-"""Where the dashboard's events come from: a gateway's stream, a broker, a recording. Each runs in a thread and never gives up."""
+"""Gets the dashboard's events from a gateway's stream, a broker or a recording.
+
+A gateway or a broker is read in a thread, which reconnects forever.
+"""
 
 import threading
 import time
@@ -19,7 +22,7 @@ _SILENCE_S = 20.0
 
 
 class Source(Protocol):
-    """Gives the events that have come since it was asked last."""
+    """A source of events. `take` returns those that arrived since the last call."""
 
     name: str
 
@@ -29,7 +32,7 @@ class Source(Protocol):
 
     @property
     def trouble(self) -> str:
-        """Why none come; empty when all is well."""
+        """Why no events arrive; empty when all is well."""
         ...
 
     @property
@@ -47,7 +50,7 @@ class Source(Protocol):
 
 
 class GatewaySource:
-    """A node's own stream of events. Each connection begins with all that is running."""
+    """The event stream of a gateway. Each connection starts with events for all that is running."""
 
     is_over = False
 
@@ -100,11 +103,11 @@ class GatewaySource:
                     return
                 if line.startswith("data: ") and (event := decode_event(line[6:].encode())) is not None:
                     self._events.append(arrived(event, time.time()))
-        self._trouble = "the node ended the stream: trying again"
+        self._trouble = "the gateway ended the stream: trying again"
 
 
 class BrokerSource:
-    """All events of a swarm, from its broker."""
+    """All events of a swarm, from its MQTT broker."""
 
     is_over = False
 
@@ -133,7 +136,7 @@ class BrokerSource:
 
 
 class Recorder:
-    """A source whose events are also written to a file, one a line, for `dsd top --replay`."""
+    """A source that also writes its events to a file, one per line, for `dsd top --replay`."""
 
     def __init__(self, source: Source, file: Path) -> None:
         self._source = source
@@ -154,7 +157,7 @@ class Recorder:
         return self._source.is_over
 
     def take(self) -> list[Event]:
-        """Return the new events, written down."""
+        """Write the new events to the file and return them."""
         events = self._source.take()
         self._lines.writelines(encode_event(event) + b"\n" for event in events)
         return events
@@ -164,16 +167,16 @@ class Recorder:
         return self._source.now_s()
 
     def close(self) -> None:
-        """Close the file, too."""
+        """Close the file and the source."""
         self._lines.close()
         self._source.close()
 
 
 class Replay:
-    """A recording, live or simulated, `speed` times as fast as it was.
+    """A recording of a live or simulated run, played `speed` times as fast.
 
     Raises:
-        ConfigError: it cannot be read, or holds no events.
+        ConfigError: the file cannot be read or holds no events.
     """
 
     trouble = ""
@@ -188,20 +191,20 @@ class Replay:
         self._events: Iterator[Event] = read_events(self._lines)
         self._next: Event | None = next(self._events, None)
         if self._next is None:
-            raise ConfigError(f"recording {file}: there is no event of ours in it")
+            raise ConfigError(f"recording {file}: the file contains no dsd events")
         self._first_s, self._started_s = self._next.at_s, time.monotonic()
 
     @property
     def is_over(self) -> bool:
-        """True at the end."""
+        """True at the end of the recording."""
         return self._next is None
 
     def now_s(self) -> float:
-        """The time in the recording."""
+        """The current time in the recording."""
         return self._first_s + (time.monotonic() - self._started_s) * self._speed
 
     def take(self) -> list[Event]:
-        """Return what has happened by now."""
+        """Return the recording's events up to its current time."""
         events, now_s = [], self.now_s()
         while self._next is not None and self._next.at_s <= now_s:
             events.append(self._next)

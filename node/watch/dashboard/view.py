@@ -1,4 +1,4 @@
-"""What the dashboard shows of a picture, for a size of the screen: readable at 80x24 and at 200x60, without colour."""
+"""Draws a picture of a swarm for a given screen size. It is readable at 80x24 and at 200x60, and without colour."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _MAX_ALERTS = 3
 
 
 class Sort(StrEnum):
-    """What peers are ordered by."""
+    """The order of the peers."""
 
     LAYERS = "layers"
     BUSY = "busy"
@@ -26,7 +26,10 @@ class Sort(StrEnum):
 
 @dataclass(slots=True)
 class Choices:
-    """What the person at the keys has chosen. drilled: index into what the cursor runs over, None for the overview."""
+    """What the user has chosen, and the state of the source.
+
+    cursor: index into the peers followed by the requests. is_drilled: show the details of that item, not the overview.
+    """
 
     sort: Sort = Sort.LAYERS
     is_paused: bool = False
@@ -72,7 +75,7 @@ def render(picture: Picture, choices: Choices, width: int, height: int) -> Rende
 
 
 def sorted_peers(picture: Picture, sort: Sort) -> list[PeerStatus]:
-    """Return the peers in the order shown; stages before others."""
+    """Return the peers in the order of `sort`; by layers, stages come first."""
     keys = {
         Sort.LAYERS: lambda peer: (not peer.last, peer.first, peer.peer),
         Sort.BUSY: lambda peer: (-peer.busy_share, peer.peer),
@@ -121,7 +124,7 @@ def _quality(picture: Picture, width: int) -> Text:
 
 
 def _ring_lines(picture: Picture, width: int) -> list[Text]:
-    """Each route in use, or the one the stages make: peers, layers, and the round trips between them."""
+    """Return one line per route in use: peers, layers, round trips. Without requests, list all stages in order."""
     routes: dict[tuple[tuple[str, int, int], ...], str] = {}
     for view in picture.running:
         stages = tuple((stage.peer, stage.first, stage.last) for stage in view.stages)
@@ -233,9 +236,9 @@ def _session_details(picture: Picture, view: SessionView, width: int) -> list[Re
     lines = [
         f"request   {view.session} of {short_peer(view.coordinator)}, drafter {view.drafter or '-'}",
         f"written   {newest.num_tokens} of {view.max_tokens or '?'} tokens at {view.tokens_per_s(picture.now_s):.1f}/s",
-        f"window    {newest.decision or '-'}: {newest.reason or '-'}",
+        f"policy    {newest.decision or '-'}: {newest.reason or '-'}",
         f"in flight {newest.num_in_flight}, a traversal takes {1000 * newest.traversal_s:.0f} ms",
-        f"sent      {newest.num_windows} windows, {newest.num_nodes} nodes, {newest.num_stale} in vain",
+        f"sent      {newest.num_windows} windows, {newest.num_nodes} nodes, {newest.num_stale} stale",
         f"misses    {newest.num_misses}  relaxed {newest.num_relaxed}  replays {view.num_replays}",
         f"accepted  {shares or '-'} by depth",
         "route     " + " → ".join(f"{short_peer(stage.peer)}[{stage.first}:{stage.last}]" for stage in view.stages),
@@ -271,7 +274,7 @@ def _cell(text: str) -> Text:
 
 
 def _plain(text: str) -> str:
-    """What peers say must not steer the terminal."""
+    """Replace unprintable characters, so that text from peers cannot control the terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
