@@ -68,7 +68,7 @@ class SwarmDirectory:
         """Return a view of the living members that can hold layers. with_joining: include those still loading."""
         states = {MemberState.SERVING, MemberState.JOINING} if with_joining else {MemberState.SERVING}
         members = [member for member in self._membership.registry.members() if member.is_alive]
-        nodes = tuple(
+        peers = tuple(
             PeerView(
                 peer=member.peer,
                 span=member.record.info.span if self._serves_our_model(member) else None,
@@ -85,15 +85,15 @@ class SwarmDirectory:
             for member in members
             for peer, round_trip_s in member.neighbours_s.items()
         }
-        return SwarmView(num_layers=self._num_layers, peers=nodes, one_way_s=links)
+        return SwarmView(num_layers=self._num_layers, peers=peers, one_way_s=links)
 
     def replicas(self, span: Span, but: str) -> list[PeerId]:
         """Return the members that serve a span, except the peer `but`: ourselves first, then the least busy."""
-        nodes = [
-            node for node in self.view().peers if node.peer != but and node.span is not None and node.span.holds(span)
+        peers = [
+            peer for peer in self.view().peers if peer.peer != but and peer.span is not None and peer.span.holds(span)
         ]
         me = self._membership.links.me.peer
-        return [node.peer for node in sorted(nodes, key=lambda node: (node.peer != me, node.num_sessions))]
+        return [peer.peer for peer in sorted(peers, key=lambda peer: (peer.peer != me, peer.num_sessions))]
 
     def coordinators(self) -> dict[PeerId, Speculation]:
         """Return the members that coordinate for thin clients, each with its drafter's speculation."""

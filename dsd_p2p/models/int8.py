@@ -58,7 +58,7 @@ def round_linear_layers(model: Any) -> None:
     """Replace every linear layer of a float32 CPU model, including the LM head, with an `Int8Linear`."""
     engines = torch.backends.quantized.supported_engines
     torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else "qnnpack"
-    swap_linear_layers(model, Int8Linear)
+    swap_linear_layers(model, Int8Linear, with_conv1d=True)
 
 
 def _has_vnni() -> bool:

@@ -52,5 +52,5 @@ def can_pack(dtype: torch.dtype, device: str) -> bool:
 
 
 def pack_linear_layers(model: Any) -> None:
-    """Replace every linear layer of a model, including the LM head, with a `PackedLinear`."""
-    swap_linear_layers(model, PackedLinear)
+    """Replace the linear layers of a model, including the LM head, with a `PackedLinear` that computes the same bits."""
+    swap_linear_layers(model, PackedLinear, with_conv1d=False)

@@ -30,8 +30,8 @@ class Detour:
             for (a, b), seconds in view.one_way_s.items()
             if (a, b) not in self.links and (b, a) not in self.links
         }
-        nodes = tuple(node for node in view.peers if node.peer not in self.peers)
-        return replace(view, peers=nodes, one_way_s=links)
+        peers = tuple(peer for peer in view.peers if peer.peer not in self.peers)
+        return replace(view, peers=peers, one_way_s=links)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,29 +69,29 @@ def choose_route(
     """
     speculation = speculation or Speculation()
     view = detour.without(view) if detour else view
-    nodes = [node for node in view.peers if node.span is not None]
+    peers = [peer for peer in view.peers if peer.span is not None]
     kept = detour.kept if detour else frozenset()
-    boundaries = _boundaries(view, nodes, kept)
+    boundaries = _boundaries(view, peers, kept)
     ending: dict[int, dict[PeerId, list[_Partial]]] = {}
     for start in boundaries[:-1]:
-        for node in nodes:
-            span = node.span
+        for peer in peers:
+            span = peer.span
             if span is None or not span.first <= start < span.last:
                 continue
-            for before, link_s in _ways_to(node.peer, start, view, coordinator, ending):
+            for before, link_s in _ways_to(peer.peer, start, view, coordinator, ending):
                 for end in boundaries:
                     if start < end <= span.last:
-                        stage = PlannedStage(peer=node.peer, span=Span(start, end))
+                        stage = PlannedStage(peer=peer.peer, span=Span(start, end))
                         refill_s = _REFILL_LAYER_S * (end - start) if kept and stage not in kept else 0.0
-                        partial = _extend(before, link_s + refill_s, node, stage, speculation.window_nodes)
-                        _keep(ending.setdefault(end, {}).setdefault(node.peer, []), partial)
+                        partial = _extend(before, link_s + refill_s, peer, stage, speculation.window_nodes)
+                        _keep(ending.setdefault(end, {}).setdefault(peer.peer, []), partial)
     return _best(ending.get(view.num_layers, {}), view, coordinator, speculation)
 
 
-def _boundaries(view: SwarmView, nodes: list[PeerView], kept: Iterable[PlannedStage]) -> list[int]:
+def _boundaries(view: SwarmView, peers: list[PeerView], kept: Iterable[PlannedStage]) -> list[int]:
     """Return the layers at which one stage may hand over to the next: the ends of all spans, and a grid between."""
     step = -(-view.num_layers // _MAX_BOUNDARIES)
-    spans = [*(node.span for node in nodes if node.span), *(stage.span for stage in kept)]
+    spans = [*(peer.span for peer in peers if peer.span), *(stage.span for stage in kept)]
     ends = {end for span in spans for end in (span.first, span.last)}
     return sorted({*range(0, view.num_layers, step), view.num_layers, *ends})
 
@@ -113,8 +113,8 @@ def _ways_to(
                 yield partial, link_s
 
 
-def _extend(before: _Partial | None, link_s: float, node: PeerView, stage: PlannedStage, num_nodes: int) -> _Partial:
-    pass_s = node.layer_pass_s(num_nodes) * stage.span.num_layers
+def _extend(before: _Partial | None, link_s: float, peer: PeerView, stage: PlannedStage, num_nodes: int) -> _Partial:
+    pass_s = peer.layer_pass_s(num_nodes) * stage.span.num_layers
     return _Partial(
         traversal_s=(before.traversal_s if before else 0.0) + link_s + pass_s,
         slowest_s=max(before.slowest_s if before else 0.0, pass_s),

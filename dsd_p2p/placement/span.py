@@ -26,7 +26,7 @@ def choose_span(view: SwarmView, me: PeerView, speculation: Speculation | None =
     Closing gaps comes first. Once all layers are covered, the criterion is the predicted seconds per token of the best
     route, averaged over the peers that it could start from, and then the layers that the fewest peers hold.
     """
-    others = replace(view, peers=tuple(node for node in view.peers if node.peer != me.peer))
+    others = replace(view, peers=tuple(peer for peer in view.peers if peer.peer != me.peer))
     holders = _holders(others)
     length = max(1, min(me.max_layers, view.num_layers))
     candidates = [Span(first, first + length) for first in range(view.num_layers - length + 1)]
@@ -58,20 +58,20 @@ def choose_move(view: SwarmView, speculation: Speculation | None = None) -> Move
         return None
     best: tuple[int, int, int, float, str] | None = None
     chosen: Move | None = None
-    for node in sorted(view.peers, key=lambda node: node.peer):
-        for span in _spans_around(node, view):
-            moved = replace(view, peers=tuple(replace(n, span=span) if n.peer == node.peer else n for n in view.peers))
-            num_given_up = _num_new(span, node.span) if node.span else 0
-            num_loaded = _num_new(node.span, span)
-            key = (len(moved.uncovered()), num_loaded, num_given_up, node.layer_s * span.num_layers, node.peer)
+    for peer in sorted(view.peers, key=lambda peer: peer.peer):
+        for span in _spans_around(peer, view):
+            moved = replace(view, peers=tuple(replace(n, span=span) if n.peer == peer.peer else n for n in view.peers))
+            num_given_up = _num_new(span, peer.span) if peer.span else 0
+            num_loaded = _num_new(peer.span, span)
+            key = (len(moved.uncovered()), num_loaded, num_given_up, peer.layer_s * span.num_layers, peer.peer)
             if key[0] < num_gaps and (best is None or key < best):
-                best, chosen = key, Move(peer=node.peer, span=span)
+                best, chosen = key, Move(peer=peer.peer, span=span)
     return chosen
 
 
-def _spans_around(node: PeerView, view: SwarmView) -> Iterator[Span]:
+def _spans_around(peer: PeerView, view: SwarmView) -> Iterator[Span]:
     """Yield every span that the peer has room for."""
-    longest = max(1, min(node.max_layers, view.num_layers))
+    longest = max(1, min(peer.max_layers, view.num_layers))
     for first in range(view.num_layers):
         for last in range(first + 1, min(first + longest, view.num_layers) + 1):
             yield Span(first, last)
@@ -84,9 +84,9 @@ def _num_new(old: Span | None, new: Span) -> int:
 
 def _holders(view: SwarmView) -> list[int]:
     holders = [0] * view.num_layers
-    for node in view.peers:
-        if node.span is not None:
-            for layer in range(node.span.first, node.span.last):
+    for peer in view.peers:
+        if peer.span is not None:
+            for layer in range(peer.span.first, peer.span.last):
                 holders[layer] += 1
     return holders
 
@@ -99,7 +99,7 @@ def _pieces(holders: list[int], span: Span) -> int:
 
 def _cost_s(others: SwarmView, me: PeerView, span: Span, speculation: Speculation | None) -> float:
     view = replace(others, peers=(*others.peers, replace(me, span=span)))
-    plans = [choose_route(view, node.peer, speculation) for node in view.peers]
+    plans = [choose_route(view, peer.peer, speculation) for peer in view.peers]
     return math.fsum(plan.s_per_token for plan in plans if plan is not None) / len(plans) + sum(
         plan is None for plan in plans
     )

@@ -60,7 +60,7 @@ class SwarmView:
 
     def uncovered(self) -> list[int]:
         """Return the layers that no peer holds."""
-        covered = {layer for node in self.peers if node.span for layer in range(node.span.first, node.span.last)}
+        covered = {layer for peer in self.peers if peer.span for layer in range(peer.span.first, peer.span.last)}
         return [layer for layer in range(self.num_layers) if layer not in covered]
 
 

@@ -81,7 +81,7 @@ class SimulatedSwarm:
         self._num_layers, self._clock, self._rng, self._log = num_layers, clock, rng, log
         self.units = [
             SimulatedPeer(
-                peer=PeerId(f"node-{index}"),
+                peer=PeerId(f"peer-{index}"),
                 pool=pool,
                 layer=pool.layer.pass_cost(),
                 access=links[pool.link],
@@ -89,7 +89,7 @@ class SimulatedSwarm:
             )
             for index, pool in enumerate(pool for pool in pools for _ in range(pool.count))
         ]
-        self._by_peer = {node.peer: node for node in self.units}
+        self._by_peer = {peer.peer: peer for peer in self.units}
         self._one_way_s: dict[tuple[str, str], float] = {
             (a.peer, b.peer): a.access[1].latency_s + b.access[0].latency_s
             for a, b in itertools.permutations(self.units, 2)
@@ -99,9 +99,9 @@ class SimulatedSwarm:
         self._peers_of: dict[str, list[SimulatedPeer]] = {}
         self._plan = lru_cache(_MAX_PLANS)(self._planned)
         joined: tuple[PeerView, ...] = ()
-        for node in self.units:
-            node.span = choose_span(self._view(joined, {}), node.view())
-            joined = (*joined, node.view())
+        for peer in self.units:
+            peer.span = choose_span(self._view(joined, {}), peer.view())
+            joined = (*joined, peer.view())
 
     @property
     def targets(self) -> Sequence[Target]:
@@ -110,19 +110,19 @@ class SimulatedSwarm:
 
     def places(self) -> Iterator[Place]:
         """Yield every peer."""
-        for node in self.units:
+        for peer in self.units:
             yield Place(
-                peer=node.peer,
-                stages=node.stages,
-                span=node.span or Span(0, self._num_layers),
+                peer=peer.peer,
+                stages=peer.stages,
+                span=peer.span or Span(0, self._num_layers),
                 num_layers=self._num_layers,
-                num_sessions=node.num_sessions,
-                is_up=node.is_up and node.span is not None,
+                num_sessions=peer.num_sessions,
+                is_up=peer.is_up and peer.span is not None,
             )
 
     def choose(self, access: Access, speculation: Speculation) -> Choice | None:
         """Return the route that a request would take now; None while some layers have no holder."""
-        views = tuple(node.view() for node in self.units)
+        views = tuple(peer.view() for peer in self.units)
         plan = self._plan(access[0].latency_s, access[1].latency_s, speculation, views)
         if plan is None:
             return None
@@ -136,8 +136,8 @@ class SimulatedSwarm:
 
     def moved(self, target: Target, change: int) -> None:
         """Add `change` to the number of sessions of every peer on a route."""
-        for node in self._peers_of[target.name]:
-            node.num_sessions += change
+        for peer in self._peers_of[target.name]:
+            peer.num_sessions += change
 
     def fail(self, unit: SimulatedPeer) -> list[TargetSession]:
         """Take a peer down with every route through it; return the sessions that this ends."""
@@ -151,11 +151,11 @@ class SimulatedSwarm:
         """
         lost: list[TargetSession] = []
         while (move := self._gap_closing()) is not None:
-            node, span = move
-            node.span, node.next_span = None, span
-            node.serving.clear()
-            lost += self._end_routes(node)
-            self._clock.after(node.pool.load * span.num_layers, self._loaded, node, span)
+            peer, span = move
+            peer.span, peer.next_span = None, span
+            peer.serving.clear()
+            lost += self._end_routes(peer)
+            self._clock.after(peer.pool.load * span.num_layers, self._loaded, peer, span)
         return lost
 
     def _gap_closing(self) -> tuple[SimulatedPeer, Span] | None:
@@ -163,58 +163,58 @@ class SimulatedSwarm:
 
         A peer that is loading counts as if it had finished.
         """
-        views = tuple(replace(node.view(), span=node.next_span or node.span) for node in self.units if node.is_up)
+        views = tuple(replace(peer.view(), span=peer.next_span or peer.span) for peer in self.units if peer.is_up)
         move = choose_move(self._view(views, {}))
         return None if move is None else (self._by_peer[move.peer], move.span)
 
-    def _loaded(self, node: SimulatedPeer, span: Span) -> None:
+    def _loaded(self, peer: SimulatedPeer, span: Span) -> None:
         """Give the peer its new layers, unless it has been asked for others meanwhile."""
-        if node.next_span == span:
-            node.span, node.next_span = span, None
+        if peer.next_span == span:
+            peer.span, peer.next_span = span, None
 
     def _planned(
         self, up_s: float, down_s: float, speculation: Speculation, views: tuple[PeerView, ...]
     ) -> Plan | None:
         own: dict[tuple[str, str], float] = {
-            (_COORDINATOR, node.peer): up_s + node.access[0].latency_s for node in self.units
+            (_COORDINATOR, peer.peer): up_s + peer.access[0].latency_s for peer in self.units
         }
-        own |= {(node.peer, _COORDINATOR): node.access[1].latency_s + down_s for node in self.units}
+        own |= {(peer.peer, _COORDINATOR): peer.access[1].latency_s + down_s for peer in self.units}
         return choose_route(self._view(views, own), _COORDINATOR, speculation)
 
-    def _view(self, nodes: tuple[PeerView, ...], links: dict[tuple[str, str], float]) -> SwarmView:
-        return SwarmView(num_layers=self._num_layers, peers=nodes, one_way_s=ChainMap(links, self._one_way_s))
+    def _view(self, peers: tuple[PeerView, ...], links: dict[tuple[str, str], float]) -> SwarmView:
+        return SwarmView(num_layers=self._num_layers, peers=peers, one_way_s=ChainMap(links, self._one_way_s))
 
     def _new_route(self, stages: tuple[PlannedStage, ...]) -> Target:
-        nodes = [self._by_peer[stage.peer] for stage in stages]
+        peers = [self._by_peer[stage.peer] for stage in stages]
         target = Target(
             f"route-{self._num_routes}",
-            [self._stage(node, stage.span) for node, stage in zip(nodes, stages, strict=True)],
-            [in_series(a.access[1], b.access[0]) for a, b in itertools.pairwise(nodes)],
+            [self._stage(peer, stage.span) for peer, stage in zip(peers, stages, strict=True)],
+            [in_series(a.access[1], b.access[0]) for a, b in itertools.pairwise(peers)],
             self._clock,
             self._rng,
         )
         self._num_routes += 1
-        self._routes[stages], self._peers_of[target.name] = target, nodes
+        self._routes[stages], self._peers_of[target.name] = target, peers
         return target
 
-    def _stage(self, node: SimulatedPeer, span: Span) -> Stage:
-        stage = node.serving.get(span)
+    def _stage(self, peer: SimulatedPeer, span: Span) -> Stage:
+        stage = peer.serving.get(span)
         if stage is None:
             model = StageModel(
-                cost=node.layer.scaled(span.num_layers),
-                max_batch=node.pool.max_batch,
-                batching=node.pool.batching,
-                spread=node.pool.spread,
-                hidden_bytes=node.pool.hidden_bytes,
+                cost=peer.layer.scaled(span.num_layers),
+                max_batch=peer.pool.max_batch,
+                batching=peer.pool.batching,
+                spread=peer.pool.spread,
+                hidden_bytes=peer.pool.hidden_bytes,
             )
             is_tail = span.last == self._num_layers
-            stage = node.serving[span] = Stage(model, self._clock, node.cores.user(), self._rng, is_tail=is_tail)
+            stage = peer.serving[span] = Stage(model, self._clock, peer.cores.user(), self._rng, is_tail=is_tail)
             if self._log is not None:
-                stage.log = partial(self._log, node.peer, len(node.stages))
-            node.stages.append(stage)
+                stage.log = partial(self._log, peer.peer, len(peer.stages))
+            peer.stages.append(stage)
         return stage
 
-    def _end_routes(self, node: SimulatedPeer) -> list[TargetSession]:
+    def _end_routes(self, peer: SimulatedPeer) -> list[TargetSession]:
         """End all routes through a peer and return their sessions; the same plan later makes a new route."""
-        ended = [stages for stages in self._routes if any(stage.peer == node.peer for stage in stages)]
+        ended = [stages for stages in self._routes if any(stage.peer == peer.peer for stage in stages)]
         return [session for stages in ended for session in self._routes.pop(stages).fail()]

@@ -34,14 +34,14 @@ from node.member.state import SwarmState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """A coordinator that is ready to write answers. Made by `open_client`. nodes: the stages started here."""
+    """A coordinator that is ready to write answers. Made by `open_client`. started: the stages started here."""
 
     config: GenerateConfig
     engine: Engine
     text: TextCodec
     drafter: Drafter
     prompt: list[TokenId]
-    nodes: list[LocalStage]
+    started: list[LocalStage]
     swarm: SwarmClient | None = None
 
     async def write(
@@ -133,14 +133,14 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     model = load_coordinator_model(config.model, draft, progress, draft_dtype=config.draft_dtype, device=config.device)
     prompt = _prompt(config, model.text)
     async with AsyncExitStack() as stack:
-        nodes: list[LocalStage] = []
+        started: list[LocalStage] = []
         client = None
         if state is not None:
             link = config.link_model()
             client = await stack.enter_async_context(open_swarm_client(state, model.source, model.drafter, link=link))
             engine = client.engine
         else:
-            nodes, addresses, link, host = await _stages(config, model.shape.num_layers, progress, stack)
+            started, addresses, link, host = await _stages(config, model.shape.num_layers, progress, stack)
             engine, _ = await stack.enter_async_context(open_coordinator(model, config.dtype, addresses, link, host))
         yield Client(
             config=config,
@@ -148,7 +148,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
             text=model.text,
             drafter=model.drafter,
             prompt=prompt,
-            nodes=nodes,
+            started=started,
             swarm=client,
         )
 
@@ -171,8 +171,8 @@ async def _stages(
         stack.enter_context(netlab(len(spans) + 1, link))
         processes = [_in_namespace(each.config, host) for host, each in enumerate(processes, start=1)]
         link, host = LinkModel(), address(0)
-    nodes = await stack.enter_async_context(local_swarm(processes, progress))
-    return nodes, [node.address for node in nodes], link, host
+    started = await stack.enter_async_context(local_swarm(processes, progress))
+    return started, [stage.address for stage in started], link, host
 
 
 def _in_namespace(config: NodeConfig, host: int) -> StageProcess:

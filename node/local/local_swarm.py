@@ -34,8 +34,8 @@ class LocalStage:
 @asynccontextmanager
 async def local_swarm(stages: Sequence[StageProcess], progress: Progress) -> AsyncIterator[list[LocalStage]]:
     """Start one process per stage of a real model. See `stage_swarm`."""
-    async with stage_swarm("node.local.stage_processes", stages, progress) as nodes:
-        yield nodes
+    async with stage_swarm("node.local.stage_processes", stages, progress) as started:
+        yield started
 
 
 @asynccontextmanager
@@ -61,10 +61,10 @@ async def stage_swarm(
         assert process.stdin is not None
         await process.stdin.send_all(msgspec.json.encode(list(stages)) + b"\n")
         with trio.move_on_after(_START_TIMEOUT_S) as scope:
-            local_nodes = await _all_ready(process, len(stages), progress)
+            started = await _all_ready(process, len(stages), progress)
         if scope.cancelled_caught:
             raise ModelError(f"the stages did not start within {_START_TIMEOUT_S:g} s: is the machine out of memory?")
-        yield local_nodes
+        yield started
     finally:
         await _stop(process)
 
@@ -75,12 +75,12 @@ def stage_processes(config: ModelFlags, spans: Sequence[Span]) -> list[StageProc
     return [StageProcess(config=NodeConfig(span=f"{span.first}:{span.last}", **shared)) for span in spans]
 
 
-async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) -> list[LocalStage]:
+async def _all_ready(process: trio.Process, num_stages: int, progress: Progress) -> list[LocalStage]:
     assert process.stdout is not None
     pids: dict[int, int] = {}
     ready: dict[int, LocalStage] = {}
     buffer = b""
-    while len(ready) < num_nodes:
+    while len(ready) < num_stages:
         chunk = await process.stdout.receive_some()
         if not chunk:
             raise ModelError("the stage processes ended before they were ready: see their messages above")
@@ -97,7 +97,7 @@ async def _all_ready(process: trio.Process, num_nodes: int, progress: Progress) 
                     ready[report.index] = LocalStage(address=address, pid=pids[report.index], weight_bytes=weight_bytes)
                 case Failed(text=text):
                     raise ModelError(f"stage {report.index}: {text}")
-    return [ready[index] for index in range(num_nodes)]
+    return [ready[index] for index in range(num_stages)]
 
 
 async def _stop(process: trio.Process) -> None:

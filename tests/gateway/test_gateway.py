@@ -143,7 +143,7 @@ def test_texts_are_continued_from_strings_and_from_tokens(client):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"model": "gpt-4o"}, "no model 'gpt-4o'"),
+        ({"model": "gpt-4o"}, "model 'gpt-4o' is not served here"),
         ({"temperature": 9}, "temperature"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "pirate", "content": "arr"}]}, "role"),

@@ -153,7 +153,7 @@ async def test_waiting_is_bounded_in_number_and_time(autojump_clock):
 
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(CapacityError, match="wait here already"):
+        with pytest.raises(CapacityError, match="are waiting already"):
             async with admission.enter("c"):
                 pass
     # Who gives up leaves nothing behind.

@@ -52,7 +52,7 @@ answer = { mean = 30 }
 [acceptance]
 rate = 0.8
 """
-FIRST_NODE = SCENARIO.splitlines().index("[[peers]]") + 1
+FIRST_PEER = SCENARIO.splitlines().index("[[peers]]") + 1
 
 
 def fleet_of(text=SCENARIO, *, tell=None, is_recording=False, **changes):
@@ -71,21 +71,21 @@ def test_every_layer_has_a_holder_and_every_answer_its_tokens():
     assert [log.num_tokens for log in run.logs] == [30] * 30
     assert (run.num_leaked, run.num_unfinished) == (0, 0)
     assert summarise(run).littles_law == pytest.approx(1, rel=0.02)
-    assert {name for name, *_ in run.passes} <= {f"node-{index}" for index in range(4)}
+    assert {name for name, *_ in run.passes} <= {f"peer-{index}" for index in range(4)}
     statuses = [each for each in told if type(each).__name__ == "PeerStatus"]
     assert {(each.peer, each.first, each.last) for each in statuses} == {
-        (f"node-{index}", span.first, span.last) for index, span in enumerate(spans)
+        (f"peer-{index}", span.first, span.last) for index, span in enumerate(spans)
     }
 
 
 def test_requests_go_where_the_chain_is_fastest():
     run = fleet_of(workload__rate=0.5).run()
     served = {
-        name: sum(stage.num_served for stage in run.stages if stage.target == name) for name in ("node-0", "node-2")
+        name: sum(stage.num_served for stage in run.stages if stage.target == name) for name in ("peer-0", "peer-2")
     }
     # The near pair has all layers, and the far pair too: it is left alone while the near one is not busy.
-    assert served["node-0"] > 0
-    assert served["node-2"] == 0
+    assert served["peer-0"] > 0
+    assert served["peer-2"] == 0
     near = summarise(run).tpot_s.mean
     far = summarise(fleet_of(workload__rate=0.5, links__near__latency="40ms").run()).tpot_s.mean
     assert far > 2 * near
@@ -93,7 +93,7 @@ def test_requests_go_where_the_chain_is_fastest():
 
 def test_load_spreads_over_what_there_is():
     run = fleet_of(workload__arrivals="closed", workload__concurrency=3, links__far__latency="3ms").run()
-    assert all(sum(stage.num_served for stage in run.stages if stage.target == f"node-{n}") for n in range(4))
+    assert all(sum(stage.num_served for stage in run.stages if stage.target == f"peer-{n}") for n in range(4))
 
 
 def test_the_same_seed_gives_the_same_run():
@@ -163,7 +163,7 @@ def test_two_links_in_a_row():
     [
         ("layers = 6", "layers = 13", r"test\.toml:3: layers: is 13, expected 1 to 12"),
         ("layers = 6", "", r"layers: is 0, expected 1 to 12"),
-        ("count = 2", "count = 65", rf"test\.toml:{FIRST_NODE}: peers\[0\]: expected at most 64 peers"),
+        ("count = 2", "count = 65", rf"test\.toml:{FIRST_PEER}: peers\[0\]: expected at most 64 peers"),
         ('link = "far"', 'link = "moon"', r"peers\[1\]\.link: is 'moon', expected one of the \[links\]: near, far"),
         (
             "[workload]",
@@ -174,7 +174,7 @@ def test_two_links_in_a_row():
         (
             "[workload]",
             "[[targets]]\nstage = { fixed = '1ms' }\n[workload]",
-            rf"test\.toml:{FIRST_NODE}: peers\[0\]: give either \[\[targets\]\], or \[\[peers\]\]",
+            rf"test\.toml:{FIRST_PEER}: peers\[0\]: give either \[\[targets\]\], or \[\[peers\]\]",
         ),
         ("max_layers = 3", "", r"peers\[\.\.\.\]: Object missing required field `max_layers`|max_layers"),
     ],

@@ -81,7 +81,7 @@ def test_what_is_wrong_is_told_the_worst_first():
     alerts = picture.alerts()
     assert [alert.level for alert in alerts] == sorted((a.level for a in alerts), reverse=True)
     texts = " ".join(alert.text for alert in alerts)
-    for words in ("gone is offline", "silent has said nothing", "99 windows", "chain(s) lost"):
+    for words in ("gone is offline", "silent has sent no status", "99 windows", "route(s) lost"):
         assert words in texts
     json.dumps(describe(picture))
 

@@ -110,7 +110,7 @@ def story() -> list[object]:
     events.append(Replayed(at_s=1029.2, session="session1", coordinator="hub", stages=CHAIN[:2], num_tokens=100))
     events.append(
         SessionEnded(
-            at_s=1029.5, session="session2", coordinator="hub", reason="error", error="no chain is left", num_tokens=100
+            at_s=1029.5, session="session2", coordinator="hub", reason="error", error="no route is left", num_tokens=100
         )
     )
     return events
@@ -264,7 +264,7 @@ def test_a_recording_is_replayed_whatever_is_in_it(tmp_path):
 def test_what_cannot_be_watched_is_named(tmp_path):
     for words, text in (
         (("--replay", str(tmp_path / "nothing")), "recording"),
-        (("--replay", str(write(tmp_path / "empty", []))), "no event"),
+        (("--replay", str(write(tmp_path / "empty", []))), "no dsd events"),
         (("ftp://x",), "name a gateway"),
         (("http://127.0.0.1:1", "--once", "--seconds", "0.5"), "trying again"),
     ):

@@ -51,20 +51,20 @@ def _show(view: SwarmView, coordinator: PeerId, plan: Plan, me: PeerId, own: Pla
     table = Table(box=None)
     for column in ("stage", "layers", "holds", "link in", "pass of 8", "sessions"):
         table.add_column(column)
-    nodes = {node.peer: node for node in view.peers}
+    peers = {peer.peer: peer for peer in view.peers}
     before = coordinator
     for stage in plan.stages:
-        node = nodes[stage.peer]
+        peer = peers[stage.peer]
         link_s = view.link_s(before, stage.peer) or 0.0
-        pass_s = node.layer_pass_s(8) * stage.span.num_layers
+        pass_s = peer.layer_pass_s(8) * stage.span.num_layers
         row = (
             short_peer(stage.peer),
             str(stage.span),
-            str(node.span),
+            str(peer.span),
             f"{link_s * 1e3:.1f} ms",
             f"{pass_s * 1e3:.1f} ms",
         )
-        table.add_row(*row, str(node.num_sessions))
+        table.add_row(*row, str(peer.num_sessions))
         before = stage.peer
     Console().print(table)
     where = "this machine" if coordinator == me else short_peer(coordinator)

@@ -52,8 +52,8 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
         if not config.mqtt:
             config = msgspec.structs.replace(config, mqtt=await stack.enter_async_context(embedded_broker()))
         spans = [Span(*bounds) for bounds in even_spans(model.shape.num_layers, config.stages)]
-        nodes = await stack.enter_async_context(local_swarm(stage_processes(config, spans), progress))
-        addresses = [node.address for node in nodes]
+        started = await stack.enter_async_context(local_swarm(stage_processes(config, spans), progress))
+        addresses = [stage.address for stage in started]
         engine, stages = await stack.enter_async_context(
             open_coordinator(model, config.dtype, addresses, config.link_model())
         )
@@ -79,7 +79,7 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
             port = DEFAULT_PORT if api.port is None else api.port
             url = await nursery.start(serve_gateway, gateway, api.host, port, api.names)
             progress.close()
-            _tell(config, url, nodes)
+            _tell(config, url, started)
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 async for _ in signals:
                     break
@@ -135,7 +135,7 @@ async def _introduce(engine: Engine, stages: StageList) -> None:
         await engine.links.round_trip_s(PeerId(info.peer), timeout_s=10)
 
 
-def _tell(config: UpConfig, url: str, nodes: list[LocalStage]) -> None:
+def _tell(config: UpConfig, url: str, started: list[LocalStage]) -> None:
     console.print(f"{config.stages} stages of {config.model} are up; Ctrl-C ends them.")
     print(f"chat in a browser:   {url}/")
     print(f"an OpenAI client:    export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none")
@@ -143,6 +143,6 @@ def _tell(config: UpConfig, url: str, nodes: list[LocalStage]) -> None:
     if config.mqtt != NO_BROKER:
         print(f"telemetry:           {config.mqtt}  (dsd/v1/{TOPICS}/peers/#)")
     print(
-        f"from a terminal:     dsd generate --connect {nodes[0].address} --model {config.model} --prompt '...'",
+        f"from a terminal:     dsd generate --connect {started[0].address} --model {config.model} --prompt '...'",
         flush=True,
     )

@@ -39,7 +39,7 @@ async def run_overhead(config: GenerateConfig, rounds: int) -> dict[str, object]
                 token_s, stage_s = 1 / stats.timing.tokens_per_s, stats.details.mean_stage_s
                 split_s.append(token_s)
                 hop_s.append((token_s - sum(stage_s)) / (len(stage_s) + 1))
-            memory = [_memory(node.pid, node.weight_bytes) for node in client.nodes]
+            memory = [_memory(stage.pid, stage.weight_bytes) for stage in client.started]
     ratios = [split / whole for split, whole in zip(split_s, unsplit_s, strict=True)]
     results: dict[str, object] = {
         "stages": config.stages,
