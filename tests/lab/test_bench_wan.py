@@ -1,13 +1,17 @@
 """How `dsd bench wan` compares policies with fixed windows."""
 
+import msgspec
 import pytest
 
-from dsd_p2p.coordination.statistics import AnswerStatistics
+from dsd_p2p.coordination.statistics import AnswerStatistics, RequestDetails
+from dsd_p2p.session.request import RequestStats
 from dsd_p2p.session.timing import Timing
+from dsd_p2p.window.static import PLAIN
 from node.cli.main import main
 from node.lab.benches.arms import ArmRuns
 from node.lab.benches.wan import _finalists, _regret
 from node.lab.config import WanConfig
+from node.lab.simulator.fit import MeasuredRun
 
 
 def arm(*tokens_per_s):
@@ -16,8 +20,32 @@ def arm(*tokens_per_s):
         timing = Timing(started_at_s=0.0)
         timing.arrived(1, 1.0)
         timing.arrived(100, 1.0 + 100 / speed)
-        runs.add(number, "chat", AnswerStatistics(timing=timing))
+        runs.add(number, {"problem": "p1", "category": "chat"}, AnswerStatistics(timing=timing))
     return runs
+
+
+def test_the_simulator_can_be_fitted_to_the_rows_of_a_receipt():
+    """`dsd sim compare` reads what `dsd bench wan` writes: each answer's prompt, times and counts."""
+    timing = Timing(started_at_s=0.0)
+    timing.arrived(1, 1.0)
+    details = RequestDetails(
+        drafter="ngram",
+        decision=PLAIN,
+        is_relaxed=False,
+        finish_reason="length",
+        num_prompt_tokens=7,
+        mean_accepted_length=1.0,
+        bytes_per_token=9.0,
+        mean_stage_s=[0.005],
+        mean_draft_step_s=0.0,
+        counts=RequestStats(),
+        num_checks=None,
+        num_unchecked=None,
+    )
+    runs = ArmRuns()
+    runs.add(0, {"problem": "mt-bench-81", "category": "chat"}, AnswerStatistics(timing=timing, details=details))
+    (run,) = msgspec.json.decode(msgspec.json.encode(runs.rows()), type=list[MeasuredRun])
+    assert (run.problem, run.num_prompt_tokens, run.ttft_s, run.decision) == ("mt-bench-81", 7, 1.0, PLAIN)
 
 
 SWEPT = {"plain": arm(5), "sync-4": arm(20), "sync-8": arm(30), "continuous-2x8-6": arm(25), "learned": arm(99)}

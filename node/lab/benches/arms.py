@@ -14,24 +14,24 @@ PLAIN_ARM = "plain"
 class ArmRuns:
     """The answers of one arm.
 
-    num_tokens, seconds: by round, the tokens after the first arrival and the time they took. runs: the category and the
-    statistics of each answer.
+    num_tokens, seconds: by round, the tokens after the first arrival and the time they took. runs: for each answer, what
+    its prompt is called (such as its category), and the statistics.
     """
 
     num_tokens: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
-    runs: list[tuple[str, AnswerStatistics]] = field(default_factory=list)
+    runs: list[tuple[Mapping[str, str], AnswerStatistics]] = field(default_factory=list)
 
-    def add(self, round_number: int, category: str, stats: AnswerStatistics) -> None:
-        """Add one answer to a prompt of `category`."""
+    def add(self, round_number: int, prompt: Mapping[str, str], stats: AnswerStatistics) -> None:
+        """Add one answer. prompt: what receipts say of its prompt, by key."""
         timing = stats.timing
         self.num_tokens[round_number] = self.num_tokens.get(round_number, 0) + timing.num_later_tokens
         self.seconds[round_number] = self.seconds.get(round_number, 0.0) + timing.later_s
-        self.runs.append((category, stats))
+        self.runs.append((prompt, stats))
 
     def rows(self) -> list[dict[str, object]]:
         """Return the answers in the form that receipts keep."""
-        return [stats.as_json() | {"category": category} for category, stats in self.runs]
+        return [{**prompt, **stats.as_json()} for prompt, stats in self.runs]
 
     def tokens_per_s(self) -> list[float]:
         """Return each round's tokens a second: all its tokens over all their time, so that slow texts weigh most."""

@@ -93,7 +93,8 @@ async def _play(
                 for name, decision in arms.items():
                     max_tokens = _PLAIN_TOKENS if name == PLAIN_ARM else config.max_tokens
                     stats = await _write(engine, trace, text, decision, max_tokens)
-                    runs[name].add(number, trace.texts[text].category, stats)
+                    asked = {"text": trace.texts[text].source, "category": trace.texts[text].category}
+                    runs[name].add(number, asked, stats)
                     progress.step(f"round {number + 1}/{len(texts)} {name}", 0, 0)
     return runs
 

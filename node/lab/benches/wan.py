@@ -160,7 +160,7 @@ class _Cell:
                         # Policies and fixed windows must not profit from one another's measurements.
                         experience=name if self.config.policies else "",
                     )
-                    runs.setdefault(name, ArmRuns()).add(number, category, stats)
+                    runs.setdefault(name, ArmRuns()).add(number, {"problem": problem, "category": category}, stats)
                     self.answers.setdefault((number, problem), {})[name] = tokens
                     progress.step(f"{self.name}: round {number + 1}/{rounds.stop} {name}", 0, 0)
         return runs
@@ -246,9 +246,9 @@ def _ratios_of(runs: dict[str, ArmRuns], category: str) -> dict[str, float]:
     of_category: dict[str, ArmRuns] = {}
     for name, arm in runs.items():
         of_category[name] = ArmRuns()
-        for each, stats in arm.runs:
-            if each == category:
-                of_category[name].add(0, each, stats)
+        for prompt, stats in arm.runs:
+            if prompt["category"] == category:
+                of_category[name].add(0, prompt, stats)
     return {name: ratio.median for name, ratio in ratios_to_plain(of_category).items()}
 
 
