@@ -124,7 +124,7 @@ class PeerLinks:
             await self.send(
                 peer, Hello(version=PROTOCOL_VERSION, sender=self.me, known=known, grants=self._gatekeeper.grants)
             )
-        except BaseException:
+        except BaseException:  # cancelled, too: the peer is not greeted
             self._greeted.discard(peer)
             raise
 

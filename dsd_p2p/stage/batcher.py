@@ -193,7 +193,7 @@ class Batcher:
                     if isinstance(output, Exception):
                         raise output  # noqa: TRY301 - handled below with the entry's other errors
                     entry.work.take(piece, output)
-                except Exception as exc:
+                except Exception as exc:  # re-raised in `run`, where this session alone waits
                     entry.error = exc
         for entry, _ in batch:
             if entry.error is None and not entry.work.num_left:
@@ -217,7 +217,7 @@ class Batcher:
 
         try:
             entry.answer = entry.work.finish(cost)
-        except Exception as exc:
+        except Exception as exc:  # re-raised in `run`, where this session alone waits
             entry.error = exc
 
 
@@ -238,6 +238,6 @@ def _begin(entry: _Entry, max_rows: int) -> SpanPass | None:
         if not work.is_begun:
             work.begin()
         return work.piece(max_rows) if work.num_left else None
-    except Exception as exc:
+    except Exception as exc:  # re-raised in `run`, where this session alone waits
         entry.error = exc
         return None

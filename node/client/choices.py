@@ -1,20 +1,16 @@
-"""Turns the names in flags into drafters, policies and thresholds."""
+"""Turns the names in flags into policies and thresholds."""
 
 from pathlib import Path
 
 import msgspec
 
-from dsd_p2p.drafting import named
-from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import Relaxation
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
 from node.client.relaxation import bundled_thresholds, read_thresholds
-from node.config import DrafterFlags, GenerateConfig
+from node.config import GenerateConfig
 
 _SYNC_DEPTH = 8
 _DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 96, 2, 8, 6
@@ -60,10 +56,3 @@ def make_relaxation(config: GenerateConfig) -> Relaxation | None:
             return relaxation if config.tau is None else msgspec.structs.replace(relaxation, tau=config.tau)
         case other:
             raise ConfigError(f"--verify {other!r}: choose exact or relaxed")
-
-
-def make_drafter(config: DrafterFlags, target: ModelSource, progress: Progress) -> Drafter:
-    """Return the drafter of `--draft`. Raises as `dsd_p2p.drafting.named.make_drafter` does."""
-    return named.make_drafter(
-        config.draft, target, progress, model=config.model, dtype=config.draft_dtype, device=config.device
-    )

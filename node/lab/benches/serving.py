@@ -9,12 +9,12 @@ from itertools import pairwise
 import trio
 
 from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
+from dsd_p2p.drafting.named import make_drafter
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.types import Span, TextRequest, TokenId
 from dsd_p2p.window.base import WindowPolicy
-from node.client.choices import make_drafter
 from node.lab.config import UsersConfig
 
 _PROMPT_TOKENS = 24
@@ -51,7 +51,9 @@ async def serving_swarm(
         ModelError: the weights cannot be loaded.
     """
     spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
-    drafter = make_drafter(config, source, progress)
+    drafter = make_drafter(
+        config.draft, source, progress, model=config.model, dtype=config.draft_dtype, device=config.device
+    )
     if config.in_process:
         from node.lab.benches.in_process import in_process_swarm
 
