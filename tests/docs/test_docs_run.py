@@ -1,5 +1,6 @@
 """The commands of the documents, run. Changed is only what a test must: ports, folders, addresses, and for how long."""
 
+import ast
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from member_processes import alive, running, status, wait_until
 from test_docs import ROOT, commands
 from upswarm import dsd_up
@@ -29,14 +31,12 @@ def is_left_out(command):
 
 
 class Commands:
-    """Runs the documents' commands and remembers which."""
+    """Runs the documents' commands."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.seen = set()
 
     def changed(self, command, *more, **replaced):
-        self.seen.add(command)
         words = shlex.split(command)[1:]
         return [*(replaced.get(word, word) for word in words), *map(str, more)]
 
@@ -65,7 +65,13 @@ def run_python(code, **replaced):
     return done.stdout
 
 
-def up_and_its_clients(dsd, monkeypatch):
+@pytest.fixture
+def dsd(tmp_path):
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    return Commands(tmp_path)
+
+
+def test_one_machine_and_its_clients(dsd, monkeypatch):
     flags = dsd.changed("dsd up --stages 3 --link 50ms", **{"50ms": "1ms"})[1:]
     with dsd_up(*flags) as up:
         monkeypatch.setenv("OPENAI_BASE_URL", f"{up.url}/v1")
@@ -89,7 +95,7 @@ def up_and_its_clients(dsd, monkeypatch):
             assert len(run_python(swarm, **address)) > 20
 
 
-def on_its_own(dsd):
+def test_commands_that_need_nobody(dsd):
     few = ("--set", "workload.requests=6")
     assert "smollm2-135m" in dsd("dsd models list")
     alone = 'dsd generate --stages 2 --mode sync --depth 8 --json --prompt "..."'
@@ -102,7 +108,8 @@ def on_its_own(dsd):
     assert json.loads((dsd.folder / "trace.json").read_text())["traceEvents"]
 
 
-def over_two_machines(dsd, folder):
+def test_two_machines(dsd):
+    folder = dsd.folder
     a, b = (str(folder / name) for name in "ab")
     for name in (a, b):
         Path(name).mkdir()
@@ -130,12 +137,9 @@ def over_two_machines(dsd, folder):
             dsd("dsd revoke PEER", "--swarm", a, PEER=gone[-10:])
 
 
-def test_every_command_of_the_documents_runs(tmp_path, monkeypatch):
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
-    dsd = Commands(tmp_path)
-    on_its_own(dsd)
-    up_and_its_clients(dsd, monkeypatch)
-    over_two_machines(dsd, tmp_path)
+def test_every_command_of_the_documents_is_run_here():
+    strings = (node.value for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Constant))
+    run = {text for text in strings if re.match(r"dsd \w", str(text))} - set(LEFT_OUT)
     documented = {command for _, command in commands()}
-    assert {command for command in documented - dsd.seen if not is_left_out(command)} == set()
-    assert dsd.seen <= documented, "what is run here stands there, word for word"
+    assert {command for command in documented - run if not is_left_out(command)} == set()
+    assert run <= documented, "what is run here stands there, word for word"
