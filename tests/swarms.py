@@ -11,6 +11,7 @@ import trio.testing
 from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
 from dsd_p2p.coordination.generation import Generation
 from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.netmodel import LinkModel
@@ -32,7 +33,7 @@ def load_stages(source: ModelSource, num_stages: int, **options: object) -> list
     from dsd_p2p.models.architecture import read_model_config
 
     num_layers = read_model_config(source.folder).num_hidden_layers
-    return [SpanModel(source, Span(*bounds), **options) for bounds in even_spans(num_layers, num_stages)]
+    return [open_span(source, Span(*bounds), **options) for bounds in even_spans(num_layers, num_stages)]
 
 
 TEST_MODEL = ModelKey(digest="digest", weights="float32", compute=ComputeFormat.FLOAT32)

@@ -8,9 +8,9 @@ from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.catalog import CATALOG
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span
 
 
@@ -45,7 +45,7 @@ def _model_drafter(name: str, target: ModelSource, progress: Progress, dtype: st
     source = find_model(name, progress)
     progress.step(f"load drafter {name}", 0, 0)
     num_layers = read_shape(source.folder).num_layers
-    model = SpanModel(source, Span(0, num_layers), dtype=dtype, device=device)
+    model = open_span(source, Span(0, num_layers), dtype=dtype, device=device)
     if model.shape.vocab_size != shape.vocab_size:
         raise ConfigError(
             f"drafter {name}: expected the target's {shape.vocab_size} tokens, got {model.shape.vocab_size}; "

@@ -2,8 +2,8 @@
 
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.models.int8 import round_linear_layers
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.source import ModelSource
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span
 
 
@@ -15,6 +15,6 @@ def make_shadow(target: ModelSource, num_layers: int) -> ModelDrafter:
     Raises:
         ModelError: the weights cannot be loaded.
     """
-    model = SpanModel(target, Span(0, num_layers), dtype="float32", is_packed=False)
+    model = open_span(target, Span(0, num_layers), dtype="float32", is_packed=False)
     round_linear_layers(model.model)
     return ModelDrafter(model, "shadow")

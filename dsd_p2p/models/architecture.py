@@ -1,9 +1,14 @@
-"""Reads the properties of a decoder model that differ between families, from its config and not from a table."""
+"""Reads the properties of a decoder model that differ between families, from its config and not from a table.
+
+No other module reads a config's fields.
+"""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.errors
 from transformers import AutoConfig
 
 from dsd_p2p.errors import ModelError
@@ -11,21 +16,47 @@ from dsd_p2p.errors import ModelError
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""RoPE types whose frequencies depend on the longest text so far, so rolling back a token would not restore them."""
+"""RoPE types whose frequencies change when the text gets longer than the original limit. Up to it they do not."""
+
+_MAX_LAYERS, _MAX_WIDTH, _MAX_VOCAB, _MAX_POSITIONS = 4096, 1 << 20, 1 << 24, 1 << 30
+"""Far above any model. A larger number in a config is a mistake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """One decoder layer.
+
+    kind: the name of its sort of attention. window: how many positions it attends to, itself included; 0 for all.
+    kv_values: how many numbers it keeps in the KV cache for one position.
+    """
+
+    kind: str
+    window: int
+    kv_values: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The dimensions of a model.
 
-    kv_values_per_slot: how many numbers one layer keeps in the KV cache for one position.
+    has_slot_masks: its layers also mask by slot, as GPT-Neo's do (`dsd_p2p.models.layer_masks`).
     """
 
-    num_layers: int
     hidden_size: int
     vocab_size: int
     max_positions: int
-    kv_values_per_slot: int
+    layers: tuple[LayerShape, ...]
+    has_slot_masks: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self.layers)
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kind of attention of each layer."""
+        return [layer.kind for layer in self.layers]
 
 
 def read_model_config(folder: Path) -> Any:
@@ -35,24 +66,57 @@ def read_model_config(folder: Path) -> Any:
         ModelError: the folder has no config, or the model cannot be split or rolled back.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as exc:
-        first_line = str(exc).strip().partition("\n")[0]
-        raise ModelError(f"{folder}: transformers cannot load this model: {first_line}") from exc
-    config = getattr(config, "text_config", None) or config
-    if not getattr(config, "num_hidden_layers", None) or not getattr(config, "vocab_size", None):
-        raise ModelError(f"{folder}: {config.model_type} is not a decoder language model")
-    if config.is_encoder_decoder:
-        raise ModelError(f"{folder}: {config.model_type} is an encoder-decoder; only decoders can be split")
-    unknown = set(attention_kinds(config)) - {FULL, SLIDING}
-    if unknown:
-        raise ModelError(f"{folder}: attention of kind {', '.join(sorted(unknown))} is not supported")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise ModelError(f"{folder}: bidirectional attention is not supported")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-        raise ModelError(f"{folder}: rope of type {rope['rope_type']} is not supported")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        quantised = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
+        config = config.get_text_config(decoder=True)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        huggingface_hub.errors.StrictDataclassError,
+    ) as exc:
+        raise ModelError(f"{folder}: transformers cannot read its config.json: {_first_line(exc)}") from exc
+    if quantised:
+        raise ModelError(
+            f"{folder}: its weights are quantised ({_format_of(quantised)}), which is not supported: take the checkpoint "
+            "with float weights"
+        )
+    try:
+        check_config(config)
+        shape_of(config)
+    except ModelError as exc:
+        raise ModelError(f"{folder}: {exc}") from exc
     return config
+
+
+def check_config(config: Any) -> None:
+    """Refuse what cannot be split or rolled back.
+
+    Raises:
+        ModelError: says what.
+    """
+    family = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{family} is an encoder-decoder; only decoders can be split")
+    if not getattr(config, "num_hidden_layers", None) or not getattr(config, "vocab_size", None):
+        raise ModelError(f"{family} is not a decoder language model")
+    unknown = set(_kinds(config)) - {FULL, SLIDING}
+    if unknown:
+        raise ModelError(f"{family}: attention of kind {', '.join(sorted(unknown))} is not supported")
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
+        raise ModelError(f"{family}: bidirectional attention is not supported")
+    if getattr(config, "alibi", False):
+        raise ModelError(f"{family}: attention biases by distance (ALiBi) are not supported")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ModelError(f"{family}: layers that share keys and values are not supported")
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise ModelError(f"{family}: embeddings for every layer (Gemma's E models) are not supported")
+    kept = getattr(config, "keep_window_size", None)
+    if kept is not None and kept < _number(config, "max_position_embeddings", _MAX_POSITIONS):
+        # Which ones are kept is not defined: in the first layer, equal tokens are equally important.
+        raise ModelError(f"{family}: layers that attend to only the {kept} most important positions are not supported")
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -60,24 +124,101 @@ def read_shape(folder: Path) -> ModelShape:
     return shape_of(read_model_config(folder))
 
 
-def attention_kinds(config: Any) -> list[str]:
-    """Return the kind of attention of each layer."""
+def shape_of(config: Any) -> ModelShape:
+    """Return the dimensions of the model with this config.
+
+    Raises:
+        ModelError: the config lacks one, or its value makes no sense.
+    """
+    num_layers = _number(config, "num_hidden_layers", _MAX_LAYERS)
+    kinds = _kinds(config)
+    if len(kinds) != num_layers:
+        raise ModelError(f"{config.model_type}: layer_types names {len(kinds)} layers, num_hidden_layers {num_layers}")
+    layers = (
+        LayerShape(
+            kind=kind,
+            window=_number(config, _WINDOW_NAMES, _MAX_POSITIONS) if kind == SLIDING else 0,
+            kv_values=_kv_values(config, layer, kind),
+        )
+        for layer, kind in enumerate(kinds)
+    )
+    return ModelShape(
+        hidden_size=_number(config, "hidden_size", _MAX_WIDTH),
+        vocab_size=_number(config, "vocab_size", _MAX_VOCAB),
+        max_positions=_max_positions(config),
+        layers=tuple(layers),
+        has_slot_masks=isinstance(getattr(config, "attention_layers", None), list),
+    )
+
+
+def _max_positions(config: Any) -> int:
+    """Return how long a text may be. Rolling a token back must not change the frequencies of the others."""
+    longest = _number(config, "max_position_embeddings", _MAX_POSITIONS)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if each.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            original: Any = each.get("original_max_position_embeddings")
+            longest = min(longest, int(original or getattr(config, "original_max_position_embeddings", longest)))
+    return longest
+
+
+_WINDOW_NAMES = ("sliding_window", "window_size")
+
+
+def _kinds(config: Any) -> list[str]:
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return list(kinds)
+    if isinstance(own := getattr(config, "attention_layers", None), list):
+        # GPT-Neo's names.
+        return [{"global": FULL, "local": SLIDING}.get(kind, str(kind)) for kind in own]
     has_window = getattr(config, "sliding_window", None) is not None
     return [SLIDING if has_window else FULL] * int(config.num_hidden_layers)
 
 
-def shape_of(config: Any) -> ModelShape:
-    """Return the dimensions of the model with this config."""
-    num_heads = int(config.num_attention_heads)
-    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
-    return ModelShape(
-        num_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
-        vocab_size=int(config.vocab_size),
-        max_positions=int(config.max_position_embeddings),
-        kv_values_per_slot=2 * num_kv_heads * head_dim,
+def _kv_values(config: Any, layer: int, kind: str) -> int:
+    """Return how many numbers this layer stores for one position."""
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:
+        return int(latent) + int(config.qk_rope_head_dim)
+    num_heads = _number(config, "num_attention_heads", _MAX_WIDTH)
+    own = getattr(config, "per_layer_config", None)
+    at = own[layer] if own else config
+    num_kv_heads = getattr(at, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or num_heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        num_kv_heads = 1
+    head_dim = getattr(at, "head_dim", None) or getattr(config, "kv_channels", None)
+    if not head_dim:
+        head_dim = _number(config, "hidden_size", _MAX_WIDTH) // num_heads
+    value_dim = getattr(at, "v_head_dim", None) or head_dim
+    if kind == SLIDING and getattr(config, "swa_head_dim", None):
+        num_kv_heads, head_dim = config.swa_num_key_value_heads, config.swa_head_dim
+        value_dim = getattr(config, "swa_v_head_dim", None) or head_dim
+    return int(num_kv_heads) * (int(head_dim) + int(value_dim))
+
+
+def _number(config: Any, names: str | tuple[str, ...], greatest: int) -> int:
+    """Return the first of these fields that the config has."""
+    names = (names,) if isinstance(names, str) else names
+    value = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+    if value is None:
+        raise ModelError(f"{config.model_type} is not supported: its config has no {names[0]}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= greatest:
+        raise ModelError(f"{config.model_type}: its config says {names[0]} is {value}: expected 1 to {greatest}")
+    return value
+
+
+def _format_of(quantised: Any) -> str:
+    """Return the name of a checkpoint's quantisation. Only MLX writes none."""
+    fields = quantised if isinstance(quantised, dict) else vars(quantised)
+    bits = fields.get("bits")
+    return f"{fields.get('quant_method', 'MLX')}{f', {bits} bits' if bits else ''}"
+
+
+def _first_line(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return (
+        lines[-1]
+        if isinstance(exc, huggingface_hub.errors.StrictDataclassError) and lines
+        else (lines or [repr(exc)])[0]
     )

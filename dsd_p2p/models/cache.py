@@ -64,6 +64,15 @@ class KvCache:
         stored_values[:, :, self.num_slots : end] = values
         return stored_keys[:, :, :end], stored_values[:, :, :end]
 
+    def get_seq_length(self, *_args: object) -> int:
+        """Return the number of slots in use, by the name that transformers' models know."""
+        return self.num_slots
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The size of the buffers that exist so far."""
+        return sum(each.nbytes for each in (*self._keys, *self._values) if each is not None)
+
     def grow(self, num_nodes: int) -> None:
         """Mark `num_nodes` more slots as used. Call it after all layers have been updated."""
         self.num_slots += num_nodes

@@ -7,6 +7,7 @@ and missing prefixes.
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from dsd_p2p.errors import ConfigError, ModelError
-from dsd_p2p.models.architecture import attention_kinds, read_model_config
+from dsd_p2p.models.architecture import ModelShape, read_model_config, shape_of
+from dsd_p2p.models.layer_masks import mask_by_layer
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import Span
 
@@ -37,6 +39,10 @@ _TEXT_TOWER_NAMES = {
     r"^model\.language_model\.": "model.",
 }
 """The names that multimodal checkpoints use for their text model. A text-only checkpoint has none of these."""
+
+
+_IGNORED_TENSORS = (r"rotary_emb\.inv_freq$", r"\.(attn|attention|self_attn)\.(masked_)?bias$")
+"""Buffers that old checkpoints stored and that the model computes itself."""
 
 
 class _PassThrough(nn.Module):
@@ -71,8 +77,8 @@ class LoadedSpan:
 
     model: Any
     span: Span
-    num_layers: int
-    kinds: list[str]
+    shape: ModelShape
+    dtype: torch.dtype
     parts: _Parts
 
     def narrow(self, span: Span) -> "LoadedSpan":
@@ -90,11 +96,11 @@ class LoadedSpan:
         model.config = base.config = copy.deepcopy(self.model.config)
         kept = list(getattr(base, self.parts.layers))[span.first - self.span.first : span.last - self.span.first]
         setattr(base, self.parts.layers, nn.ModuleList(kept))
-        _drop_ends(model, self.parts, is_head=span.first == 0, is_tail=span.last == self.num_layers)
+        _drop_ends(model, self.parts, is_head=span.first == 0, is_tail=span.last == self.shape.num_layers)
         if span.first > 0:
             setattr(base, self.parts.embedding, _PassThrough())
-        _name_layers(model.config, span, self.kinds)
-        return LoadedSpan(model=model, span=span, num_layers=self.num_layers, kinds=self.kinds, parts=self.parts)
+        _name_layers(model.config, span, self.shape)
+        return LoadedSpan(model=model, span=span, shape=self.shape, dtype=self.dtype, parts=self.parts)
 
 
 def load_span(
@@ -108,12 +114,11 @@ def load_span(
     """
     transformers_logging.disable_progress_bar()
     config = read_model_config(source.folder)
-    num_layers = int(config.num_hidden_layers)
+    shape = shape_of(config)
+    num_layers = shape.num_layers
     if not 0 <= span.first < span.last <= num_layers:
         raise ConfigError(f"span {span} is outside the model's layers [0, {num_layers})")
-    kinds = attention_kinds(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = _build(config, dtype)
     parts = _find_parts(model, num_layers)
     mapping = get_model_conversion_mapping(model, key_mapping=_TEXT_TOWER_NAMES)
     given = range(max(span.first, donor.span.first), min(span.last, donor.span.last)) if donor else range(0)
@@ -132,24 +137,42 @@ def load_span(
         if span.first > 0:
             setattr(model.base_model, parts.embedding, _PassThrough())
     _fill_buffers(model, device)
-    _keep_layers(model, parts, span, kinds)
+    _keep_layers(model, parts, span, shape)
+    if shape.has_slot_masks:
+        mask_by_layer(getattr(model.base_model, parts.layers), shape.kinds[span.first : span.last])
     model.requires_grad_(False)
-    return LoadedSpan(model=model, span=span, num_layers=num_layers, kinds=kinds, parts=parts)
+    return LoadedSpan(model=model, span=span, shape=shape, dtype=dtype, parts=parts)
+
+
+def _build(config: Any, dtype: torch.dtype) -> Any:
+    """Return the whole model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except Exception as exc:  # A config that fits no model can fail anywhere in the family's own code.
+        reason = str(exc).strip().partition("\n")[0] or repr(exc)
+        raise ModelError(f"{config.model_type}: transformers cannot build a model from its config: {reason}") from exc
 
 
 def _find_parts(model: Any, num_layers: int) -> _Parts:
+    family = model.config.model_type
     base = model.base_model
     children = dict(base.named_children())
-    layers = next(k for k, m in children.items() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
-    embedding = next(k for k, m in children.items() if m is base.get_input_embeddings())
-    rest = [k for k, m in children.items() if k not in (layers, embedding) and next(m.parameters(), None) is not None]
-    norms = [name for name in rest if "norm" in name or name.startswith("ln_")]
-    others = [name for name in rest if name not in norms]
+    layers = next((k for k, m in children.items() if isinstance(m, nn.ModuleList) and len(m) == num_layers), None)
+    embedding = next((k for k, m in children.items() if m is base.get_input_embeddings()), None)
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    if layers is None or embedding is None or head is None:
+        raise ModelError(f"{family}: this model family is not supported, because its layers have an unusual order")
+    norms = [
+        name for name in children if ("norm" in name or name.startswith("ln_")) and name not in (layers, embedding)
+    ]
+    with_weights = [name for name, module in children.items() if next(module.parameters(), None) is not None]
+    others = [name for name in with_weights if name not in (layers, embedding, *norms)]
     if len(norms) != 1 or others not in ([], ["wpe"]):
         raise ModelError(
-            f"{model.config.model_type}: cannot tell which stage needs {', '.join(rest)}; this model family is not supported"
+            f"{family}: this model family is not supported, because it is not known which stage needs "
+            f"{', '.join([*norms, *others]) or 'its last norm'}"
         )
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     return _Parts(
         prefix=model.base_model_prefix,
         layers=layers,
@@ -170,11 +193,16 @@ def _wanted_tensors(
     layers_prefix = f"{parts.prefix}.{parts.layers}."
     embedding_prefixes = tuple(f"{parts.prefix}.{n}." for n in (parts.embedding, parts.position_embedding) if n)
     tied_to = set(model.all_tied_weights_keys.values())
-    is_head, is_tail = span.first == 0, span.last == model.config.num_hidden_layers
+    num_layers = len(getattr(model.base_model, parts.layers))
+    is_head, is_tail = span.first == 0, span.last == num_layers
+    owners = {name.rpartition(".")[0] for name in state} | {f"{layers_prefix}{layer}" for layer in range(num_layers)}
+    ignored = [*_IGNORED_TENSORS, *(model._keys_to_ignore_on_load_unexpected or ())]
     wanted = []
     for name in source.file_of_tensor:
         target, _ = rename_source_key(name, renamings, converters, parts.prefix, state)
         if target not in state:
+            if not any(re.search(pattern, each) for pattern in ignored for each in (name, target)):
+                _refuse_of_ours(source, name, target, owners)
             continue
         if target.startswith(layers_prefix):
             layer = int(target.removeprefix(layers_prefix).partition(".")[0])
@@ -186,6 +214,21 @@ def _wanted_tensors(
         if is_wanted:
             wanted.append(name)
     return wanted
+
+
+def _refuse_of_ours(source: ModelSource, name: str, target: str, owners: set[str]) -> None:
+    """Raise ModelError for a tensor that belongs to one of the model's modules but has no place there.
+
+    The scale of a quantised weight is one. Tensors of other modules, such as an image tower's, are not ours.
+    """
+    owner = target
+    while owner:
+        owner = owner.rpartition(".")[0]
+        if owner in owners:
+            raise ModelError(
+                f"weights of {source.name}: the model has no place for {name}; if the checkpoint is quantised, use the "
+                "one that is not"
+            )
 
 
 def _drop_what_others_own(model: Any, parts: _Parts, span: Span, num_layers: int) -> None:
@@ -206,8 +249,10 @@ def _drop_ends(model: Any, parts: _Parts, *, is_head: bool, is_tail: bool) -> No
     if not is_head and parts.position_embedding:
         setattr(base, parts.position_embedding, _NoPositions())
     if not is_head and hasattr(base, "embedding_multiplier"):
-        # Granite scales its input, but only the head's input is an embedding.
+        # Granite scales its input, but only the head's input is an embedding. So does AFMoE.
         base.embedding_multiplier = 1.0
+    if not is_head and getattr(base.config, "mup_enabled", False):
+        base.config.mup_enabled = False
     if not is_tail:
         setattr(base, parts.norm, _PassThrough())
         model.set_submodule(parts.head, _PassThrough())
@@ -254,13 +299,13 @@ def _fill_buffers(model: Any, device: str) -> None:
     model.initialize_weights()
 
 
-def _keep_layers(model: Any, parts: _Parts, span: Span, kinds: list[str]) -> None:
+def _keep_layers(model: Any, parts: _Parts, span: Span, shape: ModelShape) -> None:
     layers = list(getattr(model.base_model, parts.layers))
     setattr(model.base_model, parts.layers, nn.ModuleList(layers[span.first : span.last]))
-    _name_layers(model.config, span, kinds)
+    _name_layers(model.config, span, shape)
 
 
-def _name_layers(config: Any, span: Span, kinds: list[str]) -> None:
+def _name_layers(config: Any, span: Span, shape: ModelShape) -> None:
     config.num_hidden_layers = span.num_layers
     if getattr(config, "layer_types", None):
-        config.layer_types = kinds[span.first : span.last]
+        config.layer_types = shape.kinds[span.first : span.last]

@@ -32,6 +32,12 @@ class PackedLinear(nn.Module):
         self._bias = bias
         self.num_bytes = sum(each.numel() * each.element_size() for each in (weight, bias) if each is not None)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in its own order, for the few families that look at it (HunYuan's router)."""
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map `[..., n, in]` to `[..., n, out]`."""
         num_rows = inputs.shape[-2]

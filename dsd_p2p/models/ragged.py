@@ -2,9 +2,14 @@
 
 Nothing is padded. Modules that work row by row (projections, MLPs, norms) get `[1, sum n, H]`. Attention gets only the
 session's own keys, values and mask, exactly as if the session ran alone.
+
+How it works. A layer hands its new rows to `update`, may change what it gets back, and calls the attention. Most layers
+pass on what they got: then each session's slots are used where they lie. Some do not: latent attention stores a latent
+and expands it, others repeat heads or halve the values. They get the slots of all sessions in one tensor, and the
+attention takes that apart again. Which sort a layer is shows in its first pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSet, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +18,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dsd_p2p.errors import ModelError
 from dsd_p2p.models.cache import KvCache
 
 RAGGED = "dsd_ragged"
@@ -20,6 +26,8 @@ RAGGED = "dsd_ragged"
 
 _running: ContextVar["RaggedCache"] = ContextVar("dsd_ragged")
 # A context variable, because not every family passes unknown keyword arguments on to its attention.
+
+_Stored = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,34 +48,57 @@ class RaggedCache:
     """The cache that the attention layers use in a pass over several sessions.
 
     kinds: the kind of attention of each layer of the whole model.
+    plain_layers: the layers that pass on what `update` gives them; grows as they show it.
     """
 
-    def __init__(self, segments: Sequence[Segment], kinds: Sequence[str]) -> None:
+    def __init__(self, segments: Sequence[Segment], kinds: Sequence[str], plain_layers: MutableSet[int]) -> None:
         self._segments = segments
         self._kinds = kinds
-        self._stored: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._plain_layers = plain_layers
+        self._given: dict[int, tuple[torch.Tensor, torch.Tensor, _Stored]] = {}
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append each session's `[1, heads, n, head_dim]` to its own cache."""
-        self._stored = [
+        stored = [
             each.cache.update(keys[:, :, each.start : each.end], values[:, :, each.start : each.end], layer_idx)
             for each in self._segments
         ]
+        if len(stored) == 1:
+            ((keys, values),) = stored
+        elif layer_idx not in self._plain_layers:
+            keys = torch.cat([each[0] for each in stored], dim=2)
+            values = torch.cat([each[1] for each in stored], dim=2)
+        # By the tensor that the layer gets, because some families use one layer's keys and values in another.
+        self._given[id(keys)] = (keys, values, stored)
         return keys, values
 
-    def attend(self, module: torch.nn.Module, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments: Any
+    ) -> torch.Tensor:
         """Return the attention's output for all sessions, `[1, sum n, heads, head_dim]`."""
-        kind = self._kinds[int(module.layer_idx)]  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        kind = self._kinds[layer]
         arguments |= {"is_causal": False}
         parts = [
             sdpa_attention_forward(
                 module, query[:, :, each.start : each.end], keys, values, each.masks[kind], **arguments
             )[0]
-            for each, (keys, values) in zip(self._segments, self._stored, strict=True)
+            for each, (keys, values) in zip(self._segments, self._by_session(layer, key, value), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _by_session(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> _Stored:
+        """Return each session's keys and values, from the tensors that the layer calls the attention with."""
+        given = self._given.get(id(key))
+        if given is not None and given[1] is value:
+            self._plain_layers.add(layer)
+            return given[2]
+        if layer in self._plain_layers:
+            raise ModelError(f"layer {layer} changed its keys and values in one pass but not in another")
+        counts = [each.cache.num_slots + each.end - each.start for each in self._segments]
+        return list(zip(torch.split(key, counts, dim=2), torch.split(value, counts, dim=2), strict=True))
 
     def run(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         """Run transformers' module with this as its cache, and return its result."""
@@ -84,12 +115,14 @@ class RaggedCache:
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
-    _key: torch.Tensor,
-    _value: torch.Tensor,
-    _attention_mask: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    return _running.get().attend(module, query, **arguments), None
+    """Attend as transformers' sdpa does. The mask that the model hands over is not used: each session has its own."""
+    del attention_mask
+    return _running.get().attend(module, query, key, value, **arguments), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(RAGGED, _attention)

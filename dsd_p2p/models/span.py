@@ -2,7 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,12 @@ from numpy.typing import NDArray
 from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import Forward
 from dsd_p2p.errors import DsdError, ModelError, RemoteProtocolError
-from dsd_p2p.models.architecture import SLIDING, attention_kinds, read_model_config, shape_of
 from dsd_p2p.models.cache import CacheBudget, KvCache
 from dsd_p2p.models.int8 import Int8Linear
-from dsd_p2p.models.loader import LoadedSpan, load_span
-from dsd_p2p.models.packed import PackedLinear, can_pack, pack_linear_layers
+from dsd_p2p.models.layer_masks import layer_masks
+from dsd_p2p.models.loader import LoadedSpan
+from dsd_p2p.models.packed import PackedLinear
 from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
-from dsd_p2p.models.source import ModelSource, compute_format
 from dsd_p2p.types import ComputeFormat, Span, TokenId
 
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -28,6 +28,13 @@ TORCH_DTYPES = {
     ComputeFormat.BFLOAT16: torch.bfloat16,
     ComputeFormat.FLOAT16: torch.float16,
 }
+
+
+class PassOrder(StrEnum):
+    """How the layers of a family take the windows of several sessions: in one pass, or one after the other."""
+
+    TOGETHER = "together"
+    ALONE = "alone"
 
 
 class LogitsRow:
@@ -50,41 +57,25 @@ class LogitsRow:
 class SpanModel:
     """A span of a model in memory, with the memory budget that its sessions' caches share.
 
-    source: the model to load. dtype: a name of `ComputeFormat`. device: a torch device.
-    donor: a model whose layers are taken over where the spans overlap, not loaded again.
-    is_packed: use the memory order that is fastest for a few rows (`dsd_p2p.models.packed`), if the device has one.
-
-    Raises:
-        ConfigError: the span or dtype does not exist.
-        ModelError: the weights cannot be loaded.
+    loaded: the layers, in the memory order that `PassOrder` and device allow. order: whether the layers can take
+    several sessions in one pass.
     """
 
     def __init__(
-        self,
-        source: ModelSource,
-        span: Span,
-        *,
-        dtype: str = "float32",
-        device: str = "cpu",
-        cache_bytes: int = 1 << 30,
-        donor: "SpanModel | None" = None,
-        is_packed: bool = True,
+        self, loaded: LoadedSpan, order: PassOrder, *, device: str = "cpu", cache_bytes: int = 1 << 30
     ) -> None:
-        config = read_model_config(source.folder)
-        self.shape = shape_of(config)
-        self.span = span
-        self.is_head = span.first == 0
-        self.is_tail = span.last == self.shape.num_layers
+        self._loaded = loaded
+        self._model: Any = loaded.model
+        self.shape = loaded.shape
+        self.span = loaded.span
+        self.is_head = self.span.first == 0
+        self.is_tail = self.span.last == self.shape.num_layers
         self.budget = CacheBudget(cache_bytes)
-        self.torch_dtype = TORCH_DTYPES[compute_format(dtype)]
+        self.torch_dtype: torch.dtype = loaded.dtype
         self._device = device
-        self._loaded: LoadedSpan = load_span(source, span, self.torch_dtype, device, donor._loaded if donor else None)
-        self._model: Any = self._loaded.model
-        if is_packed and can_pack(self.torch_dtype, device):
-            pack_linear_layers(self._model)
-        self._kinds = sorted(set(attention_kinds(config)[span.first : span.last]))
-        self._sliding_window = int(getattr(config, "sliding_window", None) or 0)
-        self._is_ragged = self._model.config._attn_implementation == "sdpa"
+        self._layers = self.shape.layers[self.span.first : self.span.last]
+        self._plain_layers: set[int] = set()
+        self._is_ragged = order is PassOrder.TOGETHER
         if self._is_ragged:
             self._model.config._attn_implementation = RAGGED
 
@@ -100,8 +91,13 @@ class SpanModel:
         part._loaded = self._loaded.narrow(span)
         part._model = part._loaded.model
         part.span, part.is_head, part.is_tail = span, span.first == 0, span.last == self.shape.num_layers
-        part._kinds = sorted(set(self._loaded.kinds[span.first : span.last]))
+        part._layers = self.shape.layers[span.first : span.last]
         return part
+
+    @property
+    def loaded(self) -> LoadedSpan:
+        """The layers, for another model to take over."""
+        return self._loaded
 
     @property
     def model(self) -> Any:
@@ -129,7 +125,7 @@ class SpanModel:
         Raises:
             CapacityError: the budget is full.
         """
-        slot_bytes = self.span.num_layers * self.shape.kv_values_per_slot * self.torch_dtype.itemsize
+        slot_bytes = sum(layer.kv_values for layer in self._layers) * self.torch_dtype.itemsize
         return KvCache(
             first_layer=self.span.first,
             num_layers=self.span.num_layers,
@@ -201,13 +197,16 @@ class SpanModel:
                 for each, start, end in zip(passes, starts, ends, strict=True)
             ]
             # Attention uses the segments' masks. This one only keeps transformers from making its own.
-            arguments["attention_mask"] = self._by_kind(dict.fromkeys(self._kinds, _NO_MASK.to(self._device)))
-            result = RaggedCache(segments, self._loaded.kinds).run(model, arguments)[0][0]
+            arguments["attention_mask"] = self._by_kind(lambda _layer: _NO_MASK.to(self._device))
+            cache = RaggedCache(segments, self.shape.kinds, self._plain_layers)
+            result = cache.run(model, arguments)[0][0]
         else:
             (only,) = passes
             masks = {kind: self._additive(mask, only.forward) for kind, mask in self._masks(only.forward).items()}
-            arguments["attention_mask"] = self._by_kind(masks)
-            result = model(**arguments, past_key_values=only.cache, use_cache=True)[0][0]
+            with layer_masks(masks):
+                by_kind = next(iter(masks.values())) if self.shape.has_slot_masks else self._by_kind(masks.__getitem__)
+                arguments["attention_mask"] = by_kind
+                result = model(**arguments, past_key_values=only.cache, use_cache=True)[0][0]
             only.cache.grow(only.num_rows)
         if not self.is_tail:
             data = result.contiguous().cpu().view(torch.uint8).numpy()
@@ -239,15 +238,16 @@ class SpanModel:
         None stands for a mask that is all true.
         """
         masks: dict[str, torch.Tensor | None] = {}
-        for kind in self._kinds:
+        for kind, window in {layer.kind: layer.window for layer in self._layers}.items():
             attends = forward.mask
-            if kind == SLIDING:
-                attends = attends & (forward.positions[:, None] - forward.slot_positions[None] < self._sliding_window)
+            if window:
+                attends = attends & (forward.positions[:, None] - forward.slot_positions[None] < window)
             masks[kind] = None if attends.all() else torch.from_numpy(attends)[None, None].to(self._device)
         return masks
 
-    def _by_kind(self, masks: dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _by_kind(self, mask: Callable[[str], torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the masks in the form that every family accepts: one mask, or one per kind if a model mixes kinds."""
+        masks = {kind: mask(kind) for kind in sorted({layer.kind for layer in self._layers})}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _additive(self, mask: torch.Tensor | None, forward: Forward) -> torch.Tensor:

@@ -218,11 +218,20 @@ class ModelsConfig(Settings, frozen=True, kw_only=True):
     """Settings of `dsd models`."""
 
     action: Annotated[
-        Literal["list", "pull", "path"],
-        Help("list: show the catalog; pull: download a model; path: print the folder that transformers can load"),
+        Literal["list", "pull", "path", "families"],
+        Help(
+            "list: show the catalog; pull: download a model; path: print the folder that transformers can load; "
+            "families: try every family of transformers with tiny random weights"
+        ),
         POSITIONAL,
     ]
-    name: Annotated[str, Help("with pull, path: a catalog name, a folder or a Hugging Face id"), POSITIONAL] = ""
+    name: Annotated[
+        str,
+        Help("with pull, path: a catalog name, a folder or a Hugging Face id; with families: only this family"),
+        POSITIONAL,
+    ] = ""
+    json: Annotated[bool, Help("with families: print a JSON object as the last line")] = False
+    page: Annotated[str, Help("with families: write the table into this page, between its marks")] = ""
 
 
 class CompletionConfig(Settings, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.describe import stage_info
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import PeerInfo, Span
@@ -39,7 +40,7 @@ def load_span(
         ConfigError, ModelError: the layers do not exist or cannot be loaded.
     """
     torch.set_num_threads(config.threads)
-    model = SpanModel(
+    model = open_span(
         source,
         span,
         dtype=dtype,

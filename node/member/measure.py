@@ -15,6 +15,7 @@ from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.cache_dir import default_cache_dir
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.placement.view import WIDE_WINDOW_NODES
@@ -91,7 +92,7 @@ def _measure(source: ModelSource, config: ServeFlags, dtype: str) -> _Measured:
     span = Span(middle, middle + 1)
     if num_layers == 1:
         span = Span(0, 1)
-    model = SpanModel(source, span, dtype=dtype, device=config.device)
+    model = open_span(source, span, dtype=dtype, device=config.device)
     return _Measured(
         layer_s=pass_s(model, 1),
         layer16_s=pass_s(model, WIDE_WINDOW_NODES),

@@ -16,9 +16,9 @@ from dsd_p2p.coordination.directory import StageList
 from dsd_p2p.coordination.engine import Engine, GenerateOptions
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.errors import DishonestPeer
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.stage.admission import StageLimits
@@ -100,17 +100,17 @@ async def stages(tiny, bend=None, liar=1, num_replicas=2, start=3, liar_span=Non
     async with trio.open_nursery() as nursery:
         for number, peer in enumerate(peers):
             index = number % 3
-            model = SpanModel(source, SPANS[index])
+            model = open_span(source, SPANS[index])
             served = model
             if number == liar and (bend or liar_span):
-                lying = SpanModel(source, liar_span) if liar_span else model
+                lying = open_span(source, liar_span) if liar_span else model
                 served = Liar(lying, bend or (lambda rows, _last: rows), start, like=model)
             await nursery.start(serve, network, peer, served, SPANS[index])
         me = key(200)
         async with network.open(me.peer) as transport:
             links = PeerLinks(transport, PeerInfo(peer=me.peer, addresses=transport.addresses))
             listed = StageList(links)
-            drafter = ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself")
+            drafter = ModelDrafter(open_span(source, Span(0, NUM_LAYERS)), "itself")
             engine = Engine(links, drafter, VOCAB, nursery, listed)
             nursery.start_soon(run_services, links, [engine])
             await listed.add([f"memory:{peer.peer}" for peer in peers])

@@ -17,9 +17,9 @@ from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.coordination.prefixes import PrefixIndex, scope_of
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import LocalProtocolError, PrefixLost
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.links import Arrived
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.parking import Parked, ParkedTexts
@@ -469,7 +469,7 @@ async def test_a_conversation_with_a_real_model_is_what_it_is_without():
 
 
 def test_a_copy_of_a_cache_holds_its_beginning_and_a_shrunk_one_no_more_than_it_needs():
-    model = SpanModel(find_model("smollm2-135m", NoProgress()), Span(0, 2), cache_bytes=1 << 26)
+    model = open_span(find_model("smollm2-135m", NoProgress()), Span(0, 2), cache_bytes=1 << 26)
     tokens = list(range(10))
 
     def run(cache, table, start, end):

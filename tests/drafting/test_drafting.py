@@ -15,9 +15,10 @@ from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import CapacityError
 from dsd_p2p.models.int8 import Int8Linear
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import LogitsRow, SpanModel
+from dsd_p2p.models.span import LogitsRow
 from dsd_p2p.session.effects import Candidate, Draft, Stem
 from dsd_p2p.types import Sampling, Span
 from dsd_p2p.verification.exact import ExactVerifier
@@ -30,9 +31,9 @@ def drafter(request, tiny):
         case "ngram":
             return NgramDrafter()
         case "model":
-            return ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "model")
+            return ModelDrafter(open_span(source, Span(0, NUM_LAYERS)), "model")
         case "combined":
-            return CombinedDrafter(ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "model"))
+            return CombinedDrafter(ModelDrafter(open_span(source, Span(0, NUM_LAYERS)), "model"))
         case _:
             return make_shadow(source, NUM_LAYERS)
 
@@ -99,7 +100,7 @@ def test_a_session_that_lived_through_a_tree_answers_like_a_fresh_one(drafter):
 
 def test_the_model_drafts_what_it_would_say_itself(tiny):
     folder = tiny("llama")
-    drafter = ModelDrafter(SpanModel(find_model(str(folder), NoProgress()), Span(0, NUM_LAYERS)), "model")
+    drafter = ModelDrafter(open_span(find_model(str(folder), NoProgress()), Span(0, NUM_LAYERS)), "model")
     session = drafter.open(100)
     text = prompt_of(12)
     (candidates,) = session.expand(draft_of(text, []))
@@ -109,7 +110,7 @@ def test_the_model_drafts_what_it_would_say_itself(tiny):
 
 
 def test_a_level_is_one_forward_and_nothing_is_computed_twice(tiny, monkeypatch):
-    model = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS))
+    model = open_span(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS))
     sizes = []
     views = model.views
     monkeypatch.setattr(model, "views", lambda c, f, i, r: sizes.append(len(i)) or views(c, f, i, r))
@@ -174,7 +175,7 @@ def test_the_ngram_drafter_learns_how_far_to_trust_itself():
 
 
 def test_a_drafter_without_memory_says_so(tiny):
-    model = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS), cache_bytes=1000)
+    model = open_span(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS), cache_bytes=1000)
     with pytest.raises(CapacityError, match="raise --cache-memory"):
         ModelDrafter(model, "model").open(100)
 
@@ -182,7 +183,7 @@ def test_a_drafter_without_memory_says_so(tiny):
 def test_with_the_targets_noise_a_drafter_guesses_its_samples(tiny):
     """The drafter is the target: with the same seed its first candidate is the very token, with another it rarely is."""
     source = find_model(str(tiny("llama")), NoProgress())
-    model = SpanModel(source, Span(0, NUM_LAYERS))
+    model = open_span(source, Span(0, NUM_LAYERS))
     text = prompt_of(8)
     hits = {}
     for seed in (7, 8):

@@ -23,9 +23,9 @@ from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.drafting.shadow import make_shadow
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.transport.ephemeral import open_ephemeral
@@ -67,7 +67,7 @@ async def test_every_family_in_real_processes_writes_the_unsplit_models_text(tin
     source = find_model(str(folder), NoProgress())
     drafters = [
         NgramDrafter(),
-        CombinedDrafter(ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself")),
+        CombinedDrafter(ModelDrafter(open_span(source, Span(0, NUM_LAYERS)), "itself")),
         make_shadow(source, NUM_LAYERS),
     ]
     sampled = Sampling(temperature=1.0, top_k=50, top_p=0.95, seed=7)
@@ -93,7 +93,7 @@ async def test_every_family_in_real_processes_writes_the_unsplit_models_text(tin
 async def test_smollm2_in_real_processes_writes_the_unsplit_models_text(smollm, num_stages):
     text = random.Random(3).choices(range(20, 40_000), k=600)
     ngram, shadow = NgramDrafter(), make_shadow(smollm, 30)
-    itself = ModelDrafter(SpanModel(smollm, Span(0, 30)), "itself")
+    itself = ModelDrafter(open_span(smollm, Span(0, 30)), "itself")
     greedy = Sampling()
     requests = [(shadow, decision, text[:9], 40, greedy) for decision in DECISIONS.values()]
     requests += [(drafter, DECISIONS["tree"], text[:1], 1, greedy) for drafter in (ngram, shadow, itself)]

@@ -18,6 +18,7 @@ from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.packed import PackedLinear, can_pack
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
@@ -32,8 +33,8 @@ async def test_all_modes_and_drafters_write_the_unsplit_models_text(tiny, family
     folder = tiny(family)
     source = find_model(str(folder), NoProgress())
     stages = load_stages(source, num_stages)
-    itself = ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself")
-    other = ModelDrafter(SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS)), "other")
+    itself = ModelDrafter(open_span(source, Span(0, NUM_LAYERS)), "itself")
+    other = ModelDrafter(open_span(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS)), "other")
     prompt = prompt_of(11)
     expected = reference.greedy(folder, prompt, 24)
     for drafter in (NgramDrafter(), itself, other, CombinedDrafter(other)):
@@ -50,7 +51,7 @@ async def test_smaller_hidden_states_change_bytes_and_no_window_changes_their_te
     """What int8 or bfloat16 on the links writes is another model's text, the same in every mode."""
     folder = tiny("llama")
     source = find_model(str(folder), NoProgress())
-    drafter = ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself")
+    drafter = ModelDrafter(open_span(source, Span(0, NUM_LAYERS)), "itself")
     link_bytes = {}
     async with model_swarm(load_stages(source, 2), drafter) as swarm:
         for hidden_format in HiddenFormat:
@@ -70,7 +71,7 @@ async def test_smaller_hidden_states_change_bytes_and_no_window_changes_their_te
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tree_window_gives_each_node_the_logits_of_its_own_path(tiny, family):
     folder = tiny(family)
-    model = SpanModel(find_model(str(folder), NoProgress()), Span(0, NUM_LAYERS))
+    model = open_span(find_model(str(folder), NoProgress()), Span(0, NUM_LAYERS))
     text = prompt_of(23, seed=1)
     nodes = prompt_of(9, seed=2)
     parents = [None, None, 100, 100, 101, 102, 104, 105, 105]
@@ -121,12 +122,12 @@ def test_a_stage_loads_only_its_own_tensors(tiny, family):
 def test_part_of_a_span_computes_what_a_stage_of_that_part_does(tiny, family):
     """And layers taken over from a donor are the donor's own tensors."""
     source = find_model(str(tiny(family)), NoProgress())
-    whole = SpanModel(source, Span(0, NUM_LAYERS))
-    middle = SpanModel(source, Span(1, 3))
+    whole = open_span(source, Span(0, NUM_LAYERS))
+    middle = open_span(source, Span(1, 3))
     prompt = prompt_of(9)
     for bounds in ((0, 1, 4), (0, 2, 3, 4), (0, 3, 4)):
         outputs = []
-        for spans_of in (lambda s: whole.narrow(s), lambda s: SpanModel(source, s, donor=middle)):
+        for spans_of in (lambda s: whole.narrow(s), lambda s: open_span(source, s, donor=middle)):
             values: object = prompt
             for first, last in itertools.pairwise(bounds):
                 part = spans_of(Span(first, last))
@@ -143,7 +144,7 @@ def test_part_of_a_span_computes_what_a_stage_of_that_part_does(tiny, family):
         assert np.array_equal(outputs[0], expected)
         assert np.array_equal(outputs[1], expected)
     assert whole.budget.used_bytes == 0
-    extended = SpanModel(source, Span(0, 3), donor=middle)
+    extended = open_span(source, Span(0, 3), donor=middle)
     pointers = [{p.data_ptr() for p in m.model.parameters()} for m in (middle, extended)]
     assert pointers[0] <= pointers[1]
     packed = [{m for m in each.model.modules() if isinstance(m, PackedLinear)} for each in (middle, extended)]
@@ -162,7 +163,7 @@ def test_sessions_in_one_pass_see_only_themselves(tiny, family):
     source = find_model(str(folder), NoProgress())
     texts = [prompt_of(length, seed=length) for length in (23, 5, 14)]
     spans = [Span(0, 2), Span(2, NUM_LAYERS)]
-    models = [SpanModel(source, span) for span in spans]
+    models = [open_span(source, span) for span in spans]
 
     def forwards() -> list[list[Forward]]:
         chains = [SlotTable().chain(len(text)) for text in texts]
@@ -203,8 +204,8 @@ def test_sessions_in_one_pass_see_only_themselves(tiny, family):
 
 
 def test_what_is_wrong_with_one_session_is_not_the_others_business(tiny):
-    model = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS))
-    tail = SpanModel(find_model(str(tiny("llama")), NoProgress()), Span(2, NUM_LAYERS))
+    model = open_span(find_model(str(tiny("llama")), NoProgress()), Span(0, NUM_LAYERS))
+    tail = open_span(find_model(str(tiny("llama")), NoProgress()), Span(2, NUM_LAYERS))
     forward = SlotTable().append([0], [None], [0])
 
     def of(model: SpanModel, inputs: list[int] | bytes) -> SpanPass:

@@ -16,9 +16,9 @@ from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models import source as source_module
 from dsd_p2p.models import wheels
 from dsd_p2p.models.catalog import CATALOG, CatalogModel
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import ModelSource, find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span
 
 
@@ -146,9 +146,9 @@ def test_a_tensor_that_changed_unnoticed_is_not_loaded(tiny, tmp_path):
     file.write_bytes(data)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert source.digest() == digest
-    SpanModel(source, Span(2, 3))
+    open_span(source, Span(2, 3))
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has changed on disk"):
-        SpanModel(source, Span(0, 2))
+        open_span(source, Span(0, 2))
 
 
 def test_a_hub_model_fetches_only_the_files_a_span_needs(tiny, tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_hub_model_fetches_only_the_files_a_span_needs(tiny, tmp_path, monkeyp
 
     monkeypatch.setattr(source_module, "_hub_file", fetch)
     source = ModelSource("owner/model", local, "owner/model", "c0ffee")
-    SpanModel(source, Span(1, 3))
+    open_span(source, Span(1, 3))
     assert set(fetched) == {"model.safetensors.index.json", "layer1.safetensors", "layer2.safetensors"}
     assert source.digest() != ModelSource("owner/model", local, "owner/model", "c0ffee-later").digest()
 
@@ -195,5 +195,5 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tiny, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     source = find_model(str(folder), NoProgress())
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
-        SpanModel(source, Span(0, 4))
-    SpanModel(source, Span(2, 4))
+        open_span(source, Span(0, 4))
+    open_span(source, Span(2, 4))

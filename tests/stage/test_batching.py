@@ -17,9 +17,9 @@ from toy_swarm import NUM_STAGES, SPANS, toy_swarm
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.errors import ModelError
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.batcher import Batcher
 from dsd_p2p.types import Sampling, Span, TextRequest
@@ -222,7 +222,7 @@ async def test_a_pass_that_fails_as_a_whole_fails_only_who_is_to_blame():
 async def test_real_layers_write_for_sixteen_what_they_write_for_one(tiny, temperature):
     folder = tiny("llama")
     source = find_model(str(folder), NoProgress())
-    drafter = ModelDrafter(SpanModel(source, Span(0, NUM_LAYERS)), "itself")
+    drafter = ModelDrafter(open_span(source, Span(0, NUM_LAYERS)), "itself")
     prompts = [prompt_of(3 + 5 * index, seed=index) for index in range(16)]
     decisions = [PLAIN, sync_chain(3), TREE]
     texts: dict[int, list[int]] = {}

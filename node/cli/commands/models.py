@@ -1,4 +1,8 @@
-"""Implements `dsd models list|pull|path`."""
+"""Implements `dsd models list|pull|path|families`."""
+
+import json
+from collections import Counter
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -10,11 +14,13 @@ from node.console import ConsoleProgress, console
 
 
 def run(config: ModelsConfig) -> int:
-    """List the catalog, download a model, or print the folder that transformers can load."""
+    """List the catalog, download a model, print the folder that transformers can load, or try the families."""
     name = config.name
     match config.action:
         case "list":
             _list()
+        case "families":
+            _families(config)
         case action if not name:
             raise ConfigError(f"dsd models {action} needs a model: one of {', '.join(CATALOG)}, a folder or a hub id")
         case "pull":
@@ -42,3 +48,27 @@ def _list() -> None:
         size = f"{model.num_bytes / 1e6:.0f} MB"
         table.add_row(model.name, model.description, size, model.licence, "yes" if is_cached(model.name) else "no")
     Console().print(table)
+
+
+def _families(config: ModelsConfig) -> None:
+    """Try the families, print a line for each, and write the table or a JSON object if asked for."""
+    from node.lab.families import FamilyStatus, all_families, try_families, with_table
+
+    known = all_families()
+    if config.name and config.name not in known:
+        raise ConfigError(f"no family {config.name!r}: transformers knows {', '.join(known)}")
+    page = Path(config.page)
+    if config.page and not page.is_file():
+        raise ConfigError(f"--page {config.page}: there is no such file")
+    found = {}
+    for name, family in try_families([config.name] if config.name else known):
+        found[name] = family
+        print(f"{name:28} {family.status:8} {family.reason}".rstrip())
+    counts = Counter(family.status for family in found.values())
+    if config.page:
+        page.write_text(with_table(page.read_text(), found))
+    if config.json:
+        families = {name: str(family.status) for name, family in found.items()}
+        print(json.dumps({str(status): counts[status] for status in FamilyStatus} | {"families": families}))
+    else:
+        print(", ".join(f"{counts[status]} {status}" for status in FamilyStatus))

@@ -4,8 +4,8 @@ import sys
 import time
 
 from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span
 from node.console import ConsoleProgress
 from node.lab.config import ProfileConfig
@@ -21,7 +21,7 @@ def run(config: ProfileConfig) -> int:
         num_layers = read_shape(source.folder).num_layers
         curves = []
         for what, first in (("a middle layer", num_layers // 2), ("the tail", num_layers - 1)):
-            model = SpanModel(source, Span(first, first + 1), dtype=config.dtype, device=config.device)
+            model = open_span(source, Span(first, first + 1), dtype=config.dtype, device=config.device)
             curve = []
             for done, count in enumerate(_NODES):
                 progress.step(f"measure {what}", done, len(_NODES))

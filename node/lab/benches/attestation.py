@@ -6,6 +6,7 @@ import torch
 
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
@@ -32,7 +33,7 @@ def run_attestation(config: SplitConfig, rounds: int, progress: Progress) -> dic
     source = find_model(config.model, progress)
     num_layers = read_shape(source.folder).num_layers
     span = Span(*even_spans(num_layers, config.stages)[config.stages // 2])
-    model = SpanModel(source, span, dtype=config.dtype, device=config.device)
+    model = open_span(source, span, dtype=config.dtype, device=config.device)
     key = SigningKey(bytes(32))
     shares = {}
     for num_nodes in _NODES:

@@ -13,6 +13,7 @@ from dsd_p2p import units
 from dsd_p2p.coordination.engine import Engine, open_engine
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.models.describe import stage_info
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.links import PeerLinks
@@ -42,7 +43,7 @@ async def in_process_swarm(
         stack.callback(nursery.cancel_scope.cancel)
         servers = []
         for index, span in enumerate(spans):
-            model = SpanModel(source, span, dtype=config.dtype, device=config.device, cache_bytes=cache_bytes)
+            model = open_span(source, span, dtype=config.dtype, device=config.device, cache_bytes=cache_bytes)
             transport = await stack.enter_async_context(network.open(f"stage{index}"))
             links = PeerLinks(transport, _info(config, source, span, transport, model))
             servers.append(StageServer(links, model, limits, time.perf_counter))

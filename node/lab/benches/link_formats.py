@@ -8,6 +8,7 @@ import torch
 
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import compute_format, find_model
 from dsd_p2p.models.span import SpanModel
@@ -33,7 +34,7 @@ def run_formats(config: SplitConfig, progress: Progress) -> dict[str, object]:
     num_layers = read_shape(source.folder).num_layers
     progress.step(f"load {config.model}", 0, 0)
     stages = [
-        SpanModel(source, Span(*bounds), dtype=config.dtype, device=config.device)
+        open_span(source, Span(*bounds), dtype=config.dtype, device=config.device)
         for bounds in even_spans(num_layers, config.stages)
     ]
     codec = TextCodec(source.folder)

@@ -8,6 +8,7 @@ from dsd_p2p import units
 from dsd_p2p.cache.passes import SpanPass
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.open import open_span
 from dsd_p2p.models.packed import can_pack
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
@@ -34,7 +35,7 @@ def run_passes(config: PassesConfig, rounds: int, progress: Progress) -> dict[st
     num_layers = read_shape(source.folder).num_layers
     span = Span(*even_spans(num_layers, config.stages)[config.stages // 2])
     cache_bytes = units.num_bytes(config.cache_memory)
-    model = SpanModel(source, span, dtype=config.dtype, device=config.device, cache_bytes=cache_bytes)
+    model = open_span(source, span, dtype=config.dtype, device=config.device, cache_bytes=cache_bytes)
     arms = [(count, rows) for rows in _ROWS for count in _SESSIONS if count <= config.sessions]
     seconds: dict[tuple[int, int], list[float]] = {arm: [] for arm in arms}
     for number in range(-1, rounds):
@@ -71,7 +72,7 @@ def _compare_packing(config: PassesConfig, source: ModelSource, span: Span, roun
     """Time passes of one window with torch's linear layers and with packed ones, in turns."""
     cache_bytes = units.num_bytes(config.cache_memory)
     models = {
-        name: SpanModel(source, span, dtype=config.dtype, cache_bytes=cache_bytes, is_packed=name == "packed")
+        name: open_span(source, span, dtype=config.dtype, cache_bytes=cache_bytes, is_packed=name == "packed")
         for name in ("torch", "packed")
     }
     samples: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in _WINDOWS} for name in models}
