@@ -190,9 +190,16 @@ class SyncSwarm:
             with answer.scope:
                 policy = self._engine.governed(adaptive_policy("learned"))
                 async with self._engine.generate(prompt, options, policy) as generation:
+                    num_left = options.text.max_tokens
                     async for token in generation:
-                        if token not in options.text.stop_tokens:
-                            answer.pieces.put(Token(token, streamer.step(token)))
+                        num_left -= 1
+                        is_stop = token in options.text.stop_tokens
+                        text = "" if is_stop else streamer.step(token)
+                        if is_stop or num_left == 0:
+                            text += streamer.finish()
+                        # A stop token is passed on only if it completes held text, such as bytes of a character.
+                        if text or not is_stop:
+                            answer.pieces.put(Token(token, text))
                 error = None
         except DsdError as exc:
             error = exc

@@ -20,6 +20,15 @@ transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
+_FIRST = ("docs", "member", "local", "lab", "gateway", "coordination")
+"""Rooms whose tests start processes and wait for them. A worker that is left with one of them at the end is late."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    room = {item: item.path.parent.name for item in items}
+    items.sort(key=lambda item: _FIRST.index(room[item]) if room[item] in _FIRST else len(_FIRST))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Return the folder of a family's tiny model."""

@@ -93,6 +93,8 @@ class Client:
                 tokens.append(token)
                 if show is not None:
                     show(streamer.step(token))
+        if show is not None:
+            show(streamer.finish())
         return tokens, statistics_of(generation, self.drafter.name)
 
     async def _ask(
@@ -110,6 +112,8 @@ class Client:
                     tokens.append(token)
                     if show is not None:
                         show(streamer.step(token))
+        if show is not None:
+            show(streamer.finish())
         return tokens, AnswerStatistics(timing=timing, coordinator=coordinator)
 
 

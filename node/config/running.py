@@ -167,6 +167,11 @@ class GatewayConfig(Settings, frozen=True, kw_only=True):
     names: Annotated[
         tuple[str, ...], Help("additional host names that clients use for this machine, separated by commas")
     ] = ()
+    defaults: Annotated[
+        Literal["model", "openai"],
+        Help("sampling if a request does not say; model: as its files say; openai: temperature 1"),
+    ] = "model"
+    strict: Annotated[bool, Help("refuse requests with fields that the gateway does not know")] = False
     max_running: Annotated[int, Meta(ge=1, le=1024), Help("maximum number of answers generated at once")] = 16
     max_waiting: Annotated[int, Meta(ge=0, le=65536), Help("maximum number of queued answers")] = 256
     answer_timeout: Annotated[str, Help("time limit for one answer, e.g. 1h")] = "1h"

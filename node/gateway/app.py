@@ -3,18 +3,17 @@
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 from importlib.metadata import version
 from importlib.resources import files
-from typing import TypeVar
 
 import msgspec
 import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -28,12 +27,14 @@ from dsd_p2p.telemetry.summary import describe
 from dsd_p2p.types import ModelKey, Sampling, TextRequest, TokenId
 from node.gateway.admission import Admission, PatientBackend
 from node.gateway.backend import Backend
+from node.gateway.body import Asked, read_body
 from node.gateway.choice import Choice
 from node.gateway.errors import ApiError, api_error, json_response, unexpected
 from node.gateway.formats import ChatFormat, TextFormat
+from node.gateway.hosts import OnlyHosts
 from node.gateway.keys import Client, Clients
 from node.gateway.openapi import openapi_document
-from node.gateway.replies import Model, ModelList
+from node.gateway.replies import Defaults, Model, ModelList
 from node.gateway.schema import MAX_CHOICES, ChatRequest, Common, CompletionRequest
 from node.gateway.stream import EventStream
 from node.gateway.writing import Writing, WritingOptions
@@ -41,10 +42,9 @@ from node.watch.hub import EventHub
 
 logger = logging.getLogger(__name__)
 
-Request_ = TypeVar("Request_", ChatRequest, CompletionRequest)
 Handler = Callable[[Request], Awaitable[Response | Writing | EventStream]]
 
-_BODY_TIMEOUT_S = 60.0
+_SERVED = "send POST requests to /v1/chat/completions or /v1/completions, and GET requests to /v1/models"
 _DEFAULT_TEXT_TOKENS = 16
 """The default of OpenAI's completions endpoint."""
 
@@ -55,7 +55,7 @@ class GatewayLimits:
 
     max_body_bytes: of one request. max_running, max_waiting: numbers of answers. wait_s: the longest wait for a place.
     deadline_s: the longest time for a whole answer. default_tokens: the length of a chat answer if the request sets
-    none.
+    none. is_strict: refuse fields that we do not know instead of ignoring them.
     """
 
     max_body_bytes: int = 4 << 20
@@ -64,6 +64,7 @@ class GatewayLimits:
     wait_s: float = 120.0
     deadline_s: float = 3600.0
     default_tokens: int = 512
+    is_strict: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,7 @@ class Served:
     """The model behind the gateway.
 
     name: the name that clients ask for. max_positions: the size of its context. vocab_size: the number of its tokens.
+    sampling: what a request that does not say how to sample gets.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Served:
     max_positions: int
     vocab_size: int
     text: TextCodec
+    sampling: Sampling
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +132,7 @@ class Gateway:
                 Route("/metrics", self._guarded(self._metrics), methods=["GET"]),
                 Route("/", self._page, methods=["GET"]),
             ],
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
+            middleware=[Middleware(OnlyHosts, hosts=hosts)],
             exception_handlers={HTTPException: _http_error, Exception: _unexpected},
         )
 
@@ -152,20 +155,22 @@ class Gateway:
 
     async def _chat(self, request: Request, client: Client) -> Writing:
         client.begin()
-        asked = await self._read(request, ChatRequest)
-        prompt = await trio.to_thread.run_sync(self.served.text.encode_chat, _messages(asked))
+        asked, ignored = await self._read(request, ChatRequest)
+        messages = [message.for_template() for message in asked.messages]
+        encode = self.served.text.encode_chat
+        prompt = await trio.to_thread.run_sync(encode, messages, asked.chat_template_kwargs)
         top_logprobs = (asked.top_logprobs or 0) if asked.logprobs else -1
-        if asked.top_logprobs is not None and not asked.logprobs:
+        if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         max_tokens = asked.max_completion_tokens or asked.max_tokens
         room = self.served.max_positions - len(prompt)
         max_tokens = max_tokens or max(1, min(self.limits.default_tokens, room))
         options = self._options(client, asked, max_tokens, top_logprobs)
-        return self._writing(client, asked, [prompt], options, ChatFormat(self.served.text))
+        return self._writing(client, asked, [prompt], options, ChatFormat(self.served.text), ignored)
 
     async def _complete(self, request: Request, client: Client) -> Writing:
         client.begin()
-        asked = await self._read(request, CompletionRequest)
+        asked, ignored = await self._read(request, CompletionRequest)
         prompts = await trio.to_thread.run_sync(self._prompts, asked)
         if asked.best_of is not None and asked.best_of != (asked.n or 1):
             raise ApiError(400, "best_of other than n is not supported", param="best_of")
@@ -177,7 +182,7 @@ class Gateway:
         self._check_prompts(prompts, options, "prompt")
         echoed = [text.decode(prompt) if asked.echo else "" for prompt in prompts]
         echoes = [echo for echo in echoed for _ in range(asked.n or 1)]
-        return self._writing(client, asked, prompts, options, TextFormat(text, echoes))
+        return self._writing(client, asked, prompts, options, TextFormat(text, echoes), ignored)
 
     def _prompts(self, asked: CompletionRequest) -> list[list[TokenId]]:
         """Return the prompts as tokens, from any of the four forms that OpenAI accepts."""
@@ -200,10 +205,12 @@ class Gateway:
         ]
 
     def _options(self, client: Client, asked: Common, max_tokens: int, top_logprobs: int) -> GenerateOptions:
+        usual = self.served.sampling
         sampling = Sampling(
-            temperature=1.0 if asked.temperature is None else asked.temperature,
+            temperature=usual.temperature if asked.temperature is None else asked.temperature,
+            top_k=usual.top_k if asked.top_k is None else max(asked.top_k, 0),
             # OpenAI accepts 0; it means the likeliest token alone.
-            top_p=1.0 if asked.top_p is None else max(asked.top_p, 1e-6),
+            top_p=usual.top_p if asked.top_p is None else max(asked.top_p, 1e-6),
             seed=secrets.randbits(63) if asked.seed is None else asked.seed & ((1 << 63) - 1),
         )
         return GenerateOptions(
@@ -225,6 +232,7 @@ class Gateway:
         prompts: Sequence[Sequence[TokenId]],
         options: GenerateOptions,
         form: ChatFormat | TextFormat,
+        ignored: Sequence[str],
     ) -> Writing:
         n = asked.n or 1
         if len(prompts) * n > MAX_CHOICES:
@@ -254,6 +262,7 @@ class Gateway:
                 is_stream=bool(asked.stream),
                 with_usage=bool(asked.stream_options and asked.stream_options.include_usage),
                 deadline_s=self.limits.deadline_s,
+                headers={"x-dsd-ignored": ", ".join(ignored)} if ignored else {},
             ),
             client=client,
             admission=self.admission,
@@ -276,32 +285,13 @@ class Gateway:
                 param=param,
             )
 
-    async def _read(self, request: Request, kind: type[Request_]) -> Request_:
-        """Return the request's body, checked.
-
-        A web page of another site cannot post JSON here without a preflight request, and the gateway does not answer
-        those.
-        """
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "send the request as application/json")
-        body = bytearray()
-        try:
-            with trio.fail_after(_BODY_TIMEOUT_S):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > self.limits.max_body_bytes:
-                        raise ApiError(413, f"the request is longer than {self.limits.max_body_bytes} bytes")
-        except trio.TooSlowError:
-            raise ApiError(408, f"the request did not arrive within {_BODY_TIMEOUT_S:g} s") from None
-        try:
-            asked = msgspec.json.decode(body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            text = str(exc)
-            param = text.partition("`$.")[2].partition("`")[0] or None
-            raise ApiError(400, text, code="invalid_request", param=param) from exc
+    async def _read(self, request: Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
+        """Return what is asked of our model, and the names of fields that are ignored."""
+        limits = self.limits
+        asked, ignored = await read_body(request, kind, max_bytes=limits.max_body_bytes, is_strict=limits.is_strict)
         if asked.model not in (self.served.name, self.served.name.rpartition("/")[2]):
             raise _no_model(asked.model, self.served.name)
-        return asked
+        return asked, ignored
 
     # The rest
 
@@ -314,7 +304,21 @@ class Gateway:
         return json_response(self._described())
 
     def _described(self) -> Model:
-        return Model(id=self.served.name, created=self.started_at, owned_by="dsd-p2p")
+        served = self.served
+        return Model(
+            id=served.name,
+            created=self.started_at,
+            owned_by="dsd-p2p",
+            max_model_len=served.max_positions,
+            weights=served.key.weights,
+            compute=served.key.compute,
+            defaults=Defaults(
+                temperature=served.sampling.temperature,
+                top_k=served.sampling.top_k,
+                top_p=served.sampling.top_p,
+                max_tokens=self.limits.default_tokens,
+            ),
+        )
 
     async def _status(self, _request: Request, _client: Client) -> Response:
         self.hub.tick()
@@ -343,13 +347,6 @@ class Gateway:
         return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
 
-def _messages(asked: ChatRequest) -> list[Mapping[str, str]]:
-    return [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        for message in asked.messages
-    ]
-
-
 def _with_seed(options: GenerateOptions, number: int) -> GenerateOptions:
     """Return the options with another seed, for the `number`-th answer to a prompt."""
     sampling = options.text.sampling
@@ -363,9 +360,14 @@ def _no_model(asked: str, served: str) -> ApiError:
     )
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+    message = str(error.detail)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message = f"there is no {request.url.path} here: {_SERVED}"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{request.url.path} does not answer {request.method}: {_SERVED}"
+    return ApiError(error.status_code, message, headers=error.headers).response()
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -61,8 +61,10 @@ class Choice:
                     yield Piece(text=text, tokens=piece.tokens[:shown], logprobs=piece.logprobs[:shown])
                 if is_stopped:
                     break
-        if held := stops.rest():
-            yield Piece(text=held)
+        rest = "" if stops.is_found else stops.feed(streamer.finish()) + stops.rest()
+        is_stopped = is_stopped or stops.is_found
+        if rest:
+            yield Piece(text=rest)
         self.finish_reason = "stop" if is_stopped else "length"
 
 

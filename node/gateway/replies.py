@@ -160,12 +160,29 @@ class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["text_completion"] = "text_completion"
 
 
+class Defaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request gets that does not set these fields. top_k: 0 means all tokens."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_tokens: int
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that clients can ask for."""
+    """A model that clients can ask for.
+
+    max_model_len: the most tokens of prompt and answer together, by the name that other servers use for it.
+    weights, compute: the formats in which its weights are stored and its layers compute.
+    """
 
     id: str
     created: int
     owned_by: str
+    max_model_len: int
+    weights: str
+    compute: str
+    defaults: Defaults
     object: Literal["model"] = "model"
 
 

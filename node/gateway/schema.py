@@ -1,10 +1,11 @@
 """Defines and checks the requests, field by field as OpenAI documents them.
 
-Fields that we do not support are refused by name. Fields that only OpenAI's servers could honour, and that change no
-answer, are accepted and ignored.
+What clients send has more fields than what we can honour. `null` and the neutral value of a field are accepted
+everywhere. A value that would change the answer in a way that we cannot is refused by name. A field that is not
+defined here is ignored; the reply names it, and `--strict` refuses it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -19,20 +20,36 @@ Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Tokens = Annotated[list[Token], Meta(min_length=1, max_length=1 << 20)]
 
 
-class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TextPart(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a message; only text is supported."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
+    """The function of a tool call; arguments: a JSON object as text."""
+
+    name: ShortText
+    arguments: Text = "{}"
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that an earlier answer made."""
+
+    function: FunctionCall
+    id: ShortText = ""
+    type: Literal["function"] = "function"
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[TextPart], Meta(max_length=256)] | None = None
     name: ShortText | None = None
-    refusal: ShortText | None = None
+    refusal: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
     tool_call_id: ShortText | None = None
 
     @property
@@ -42,27 +59,42 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             return self.content
         return "".join(part.text for part in self.content or ())
 
+    def for_template(self) -> dict[str, object]:
+        """Return the message with the names that chat templates know."""
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        message: dict[str, object] = {"role": role, "content": self.text}
+        if self.name:
+            message["name"] = self.name
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = msgspec.to_builtins(self.tool_calls)
+        return message
 
-class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     """`stream_options`."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
     """`response_format`; only plain text is supported."""
 
     type: Literal["text"]
 
 
-class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Common(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that both endpoints take. `None` is the default everywhere, as in OpenAI's API."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=1, le=1)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -71,7 +103,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     user: ShortText | None = None
     frequency_penalty: Annotated[float, Meta(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Meta(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, int], Meta(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -80,7 +112,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return tuple(stop for stop in stops if stop)
 
 
-class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ChatRequest(Common, frozen=True, kw_only=True):  # size: the fields are OpenAI's
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=2048)]
@@ -90,7 +122,9 @@ class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[msgspec.Raw], Meta(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    metadata: Annotated[dict[ShortText, ShortText], Meta(max_length=64)] | None = None
+    functions: Annotated[list[msgspec.Raw], Meta(max_length=0)] | None = None
+    chat_template_kwargs: Annotated[dict[ShortText, Any], Meta(max_length=64)] | None = None
+    metadata: Annotated[dict[ShortText, Any], Meta(max_length=64)] | None = None
     store: bool | None = None
     service_tier: ShortText | None = None
     parallel_tool_calls: bool | None = None
@@ -100,7 +134,7 @@ class ChatRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     verbosity: ShortText | None = None
 
 
-class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(Common, frozen=True, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: (
@@ -114,3 +148,9 @@ class CompletionRequest(Common, frozen=True, kw_only=True, forbid_unknown_fields
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     suffix: Annotated[str, Meta(max_length=0)] | UnsetType | None = UNSET
+
+
+def unknown_fields(body: bytes | bytearray, kind: type[Common]) -> list[str]:
+    """Return the names of a request's fields that are not defined here."""
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    return sorted(set(msgspec.json.decode(body, type=dict[str, msgspec.Raw])) - known)

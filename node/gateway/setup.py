@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsd_p2p import units
+from dsd_p2p.models.text import TextCodec
 from dsd_p2p.session.retry import RetryPolicy
+from dsd_p2p.types import Sampling
 from node.config import GatewayConfig
 from node.gateway.app import Gateway, GatewayLimits, Served
 from node.gateway.backend import Backend
@@ -23,6 +25,11 @@ def read_clients(config: GatewayConfig) -> Clients:
     clients = Clients(read_keys(Path(config.api_keys)) if config.api_keys else [])
     check_exposure(config.host, needs_keys=clients.need_keys)
     return clients
+
+
+def default_sampling(config: GatewayConfig, text: TextCodec) -> Sampling:
+    """Return how to sample for a request that does not say."""
+    return text.sampling if config.defaults == "model" else Sampling(temperature=1.0)
 
 
 def make_gateway(
@@ -51,6 +58,7 @@ def make_gateway(
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             deadline_s=units.seconds(config.answer_timeout),
+            is_strict=config.strict,
         ),
     )
     metrics.admission = gateway.admission

@@ -6,9 +6,9 @@ The answers end when their client disconnects.
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -28,6 +28,7 @@ _QUEUED_PIECES = 64
 _LEFT = 499
 """The status that metrics count when the client left before its answer was complete."""
 
+_FIRST_BEAT_S, _BEAT_S = 1.0, 10.0
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -71,6 +72,7 @@ class WritingOptions:
     """How a request's answers are sent.
 
     is_stream: whether to send server-sent events. deadline_s: the time limit for all answers together.
+    headers: further headers of the reply.
     """
 
     model: str
@@ -78,6 +80,7 @@ class WritingOptions:
     is_stream: bool
     with_usage: bool
     deadline_s: float
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Writing:
@@ -154,12 +157,13 @@ class Writing:
                     pieces[index].append(piece)
         reply = self._form.whole(self._head, list(zip(self.choices, pieces, strict=True)), self._usage())
         self._status = 200
-        await json_response(reply, headers=self._client.headers())(scope, receive, send)
+        headers = {**self._client.headers(), **self._options.headers}
+        await json_response(reply, headers=headers)(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
         begun: set[int] = set()
         async with self._pieces() as arriving:
-            async for index, piece in arriving:
+            async for index, piece in self._with_beats(arriving, send):
                 if not self._is_started:
                     await self._start(send)
                 if index not in begun:
@@ -175,6 +179,26 @@ class Writing:
         self._status = 200
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})
 
+    async def _with_beats(
+        self, arriving: trio.MemoryReceiveChannel[tuple[int, Piece | None]], send: Send
+    ) -> AsyncIterator[tuple[int, Piece | None]]:
+        """Yield what arrives. While nothing does, send the headers and then comments, so that no proxy gives up.
+
+        The headers wait for a moment, because an error that comes at once has a status of its own.
+        """
+        while True:
+            with trio.move_on_after(_BEAT_S if self._is_started else _FIRST_BEAT_S) as waiting:
+                try:
+                    item = await arriving.receive()
+                except trio.EndOfChannel:
+                    return
+            if waiting.cancelled_caught:
+                if not self._is_started:
+                    await self._start(send)
+                await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+            else:
+                yield item
+
     async def _start(self, send: Send) -> None:
         self._is_started = True
         headers = {
@@ -182,6 +206,7 @@ class Writing:
             "cache-control": "no-store",
             "x-accel-buffering": "no",
             **self._client.headers(),
+            **self._options.headers,
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})

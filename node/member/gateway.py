@@ -18,7 +18,7 @@ from node.gateway.app import Served
 from node.gateway.backend import EngineBackend, SwarmBackend
 from node.gateway.keys import Clients
 from node.gateway.server import serve_gateway
-from node.gateway.setup import make_gateway
+from node.gateway.setup import default_sampling, make_gateway
 from node.member.client import SWARM_RETRY, better_coordinator
 from node.member.parts import PeerParts
 from node.member.state import StoredMembership
@@ -116,6 +116,7 @@ async def serve_peer_gateway(
     engine, source = parts.engine, parts.settings.source
     here = EngineBackend(engine, engine.drafter, make_policy) if engine else None
     me, drafter = PeerId(parts.membership.links.me.peer), engine.drafter.name if engine else None
+    text = await trio.to_thread.run_sync(TextCodec, source.folder)
     choose = partial(better_coordinator, parts.directory, me, drafter)
     gateway = make_gateway(
         config,
@@ -126,7 +127,8 @@ async def serve_peer_gateway(
             key=source.key(parts.settings.stored.dtype),
             max_positions=parts.shape.max_positions,
             vocab_size=parts.shape.vocab_size,
-            text=await trio.to_thread.run_sync(TextCodec, source.folder),
+            text=text,
+            sampling=default_sampling(config, text),
         ),
         hub,
         is_ready=lambda: not parts.directory.view().uncovered(),

@@ -152,7 +152,7 @@ def test_texts_are_continued_from_strings_and_from_tokens(client):
         ({"top_logprobs": 3}, "logprobs"),
         ({"frequency_penalty": 1.5}, "frequency_penalty"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"extra_body": {"nonsense": 1}}, "nonsense"),
+        ({"extra_body": {"min_p": 0.5}}, "min_p"),
         ({"stop": ["a"] * 9}, "stop"),
     ],
 )

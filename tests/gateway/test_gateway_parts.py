@@ -1,7 +1,9 @@
 """The gateway's parts without a swarm: stop strings, keys, limits, admission."""
 
+import json
 import re
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -15,7 +17,7 @@ from toy_swarm import PROMPT, toy_swarm
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import CapacityError, ConfigError
 from dsd_p2p.session.effects import Emit
-from dsd_p2p.types import TextRequest
+from dsd_p2p.types import Sampling, TextRequest
 from dsd_p2p.window.static import StaticPolicy, sync_chain
 from node.gateway.admission import Admission, PatientBackend
 from node.gateway.app import Gateway, GatewayLimits, Served
@@ -171,7 +173,7 @@ class Letters:
     def encode(self, text, *, is_raw):
         return [ord(letter) for letter in text]
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, template_values=None):
         return [ord(letter) for message in messages for letter in message["content"]]
 
     def decode(self, tokens):
@@ -186,23 +188,31 @@ class Letters:
     def step(self, token):
         return chr(token)
 
+    def finish(self):
+        return ""
+
 
 class EchoBackend:
     async def write(self, prompt, options, outcome):
         yield Emit(tokens=tuple(prompt[: options.text.max_tokens]))
 
 
-@asynccontextmanager
-async def http(keys=(), **limits):
-    gateway = Gateway(
+def make_gateway(keys=(), **limits):
+    served = Served(name="echo", key=TEST_MODEL, max_positions=64, vocab_size=128, text=Letters(), sampling=Sampling())
+    return Gateway(
         backend=EchoBackend(),
-        served=Served(name="echo", key=TEST_MODEL, max_positions=64, vocab_size=128, text=Letters()),
+        served=served,
         clients=Clients(list(keys)),
         hub=EventHub(),
         metrics=lambda: b"",
         is_ready=lambda: True,
         limits=GatewayLimits(**limits),
     )
+
+
+@asynccontextmanager
+async def http(keys=(), **limits):
+    gateway = make_gateway(keys, **limits)
     transport = httpx.ASGITransport(gateway.app(["test"]))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         client.gateway = gateway
@@ -298,3 +308,131 @@ async def test_a_full_cache_is_waited_for(autojump_clock):
     assert pieces == [Emit(tokens=(1, 2))]
     with pytest.raises(CapacityError, match="full"):
         [piece async for piece in PatientBackend(FullDoor(99), 10).write([1], options, Outcome())]
+
+
+CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0.0},
+        {"logit_bias": {}, "tools": [], "tool_choice": None, "response_format": None, "stop": [], "metadata": {}},
+        {"stop": None, "seed": None, "n": None, "stream": None, "stream_options": None, "user": None, "logprobs": None},
+        {"logprobs": False, "top_logprobs": 0, "functions": [], "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "x"}}]}]},
+        {"messages": [{"role": "user", "content": "hi", "name": None, "annotations": None, "audio": None}]},
+    ],
+)
+async def test_null_neutral_and_unknown_harmless_values_are_accepted(fields):
+    async with http() as client:
+        reply = await client.post("/v1/chat/completions", json=CHAT | fields)
+        assert (reply.status_code, reply.json().get("error")) == (200, None)
+        assert "x-dsd-ignored" not in reply.headers
+
+
+@pytest.mark.parametrize("field", ["min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"])
+async def test_what_would_change_the_answer_is_refused_by_name(field):
+    async with http() as client:
+        reply = await client.post("/v1/chat/completions", json=CHAT | {field: 0.5})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_an_unknown_field_is_ignored_and_named_or_refused(is_stream):
+    asked = CHAT | {"nonsense": 1, "näxt": 2, "stream": is_stream}
+    async with http() as client:
+        reply = await client.post("/v1/chat/completions", json=asked)
+        assert (reply.status_code, reply.headers["x-dsd-ignored"]) == (200, "nonsense, n?xt")
+    async with http(is_strict=True) as client:
+        reply = await client.post("/v1/chat/completions", json=asked)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "nonsense")
+
+
+async def test_another_path_method_or_host_gets_an_error_that_says_what_there_is():
+    async with http() as client:
+        for path in ("/v1/responses", "/v1/messages", "/api/tags"):
+            reply = await client.post(path, json=CHAT)
+            assert reply.status_code == 404
+            assert path in reply.json()["error"]["message"]
+            assert "/v1/chat/completions" in reply.json()["error"]["message"]
+        reply = await client.get("/v1/chat/completions")
+        assert (reply.status_code, reply.json()["error"]["type"]) == (405, "invalid_request_error")
+        reply = await client.get("/v1/models", headers={"Host": "evil.example:80"})
+        assert reply.status_code == 400
+        assert "--names evil.example" in reply.json()["error"]["message"]
+
+
+async def test_a_model_says_its_context_formats_and_defaults():
+    async with http(default_tokens=7) as client:
+        (model,) = (await client.get("/v1/models")).json()["data"]
+    assert (model["max_model_len"], model["weights"], model["compute"]) == (64, TEST_MODEL.weights, TEST_MODEL.compute)
+    assert model["defaults"] == {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_tokens": 7}
+
+
+async def test_a_stream_that_waits_sends_its_headers_and_then_comments(autojump_clock):
+    """A proxy that sees no byte for half a minute gives up."""
+    sent: list[tuple[float, bytes]] = []
+
+    class SlowBackend:
+        async def write(self, prompt, options, outcome):
+            await trio.sleep(35)
+            yield Emit(tokens=(104,))
+
+    gateway = make_gateway()
+    gateway.backend = SlowBackend()
+    body = json.dumps(CHAT | {"stream": True}).encode()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "query_string": b"",
+        "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
+    }
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        if not messages:
+            await trio.sleep_forever()
+        return messages.pop()
+
+    async def send(message):
+        sent.append((trio.current_time(), message.get("body", b"headers")))
+
+    start = trio.current_time()
+    await gateway.app(["test"])(scope, receive, send)
+    times = [round(at - start) for at, body in sent if body == b"headers" or body.startswith(b":")]
+    assert times == [1, 1, 11, 21, 31]
+    assert sent[-1][1] == b"data: [DONE]\n\n"
+
+
+async def test_an_error_that_comes_at_once_has_its_own_status(autojump_clock):
+    async with http() as client:
+        client.gateway.backend = FullDoor(1 << 30)
+        reply = await client.post("/v1/completions", json=ASKED | {"stream": True})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "overloaded")
+
+
+async def test_tool_calls_of_earlier_answers_reach_the_template():
+    seen: list[dict[str, object]] = []
+
+    class Listening(Letters):
+        def encode_chat(self, messages, template_values=None):
+            seen.extend(messages)
+            return [104]
+
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "function_call": None},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+        {"role": "assistant", "content": "Sunny.", "tool_calls": None, "annotations": []},
+    ]
+    async with http() as client:
+        client.gateway.served = replace(client.gateway.served, text=Listening())
+        reply = await client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+        assert reply.status_code == 200
+    assert [message["role"] for message in seen] == ["system", "user", "assistant", "tool", "assistant"]
+    assert seen[2] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert seen[3] == {"role": "tool", "content": "sunny", "tool_call_id": "c1"}

@@ -22,7 +22,7 @@ from node.console import ConsoleProgress, console
 from node.gateway.app import Served
 from node.gateway.backend import EngineBackend
 from node.gateway.server import serve_gateway
-from node.gateway.setup import make_gateway, read_clients
+from node.gateway.setup import default_sampling, make_gateway, read_clients
 from node.local.local_swarm import LocalStage, local_swarm, stage_processes
 from node.watch.broker import embedded_broker
 from node.watch.hub import EventHub
@@ -64,6 +64,7 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
             max_positions=stages.stages()[0].max_positions,
             vocab_size=model.shape.vocab_size,
             text=model.text,
+            sampling=default_sampling(api, model.text),
         )
         hub = EventHub()
         gateway = make_gateway(

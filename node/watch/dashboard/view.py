@@ -117,7 +117,7 @@ def _quality(picture: Picture, width: int) -> Text:
     totals = picture.totals
     sent = totals["num_nodes"]
     text = (
-        f"accepted by depth {shares}  misses {totals['num_misses']}  stale {totals['num_stale'] / sent if sent else 0:.0%}"
+        f"guesses right by depth {shares}  misses {totals['num_misses']}  stale {totals['num_stale'] / sent if sent else 0:.0%}"
         f"  relaxed {totals['num_relaxed']}  replays {totals['replays']}  failed {totals['failed']}"
     )
     return _line(text, width)
@@ -240,7 +240,7 @@ def _session_details(picture: Picture, view: SessionView, width: int) -> list[Re
         f"in flight {newest.num_in_flight}, a traversal takes {1000 * newest.traversal_s:.0f} ms",
         f"sent      {newest.num_windows} windows, {newest.num_nodes} nodes, {newest.num_stale} stale",
         f"misses    {newest.num_misses}  relaxed {newest.num_relaxed}  replays {view.num_replays}",
-        f"accepted  {shares or '-'} by depth",
+        f"right  {shares or '-'} of the guesses, by depth",
         "route     " + " → ".join(f"{short_peer(stage.peer)}[{stage.first}:{stage.last}]" for stage in view.stages),
         "stages    " + " ".join(f"{us / 1000:.1f}ms" for us in newest.stage_us),
     ]
