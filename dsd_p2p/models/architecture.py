@@ -21,6 +21,9 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _MAX_LAYERS, _MAX_WIDTH, _MAX_VOCAB, _MAX_POSITIONS = 4096, 1 << 20, 1 << 24, 1 << 30
 """Far above any model. A larger number in a config is a mistake."""
 
+_MAX_REASON = 200
+"""Characters of transformers' reason that an error shows."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
@@ -69,14 +72,7 @@ def read_model_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         quantised = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
         config = config.get_text_config(decoder=True)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        huggingface_hub.errors.StrictDataclassError,
-    ) as exc:
+    except Exception as exc:  # transformers' classes can fail in any way on what a file can hold.
         raise ModelError(f"{folder}: transformers cannot read its config.json: {_first_line(exc)}") from exc
     if quantised:
         raise ModelError(
@@ -216,9 +212,8 @@ def _format_of(quantised: Any) -> str:
 
 
 def _first_line(exc: Exception) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return (
-        lines[-1]
-        if isinstance(exc, huggingface_hub.errors.StrictDataclassError) and lines
-        else (lines or [repr(exc)])[0]
-    )
+    """Return what an exception says, in one line of bearable length."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()] or [repr(exc)]
+    # The first line of a strict dataclass's error only names the class.
+    line = lines[-1] if isinstance(exc, huggingface_hub.errors.StrictDataclassError) else lines[0]
+    return line if len(line) <= _MAX_REASON else f"{line[:_MAX_REASON]}…"

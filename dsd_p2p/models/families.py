@@ -6,6 +6,7 @@ and one more token. Each node's logits are compared with those of the whole mode
 text. If that fails, the same is tried with one session at a time. The outcome is remembered by the config's digest.
 """
 
+import functools
 import hashlib
 import itertools
 import tempfile
@@ -30,9 +31,6 @@ from dsd_p2p.models.shrink import VOCAB, shrink
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.span import LogitsRow, PassOrder, SpanModel
 from dsd_p2p.types import Span
-
-_VERSION = "1"
-"""Raise it when a change here or in the loader can change an outcome."""
 
 _LENGTHS = (20, 11)
 _PARENTS = (None, None, 100, 100, 101, 102, 104, 105, 105)
@@ -92,12 +90,17 @@ def try_family(config: Any) -> PassOrder:
 
 
 def _digest(config: Any) -> str:
-    """Return a digest of everything that the outcome depends on."""
+    """Return a digest of everything that the outcome depends on: the config, the libraries and this package's code."""
     fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
-    text = repr(
-        (_VERSION, transformers.__version__, torch.__version__, sorted(fields.items(), key=lambda each: each[0]))
-    )
+    versions = (transformers.__version__, torch.__version__, _code_digest())
+    text = repr((versions, sorted(fields.items(), key=lambda each: each[0])))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _code_digest() -> str:
+    code = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"".join(code)).hexdigest()
 
 
 class _TinySource(ModelSource):

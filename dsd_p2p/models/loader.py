@@ -266,7 +266,9 @@ def _load(model: Any, source: ModelSource, wanted: list[str], mapping: Any, dtyp
             info, _ = convert_and_load_state_dict_in_model(model, tensors, settings, None)
     except (SafetensorError, OSError, RuntimeError) as exc:
         raise ModelError(f"weights of {source.name}: {exc}") from exc
-    problems = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors]
+    problems = [f"{name} is not expected" for name in info.unexpected_keys]
+    problems += [f"{name} is {list(found)}, expected {list(wanted)}" for name, found, wanted in info.mismatched_keys]
+    problems += [str(reason).strip().partition("\n")[0] for reason in info.conversion_errors.values()]
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     tied = set(model.all_tied_weights_keys)
     problems += [f"{name} is missing" for name in missing if name not in tied]

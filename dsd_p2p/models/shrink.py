@@ -16,6 +16,8 @@ _MAX_LAYERS = 8
 
 _NUM_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers")
 _NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads")
+_EXPERTS = r"num_experts|n_routed_experts|num_local_experts|moe_num_experts"
+_CHOSEN = r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts"
 _SMALL: tuple[tuple[str, int], ...] = (
     (r"(.*_)?vocab_size(_.*)?", VOCAB),
     (r"hidden_size|d_model|n_embd|emb_dim|embedding_size|word_embed_proj_dim|embedding_dim", WIDTH),
@@ -31,8 +33,8 @@ _SMALL: tuple[tuple[str, int], ...] = (
     (r"qk_head_dim", HEAD_DIM + HEAD_DIM // 2),
     (r"swa_v_head_dim", HEAD_DIM - 4),
     (r".*_lora_rank|gated_norm_rank|d_rel", HEAD_DIM),
-    (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts", 4),
-    (r"(num_)?experts_per_tok(en)?|num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", 2),
+    (_EXPERTS, 4),
+    (_CHOSEN, 2),
     (r"n_group|num_expert_group", 2),
     (r"topk_group", 1),
     (r"(n|num)_shared_experts?|moe_num_shared_experts", 1),
@@ -65,6 +67,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     if "moe_layer_end_index" in small:
         small["moe_layer_end_index"] = len(kept) - 1
     _shrink_heads(values, small)
+    _keep_impossible_choice(values, small)
     if "qk_rope_head_dim" in small and small.get("head_dim"):
         # Latent attention rotates a part of its own size, which some families also call head_dim.
         small["head_dim"] = small["qk_rope_head_dim"]
@@ -120,6 +123,15 @@ def _shrink_heads(values: Mapping[str, Any], small: dict[str, Any]) -> None:
     for name in ("num_key_value_heads", "num_kv_heads", "num_query_groups", "swa_num_key_value_heads"):
         if values.get(name):
             small[name] = HEADS if values[name] == num_heads else min(int(values[name]), HEADS // 2)
+
+
+def _keep_impossible_choice(values: Mapping[str, Any], small: dict[str, Any]) -> None:
+    """Let a config that chooses more experts than it has fail as a small one, too."""
+    experts = [name for name in values if re.fullmatch(_EXPERTS, name) and values[name]]
+    chosen = [name for name in values if re.fullmatch(_CHOSEN, name) and isinstance(values[name], int)]
+    for name in chosen if experts else ():
+        if values[name] > values[experts[0]]:
+            small[name] = small[experts[0]] + 1
 
 
 def _shrunk_rope(rope: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
