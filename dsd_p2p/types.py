@@ -28,6 +28,10 @@ MAX_TOKEN = (1 << 31) - 1
 
 Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 Name = Annotated[str, Meta(max_length=128)]
+ModelName = Annotated[str, Meta(max_length=1024)]
+"""A catalog name, a Hugging Face id or a folder."""
+Digest = Annotated[str, Meta(max_length=64)]
+"""A sha256 in hexadecimal, or empty where none is known."""
 Address = Annotated[str, Meta(max_length=256)]
 Position = Annotated[int, Meta(ge=0, le=MAX_POSITIONS)]
 

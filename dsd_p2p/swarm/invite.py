@@ -11,7 +11,7 @@ from msgspec import Meta
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.swarm.grants import issue
 from dsd_p2p.swarm.keys import SigningKey
-from dsd_p2p.types import Address, Name
+from dsd_p2p.types import Address, Digest, ModelName, Name
 from dsd_p2p.wire.membership import MAX_GRANTS, Grant, KeyBytes, Role
 
 _PREFIX = "dsd1"
@@ -26,6 +26,7 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
 
     network_key: pre-shared key of the private network; without it no connection gets past its first bytes.
     seed: secret of the invite's own key, which the last of `grants` names.
+    digest: the content of the model, so that a newcomer with another copy of it is told at once.
     """
 
     swarm: KeyBytes
@@ -33,8 +34,9 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
     seed: KeyBytes
     grants: Annotated[tuple[Grant, ...], Meta(min_length=1, max_length=MAX_GRANTS)]
     bootstrap: Annotated[tuple[Address, ...], Meta(min_length=1, max_length=8)]
-    model: Name
+    model: ModelName
     dtype: Name
+    digest: Digest
 
     def __str__(self) -> str:
         body = msgspec.msgpack.encode(self)
@@ -83,12 +85,14 @@ class InviteTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmSettings:
-    """What an invite says about the swarm. bootstrap: addresses of members. dtype: the stages' weights format."""
+    """What an invite says about the swarm. bootstrap: addresses of members. dtype: the stages' weights format. digest: the
+    model's content."""
 
     network_key: bytes
     bootstrap: tuple[str, ...]
     model: str
     dtype: str
+    digest: str
 
 
 def new_invite(owner: SigningKey, seed: bytes, terms: InviteTerms, swarm: SwarmSettings) -> Invite:
@@ -108,6 +112,7 @@ def new_invite(owner: SigningKey, seed: bytes, terms: InviteTerms, swarm: SwarmS
         bootstrap=swarm.bootstrap,
         model=swarm.model,
         dtype=swarm.dtype,
+        digest=swarm.digest,
     )
 
 

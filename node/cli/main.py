@@ -5,6 +5,7 @@ flags. Only the requested command is imported, so that help and a mistyped flag 
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dsd_p2p.errors import ConfigError, DsdError, first_cause
 from node.cli.flags import add_flags
 from node.cli.table import COMMANDS, GROUPS, Command
+from node.crash import explain
 
 _DESCRIPTION = "Peer-to-peer LLM inference, fast over distance."
 
@@ -29,17 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = given.pop("config", None)
     try:
         code: int = run(*read_configs(command.load_settings(), file if isinstance(file, str) else None, given))
-    except (DsdError, KeyboardInterrupt, BaseExceptionGroup) as exc:
+    except BaseException as exc:  # the last place: nothing that happens below may end in a traceback
         match first_cause(exc):
             case KeyboardInterrupt():
                 return 130
+            case SystemExit():
+                raise
+            case BrokenPipeError():
+                _close_output()
+                return 128 + signal.SIGPIPE
             case DsdError() as cause:
                 hint = f"; see `dsd {' '.join(words)} --help`" if isinstance(cause, FlagError) else ""
                 print(f"dsd {words[0]}: {cause}{hint}", file=sys.stderr)
                 return 2 if isinstance(cause, ConfigError) else 1
             case _:
-                raise
+                print(explain(exc, f"dsd {' '.join(words)}"), file=sys.stderr)
+                return 1
     return code
+
+
+def _close_output() -> None:
+    """Forget what is left to print: whoever read our output has gone, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(arguments: Sequence[str]) -> tuple[list[str], Command, dict[str, object]]:

@@ -29,6 +29,7 @@ from node.local.local_swarm import LocalStage, local_swarm, stage_processes
 from node.local.netlab import address, namespace, netlab
 from node.local.stage_processes import StageProcess
 from node.member.client import SWARM_RETRY, SwarmClient, better_coordinator, open_swarm_client
+from node.member.model import find_member_model
 from node.member.state import SwarmState
 
 
@@ -132,6 +133,7 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     state = SwarmState(config.swarm) if config.swarm else None
     if state is not None:
         stored = state.membership()
+        find_member_model(stored, progress)
         config = msgspec.structs.replace(config, model=stored.model, dtype=stored.dtype)
     draft = "ngram" if config.mode == Mode.PLAIN else config.draft
     model = load_coordinator_model(config.model, draft, progress, draft_dtype=config.draft_dtype, device=config.device)
@@ -144,6 +146,8 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
             client = await stack.enter_async_context(open_swarm_client(state, model.source, model.drafter, link=link))
             engine = client.engine
         else:
+            if not config.connect:
+                model.source.fetch(model.source.file_of_tensor, progress)
             started, addresses, link, host = await _stages(config, model.shape.num_layers, progress, stack)
             engine, _ = await stack.enter_async_context(open_coordinator(model, config.dtype, addresses, link, host))
         yield Client(

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
 from dsd_p2p import units
@@ -10,6 +11,7 @@ from dsd_p2p.models.catalog import DEFAULT_MODEL
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.wire.membership import Role
 from node.config.fields import FILE, POSITIONAL, URL, Help, Positive, Settings, Shape
+from node.config.machine import auto_device, auto_threads
 
 DEFAULT_SWARM = "default"
 
@@ -48,8 +50,10 @@ class LinkFlags(Settings, frozen=True, kw_only=True):
 class ComputeFlags(LinkFlags, frozen=True, kw_only=True):
     """Settings of every process that computes."""
 
-    device: Annotated[str, Help("torch device, e.g. cpu or cuda")] = "cpu"
-    threads: Annotated[Positive, Help("torch threads per process; keep 1 if processes share cores")] = 1
+    device: Annotated[str, Help("torch device, e.g. cpu or cuda; auto: cuda if there is a card")] = "auto"
+    threads: Annotated[
+        int, Meta(ge=0, le=4096), Help("torch threads per process; 0: the cores divided by our processes")
+    ] = 0
     cache_memory: Annotated[str, Help("memory for the KV cache of a stage, shared by all its sessions")] = "1GB"
     mqtt: Annotated[
         str,
@@ -57,6 +61,20 @@ class ComputeFlags(LinkFlags, frozen=True, kw_only=True):
         URL,
     ] = ""
     mqtt_ca: Annotated[str, Help("CA certificate to check the MQTT broker's certificate with"), FILE] = ""
+
+    def __post_init__(self) -> None:
+        """Decide what is left to us, once: processes that we start get the decision."""
+        super().__post_init__()
+        if self.device == "auto":
+            msgspec.structs.force_setattr(self, "device", auto_device())
+        if not self.threads:
+            msgspec.structs.force_setattr(self, "threads", auto_threads(getattr(self, "stages", 0) + 1))
+
+    def compute_line(self) -> str:
+        """Return in one line what this process and those it starts compute with."""
+        return (
+            f"computing on {self.device}, {self.threads} thread(s) a process, {self.cache_memory} of KV cache a stage"
+        )
 
 
 class ModelFlags(ComputeFlags, frozen=True, kw_only=True):
@@ -94,6 +112,9 @@ class JoinConfig(ServeFlags, frozen=True, kw_only=True):
     """Settings of `dsd join`."""
 
     invite: Annotated[str, Help("invite string that dsd invite printed"), POSITIONAL]
+    model: Annotated[
+        str, Help("where this machine has the swarm's model: a folder or another name; default: the invite's name")
+    ] = ""
 
 
 class CreateConfig(ServeFlags, frozen=True, kw_only=True):
@@ -236,6 +257,7 @@ class ModelsConfig(Settings, frozen=True, kw_only=True):
         POSITIONAL,
     ] = ""
     json: Annotated[bool, Help("with families: print a JSON object as the last line")] = False
+    span: Annotated[str, Help("with pull: only the files of these layers, FIRST:LAST, of a model on the hub")] = ""
     page: Annotated[str, Help("with families: write the table into this page, between its marks")] = ""
 
 

@@ -18,7 +18,9 @@ from node.config import ModelFlags, NodeConfig
 from node.local.events import Failed, Loading, Ready, Started, parse
 from node.local.stage_processes import StageProcess
 
-_START_TIMEOUT_S = 180.0
+_STILL_TIMEOUT_S = 180.0
+"""Stages that start tell what they do; the time runs only while they tell nothing."""
+
 _STOP_TIMEOUT_S = 5.0
 
 
@@ -60,10 +62,10 @@ async def stage_swarm(
     try:
         assert process.stdin is not None
         await process.stdin.send_all(msgspec.json.encode(list(stages)) + b"\n")
-        with trio.move_on_after(_START_TIMEOUT_S) as scope:
-            started = await _all_ready(process, len(stages), progress)
+        with trio.move_on_after(_STILL_TIMEOUT_S) as scope:
+            started = await _all_ready(process, len(stages), progress, scope)
         if scope.cancelled_caught:
-            raise ModelError(f"the stages did not start within {_START_TIMEOUT_S:g} s: is the machine out of memory?")
+            raise ModelError(f"the stages told nothing for {_STILL_TIMEOUT_S:g} s: is the machine out of memory?")
         yield started
     finally:
         await _stop(process)
@@ -75,7 +77,9 @@ def stage_processes(config: ModelFlags, spans: Sequence[Span]) -> list[StageProc
     return [StageProcess(config=NodeConfig(span=f"{span.first}:{span.last}", **shared)) for span in spans]
 
 
-async def _all_ready(process: trio.Process, num_stages: int, progress: Progress) -> list[LocalStage]:
+async def _all_ready(
+    process: trio.Process, num_stages: int, progress: Progress, scope: trio.CancelScope
+) -> list[LocalStage]:
     assert process.stdout is not None
     pids: dict[int, int] = {}
     ready: dict[int, LocalStage] = {}
@@ -84,6 +88,7 @@ async def _all_ready(process: trio.Process, num_stages: int, progress: Progress)
         chunk = await process.stdout.receive_some()
         if not chunk:
             raise ModelError("the stage processes ended before they were ready: see their messages above")
+        scope.deadline = trio.current_time() + _STILL_TIMEOUT_S
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
             report = parse(line)

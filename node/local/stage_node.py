@@ -28,6 +28,7 @@ from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.version import PROTOCOL_ID
 from node.config import NodeConfig
 from node.console import ConsoleProgress
+from node.crash import explain
 from node.local.events import Failed, Loading, Ready, StageEvent
 from node.watch.outlets import TOPICS, broker_of, publishing
 from node.watch.status import StatusSource, report_forever
@@ -57,10 +58,11 @@ def serve(config: NodeConfig, report: Callable[[StageEvent], None], load: LoadSt
     logging.basicConfig(stream=sys.stderr, level=logging.ERROR, format="%(levelname)s %(name)s %(message)s")
     try:
         trio.run(run_node, config, load or _model_loader(config), report)
-    except (DsdError, BaseExceptionGroup) as exc:
-        if not isinstance(cause := first_cause(exc), DsdError):
-            raise
-        report(Failed(text=str(cause)))
+    except Exception as exc:  # process boundary: the parent has to know why
+        cause = first_cause(exc)
+        report(
+            Failed(text=str(cause) if isinstance(cause, DsdError) else explain(exc, f"stage {config.span or 'all'}"))
+        )
         return 1
     return 0
 

@@ -5,13 +5,16 @@ Run as `python -m node.local.stage_processes`, with a list of `StageProcess` on 
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 import msgspec
 
 from node.config import NodeConfig
+from node.crash import explain
 from node.local.events import Failed, StageEvent, Started
 from node.local.pipe import report
 from node.parent import watch_parent
@@ -49,15 +52,34 @@ def fork_each(stages: Sequence[Serve]) -> None:
     for index, serve in enumerate(stages):
         pid = os.fork()
         if pid == 0:
-            watch_parent()
-            os._exit(serve(partial(report, index)))
+            _serve_and_exit(index, serve)
         names[pid] = index
         report(index, Started(pid=pid))
     watch_parent()
     while names:
         pid, status = os.wait()
-        index = names.pop(pid)
-        report(index, Failed(text=f"the process ended with code {os.waitstatus_to_exitcode(status)}"))
+        report(names.pop(pid), Failed(text=_ending(os.waitstatus_to_exitcode(status))))
+
+
+def _serve_and_exit(index: int, serve: Serve) -> NoReturn:
+    """Serve in a forked process, and never return to the code of its parent."""
+    code = 1
+    try:
+        watch_parent()
+        code = serve(partial(report, index))
+    except Exception as exc:  # process boundary
+        report(index, Failed(text=explain(exc, f"stage {index}")))
+    finally:
+        os._exit(code)
+
+
+def _ending(code: int) -> str:
+    """Return how a process ended, in words."""
+    if code == -signal.SIGKILL:
+        return "the process was killed: the system does that when memory runs out, so start fewer stages or a smaller model"
+    if code < 0:
+        return f"the process was ended by {signal.Signals(-code).name}"
+    return f"the process ended with code {code} and said no reason"
 
 
 if __name__ == "__main__":

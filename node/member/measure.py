@@ -23,6 +23,7 @@ from dsd_p2p.stage.span_model import SpanModel as StageModel
 from dsd_p2p.types import Span
 from dsd_p2p.wire.membership import PeerProfile
 from node.config import ComputeFlags, ServeFlags
+from node.config.machine import available_bytes
 
 _REPEATS = 9
 _CONTEXT = 64
@@ -77,7 +78,7 @@ def measure_node(source: ModelSource, config: ServeFlags, dtype: str) -> PeerPro
     if config.max_layers:
         room = config.max_layers
     else:
-        free_bytes = units.num_bytes(config.memory) if config.memory else _MEMORY_SHARE * available_bytes()
+        free_bytes = units.num_bytes(config.memory) if config.memory else _MEMORY_SHARE * _free_bytes(config.device)
         room = int((free_bytes - units.num_bytes(config.cache_memory)) / measured.layer_bytes)
     return PeerProfile(
         layer_us=round(measured.layer_s * 1e6),
@@ -138,6 +139,13 @@ def _read(file: Path) -> _Measured | None:
         return None
 
 
+def _free_bytes(device: str) -> int:
+    """Return the memory that is free for layers and caches, on the card if they are there."""
+    if torch.device(device).type == "cuda":
+        return min(available_bytes(), int(torch.cuda.mem_get_info(device)[0]))
+    return available_bytes()
+
+
 def _fingerprint(source: ModelSource, config: ServeFlags, dtype: str) -> str:
     """Return a hash of everything a measurement depends on: processor, torch version, model, and settings."""
     hardware = [_processor(), torch.__version__, str(config.threads), config.device]
@@ -157,12 +165,3 @@ def _processor() -> str:
 def describe_machine(config: ComputeFlags) -> str:
     """Return the processor, the torch version and the settings in one line."""
     return f"{_processor()}, torch {torch.__version__}, {config.device}, {config.threads} thread(s)"
-
-
-def available_bytes() -> int:
-    """Return the available memory in bytes; 2 GiB where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 2 << 30

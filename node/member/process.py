@@ -10,6 +10,7 @@ import trio
 from dsd_p2p.errors import DsdError, first_cause
 from node.config import NO_GATEWAY, GatewayConfig, ServeFlags
 from node.console import ConsoleProgress, console
+from node.crash import explain
 from node.local.events import Failed, GatewayOpen, Loading, Ready, StageEvent
 from node.member.state import SwarmState
 
@@ -27,8 +28,8 @@ def serve_swarm(
 
     machine: the machine to measure and compute on; default: this one.
     """
-    from dsd_p2p.models.source import find_model
     from node.member.measure import ThisMachine
+    from node.member.model import find_member_model
     from node.member.node import SwarmPeer
     from node.member.settings import PeerSettings
 
@@ -41,7 +42,8 @@ def serve_swarm(
         state = SwarmState(config.swarm)
         stored = state.membership()
         with ConsoleProgress() as progress:
-            source = find_model(stored.model, progress)
+            source = find_member_model(stored, progress)
+        report(Loading(what=config.compute_line()))
         report(Loading(what="measure this machine"))
         profile = machine.measure(source, config, stored.dtype)
         settings = PeerSettings(
@@ -55,10 +57,9 @@ def serve_swarm(
             report=report,
         )
         trio.run(SwarmPeer(settings).run)
-    except (DsdError, BaseExceptionGroup) as exc:
-        if not isinstance(cause := first_cause(exc), DsdError):
-            raise
-        report(Failed(text=str(cause)))
+    except Exception as exc:  # process boundary: whoever started this peer has to know why
+        cause = first_cause(exc)
+        report(Failed(text=str(cause) if isinstance(cause, DsdError) else explain(exc, "the node daemon")))
         return 1
     return 0
 

@@ -24,8 +24,9 @@ from dsd_p2p.swarm.grants import check_grants, issue
 from dsd_p2p.swarm.invite import Invite
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.transport.identity import load_or_create_seed
-from dsd_p2p.types import Address, Name
+from dsd_p2p.types import Address, Digest, ModelName, Name
 from dsd_p2p.wire.membership import Grant, KeyBytes, MemberRecord, Revocation, Role
+from node.paths import state_dir
 
 Stored = TypeVar("Stored")
 
@@ -41,8 +42,9 @@ class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
     network_key: KeyBytes
     grants: tuple[Grant, ...]
     bootstrap: tuple[Address, ...]
-    model: Name
+    model: ModelName
     dtype: Name
+    digest: Digest
 
 
 class Known(msgspec.Struct, frozen=True, array_like=True):
@@ -59,7 +61,7 @@ class SwarmState:
     """The folder of one swarm. name: the user's name for the swarm, or a path."""
 
     def __init__(self, name: str) -> None:
-        self.folder = Path(name) if "/" in name else default_state_dir() / name
+        self.folder = Path(name) if "/" in name else state_dir() / name
         self.name = name
 
     @property
@@ -92,16 +94,20 @@ class SwarmState:
             raise ConfigError(f"only the machine that created the swarm can do this: {path} is missing")
         return self.key_of(path)
 
-    def create(self, *, model: str, dtype: str) -> StoredMembership:
+    def refuse_second(self) -> None:
+        """Raise ConfigError if this machine already belongs to a swarm of this name."""
+        if self.is_member:
+            raise ConfigError(
+                f"this machine already belongs to a swarm {self.name!r}: choose another name with --swarm"
+            )
+
+    def create(self, *, model: str, dtype: str, digest: str) -> StoredMembership:
         """Create a new swarm owned by this machine.
 
         Raises:
             ConfigError: this machine already belongs to a swarm of this name.
         """
-        if self.is_member:
-            raise ConfigError(
-                f"this machine already belongs to a swarm {self.name!r}: choose another name with --swarm"
-            )
+        self.refuse_second()
         self._make_folder()
         owner = self.key_of(self.folder / "owner.key")
         grant = issue(
@@ -119,11 +125,19 @@ class SwarmState:
                 bootstrap=(),
                 model=model,
                 dtype=dtype,
+                digest=digest,
             )
         )
 
-    def join(self, invite: Invite) -> StoredMembership:
+    def discard(self) -> None:
+        """Leave a swarm that has just been created and never ran."""
+        for name in ("membership", "owner.key", "known"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def join(self, invite: Invite, model: str = "") -> StoredMembership:
         """Accept an invite and store the membership.
+
+        model: where this machine has the swarm's model, if not under the invite's name.
 
         Raises:
             ConfigError: this machine belongs to another swarm of this name.
@@ -141,8 +155,9 @@ class SwarmState:
                 network_key=invite.network_key,
                 grants=grants,
                 bootstrap=invite.bootstrap,
-                model=invite.model,
+                model=model or invite.model,
                 dtype=invite.dtype,
+                digest=invite.digest,
             )
         )
 
@@ -221,8 +236,3 @@ class SwarmState:
             return msgspec.msgpack.decode((self.folder / name).read_bytes(), type=kind)
         except (OSError, msgspec.DecodeError) as exc:
             raise ConfigError(f"{self.folder / name}: {exc}; join again with `dsd join INVITE`") from exc
-
-
-def default_state_dir() -> Path:
-    """Return `$XDG_STATE_HOME/dsd-p2p`, by default `~/.local/state/dsd-p2p`."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dsd-p2p"

@@ -13,9 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dsd_p2p.errors import ConfigError, ModelError
-from dsd_p2p.models import source as source_module
 from dsd_p2p.models import wheels
 from dsd_p2p.models.catalog import CATALOG, CatalogModel
+from dsd_p2p.models.hub import HubFile, HubModel
+from dsd_p2p.models.manifest import file_sha256
 from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import ModelSource, find_model
@@ -169,16 +170,20 @@ def test_a_hub_model_fetches_only_the_files_a_span_needs(tiny, tmp_path, monkeyp
     shutil.copy(hub / "config.json", local)
     fetched = []
 
-    def fetch(hub_id, name, revision):
-        assert (hub_id, revision[:6]) == ("owner/model", "c0ffee")
-        fetched.append(name)
-        return hub / name
+    class FolderHub(HubModel, frozen=True):
+        def fetch(self, name):
+            fetched.append(name)
+            return hub / name
 
-    monkeypatch.setattr(source_module, "_hub_file", fetch)
-    source = ModelSource("owner/model", local, "owner/model", "c0ffee")
+    shutil.copy(hub / "model.safetensors.index.json", local)
+    known = {file: HubFile(sha256=file_sha256(hub / file)) for file in set(files.values())}
+    source = ModelSource("owner/model", local, FolderHub(hub_id="owner/model", revision="c0ffee", weights=known))
     open_span(source, Span(1, 3))
-    assert set(fetched) == {"model.safetensors.index.json", "layer1.safetensors", "layer2.safetensors"}
-    assert source.digest() != ModelSource("owner/model", local, "owner/model", "c0ffee-later").digest()
+    assert set(fetched) == {"layer1.safetensors", "layer2.safetensors"}
+    shutil.copytree(hub, tmp_path / "copy")
+    copy = find_model(str(tmp_path / "copy"), NoProgress())
+    assert source.digest() == copy.digest(), "the content counts, not where it is, nor which commit"
+    assert len(fetched) == 2, "the hub has told the digests"
 
 
 @pytest.mark.parametrize("name", ["nothing", "/no/such/folder", "../x"])

@@ -309,3 +309,16 @@ def test_a_link_keeps_order_latency_and_bandwidth(sizes, gaps, seed):
         arrivals.append(arrival_s)
     assert arrivals == sorted(arrivals)
     assert arrivals[-1] >= sum(sizes) * 8 / 1e6
+
+
+async def test_addresses_of_ipv6_and_of_names_connect(tmp_path):
+    options = {"protocol": "/test/1", "max_frame_bytes": 1 << 20}
+    async with (
+        open_libp2p(identity=tmp_path / "a", listen="/ip6/::1/tcp/0", **options) as six,
+        open_libp2p(identity=tmp_path / "b", listen="/ip4/127.0.0.1/tcp/0", **options) as four,
+    ):
+        assert await four.connect(six.addresses[0], 5) == six.peer
+        named = four.addresses[0].replace("/ip4/127.0.0.1/", "/dns4/localhost/")
+        assert await six.connect(named, 5) == four.peer
+        await four.send(six.peer, b"hello")
+        assert await six.receive() == Received(sender=four.peer, frame=b"hello")

@@ -261,6 +261,15 @@ def test_a_recording_is_replayed_whatever_is_in_it(tmp_path):
     assert "<svg" in picture.read_text()
 
 
+def test_without_a_terminal_that_can_redraw_it_is_one_picture(tmp_path):
+    file = write(tmp_path / "run.jsonl", story())
+    for variables in ({}, {"TERM": "dumb"}):
+        done = dsd("top", "--replay", str(file), env=os.environ | variables, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0
+        assert done.stderr == "dsd top: no terminal that can redraw, so this is one picture\n"
+        assert done.stdout.startswith("dsd ")
+
+
 def test_what_cannot_be_watched_is_named(tmp_path):
     for words, text in (
         (("--replay", str(tmp_path / "nothing")), "recording"),

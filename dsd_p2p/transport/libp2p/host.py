@@ -79,7 +79,9 @@ class Libp2pTransport:
         try:
             info = info_from_p2p_addr(Multiaddr(address))
         except (MultiaddrError, InvalidAddrError, ValueError) as exc:
-            raise ConfigError(f"address {address!r}: {exc}; write it as /ip4/HOST/tcp/PORT/p2p/PEER") from exc
+            raise ConfigError(
+                f"address {address!r}: {exc}; write it as /ip4/HOST/tcp/PORT/p2p/PEER, or with ip6 or dns"
+            ) from exc
         peer = PeerId(str(info.peer_id))
         backoff_s = _FIRST_BACKOFF_S
         last_error: Exception | None = None

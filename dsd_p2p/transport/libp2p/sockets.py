@@ -13,6 +13,7 @@ from dsd_p2p.errors import ConfigError
 _TCP_INFO_BYTES = 140
 _TOTAL_RETRANSMITS_AT, _SEGMENTS_OUT_AT = 100, 136
 _LOSSY_SHARE = 0.005
+_FAMILIES = {"ip4": socket.AF_INET, "ip6": socket.AF_INET6}
 
 
 def check_listen(listen: str) -> Multiaddr:
@@ -25,10 +26,13 @@ def check_listen(listen: str) -> Multiaddr:
     """
     try:
         address = Multiaddr(listen)
-        host, port = address.value_for_protocol("ip4"), int(address.value_for_protocol("tcp"))
+        (family,) = (protocol.name for protocol in address.protocols() if protocol.name in _FAMILIES)
+        host, port = address.value_for_protocol(family), int(address.value_for_protocol("tcp"))
     except (MultiaddrError, ValueError) as exc:
-        raise ConfigError(f"listen address {listen!r}: {exc}; write it as /ip4/127.0.0.1/tcp/PORT") from exc
-    with socket.socket() as probe:
+        raise ConfigError(
+            f"listen address {listen!r} cannot be read ({exc}): write it as /ip4/127.0.0.1/tcp/PORT or /ip6/::1/tcp/PORT"
+        ) from exc
+    with socket.socket(_FAMILIES[family]) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

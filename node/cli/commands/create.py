@@ -1,13 +1,39 @@
 """Implements `dsd create`: create a swarm and run its first peer."""
 
+from pathlib import Path
+
+import msgspec
+
 from node.config import CreateConfig, GatewayConfig
-from node.console import console
+from node.console import ConsoleProgress, console
+from node.local.events import Ready, StageEvent
 from node.member.process import serve_swarm, tell_user
 from node.member.state import SwarmState
 
 
 def run(config: CreateConfig, gateway: GatewayConfig) -> int:
-    """Create the swarm and serve until stopped."""
-    SwarmState(config.swarm).create(model=config.model, dtype=config.dtype)
+    """Create the swarm and serve until stopped. A swarm whose first peer cannot start is not left behind."""
+    from dsd_p2p.models.architecture import read_shape
+    from dsd_p2p.models.source import find_model
+
+    state = SwarmState(config.swarm)
+    state.refuse_second()
+    with ConsoleProgress() as progress:
+        source = find_model(config.model, progress)
+        read_shape(source.folder)
+        digest = source.digest()
+    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    state.create(model=model, dtype=config.dtype, digest=digest)
+    is_serving = False
+
+    def tell(event: StageEvent) -> None:
+        nonlocal is_serving
+        is_serving = is_serving or isinstance(event, Ready)
+        tell_user(event)
+
     console.print(f"swarm {config.swarm!r} created; to add other machines, run `dsd invite` here")
-    return serve_swarm(config, tell_user, gateway)
+    try:
+        return serve_swarm(msgspec.structs.replace(config, model=model), tell, gateway)
+    finally:
+        if not is_serving:
+            state.discard()

@@ -15,13 +15,14 @@ from dsd_p2p.errors import ConfigError, DsdError, PeerError
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.progress import NoProgress
-from dsd_p2p.models.source import find_model, is_cached
+from dsd_p2p.models.source import is_cached
 from dsd_p2p.types import PeerId, short_peer
 from dsd_p2p.wire.messages import MAX_PING_BYTES
 from node.config import SwarmQuestion
+from node.config.machine import available_bytes
 from node.member.client import SwarmClient, open_swarm_client
 from node.member.control import PeerReport, Status, ask_node
-from node.member.measure import available_bytes
+from node.member.model import find_member_model
 from node.member.state import StoredMembership, SwarmState
 
 _DEADLINE_S = 9.5
@@ -111,9 +112,14 @@ def _membership(state: SwarmState, stored: StoredMembership) -> list[Finding]:
 
 
 def _model(stored: StoredMembership) -> Finding:
-    is_there = stored.model not in CATALOG or is_cached(stored.model)
-    says = f"{stored.model} {stored.dtype}" + ("" if is_there else " is not in the cache")
-    return Finding(what="model", is_ok=is_there, says=says, fix="" if is_there else f"dsd models pull {stored.model}")
+    if stored.model in CATALOG and not is_cached(stored.model):
+        says = f"{stored.model} is not in the cache"
+        return Finding(what="model", is_ok=False, says=says, fix=f"dsd models pull {stored.model}")
+    try:
+        source = find_member_model(stored, NoProgress())
+    except DsdError as exc:
+        return Finding(what="model", is_ok=False, says=str(exc), fix="dsd join INVITE --model FOLDER")
+    return Finding(what="model", is_ok=True, says=f"{stored.model} {stored.dtype}, digest {source.digest()[:12]}")
 
 
 async def _node(state: SwarmState) -> list[Finding]:
@@ -153,7 +159,7 @@ async def _node(state: SwarmState) -> list[Finding]:
 
 async def _neighbours(state: SwarmState, stored: StoredMembership) -> list[Finding]:
     """Return one finding per member (direct or relayed, round trip, bandwidth) and one about this machine's clock."""
-    source = find_model(stored.model, NoProgress())
+    source = find_member_model(stored, NoProgress())
     findings: list[Finding] = []
     try:
         async with (

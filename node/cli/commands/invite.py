@@ -34,6 +34,7 @@ def run(config: InviteConfig) -> int:
             bootstrap=tuple(bootstrap)[:_MAX_BOOTSTRAP],
             model=stored.model,
             dtype=stored.dtype,
+            digest=stored.digest,
         ),
     )
     if config.qr and sys.stderr.isatty():

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dsd_p2p import units
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.catalog import CATALOG
 from node.config import ModelsConfig
@@ -24,7 +25,7 @@ def run(config: ModelsConfig) -> int:
         case action if not name:
             raise ConfigError(f"dsd models {action} needs a model: one of {', '.join(CATALOG)}, a folder or a hub id")
         case "pull":
-            _find(name)
+            _pull(config)
             console.print(f"{name} is ready")
         case _:
             print(_find(name))
@@ -36,6 +37,20 @@ def _find(name: str) -> str:
 
     with ConsoleProgress() as progress:
         return str(find_model(name, progress).folder)
+
+
+def _pull(config: ModelsConfig) -> None:
+    """Fetch a whole model, or the files of one span."""
+    from dsd_p2p.models.source import pull_model
+
+    with ConsoleProgress() as progress:
+        source = pull_model(config.name, progress)
+        tensors = source.file_of_tensor
+        if config.span:
+            from dsd_p2p.models.loader import tensors_of
+
+            tensors = dict.fromkeys(tensors_of(source, units.span(config.span)), "")
+        source.fetch(tensors, progress)
 
 
 def _list() -> None:

@@ -1,6 +1,7 @@
 """Implements `dsd top`: show a dashboard of a swarm."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -27,8 +28,10 @@ def run(config: TopConfig) -> int:
         source = Recorder(source, Path(config.record))
     try:
         if not config.once and not config.svg:
-            show(source, Console())
-            return 0
+            if _is_live(console := Console()):
+                show(source, console)
+                return 0
+            print("dsd top: no terminal that can redraw, so this is one picture", file=sys.stderr)
         picture = _look_once(source, config)
         if config.json:
             print(msgspec.json.encode(describe(picture)).decode())
@@ -40,6 +43,10 @@ def run(config: TopConfig) -> int:
     finally:
         source.close()
     return 0
+
+
+def _is_live(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _source(config: TopConfig) -> Source:

@@ -44,11 +44,13 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
     broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     check_collector(config.otlp)
     torch.set_num_threads(config.threads)
+    console.print(config.compute_line())
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(ConsoleProgress())
         model = load_coordinator_model(
             config.model, config.draft, progress, draft_dtype=config.draft_dtype, device=config.device
         )
+        model.source.fetch(model.source.file_of_tensor, progress)
         if not config.mqtt:
             config = msgspec.structs.replace(config, mqtt=await stack.enter_async_context(embedded_broker()))
         spans = [Span(*bounds) for bounds in even_spans(model.shape.num_layers, config.stages)]

@@ -234,7 +234,7 @@ class Testnet:
     def _invite(self) -> None:
         """Create the swarm with the first peer as owner and invite the others."""
         first = self.processes[0].state
-        stored = first.create(model=self.layout.model, dtype="float32")
+        stored = first.create(model=self.layout.model, dtype="float32", digest="")
         bootstrap = (self.address_of(0),)
         for process in self.processes[1:]:
             role = Role.STAGE if process.index < self.layout.num_nodes else Role.CLIENT
@@ -243,7 +243,11 @@ class Testnet:
                 os.urandom(32),
                 InviteTerms(role=role, expires_at_s=int(time.time()) + _INVITE_S, max_uses=1),
                 SwarmSettings(
-                    network_key=stored.network_key, bootstrap=bootstrap, model=stored.model, dtype=stored.dtype
+                    network_key=stored.network_key,
+                    bootstrap=bootstrap,
+                    model=stored.model,
+                    dtype=stored.dtype,
+                    digest=stored.digest,
                 ),
             )
             process.state.join(invite)
