@@ -31,8 +31,8 @@ PY
   echo "Installing dsd-p2p and its dependencies into .venv (a few minutes the first time)"
   [[ -x .venv/bin/python ]] || "$python" -m venv .venv
   # Install torch first and pinned: otherwise pip would pick a build with gigabytes of CUDA.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+  .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch==2.13.0
+  .venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$extras]"
   rm -f .venv/.installed-*
   touch "$stamp"
 fi

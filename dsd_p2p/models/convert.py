@@ -18,7 +18,9 @@ def convert_gguf(gguf: Path, folder: Path, progress: Progress) -> None:
     """
     # Imported here because the import takes seconds, and a cached model does not need it.
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     progress.step(f"convert {gguf.stem}", 0, 0)
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)

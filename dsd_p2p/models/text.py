@@ -59,7 +59,7 @@ class TextCodec:
             ModelError: the model has no tokenizer, or no chat template.
         """
         if self._tokenizer is None:
-            raise ModelError(f"{self._folder} has no tokenizer{self._why_not}: give the prompt with --prompt-ids")
+            raise ModelError(f"{self._folder} has no tokenizer: give the prompt with --prompt-ids{self._why_not}")
         if is_raw:
             return list(self._tokenizer(prompt).input_ids)
         if not self._tokenizer.chat_template:
@@ -128,7 +128,8 @@ def _load_tokenizer(folder: Path) -> tuple[Any, str]:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), ""
     except Exception as exc:  # A tokenizer's files can fail in any way; prompts of token ids go on working.
         lines = str(exc).strip().splitlines()
-        return None, f" that transformers can load ({lines[0]})" if lines else ""
+        has_files = any(folder.glob("tokenizer*"))
+        return None, f" (transformers cannot load its files: {lines[0]})" if lines and has_files else ""
 
 
 def _read(path: Path, kind: type[Struct]) -> Struct:

@@ -20,6 +20,8 @@ _DESCRIPTION = "Peer-to-peer LLM inference, fast over distance."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 error here or at a peer, 2 wrong usage, 130 interrupted."""
+    # Libraries draw bars of their own. Ours are enough, and without a terminal a bar is thousands of lines.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     words, command, given = parse(sys.argv[1:] if arguments is None else arguments)
     # Python can lose an interrupt in one of its own callbacks while modules load. Nothing needs cleaning up yet, so die
     # at once.

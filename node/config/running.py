@@ -72,9 +72,7 @@ class ComputeFlags(LinkFlags, frozen=True, kw_only=True):
 
     def compute_line(self) -> str:
         """Return in one line what this process and those it starts compute with."""
-        return (
-            f"computing on {self.device}, {self.threads} thread(s) a process, {self.cache_memory} of KV cache a stage"
-        )
+        return f"computing on {self.device}, threads a process: {self.threads}, KV cache a stage: {self.cache_memory}"
 
 
 class ModelFlags(ComputeFlags, frozen=True, kw_only=True):

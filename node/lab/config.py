@@ -185,7 +185,7 @@ class ProfileConfig(SwarmFlags, frozen=True, kw_only=True):
 class ScenarioFlags(Settings, frozen=True, kw_only=True):
     """A scenario file and changes to it."""
 
-    scenario: Annotated[str, Help("TOML file, see docs/simulator.md"), POSITIONAL]
+    scenario: Annotated[str, Help("TOML file (docs/simulator.md), or the name of a bundled scenario"), POSITIONAL]
     set: Annotated[
         tuple[str, ...],
         Help("change a field, like workload.rate=20; may be given several times"),

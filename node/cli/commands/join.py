@@ -1,7 +1,5 @@
 """Implements `dsd join INVITE`: the only command that another machine needs."""
 
-from pathlib import Path
-
 from dsd_p2p.swarm.invite import parse_invite
 from node.config import GatewayConfig, JoinConfig
 from node.member.process import serve_swarm, tell_user
@@ -11,8 +9,9 @@ from node.member.state import SwarmState
 def run(config: JoinConfig, gateway: GatewayConfig) -> int:
     """Accept the invite and serve until stopped. A client's invite only lets this machine send requests."""
     invite = parse_invite(config.invite)
-    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    stored = SwarmState(config.swarm).join(invite, model)
+    from node.member.model import absolute_model
+
+    stored = SwarmState(config.swarm).join(invite, absolute_model(config.model))
     if stored.grants[-1].role == "client":
         print(f"this machine is a client of the swarm: dsd generate --swarm {config.swarm} --prompt '...'")
         return 0

@@ -14,6 +14,7 @@ from dsd_p2p.sim.scenario_file import changed, read_scenario
 from node.console import ConsoleProgress
 from node.lab.config import RecordConfig, ScenarioFlags, SimCompareConfig, SimRunConfig, SimSweepConfig, SimTraceConfig
 from node.lab.receipt import print_table
+from node.lab.simulator.bundled import find_scenario
 from node.lab.simulator.fit import Comparison, compare
 from node.lab.simulator.simulation import Cell, assignment, draw, flat, grid, run_scenario, sweep, write_csv
 from node.watch.outlets import recording
@@ -122,7 +123,7 @@ def _errors(comparisons: Sequence[Comparison]) -> dict[str, float | int]:
 
 
 def _scenario(config: ScenarioFlags) -> Scenario:
-    scenario = read_scenario(Path(config.scenario))
+    scenario = read_scenario(find_scenario(config.scenario))
     changes: dict[str, object] = dict(map(assignment, config.set))
     if config.seed is not None:
         changes["seed"] = config.seed

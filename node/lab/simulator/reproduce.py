@@ -6,7 +6,6 @@ Run as `scripts/reproduce`.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dsd_p2p.netmodel import LinkModel
@@ -20,9 +19,10 @@ from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_cha
 from dsd_p2p.window.tracker import Tracker
 from node.console import ConsoleProgress
 from node.lab.receipt import machine, print_table, write_receipt
+from node.lab.simulator.bundled import find_scenario
 from node.lab.simulator.simulation import Change, sweep
 
-_SCENARIO = Path("docs/scenarios/paper-b.toml")
+_SCENARIO = find_scenario("paper-b")
 
 _WORKLOADS: dict[str, Change] = {
     "GSM8K": {"workload.prompt.mean": 80, "workload.answer.mean": 130, "acceptance.rate": 0.82},
