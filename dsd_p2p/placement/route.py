@@ -1,18 +1,35 @@
-"""Chooses a request's route: the one with the fewest predicted seconds per token over all layers that peers hold."""
+"""Chooses a request's route: the one with the fewest predicted seconds per token over all layers that peers hold.
 
-from collections.abc import Iterable, Iterator
+How it works. The seconds per token weigh the traversal and the slowest stage. For any limit on the slowest stage,
+`.search` finds the least traversal. The limits that can matter are the times of single stages. A few of them are tried
+at once; then only intervals between them that could still hold a better route are divided further.
+"""
+
 from dataclasses import dataclass, replace
 
-from dsd_p2p.placement.view import PeerView, Plan, PlannedStage, Speculation, SwarmView, seconds_per_token
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd_p2p.placement.search import Tables, least_traversals, tables_of, trace
+from dsd_p2p.placement.view import Plan, PlannedStage, Speculation, SwarmView, seconds_per_token
 from dsd_p2p.types import PeerId, Span
 
-_MAX_HOPS = 64
-_MAX_BOUNDARIES = 40
 _REFILL_LAYER_S = 0.02
 """Penalty per layer whose keys and values must be computed again: a stage that still has them is worth a detour."""
 
-_MAX_LABELS = 8
-"""Partial routes kept per peer and end layer, none of which is better than another in everything."""
+_NUM_LIMITS, _FEW_LIMITS = 12, 5
+"""Limits on the slowest stage that are tried at once, in a small and in a large swarm."""
+
+_MAX_ROUNDS, _FEW_ROUNDS = 12, 2
+
+_SMALL_SWARM, _MANY_STEPS, _FEW_STEPS = 16, 20_000, 60
+"""Steps of the search for a route that comes back to no peer, in a small swarm and in others."""
+
+_TOLERANCE = 0.02
+"""In a swarm that is not small, a route that is this much slower than the best one will do."""
+
+_NEAREST, _FAR_SWARM = 16, 64
+"""In a swarm of more peers, only so many of them are considered for each layer: the nearest and fastest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,28 +51,6 @@ class Detour:
         return replace(view, peers=peers, one_way_s=links)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Partial:
-    """A route up to some layer. previous: the route before its last stage."""
-
-    traversal_s: float
-    slowest_s: float
-    last: PlannedStage
-    previous: "_Partial | None"
-    num_hops: int
-
-    def visits(self, peer: PeerId) -> bool:
-        partial: _Partial | None = self
-        while partial is not None:
-            if partial.last.peer == peer:
-                return True
-            partial = partial.previous
-        return False
-
-    def stages(self) -> tuple[PlannedStage, ...]:
-        return (*(self.previous.stages() if self.previous else ()), self.last)
-
-
 def choose_route(
     view: SwarmView,
     coordinator: PeerId,
@@ -69,87 +64,146 @@ def choose_route(
     """
     speculation = speculation or Speculation()
     view = detour.without(view) if detour else view
-    peers = [peer for peer in view.peers if peer.span is not None]
-    kept = detour.kept if detour else frozenset()
-    boundaries = _boundaries(view, peers, kept)
-    ending: dict[int, dict[PeerId, list[_Partial]]] = {}
-    for start in boundaries[:-1]:
-        for peer in peers:
-            span = peer.span
-            if span is None or not span.first <= start < span.last:
-                continue
-            for before, link_s in _ways_to(peer.peer, start, view, coordinator, ending):
-                for end in boundaries:
-                    if start < end <= span.last:
-                        stage = PlannedStage(peer=peer.peer, span=Span(start, end))
-                        refill_s = _REFILL_LAYER_S * (end - start) if kept and stage not in kept else 0.0
-                        partial = _extend(before, link_s + refill_s, peer, stage, speculation.window_nodes)
-                        _keep(ending.setdefault(end, {}).setdefault(peer.peer, []), partial)
-    return _best(ending.get(view.num_layers, {}), view, coordinator, speculation)
-
-
-def _boundaries(view: SwarmView, peers: list[PeerView], kept: Iterable[PlannedStage]) -> list[int]:
-    """Return the layers at which one stage may hand over to the next: the ends of all spans, and a grid between."""
-    step = -(-view.num_layers // _MAX_BOUNDARIES)
-    spans = [*(peer.span for peer in peers if peer.span), *(stage.span for stage in kept)]
-    ends = {end for span in spans for end in (span.first, span.last)}
-    return sorted({*range(0, view.num_layers, step), view.num_layers, *ends})
-
-
-def _ways_to(
-    peer: PeerId, start: int, view: SwarmView, coordinator: PeerId, ending: dict[int, dict[PeerId, list[_Partial]]]
-) -> Iterator[tuple[_Partial | None, float]]:
-    if start == 0:
-        link_s = view.link_s(coordinator, peer)
-        if link_s is not None:
-            yield None, link_s
-        return
-    for previous, partials in list(ending.get(start, {}).items()):
-        link_s = view.link_s(previous, peer)
-        if link_s is None:
-            continue
-        for partial in partials:
-            if partial.num_hops < _MAX_HOPS and not partial.visits(peer):
-                yield partial, link_s
-
-
-def _extend(before: _Partial | None, link_s: float, peer: PeerView, stage: PlannedStage, num_nodes: int) -> _Partial:
-    pass_s = peer.layer_pass_s(num_nodes) * stage.span.num_layers
-    return _Partial(
-        traversal_s=(before.traversal_s if before else 0.0) + link_s + pass_s,
-        slowest_s=max(before.slowest_s if before else 0.0, pass_s),
-        last=stage,
-        previous=before,
-        num_hops=(before.num_hops if before else 0) + 1,
+    tables = tables_of(view, speculation.window_nodes, detour.kept if detour else frozenset(), _REFILL_LAYER_S)
+    if not len(tables.names):
+        return None
+    there_s, back_s = (
+        np.array([seconds if (seconds := view.link_s(*ends)) is not None else np.inf for ends in pairs])
+        for pairs in (
+            [(coordinator, name) for name in tables.names],
+            [(name, coordinator) for name in tables.names],
+        )
     )
+    if len(tables.names) > _FAR_SWARM:
+        near = tables.best_of_each_layer(there_s + back_s + tables.stage_s * (tables.last - tables.first), _NEAREST)
+        near = np.union1d(near, [tables.index[each.peer] for each in tables.kept if each.peer in tables.index])
+        near = near.astype(np.int64)
+        tables, there_s, back_s = tables.only(near), there_s[near], back_s[near]
+    return _Search(tables, there_s, back_s, speculation).best()
 
 
-def _keep(labels: list[_Partial], new: _Partial) -> None:
-    """Add `new` unless another is at least as good in everything; drop those that it beats."""
-    if any(old.traversal_s <= new.traversal_s and old.slowest_s <= new.slowest_s for old in labels):
-        return
-    labels[:] = [old for old in labels if old.traversal_s < new.traversal_s or old.slowest_s < new.slowest_s]
-    labels.append(new)
-    labels.sort(key=lambda label: label.traversal_s)
-    del labels[_MAX_LABELS:]
+class _Search:
+    """The search for one coordinator's best route."""
+
+    def __init__(
+        self, tables: Tables, there_s: NDArray[np.float64], back_s: NDArray[np.float64], speculation: Speculation
+    ) -> None:
+        self._tables = tables
+        self._there_s, self._back_s = there_s, back_s
+        self._speculation = speculation
+        is_small = len(tables.names) <= _SMALL_SWARM
+        self._tolerance = 0.0 if is_small else _TOLERANCE
+        self._num_limits = _NUM_LIMITS if is_small else _FEW_LIMITS
+        self._num_rounds = _MAX_ROUNDS if is_small else _FEW_ROUNDS
+        self._num_steps = _MANY_STEPS if is_small else _FEW_STEPS
+        self._relaxed_s = float("inf")
+        self._plan: Plan | None = None
+
+    def best(self) -> Plan | None:
+        """Return the best route that visits no peer twice."""
+        limits = self._limits()
+        found = self._try([float(limits[-1])])
+        for _ in range(self._num_rounds):
+            more = self._worth_trying(limits, found)
+            if not more:
+                break
+            found |= self._try(more)
+        if np.isfinite(self._relaxed_s) and (
+            self._plan is None or self._plan.s_per_token > self._relaxed_s * (1 + self._tolerance)
+        ):
+            self._search_without_returns()
+        return self._plan
+
+    def _limits(self) -> NDArray[np.float64]:
+        """Return the times of all stages that can be the slowest one, ascending."""
+        tables = self._tables
+        lengths = np.arange(1, int((tables.last - tables.first).max()) + 1)
+        times = tables.pass_s[:, None] * lengths
+        times = np.unique(times[lengths <= (tables.last - tables.first)[:, None]])
+        # Each layer runs somewhere, so no limit below the slowest layer's fastest peer leaves a route.
+        least_s = max((float(tables.pass_s[each].min()) for each in tables.active if len(each)), default=0.0)
+        return times[times >= least_s]
+
+    def _worth_trying(self, limits: NDArray[np.float64], found: dict[float, float]) -> list[float]:
+        """Return limits inside the intervals that can hold a better route. found: the traversal of each limit tried."""
+        speculation = self._speculation
+        tried = sorted(found)
+        intervals = []
+        for low, high in zip([0.0, *tried], tried, strict=False):
+            inside = limits[(limits > low) & (limits < high)]
+            if not np.isfinite(found[high]) or not len(inside):
+                continue
+            bound_s = seconds_per_token(found[high], float(inside[0]), speculation)
+            if bound_s < self._relaxed_s * (1 - self._tolerance) - 1e-12:
+                intervals.append((bound_s, inside))
+        intervals.sort(key=lambda each: each[0])
+        share = max(1, self._num_limits // max(1, len(intervals)))
+        return [limit for _, inside in intervals[: self._num_limits] for limit in _spread(inside, share)]
+
+    def _try(self, limits: list[float]) -> dict[float, float]:
+        """Search with each limit, keep the best route, and return the traversals."""
+        tables = self._tables
+        start_s = np.broadcast_to(self._there_s, (len(limits), len(self._there_s)))
+        least = least_traversals(tables, start_s, np.array(limits))
+        totals = least[:, :, -1] + self._back_s
+        lasts = totals.argmin(axis=1)
+        found = {}
+        for row, (limit, last) in enumerate(zip(limits, lasts.tolist(), strict=True)):
+            found[limit] = float(totals[row, last])
+            bound_s = seconds_per_token(found[limit], 0.0, self._speculation)
+            if np.isfinite(found[limit]) and bound_s < self._relaxed_s:
+                self._consider(trace(tables, self._there_s, least[row], last), found[limit])
+        return found
+
+    def _consider(self, stages: tuple[PlannedStage, ...], traversal_s: float) -> None:
+        tables = self._tables
+        slowest_s = max(float(tables.pass_s[tables.index[each.peer]]) * each.span.num_layers for each in stages)
+        cost_s = seconds_per_token(traversal_s, slowest_s, self._speculation)
+        self._relaxed_s = min(self._relaxed_s, cost_s)
+        comes_back = len({stage.peer for stage in stages}) < len(stages)
+        if not comes_back and (self._plan is None or cost_s < self._plan.s_per_token):
+            self._plan = Plan(stages=stages, traversal_s=traversal_s, slowest_s=slowest_s, s_per_token=cost_s)
+
+    def _search_without_returns(self) -> None:
+        """Search stage by stage, the most promising first, for a route that comes back to no peer.
+
+        What is left of a route is bounded by its least traversal, in which peers may be visited twice.
+        """
+        tables = self._tables
+        left_s = tables.least_left(self._back_s)
+        num_left = self._num_steps
+
+        def extend(stages: tuple[PlannedStage, ...], at: int, traversal_s: float, slowest_s: float) -> None:
+            nonlocal num_left
+            start = stages[-1].span.last if stages else 0
+            if start == tables.num_layers:
+                self._consider(stages, traversal_s + float(self._back_s[at]))
+                return
+            num_left -= 1
+            used = {stage.peer for stage in stages}
+            options = []
+            for row in tables.active[start].tolist():
+                link_s = float(self._there_s[row] if at < 0 else tables.link_s[at, row])
+                if tables.names[row] in used or not np.isfinite(link_s):
+                    continue
+                for end in range(start + 1, int(tables.last[row]) + 1):
+                    stage = PlannedStage(peer=tables.names[row], span=Span(start, end))
+                    pass_s = float(tables.pass_s[row]) * (end - start)
+                    stage_s = pass_s if stage in tables.kept else float(tables.stage_s[row]) * (end - start)
+                    so_far_s, slower_s = traversal_s + link_s + stage_s, max(slowest_s, pass_s)
+                    bound_s = seconds_per_token(so_far_s + float(left_s[row, end]), slower_s, self._speculation)
+                    options.append((bound_s, row, stage, so_far_s, slower_s))
+            options.sort(key=lambda option: option[:2])
+            for bound_s, row, stage, so_far_s, slower_s in options:
+                best_s = self._plan.s_per_token if self._plan else float("inf")
+                if num_left <= 0 or bound_s >= best_s * (1 - self._tolerance / 2):
+                    break
+                extend((*stages, stage), row, so_far_s, slower_s)
+
+        extend((), -1, 0.0, 0.0)
 
 
-def _best(
-    complete: dict[PeerId, list[_Partial]], view: SwarmView, coordinator: PeerId, speculation: Speculation
-) -> Plan | None:
-    best: Plan | None = None
-    for peer, partials in sorted(complete.items()):
-        back_s = view.link_s(peer, coordinator)
-        if back_s is None:
-            continue
-        for partial in partials:
-            traversal_s = partial.traversal_s + back_s
-            cost_s = seconds_per_token(traversal_s, partial.slowest_s, speculation)
-            if best is None or cost_s < best.s_per_token:
-                best = Plan(
-                    stages=partial.stages(),
-                    traversal_s=traversal_s,
-                    slowest_s=partial.slowest_s,
-                    s_per_token=cost_s,
-                )
-    return best
+def _spread(limits: NDArray[np.float64], count: int = _NUM_LIMITS) -> list[float]:
+    """Return up to `count` of these limits, evenly by rank, the greatest included."""
+    places = np.unique(np.linspace(len(limits) - 1, 0, min(count, len(limits)) + 1)[:-1].round().astype(np.int64))
+    return [float(limits[place]) for place in places]

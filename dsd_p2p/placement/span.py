@@ -1,10 +1,11 @@
 """Chooses the layers that a peer should hold, when it joins and when a gap opens. Peers move only to close a gap."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dsd_p2p.placement.route import choose_route
+import numpy as np
+from numpy.typing import NDArray
+
+from dsd_p2p.placement.joining import span_costs
 from dsd_p2p.placement.view import PeerView, Speculation, SwarmView
 from dsd_p2p.types import PeerId, Span
 
@@ -44,7 +45,9 @@ def choose_span(view: SwarmView, me: PeerView, speculation: Speculation | None =
         # Of the spans that cover most of the gaps, take one that leaves the fewest pieces, then the frontmost.
         candidates = [span for span in candidates if need(span)[0] == most_gaps]
         return min(candidates, key=lambda span: (_pieces(holders, span), span.first))
-    return min(candidates[:_MAX_EVALUATED], key=lambda span: (_cost_s(others, me, span, speculation), need(span)))
+    candidates = candidates[:_MAX_EVALUATED]
+    costs = span_costs(others, me, candidates, speculation or Speculation())
+    return min(zip(costs.tolist(), map(need, candidates), candidates, strict=True), key=lambda each: each[:2])[2]
 
 
 def choose_move(view: SwarmView, speculation: Speculation | None = None) -> Move | None:
@@ -56,30 +59,37 @@ def choose_move(view: SwarmView, speculation: Speculation | None = None) -> Move
     num_gaps = len(view.uncovered())
     if not num_gaps:
         return None
-    best: tuple[int, int, int, float, str] | None = None
+    best: tuple[tuple[float, ...], str] | None = None
     chosen: Move | None = None
+    holders = np.array(_holders(view))
     for peer in sorted(view.peers, key=lambda peer: peer.peer):
-        for span in _spans_around(peer, view):
-            moved = replace(view, peers=tuple(replace(n, span=span) if n.peer == peer.peer else n for n in view.peers))
-            num_given_up = _num_new(span, peer.span) if peer.span else 0
-            num_loaded = _num_new(peer.span, span)
-            key = (len(moved.uncovered()), num_loaded, num_given_up, peer.layer_s * span.num_layers, peer.peer)
-            if key[0] < num_gaps and (best is None or key < best):
-                best, chosen = key, Move(peer=peer.peer, span=span)
+        firsts, lasts = _spans_around(peer, view)
+        is_own = np.zeros(view.num_layers, np.int64)
+        if peer.span is not None:
+            is_own[peer.span.first : peer.span.last] = 1
+        own = np.concatenate([[0], np.cumsum(is_own)])
+        gaps = np.concatenate([[0], np.cumsum(holders - is_own == 0)])
+        num_kept, lengths = own[lasts] - own[firsts], lasts - firsts
+        keys = np.stack(
+            [
+                gaps[-1] - (gaps[lasts] - gaps[firsts]),
+                lengths - num_kept,
+                own[-1] - num_kept,
+                peer.layer_s * lengths,
+            ]
+        )
+        place = int(np.lexsort(keys[::-1])[0])
+        key = (tuple(keys[:, place].tolist()), peer.peer)
+        if key[0][0] < num_gaps and (best is None or key < best):
+            best, chosen = key, Move(peer=peer.peer, span=Span(int(firsts[place]), int(lasts[place])))
     return chosen
 
 
-def _spans_around(peer: PeerView, view: SwarmView) -> Iterator[Span]:
-    """Yield every span that the peer has room for."""
-    longest = max(1, min(peer.max_layers, view.num_layers))
-    for first in range(view.num_layers):
-        for last in range(first + 1, min(first + longest, view.num_layers) + 1):
-            yield Span(first, last)
-
-
-def _num_new(old: Span | None, new: Span) -> int:
-    kept = 0 if old is None else max(0, min(old.last, new.last) - max(old.first, new.first))
-    return new.num_layers - kept
+def _spans_around(peer: PeerView, view: SwarmView) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first and last layers of every span that the peer has room for."""
+    firsts, lasts = np.triu_indices(view.num_layers + 1, 1)
+    fits = lasts - firsts <= max(1, min(peer.max_layers, view.num_layers))
+    return firsts[fits], lasts[fits]
 
 
 def _holders(view: SwarmView) -> list[int]:
@@ -95,11 +105,3 @@ def _pieces(holders: list[int], span: Span) -> int:
     """Return how many separate gaps would be left."""
     left = [holders[layer] == 0 and not span.first <= layer < span.last for layer in range(len(holders))]
     return sum(is_gap and (index == 0 or not left[index - 1]) for index, is_gap in enumerate(left))
-
-
-def _cost_s(others: SwarmView, me: PeerView, span: Span, speculation: Speculation | None) -> float:
-    view = replace(others, peers=(*others.peers, replace(me, span=span)))
-    plans = [choose_route(view, peer.peer, speculation) for peer in view.peers]
-    return math.fsum(plan.s_per_token for plan in plans if plan is not None) / len(plans) + sum(
-        plan is None for plan in plans
-    )

@@ -2,6 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dsd_p2p.types import PeerId, Span
 
@@ -43,7 +47,7 @@ class Speculation:
     draft_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SwarmView:
     """The peers of a swarm, the layers of its model, and the links between the peers.
 
@@ -57,6 +61,16 @@ class SwarmView:
     def link_s(self, a: str, b: str) -> float | None:
         """Return the seconds one way from `a` to `b`; 0 to itself, None without a link."""
         return 0.0 if a == b else self.one_way_s.get((a, b))
+
+    @cached_property
+    def link_matrix(self) -> NDArray[np.float64]:
+        """Seconds one way between the peers, `[P, P]` in their order; infinite without a link and on the diagonal."""
+        index: dict[str, int] = {peer.peer: place for place, peer in enumerate(self.peers)}
+        matrix = np.full((len(index), len(index)), np.inf)
+        for (a, b), seconds in self.one_way_s.items():
+            if a in index and b in index and a != b:
+                matrix[index[a], index[b]] = seconds
+        return matrix
 
     def uncovered(self) -> list[int]:
         """Return the layers that no peer holds."""

@@ -87,6 +87,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ),
                 "formats": _bench("error and size of compressed hidden states", "SplitConfig", run="formats"),
                 "attest": _bench("cost of signing every window at a stage", "SplitConfig", run="attest"),
+                "placement": _bench("time that planning takes in a large swarm", "PlacementConfig", run="placement"),
                 "simulator": _bench(
                     "speed and memory use of the simulator", "SimulatorConfig", "ReceiptFlags", "simulator"
                 ),

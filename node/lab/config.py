@@ -66,6 +66,15 @@ class BrokersConfig(UsersConfig, frozen=True, kw_only=True):
     sessions: Annotated[Positive, Help("requests at once")] = 1
 
 
+class PlacementConfig(Settings, frozen=True, kw_only=True):
+    """`dsd bench placement`."""
+
+    peers: Annotated[Positive, Help("peers of the swarm")] = 64
+    layers: Annotated[Positive, Help("layers of the model")] = 48
+    small: Annotated[int, Meta(ge=0), Help("small swarms whose routes are compared with the best ones")] = 200
+    seed: Annotated[int, Help("seed of the swarms")] = 1
+
+
 class SimulatorConfig(ReceiptFlags, frozen=True, kw_only=True):
     """`dsd bench simulator`."""
 

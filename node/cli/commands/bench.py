@@ -14,6 +14,7 @@ from node.lab.config import (
     OneRound,
     OverheadConfig,
     PassesConfig,
+    PlacementConfig,
     PlotsConfig,
     ReceiptFlags,
     RelaxedConfig,
@@ -81,6 +82,13 @@ def simulator(config: SimulatorConfig, flags: ReceiptFlags) -> int:
     from node.lab.benches.simulator import run_simulator_bench
 
     return _measure("simulator", flags, lambda progress: run_simulator_bench(progress, config.large))
+
+
+def placement(config: PlacementConfig, flags: RoundFlags) -> int:
+    """Measure planning."""
+    from node.lab.benches.placement import run_placement
+
+    return _measure("placement", flags, lambda progress: run_placement(config, flags.rounds, progress))
 
 
 def relaxed(config: RelaxedConfig, flags: ReceiptFlags) -> int:
