@@ -147,11 +147,16 @@ class _Search:
         least = least_traversals(tables, start_s, np.array(limits))
         totals = least[:, :, -1] + self._back_s
         lasts = totals.argmin(axis=1)
-        found = {}
-        for row, (limit, last) in enumerate(zip(limits, lasts.tolist(), strict=True)):
+        found: dict[float, float] = {}
+        lower_s, before_s = 0.0, float("inf")
+        for row in np.argsort(limits).tolist():
+            limit, last = limits[row], int(lasts[row])
             found[limit] = float(totals[row, last])
-            bound_s = seconds_per_token(found[limit], 0.0, self._speculation)
-            if np.isfinite(found[limit]) and bound_s < self._relaxed_s:
+            # Its slowest stage is above the limit before, or the route would have been found there.
+            bound_s = seconds_per_token(found[limit], lower_s, self._speculation)
+            is_other = found[limit] < before_s - 1e-12
+            lower_s, before_s = limit, found[limit]
+            if is_other and bound_s < self._relaxed_s:
                 self._consider(trace(tables, self._there_s, least[row], last), found[limit])
         return found
 

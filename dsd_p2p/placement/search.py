@@ -120,7 +120,7 @@ def tables_of(
         last=np.array([min(span.last, view.num_layers) for span in spans], np.int64),
         pass_s=pass_s,
         stage_s=pass_s + (refill_layer_s if kept else 0.0),
-        link_s=view.link_matrix[np.ix_(chosen, chosen)],
+        link_s=view.link_matrix if len(chosen) == len(view.peers) else view.link_matrix[np.ix_(chosen, chosen)],
         kept=kept,
     )
 
