@@ -3,6 +3,8 @@
 import re
 import socket
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -10,13 +12,16 @@ import pytest
 from member_processes import DSD, dsd
 
 from dsd_p2p.errors import ConfigError, ModelError
+from dsd_p2p.models import source
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from node.cli.commands import create as create_command
+from node.cli.commands import doctor
 from node.cli.main import main
 from node.cli.table import COMMANDS, Command
 from node.config import CreateConfig, GatewayConfig, NodeConfig, UpConfig, machine
 from node.local.events import Ready
+from node.member import measure
 from node.member.model import find_member_model
 from node.member.reachable import reachable_addresses
 from node.member.state import SwarmState
@@ -139,3 +144,38 @@ def test_addresses_of_both_families_are_announced():
     found = reachable_addresses(("/ip6/::/tcp/4001/p2p/X", "/ip4/0.0.0.0/tcp/4001/p2p/X"), "")
     assert "/ip4/127.0.0.1/tcp/4001/p2p/X" in found
     assert not any("/ip6/::/" in address or "fe80" in address for address in found)
+
+
+def test_memory_is_that_of_the_card_if_layers_go_there(monkeypatch):
+    monkeypatch.setattr(measure, "available_bytes", lambda: 8 << 30)
+    monkeypatch.setattr(measure.torch.cuda, "mem_get_info", lambda _device: (3 << 30, 16 << 30))
+    assert measure._free_bytes("cuda") == 3 << 30
+    assert measure._free_bytes("cpu") == 8 << 30
+
+
+def test_the_doctor_names_both_digests(tiny, tmp_path):
+    digest = find_model(str(tiny("llama")), NoProgress()).digest()
+    state = SwarmState(f"{tmp_path}/swarm/")
+    stored = state.create(model=str(tiny("llama")), dtype="float32", digest="f" * 64)
+    finding = doctor._model(stored)
+    assert not finding.is_ok
+    assert digest[:12] in finding.says
+    assert "f" * 12 in finding.says
+
+
+def test_two_who_pull_at_once_fetch_once(tmp_path, monkeypatch):
+    fetched = []
+
+    def fetch(model, folder, _progress):
+        fetched.append(model.name)
+        time.sleep(0.3)
+        file = folder / "model.gguf"
+        file.write_bytes(b"x")
+        return file
+
+    monkeypatch.setattr(source, "fetch_gguf", fetch)
+    monkeypatch.setattr(source, "convert_gguf", lambda _gguf, folder, _progress: folder.mkdir())
+    with ThreadPoolExecutor() as pool:
+        folders = list(pool.map(lambda _: source.pull("smollm2-135m", NoProgress(), tmp_path), range(3)))
+    assert fetched == ["smollm2-135m"]
+    assert len(set(folders)) == 1

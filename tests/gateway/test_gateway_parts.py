@@ -25,7 +25,7 @@ from node.gateway.backend import EngineBackend, Outcome
 from node.gateway.choice import StopStrings
 from node.gateway.errors import ApiError
 from node.gateway.keys import ApiKey, Client, Clients, read_keys
-from node.gateway.server import check_exposure
+from node.gateway.server import check_exposure, serve_gateway
 from node.watch.hub import EventHub
 
 
@@ -436,3 +436,12 @@ async def test_tool_calls_of_earlier_answers_reach_the_template():
     assert [message["role"] for message in seen] == ["system", "user", "assistant", "tool", "assistant"]
     assert seen[2] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert seen[3] == {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
+
+
+async def test_it_listens_on_ipv6():
+    async with trio.open_nursery() as nursery:
+        url = await nursery.start(serve_gateway, make_gateway(), "::1", 0)
+        assert url.startswith("http://[::1]:")
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"{url}/healthz")).json() == {"status": "ok"}
+        nursery.cancel_scope.cancel()

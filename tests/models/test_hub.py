@@ -85,3 +85,23 @@ def test_a_commit_of_another_readme_has_the_same_digest(model, tmp_path):
         first = run(tmp_path, endpoint, "find").splitlines()[-1]
         (model / "README.md").write_text("news")
         assert run(tmp_path, endpoint, "pull").splitlines()[-1] == first
+
+
+def test_pulling_fetches_a_span_or_everything_with_a_line_for_each_file(model, tmp_path):
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with hub(model) as (endpoint, asked):
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+
+        def pull(*flags):
+            command = [sys.executable, "-m", "node.cli", "models", "pull", "owner/model", *flags]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            return done.stderr.splitlines()
+
+        lines = pull("--span", "2:3")
+        assert [line for line in lines if "fetch" in line] == ["fetch owner/model 1/1: 0 of 0 MB"]
+        assert {name for name in asked if name.endswith(".safetensors")} == {"b.safetensors"}
+        lines = pull()
+        assert {name for name in asked if name.endswith(".safetensors")} == {"a.safetensors", "b.safetensors"}
+        assert lines[-1] == "owner/model is ready"
+        assert len(lines) < 10
