@@ -1,6 +1,6 @@
 """Reads the properties of a decoder model that differ between families, from its config and not from a table.
 
-No other module reads a config's fields.
+Other modules ask here what a config means. `.shrink` copies its fields, and `.loader` changes a few for a span.
 """
 
 from dataclasses import dataclass

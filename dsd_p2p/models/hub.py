@@ -67,18 +67,16 @@ class HubModel(msgspec.Struct, frozen=True, kw_only=True):
         return [name for name, path in found.items() if not isinstance(path, str)]
 
     def fetch_all(self, names: Sequence[str], progress: Progress) -> None:
-        """Fetch these weight files, with one step a file.
+        """Fetch those of these weight files that are not cached, with one step a file.
 
         Raises:
-            ModelError: one of them cannot be fetched.
+            ModelError: one of them cannot be fetched, or there is no room for them.
         """
-        check_space(
-            default_cache_dir(), sum(self.weights[name].num_bytes for name in self._missing(names)), self.hub_id
-        )
-        total = sum(self.weights[name].num_bytes for name in names)
-        for number, name in enumerate(names, start=1):
-            size = self.weights[name].num_bytes
-            what = f"fetch {self.hub_id} {number}/{len(names)}: {size / 1e6:.0f} of {total / 1e6:.0f} MB"
+        sizes = {name: self.weights.get(name, HubFile()).num_bytes for name in self._missing(names)}
+        total = sum(sizes.values())
+        check_space(default_cache_dir(), total, self.hub_id)
+        for number, (name, size) in enumerate(sizes.items(), start=1):
+            what = f"fetch {self.hub_id} {number}/{len(sizes)}: {size / 1e6:.0f} of {total / 1e6:.0f} MB"
             progress.step(what, 0, 1)
             self.fetch(name)
             progress.step(what, 1, 1)

@@ -55,7 +55,8 @@ class RaggedCache:
         self._segments = segments
         self._kinds = kinds
         self._plain_layers = plain_layers
-        self._given: dict[int, tuple[torch.Tensor, torch.Tensor, _Stored]] = {}
+        self._given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._stored: _Stored = []
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_args: object, **_kwargs: object
@@ -70,8 +71,7 @@ class RaggedCache:
         elif layer_idx not in self._plain_layers:
             keys = torch.cat([each[0] for each in stored], dim=2)
             values = torch.cat([each[1] for each in stored], dim=2)
-        # By the tensor that the layer gets, because some families use one layer's keys and values in another.
-        self._given[id(keys)] = (keys, values, stored)
+        self._given, self._stored = (keys, values), stored
         return keys, values
 
     def attend(
@@ -91,10 +91,9 @@ class RaggedCache:
 
     def _by_session(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> _Stored:
         """Return each session's keys and values, from the tensors that the layer calls the attention with."""
-        given = self._given.get(id(key))
-        if given is not None and given[1] is value:
+        if self._given is not None and key is self._given[0] and value is self._given[1]:
             self._plain_layers.add(layer)
-            return given[2]
+            return self._stored
         if layer in self._plain_layers:
             raise ModelError(f"layer {layer} changed its keys and values in one pass but not in another")
         counts = [each.cache.num_slots + each.end - each.start for each in self._segments]

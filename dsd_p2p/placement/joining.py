@@ -49,7 +49,7 @@ def span_costs(others: SwarmView, me: PeerView, spans: Sequence[Span], speculati
         )
         best[row] = cost_s.min(axis=1)
     has_route = np.isfinite(best)
-    costs: NDArray[np.float64] = np.where(has_route, best, 1.0).mean(axis=1) + 0.0
+    costs: NDArray[np.float64] = np.where(has_route, best, 1.0).mean(axis=1)
     return costs
 
 

@@ -85,8 +85,10 @@ class InviteTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmSettings:
-    """What an invite says about the swarm. bootstrap: addresses of members. dtype: the stages' weights format. digest: the
-    model's content."""
+    """What an invite says about the swarm.
+
+    bootstrap: addresses of members. dtype: the stages' weights format. digest: the model's content.
+    """
 
     network_key: bytes
     bootstrap: tuple[str, ...]

@@ -61,13 +61,13 @@ def available_bytes() -> int:
 
 
 def _num_others() -> int:
-    """Return how many other programs of ours run on this machine, forked stages not counted."""
+    """Return how many other processes of ours run on this machine, stages included."""
     mine = {process.pid for process in [psutil.Process(), *psutil.Process().parents()]}
     found = 0
-    for process in psutil.process_iter(["cmdline", "ppid"]):
+    for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         is_ours = any(each in words for each in _OURS) or any(Path(word).name == "dsd" for word in words[:2])
-        found += is_ours and process.pid not in mine and process.info["ppid"] not in mine
+        found += is_ours and process.pid not in mine
     return found
 
 

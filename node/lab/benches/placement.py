@@ -21,7 +21,7 @@ _SMALL_LAYERS = 8
 def run_placement(config: PlacementConfig, rounds: int, progress: Progress) -> dict[str, object]:
     """Time the planning of a route, of a newcomer's span and of a move, and compare routes with the best there are.
 
-    The view of the swarm is made before, as in a member: it changes with a heartbeat and not with a request.
+    Making the view's matrix of links is timed apart. A member makes a view for each plan, so both times add up there.
     """
     times: dict[str, list[float]] = {"route": [], "span": [], "move": [], "view": []}
     for seed in range(rounds):
