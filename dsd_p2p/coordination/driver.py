@@ -105,6 +105,11 @@ class RequestDriver:
     def __repr__(self) -> str:
         return f"<driver of {self._machine!r}, {len(self._pending)} effects pending>"
 
+    @property
+    def drafter(self) -> str:
+        """The name of the drafter in use, with its peer if that is another one."""
+        return self._guesses.name
+
     def involves(self, peer: PeerId) -> bool:
         """Return True if `peer` is a stage of the present route; messages from other peers do not count."""
         return self._machine.involves(peer)

@@ -14,9 +14,11 @@ from dsd_p2p.coordination.directory import NO_DETOUR, Directory, StageList
 from dsd_p2p.coordination.driver import RequestDriver, Told
 from dsd_p2p.coordination.generation import Generation
 from dsd_p2p.coordination.guessing import open_guesses
+from dsd_p2p.coordination.own_drafter import OwnDrafter
 from dsd_p2p.coordination.prefixes import PrefixIndex, scope_of
 from dsd_p2p.coordination.trust import Trust
 from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.choice import DrafterChoice, Loop
 from dsd_p2p.errors import (
     ConfigError,
     PeerDisconnected,
@@ -59,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 _OUTPUT_BATCHES = 1024
 _DISCARD_TIMEOUT_S = 15.0
+_LOOP_NODES = 8
+"""Nodes of the window for which drafters are compared: the usual one on a long link."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +93,15 @@ class Engine:
     """
 
     def __init__(
-        self, links: PeerLinks, drafter: Drafter, vocab_size: int, nursery: trio.Nursery, directory: Directory
+        self,
+        links: PeerLinks,
+        drafter: Drafter | DrafterChoice,
+        vocab_size: int,
+        nursery: trio.Nursery,
+        directory: Directory,
     ) -> None:
         self.links = links
-        self.drafter = drafter
+        self.own_drafter = OwnDrafter(drafter, nursery)
         self._vocab_size = vocab_size
         self._nursery = nursery
         self._directory = directory
@@ -103,6 +112,11 @@ class Engine:
         self.tell: Sink | None = None
         self._governor = Governor()
         self._prefixes = PrefixIndex()
+
+    @property
+    def drafter(self) -> Drafter:
+        """The drafter of the next request that drafts here."""
+        return self.own_drafter.current
 
     def governed(self, policy: WindowPolicy) -> WindowPolicy:
         """Return a policy that speculates only while that helps all requests together."""
@@ -138,6 +152,7 @@ class Engine:
         self._check(prompt, options, route.max_positions)
         request = self._request(prompt, options, route)
         session = request.session
+        self.own_drafter.want()
         tracker = self._tracker(route, options.experience)
         machine = RequestMachine(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
         guesses = open_guesses(self.drafter, request.max_length, options.text.sampling)
@@ -171,6 +186,16 @@ class Engine:
             del self._drivers[session]
             share.left()
             guesses.close()
+            self._learn(request, machine, tracker)
+
+    def _learn(self, request: Request, machine: RequestMachine, tracker: Tracker) -> None:
+        """Let the drafters be measured on an answer that ended well."""
+        observation = tracker.observe()
+        if machine.is_finished and observation.stages:
+            loop = Loop(
+                traversal_s=observation.traversal_s(_LOOP_NODES), slowest_s=observation.slowest_stage_s(_LOOP_NODES)
+            )
+            self.own_drafter.learn(list(machine.tokens), len(request.prompt) - request.num_written, loop)
 
     def _request(self, prompt: Sequence[TokenId], options: GenerateOptions, route: Route) -> Request:
         is_parked = bool(options.owner) and not options.audit
@@ -276,7 +301,7 @@ def _formats(hidden_format: HiddenFormat, num_links: int) -> tuple[HiddenFormat,
 
 @asynccontextmanager
 async def open_engine(
-    transport: Transport, drafter: Drafter, vocab_size: int
+    transport: Transport, drafter: Drafter | DrafterChoice, vocab_size: int
 ) -> AsyncIterator[tuple[Engine, StageList]]:
     """Run an engine on `transport`; yield it with the list of stages that it may use, empty at first."""
     links = PeerLinks(transport, PeerInfo(peer=transport.peer, addresses=transport.addresses))

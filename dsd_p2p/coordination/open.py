@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from dsd_p2p.coordination.directory import StageList
 from dsd_p2p.coordination.engine import Engine, open_engine
-from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.drafting.named import make_drafter
+from dsd_p2p.drafting.choice import DrafterChoice
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import ModelShape, read_shape
 from dsd_p2p.models.progress import Progress
@@ -20,12 +19,15 @@ from dsd_p2p.types import check_same_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorModel:
-    """The parts of the target that a coordinator needs without holding layers: files, shape, tokenizer and drafter."""
+    """The parts of the target that a coordinator needs without holding layers: files, shape, tokenizer and drafter.
+
+    drafter: the choice of one, which is loaded.
+    """
 
     source: ModelSource
     shape: ModelShape
     text: TextCodec
-    drafter: Drafter
+    drafter: DrafterChoice
 
 
 def load_coordinator_model(
@@ -33,18 +35,16 @@ def load_coordinator_model(
 ) -> CoordinatorModel:
     """Load the tokenizer and the drafter for a target.
 
-    model: a catalog name, a folder or a Hugging Face id. draft: see `dsd_p2p.drafting.named.make_drafter`.
+    model: a catalog name, a folder or a Hugging Face id. draft: "auto" or a name that `make_drafter` takes.
 
     Raises:
         ConfigError, ModelError: says what is missing and what to do.
     """
     source = find_model(model, progress)
-    return CoordinatorModel(
-        source=source,
-        shape=read_shape(source.folder),
-        text=TextCodec(source.folder),
-        drafter=make_drafter(draft, source, progress, model=model, dtype=draft_dtype, device=device),
-    )
+    shape, text = read_shape(source.folder), TextCodec(source.folder)
+    drafter = DrafterChoice(draft, source, model=model, dtype=draft_dtype, device=device, progress=progress)
+    drafter.load()
+    return CoordinatorModel(source=source, shape=shape, text=text, drafter=drafter)
 
 
 @asynccontextmanager

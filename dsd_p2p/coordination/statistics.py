@@ -72,11 +72,11 @@ class AnswerStatistics:
         return shown
 
 
-def statistics_of(generation: Generation, drafter: str) -> AnswerStatistics:
+def statistics_of(generation: Generation) -> AnswerStatistics:
     """Return the statistics of an answer coordinated here. At least one token must have arrived."""
     stats, timing, checks = generation.stats, generation.timing, generation.driver.checks
     details = RequestDetails(
-        drafter=drafter,
+        drafter=generation.driver.drafter,
         decision=generation.decision,
         is_relaxed=generation.machine.request.is_relaxed,
         finish_reason=generation.finish.reason if generation.finish else None,

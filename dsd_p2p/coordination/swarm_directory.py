@@ -98,7 +98,7 @@ class SwarmDirectory:
     def coordinators(self) -> dict[PeerId, Speculation]:
         """Return the members that coordinate for thin clients, each with its drafter's speculation."""
         return {
-            member.peer: speculation_of(member.record.profile.drafter)
+            member.peer: speculation_of(member.record.profile.drafter, member.record.profile.draft_us / 1e6)
             for member in self._membership.registry.members()
             if member.is_alive and member.record.profile.drafter and member.record.state is MemberState.SERVING
         }

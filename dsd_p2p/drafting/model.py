@@ -25,13 +25,16 @@ _MAX_SAMPLED = 256
 class ModelDrafter:
     """A drafter that runs a whole model.
 
-    model: all layers of a language model with the target's vocabulary. name: the drafter's name in statistics.
+    model: all layers of a language model with the target's tokenizer. name: the drafter's name in statistics.
+    num_tokens: the size of the target's vocabulary; tokens above are never drafted. Siblings often differ in how many
+        unused rows pad their embeddings. 0: the same as the model's.
     """
 
     is_instant = False
 
-    def __init__(self, model: SpanModel, name: str) -> None:
+    def __init__(self, model: SpanModel, name: str, num_tokens: int = 0) -> None:
         self._model = model
+        self._num_tokens = min(num_tokens or model.shape.vocab_size, model.shape.vocab_size)
         self.name = name
 
     def open(self, max_length: int, sampling: Sampling = GREEDY) -> "ModelDraftSession":
@@ -46,7 +49,7 @@ class ModelDrafter:
                 f"drafter {self.name}: the text may grow to {max_length} tokens, the drafter's limit is {max_positions}; "
                 "ask for fewer tokens or choose another drafter with --draft"
             )
-        return ModelDraftSession(self._model, max_length, sampling, self.name)
+        return ModelDraftSession(self._model, max_length, sampling, self.name, self._num_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +65,9 @@ class _Feed:
 class ModelDraftSession:
     """The drafting model's cache for one request."""
 
-    def __init__(self, model: SpanModel, max_length: int, sampling: Sampling, name: str) -> None:
+    def __init__(self, model: SpanModel, max_length: int, sampling: Sampling, name: str, num_tokens: int) -> None:
         self._model = model
+        self._num_tokens = num_tokens
         self._sampling = sampling
         self._name = name
         self._cache = model.new_cache(max_length + _DRAFT_SLOTS)
@@ -124,18 +128,20 @@ class ModelDraftSession:
             [feed.key for feed in feeds], [feed.parent for feed in feeds], [feed.position for feed in feeds]
         )
         rows = range(num_without_children, len(feeds))
-        views = self._model.views(self._cache, forward, [feed.token for feed in feeds], rows)
-        logits = torch.stack([view.row for view in views]).float()
+        # A token that the drafter lacks is one that the target's tokenizer does not use either.
+        tokens = [min(feed.token, self._num_tokens - 1) for feed in feeds]
+        views = self._model.views(self._cache, forward, tokens, rows)
+        logits = torch.stack([view.row for view in views])[:, : self._num_tokens].float()
         if self._sampling.is_greedy:
             best = torch.log_softmax(logits, dim=-1).topk(min(NUM_CANDIDATES, logits.shape[-1]))
             ranked = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         else:
             positions = [feeds[row].position + 1 for row in rows]
             ranked = [self._sampled(row, position) for row, position in zip(logits, positions, strict=True)]
-        for row, (tokens, values) in zip(rows, ranked, strict=True):
+        for row, (children, values) in zip(rows, ranked, strict=True):
             self._children[feeds[row].key] = [
                 Candidate(token=token, logprob=logprob, source=self._name)
-                for token, logprob in zip(tokens, values, strict=True)
+                for token, logprob in zip(children, values, strict=True)
             ]
 
     def _sampled(self, logits: torch.Tensor, position: int) -> tuple[list[TokenId], list[float]]:

@@ -18,3 +18,8 @@ def make_shadow(target: ModelSource, num_layers: int) -> ModelDrafter:
     model = open_span(target, Span(0, num_layers), dtype="float32", is_packed=False)
     round_linear_layers(model.model)
     return ModelDrafter(model, "shadow")
+
+
+def shadow_bytes(target: ModelSource) -> int:
+    """Return the memory that making the shadow takes: float32 weights, and the same in int8."""
+    return 5 * target.num_params()

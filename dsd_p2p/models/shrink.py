@@ -84,7 +84,8 @@ def _layers_to_keep(values: Mapping[str, Any], num_layers: int) -> list[int]:
         sorts.setdefault(repr([each[layer] for each in lists]), []).append(layer)
     num_each = 2 if len(sorts) * 2 <= _MAX_LAYERS // 2 else 1
     kept = sorted(layer for layers in sorts.values() for layer in layers[:num_each])[:_MAX_LAYERS]
-    return kept if len(kept) >= 2 else list(range(min(2, num_layers)))
+    # Two at least, so that the trial can part them: the only layer twice if need be.
+    return kept if len(kept) >= 2 else [0, min(1, num_layers - 1)]
 
 
 def _shrunk(name: str, value: Any, num_layers: int, kept: list[int]) -> Any:

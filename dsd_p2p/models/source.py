@@ -10,6 +10,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from dsd_p2p.errors import ConfigError, ModelError
+from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.convert import convert_gguf
@@ -24,6 +25,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _GROWTH = 9
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_BYTES_OF = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def compute_format(dtype: str) -> ComputeFormat:
@@ -76,6 +78,20 @@ class ModelSource:
         """
         if self._hub is not None:
             self._hub.fetch_all(sorted({self.file_of_tensor[name] for name in tensors}), progress)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """True if the model was named by its hub id."""
+        return self._hub is not None
+
+    def num_params(self) -> int:
+        """Return about how many weights the model has, from the sizes of its files and the format they say."""
+        names = set(self.file_of_tensor.values())
+        if self._hub is not None:
+            num_bytes = sum(self._hub.weights[name].num_bytes for name in names if name in self._hub.weights)
+        else:
+            num_bytes = sum((self.folder / name).stat().st_size for name in names)
+        return num_bytes // _BYTES_OF.get(str(read_model_config(self.folder).dtype).removeprefix("torch."), 4)
 
     def digest(self) -> str:
         """Return the digest by which peers recognise that they hold the same weights.

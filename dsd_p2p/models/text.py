@@ -42,7 +42,7 @@ class TextCodec:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._tokenizer, self._why_not = _load_tokenizer(folder)
+        self._tokenizer, self._why_not = load_tokenizer(folder)
         settings = _read(folder / "generation_config.json", _Settings)
         config = _read(folder / "config.json", _ModelConfig)
         own = getattr(self._tokenizer, "eos_token_id", None)
@@ -120,7 +120,7 @@ class TextCodec:
         return {"role": message["role"], "content": "\n".join(filter(None, lines))}
 
 
-def _load_tokenizer(folder: Path) -> tuple[Any, str]:
+def load_tokenizer(folder: Path) -> tuple[Any, str]:
     """Return the tokenizer, or None and why there is none."""
     from transformers import AutoTokenizer
 

@@ -27,6 +27,7 @@ from dsd_p2p.wire.membership import (
     MemberRecord,
     Members,
     MemberState,
+    OwnerChoice,
     PeerProfile,
     Revocation,
 )
@@ -103,6 +104,16 @@ class Membership:
             await self._tell_all(Members(revocations=(revocation,)))
             self._sweep()
 
+    async def choose(self, choice: OwnerChoice) -> None:
+        """Apply the owner's choice and send it to all connected members.
+
+        Raises:
+            RemoteProtocolError: the owner did not sign it.
+        """
+        if self.registry.choose(choice, self._unix()):
+            self._changed.ring()
+            await self._tell_all(Members(choice=choice))
+
     async def leave(self) -> None:
         """Tell all connected members that we leave, so that they need not wait for missing heartbeats."""
         self._own.state = MemberState.LEFT
@@ -173,9 +184,11 @@ class Membership:
                     raise
                 # Another member's record may have expired or been revoked on its way here.
                 logger.info("record refused peer=%s from=%s error=%s", record.info.peer, sender, exc)
-        if news_records or news_revocations:
+        choice = members.choice if members.choice and self.registry.choose(members.choice, self._unix()) else None
+        if news_records or news_revocations or choice:
             self._changed.ring()
-            self._pass_on(Members(records=tuple(news_records), revocations=tuple(news_revocations)), but=sender)
+            news = Members(records=tuple(news_records), revocations=tuple(news_revocations), choice=choice)
+            self._pass_on(news, but=sender)
         if news_revocations:
             self._sweep()
 
@@ -271,7 +284,11 @@ class Membership:
         if now_s - self._synced_at_s.get(peer, -_MIN_SYNC_S) < _MIN_SYNC_S:
             return
         self._synced_at_s[peer] = now_s
-        message = Members(records=self.registry.records[:MAX_MEMBERS], revocations=self.registry.revocations)
+        message = Members(
+            records=self.registry.records[:MAX_MEMBERS],
+            revocations=self.registry.revocations,
+            choice=self.registry.choice,
+        )
         self._start(self._send, peer, message)
 
     def _start(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:

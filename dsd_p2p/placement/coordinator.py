@@ -15,9 +15,9 @@ _NGRAM_COVERAGE, MODEL_COVERAGE = 0.5, 0.9
 (docs/benchmarks.md)."""
 
 
-def speculation_of(drafter: str) -> Speculation:
-    """Return the expected speculation of the named drafter."""
-    return Speculation(coverage=_NGRAM_COVERAGE if drafter == "ngram" else MODEL_COVERAGE)
+def speculation_of(drafter: str, step_s: float = 0.0) -> Speculation:
+    """Return the expected speculation of the named drafter. step_s: seconds of one of its steps."""
+    return Speculation(coverage=_NGRAM_COVERAGE if drafter == "ngram" else MODEL_COVERAGE, draft_s=step_s)
 
 
 def choose_coordinator(

@@ -14,10 +14,11 @@ import msgspec
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.swarm.keys import SigningKey, is_signed_by, public_of
 from dsd_p2p.types import PeerId
-from dsd_p2p.wire.membership import Grant, Revocation, Role
+from dsd_p2p.wire.membership import Grant, OwnerChoice, Revocation, Role
 
 _GRANT_DOMAIN = b"dsd-p2p grant 1\0"
 _REVOCATION_DOMAIN = b"dsd-p2p revocation 1\0"
+_CHOICE_DOMAIN = b"dsd-p2p choice 1\0"
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -32,6 +33,17 @@ def issue(issuer: SigningKey, subject: bytes, *, role: Role, expires_at_s: int, 
 def revoke(owner: SigningKey, swarm: bytes, subject: bytes) -> Revocation:
     """Return the owner's signed revocation of `subject`. swarm: the owner's public key."""
     return Revocation(subject=subject, signature=owner.sign(_REVOCATION_DOMAIN + swarm + subject))
+
+
+def choose(owner: SigningKey, swarm: bytes, draft: str, made_at_ms: int) -> OwnerChoice:
+    """Return the owner's signed choice for all members. swarm: the owner's public key."""
+    choice = OwnerChoice(made_at_ms=made_at_ms, draft=draft)
+    return msgspec.structs.replace(choice, signature=owner.sign(_signed_choice(choice, swarm)))
+
+
+def is_choice_valid(choice: OwnerChoice, swarm: bytes) -> bool:
+    """True if the swarm's owner signed the choice."""
+    return is_signed_by(swarm, choice.signature, _signed_choice(choice, swarm))
 
 
 def check_grants(grants: Sequence[Grant], *, swarm: bytes, peer: PeerId, now_s: float) -> Role:
@@ -74,6 +86,10 @@ def _check_link(before: Grant, grant: Grant, *, is_from_member: bool) -> None:
         )
     if grant.role is Role.STAGE and (before.role is Role.CLIENT or is_from_member):
         raise RemoteProtocolError("role", grant.role.value, "client, the only role that this issuer may grant")
+
+
+def _signed_choice(choice: OwnerChoice, swarm: bytes) -> bytes:
+    return _CHOICE_DOMAIN + swarm + _encoder.encode(msgspec.structs.replace(choice, signature=b""))
 
 
 def _signed_part(grant: Grant) -> bytes:

@@ -12,7 +12,7 @@ from dsd_p2p.errors import ConfigError
 from dsd_p2p.swarm.grants import issue
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.types import Address, Digest, ModelName, Name
-from dsd_p2p.wire.membership import MAX_GRANTS, Grant, KeyBytes, Role
+from dsd_p2p.wire.membership import MAX_GRANTS, Grant, KeyBytes, OwnerChoice, Role
 
 _PREFIX = "dsd1"
 _CHECKSUM_BYTES = 4
@@ -27,6 +27,7 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
     network_key: pre-shared key of the private network; without it no connection gets past its first bytes.
     seed: secret of the invite's own key, which the last of `grants` names.
     digest: the content of the model, so that a newcomer with another copy of it is told at once.
+    choice: the owner's settings for all members.
     """
 
     swarm: KeyBytes
@@ -37,6 +38,7 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
     model: ModelName
     dtype: Name
     digest: Digest
+    choice: OwnerChoice | None = None
 
     def __str__(self) -> str:
         body = msgspec.msgpack.encode(self)
@@ -95,6 +97,7 @@ class SwarmSettings:
     model: str
     dtype: str
     digest: str
+    choice: OwnerChoice | None = None
 
 
 def new_invite(owner: SigningKey, seed: bytes, terms: InviteTerms, swarm: SwarmSettings) -> Invite:
@@ -115,6 +118,7 @@ def new_invite(owner: SigningKey, seed: bytes, terms: InviteTerms, swarm: SwarmS
         model=swarm.model,
         dtype=swarm.dtype,
         digest=swarm.digest,
+        choice=swarm.choice,
     )
 
 

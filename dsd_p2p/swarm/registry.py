@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dsd_p2p.errors import CapacityError, RemoteProtocolError
-from dsd_p2p.swarm.grants import check_grants, is_revocation_valid
+from dsd_p2p.swarm.grants import check_grants, is_choice_valid, is_revocation_valid
 from dsd_p2p.swarm.keys import peer_of
 from dsd_p2p.swarm.records import check_record
 from dsd_p2p.types import PeerId
@@ -23,6 +23,7 @@ from dsd_p2p.wire.membership import (
     Heartbeat,
     MemberRecord,
     MemberState,
+    OwnerChoice,
     Revocation,
     Role,
 )
@@ -82,6 +83,7 @@ class Registry:
         self._records: dict[PeerId, MemberRecord] = {}
         self._alive: dict[PeerId, _Liveness] = {}
         self._revocations: dict[bytes, Revocation] = {}
+        self.choice: OwnerChoice | None = None
         self._used: dict[bytes, set[bytes]] = {}
         self._sent_at_s: dict[int, float] = {}
         self._digest: bytes | None = None
@@ -124,6 +126,22 @@ class Registry:
         if len(self._revocations) >= MAX_REVOCATIONS:
             raise CapacityError(f"the swarm has {MAX_REVOCATIONS} revocations, which is the limit: make a new swarm")
         self._revocations[revocation.subject] = revocation
+        self._digest = None
+        return True
+
+    def choose(self, choice: OwnerChoice, unix_s: float) -> bool:
+        """Take the owner's choice for all members; return whether it replaces an older one.
+
+        Raises:
+            RemoteProtocolError: the owner did not sign it, or its time is ahead of ours.
+        """
+        if self.choice is not None and choice.made_at_ms <= self.choice.made_at_ms:
+            return False
+        if not is_choice_valid(choice, self.swarm):
+            raise RemoteProtocolError("choice signature", choice.signature.hex()[:12], "the swarm owner's")
+        if choice.made_at_ms / 1e3 > unix_s + _MAX_CLOCK_SKEW_S:
+            raise RemoteProtocolError("choice time", choice.made_at_ms, "a time near our clock")
+        self.choice = choice
         self._digest = None
         return True
 
@@ -175,10 +193,11 @@ class Registry:
 
     @property
     def view(self) -> bytes:
-        """An eight-byte hash of all known records and revocations, equal for peers that know the same."""
+        """An eight-byte hash of all known records, revocations and the owner's choice, equal for peers that know the same."""
         if self._digest is None:
             lines = sorted(repr((peer, *record.age)) for peer, record in self._records.items())
             lines += sorted(subject.hex() for subject in self._revocations)
+            lines.append(str(self.choice.made_at_ms if self.choice else 0))
             self._digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
         return self._digest
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from dsd_p2p.types import Name, PeerInfo
+from dsd_p2p.types import ModelName, Name, PeerInfo
 
 MAX_GRANTS = 4
 MAX_MEMBERS = 256
@@ -49,6 +49,17 @@ class Revocation(msgspec.Struct, frozen=True, array_like=True):
     signature: SignatureBytes = b""
 
 
+class OwnerChoice(msgspec.Struct, frozen=True, array_like=True):
+    """The swarm owner's settings for all members; a later one replaces an earlier one.
+
+    made_at_ms: milliseconds since 1970. draft: the drafter of requests, "auto" or a name (`dsd create --draft`).
+    """
+
+    made_at_ms: Annotated[int, Meta(ge=0, le=1 << 50)]
+    draft: ModelName = "auto"
+    signature: SignatureBytes = b""
+
+
 class MemberState(StrEnum):
     """The state of a member's process."""
 
@@ -64,12 +75,14 @@ class PeerProfile(msgspec.Struct, frozen=True, array_like=True):
     layer_us, layer16_us: microseconds for one layer's pass over 1 and over 16 positions.
     max_layers: how many layers fit into its memory.
     drafter: the drafter with which it coordinates requests of thin clients; empty if it does not coordinate any.
+    draft_us: microseconds of one of its steps; 0 for prompt lookup.
     """
 
     layer_us: Microseconds = 0
     layer16_us: Microseconds = 0
     max_layers: Annotated[int, Meta(ge=0, le=4096)] = 0
     drafter: Name = ""
+    draft_us: Microseconds = 0
 
 
 class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -122,7 +135,8 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=10):
 
 
 class Members(msgspec.Struct, frozen=True, array_like=True, tag=11):
-    """Member → member: records and revocations that the receiver may not know yet."""
+    """Member → member: records, revocations and the owner's choice, which the receiver may not know yet."""
 
     records: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_MEMBERS)] = ()
     revocations: Annotated[tuple[Revocation, ...], Meta(max_length=MAX_REVOCATIONS)] = ()
+    choice: OwnerChoice | None = None

@@ -62,6 +62,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "members": _command("members", "list the members of the swarm", f"{_CONFIG}:SwarmQuestion"),
         "plan": _command("plan", "show which route a request would use, and why", f"{_CONFIG}:SwarmQuestion"),
         "doctor": _command("doctor", "find problems and print their fixes", f"{_CONFIG}:SwarmQuestion"),
+        "draft": _command("draft", "choose the drafter of the whole swarm", f"{_CONFIG}:DraftConfig"),
         "revoke": _command("revoke", "remove a member from the swarm", f"{_CONFIG}:RevokeConfig"),
     },
     "ask": {

@@ -13,7 +13,6 @@ from dsd_p2p import units
 from dsd_p2p.coordination.engine import Engine, GenerateOptions
 from dsd_p2p.coordination.open import load_coordinator_model, open_coordinator
 from dsd_p2p.coordination.statistics import AnswerStatistics, statistics_of
-from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.text import TextCodec
@@ -40,7 +39,6 @@ class Client:
     config: GenerateConfig
     engine: Engine
     text: TextCodec
-    drafter: Drafter
     prompt: list[TokenId]
     started: list[LocalStage]
     swarm: SwarmClient | None = None
@@ -86,7 +84,7 @@ class Client:
             and not options.audit
             and options.text.relaxation is None
         ):
-            coordinator = better_coordinator(self.swarm.directory, self.swarm.transport.peer, self.drafter.name)
+            coordinator = better_coordinator(self.swarm.directory, self.swarm.transport.peer, self.engine.own_drafter)
             if coordinator is not None:
                 return await self._ask(coordinator, prompt, options, show)
         async with self.engine.generate(prompt, options, policy) as generation:
@@ -96,7 +94,7 @@ class Client:
                     show(streamer.step(token))
         if show is not None:
             show(streamer.finish())
-        return tokens, statistics_of(generation, self.drafter.name)
+        return tokens, statistics_of(generation)
 
     async def _ask(
         self, coordinator: PeerId, prompt: list[TokenId], options: GenerateOptions, show: Callable[[str], None] | None
@@ -154,7 +152,6 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
             config=config,
             engine=engine,
             text=model.text,
-            drafter=model.drafter,
             prompt=prompt,
             started=started,
             swarm=client,

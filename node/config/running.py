@@ -99,11 +99,24 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True):
     memory: Annotated[str, Help("memory for layers and KV cache, e.g. 8GB; default: 60 %% of the free memory")] = ""
     draft: Annotated[
         str,
-        Help("drafter for requests that this peer coordinates; ngram: prompt lookup; none: do not coordinate"),
-    ] = "ngram"
+        Help(
+            "drafter for requests that this peer coordinates: auto, ngram, shadow or a model; none: do not coordinate; "
+            "default: the swarm's"
+        ),
+    ] = ""
+    role: Annotated[
+        Literal["stage", "draft"], Help("stage: serve layers; draft: serve none, only draft for members nearby")
+    ] = "stage"
     heartbeat: Annotated[str, Help("interval between heartbeats, 50ms to 10s")] = "1s"
     record: Annotated[str, Help("file to append this peer's telemetry to, for dsd top --replay"), FILE] = ""
     otlp: Annotated[str, Help("OpenTelemetry collector for traces, e.g. http://127.0.0.1:4318"), URL] = ""
+
+
+class DraftConfig(Settings, frozen=True, kw_only=True):
+    """Settings of `dsd draft`."""
+
+    draft: Annotated[str, Help("the swarm's drafter: auto, ngram, shadow or a model"), POSITIONAL]
+    swarm: SwarmName = DEFAULT_SWARM
 
 
 class JoinConfig(ServeFlags, frozen=True, kw_only=True):
@@ -118,6 +131,10 @@ class JoinConfig(ServeFlags, frozen=True, kw_only=True):
 class CreateConfig(ServeFlags, frozen=True, kw_only=True):
     """Settings of `dsd create`."""
 
+    draft: Annotated[
+        str,
+        Help("the swarm's drafter, which members get with the invite: auto, ngram, shadow or a model"),
+    ] = "auto"
     model: Annotated[str, Help("the swarm's model: a catalog name, a folder or a Hugging Face id")] = DEFAULT_MODEL
     dtype: Annotated[str, Help("number format to compute with: float32 (exact in every mode), bfloat16 or float16")] = (
         "float32"

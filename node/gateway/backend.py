@@ -10,7 +10,6 @@ import trio
 from dsd_p2p.coordination.engine import Engine, GenerateOptions
 from dsd_p2p.coordination.for_others import ThinClient
 from dsd_p2p.coordination.statistics import AnswerStatistics, statistics_of
-from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.errors import ConfigError, PeerDisconnected
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.session.timing import Timing
@@ -49,9 +48,8 @@ class EngineBackend:
     make_policy: returns a window policy for one request.
     """
 
-    def __init__(self, engine: Engine, drafter: Drafter, make_policy: Callable[[], WindowPolicy]) -> None:
+    def __init__(self, engine: Engine, make_policy: Callable[[], WindowPolicy]) -> None:
         self._engine = engine
-        self._drafter = drafter
         self._make_policy = make_policy
 
     async def write(
@@ -68,7 +66,7 @@ class EngineBackend:
                 finally:
                     outcome.num_cached_tokens = generation.stats.num_prefix_tokens
                     if generation.timing.num_tokens:
-                        outcome.statistics = statistics_of(generation, self._drafter.name)
+                        outcome.statistics = statistics_of(generation)
         except ConfigError as exc:
             # The request has been checked by now: the swarm is what cannot serve it.
             raise PeerDisconnected(str(exc)) from exc

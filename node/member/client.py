@@ -13,8 +13,10 @@ import trio
 
 from dsd_p2p.coordination.engine import Engine
 from dsd_p2p.coordination.for_others import ThinClient
+from dsd_p2p.coordination.own_drafter import OwnDrafter
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.choice import DrafterChoice
 from dsd_p2p.errors import DsdError, PeerDisconnected
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.source import ModelSource
@@ -55,7 +57,7 @@ class SwarmClient:
 async def open_swarm_client(
     state: SwarmState,
     source: ModelSource,
-    drafter: Drafter,
+    drafter: Drafter | DrafterChoice,
     *,
     link: LinkModel | None = None,
     heartbeat_s: float = 1.0,
@@ -107,12 +109,12 @@ async def open_swarm_client(
             nursery.cancel_scope.cancel()
 
 
-def better_coordinator(directory: SwarmDirectory, me: PeerId, drafter: str | None) -> PeerId | None:
+def better_coordinator(directory: SwarmDirectory, me: PeerId, own_drafter: OwnDrafter | None) -> PeerId | None:
     """Return the peer that should coordinate a request now, or None for this one.
 
-    drafter: name of our drafter; None: we do not coordinate.
+    own_drafter: None: we do not coordinate.
     """
-    own = {} if drafter is None else {me: speculation_of(drafter)}
+    own = {} if own_drafter is None else {me: speculation_of(own_drafter.current.name, own_drafter.step_s)}
     chosen = choose_coordinator(directory.view(), me, directory.coordinators() | own)
     return None if chosen is None or chosen[0] == me else chosen[0]
 

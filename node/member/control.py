@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from dsd_p2p.errors import ConfigError, DsdError, PeerTimeout
-from dsd_p2p.wire.membership import Revocation
+from dsd_p2p.wire.membership import OwnerChoice, Revocation
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,13 @@ class Revoke(msgspec.Struct, tag="revoke"):
     revocation: Revocation
 
 
-Ask = Status | Stop | Revoke
+class Choose(msgspec.Struct, tag="choose"):
+    """Asks the daemon to spread the owner's choice."""
+
+    choice: OwnerChoice
+
+
+Ask = Status | Stop | Revoke | Choose
 
 
 class MemberStatus(msgspec.Struct):
@@ -58,6 +64,8 @@ class MemberStatus(msgspec.Struct):
     layer_s: float
     version: str
     age_s: float
+    drafter: str
+    draft_s: float
 
 
 class PeerReport(msgspec.Struct, tag="node"):
@@ -77,6 +85,8 @@ class PeerReport(msgspec.Struct, tag="node"):
     num_frames: int
     members: list[MemberStatus]
     uncovered: list[int]
+    draft: str
+    refused_drafters: list[str]
 
 
 class Done(msgspec.Struct, tag="done"):

@@ -114,10 +114,10 @@ async def serve_peer_gateway(
     """
     assert config.port is not None, "a backend has a port"
     engine, source = parts.engine, parts.settings.source
-    here = EngineBackend(engine, engine.drafter, make_policy) if engine else None
-    me, drafter = PeerId(parts.membership.links.me.peer), engine.drafter.name if engine else None
+    here = EngineBackend(engine, make_policy) if engine else None
+    me = PeerId(parts.membership.links.me.peer)
     text = await trio.to_thread.run_sync(TextCodec, source.folder)
-    choose = partial(better_coordinator, parts.directory, me, drafter)
+    choose = partial(better_coordinator, parts.directory, me, engine.own_drafter if engine else None)
     gateway = make_gateway(
         config,
         clients,

@@ -15,15 +15,12 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from importlib.metadata import version
 
-import msgspec
 import trio
 
 from dsd_p2p import units
 from dsd_p2p.coordination.engine import Engine
 from dsd_p2p.coordination.for_others import CoordinatorService, ThinClient
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
-from dsd_p2p.drafting.base import Drafter
-from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
 from dsd_p2p.peers.links import PeerLinks
@@ -39,12 +36,13 @@ from dsd_p2p.transport.libp2p import Libp2pTransport, open_libp2p
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
-from dsd_p2p.wire.membership import MemberState
+from dsd_p2p.wire.membership import MemberState, OwnerChoice
 from dsd_p2p.wire.version import PROTOCOL_ID
 from node.gateway.setup import read_clients
 from node.local.events import GatewayOpen, Loading
 from node.member.client import next_coordinator
-from node.member.control import Answer, Ask, Done, Revoke, Status, Stop, serve_control
+from node.member.control import Answer, Ask, Choose, Done, Revoke, Status, Stop, serve_control
+from node.member.drafts import MemberDrafts
 from node.member.gateway import serve_peer_gateway, swarm_topics, telling
 from node.member.lan import neighbours
 from node.member.parts import PeerParts
@@ -71,12 +69,11 @@ class SwarmPeer:
     """A peer of a swarm; `run` joins and serves until stopped.
 
     Raises:
-        ConfigError: the drafter or the file of API keys is invalid.
+        ConfigError: the file of API keys is invalid.
     """
 
     def __init__(self, settings: PeerSettings) -> None:
         self._settings = settings
-        self._drafter = _drafter(settings.config.draft)
         self._clients = read_clients(settings.gateway)
         self._hub = EventHub()
         self._scope = trio.CancelScope()
@@ -121,7 +118,7 @@ class SwarmPeer:
         settings, config, stored = self._settings, self._settings.config, self._settings.stored
         key, shape = settings.state.node_key(), settings.shape
         registry = Registry(me=key.peer, swarm=stored.swarm, interval_s=units.seconds(config.heartbeat))
-        _recall(registry, settings.state.known())
+        _recall(registry, settings.state.known(), settings.state.choice())
         gatekeeper = SwarmGatekeeper(registry, stored.grants, time.time)
         links = PeerLinks(transport, settings.describe(None, inner.addresses), gatekeeper)
         server = StageServer(links, None, StageLimits(dials_routes=False), time.perf_counter, sign=key.sign)
@@ -135,7 +132,9 @@ class SwarmPeer:
         )
         directory = SwarmDirectory(membership, model=settings.source.key(stored.dtype), num_layers=shape.num_layers)
         thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
-        engine = Engine(links, self._drafter, shape.vocab_size, nursery, directory) if self._drafter else None
+        drafts = MemberDrafts(settings, registry)
+        choice = drafts.choice()
+        engine = None if choice is None else Engine(links, choice, shape.vocab_size, nursery, directory)
         coordinating: list[Service] = (
             [] if engine is None else [engine, CoordinatorService(engine, _coordinating_policy)]
         )
@@ -149,6 +148,7 @@ class SwarmPeer:
             placed=placed,
             engine=engine,
             thin=thin,
+            drafts=drafts,
             services=(membership, server, *coordinating, thin),
         )
 
@@ -172,6 +172,10 @@ class SwarmPeer:
         await parts.placed.take_first(membership, parts.directory)
         nursery.start_soon(self._remember_forever, parts)
         nursery.start_soon(parts.placed.report_changes, membership)
+        if parts.engine is not None:
+            nursery.start_soon(parts.drafts.follow, parts.engine.own_drafter, membership, parts.placed)
+            if gateway.port is not None:
+                parts.engine.own_drafter.want()
         async with telling(parts, self._hub):
             if gateway.port is not None:
                 opened = partial(_report_url, self._settings)
@@ -188,8 +192,7 @@ class SwarmPeer:
         """
         settings, membership, links = self._settings, parts.membership, parts.membership.links
         settings.report(Loading(what="meet the swarm"))
-        profile = msgspec.structs.replace(settings.profile, drafter=self._drafter.name if self._drafter else "")
-        await membership.announce(links.me, MemberState.JOINING, profile)
+        await membership.announce(links.me, MemberState.JOINING, settings.profile)
         others = [record for record in membership.registry.records if record.info.peer != links.me.peer]
         if not settings.stored.bootstrap and not others:
             return
@@ -230,6 +233,10 @@ class SwarmPeer:
                 await parts.membership.revoke(revocation)
                 self._remember(parts)
                 return Done()
+            case Choose(choice=choice):
+                await parts.membership.choose(choice)
+                self._remember(parts)
+                return Done()
 
     async def _remember_forever(self, parts: PeerParts) -> None:
         while True:
@@ -238,15 +245,19 @@ class SwarmPeer:
 
     def _remember(self, parts: PeerParts) -> None:
         registry = parts.membership.registry
-        self._settings.state.remember(Known(records=registry.records, revocations=registry.revocations))
+        self._settings.state.remember(
+            Known(records=registry.records, revocations=registry.revocations, choice=registry.choice)
+        )
 
 
 def _report_url(settings: PeerSettings, url: str) -> None:
     settings.report(GatewayOpen(url=url))
 
 
-def _recall(registry: Registry, known: Known) -> None:
-    """Restore records and revocations from before the restart, without records that have expired since."""
+def _recall(registry: Registry, known: Known, choice: OwnerChoice | None) -> None:
+    """Restore records, revocations and the owner's choice from before the restart, without records that have expired."""
+    if choice is not None:
+        registry.choose(choice, time.time())
     for revocation in known.revocations:
         registry.revoke(revocation)
     for record in known.records:
@@ -254,17 +265,6 @@ def _recall(registry: Registry, known: Known) -> None:
             registry.merge(record, time.time())
         except DsdError as exc:
             logger.info("remembered record refused peer=%s error=%s", record.info.peer, exc)
-
-
-def _drafter(name: str) -> Drafter | None:
-    """Return the drafter for requests that this peer coordinates, or None."""
-    match name:
-        case "none":
-            return None
-        case "ngram":
-            return NgramDrafter()
-        case other:
-            raise ConfigError(f"--draft {other!r}: choose ngram or none")
 
 
 def _coordinating_policy() -> WindowPolicy:

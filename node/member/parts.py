@@ -10,6 +10,7 @@ from dsd_p2p.peers.membership import Membership
 from dsd_p2p.peers.services import Service
 from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.libp2p import Libp2pTransport
+from node.member.drafts import MemberDrafts
 from node.member.placed import Placed
 from node.member.settings import PeerSettings
 
@@ -30,4 +31,5 @@ class PeerParts:
     placed: Placed
     engine: Engine | None
     thin: ThinClient
+    drafts: MemberDrafts
     services: tuple[Service, ...]

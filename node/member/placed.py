@@ -91,6 +91,11 @@ class Placed:
                 self._profile = msgspec.structs.replace(self._profile, layer_us=layer_us, layer16_us=layer16_us)
                 await membership.announce(membership.links.me, self.state, self._profile)
 
+    async def tell_drafter(self, membership: Membership, name: str, step_s: float) -> None:
+        """Announce the drafter that this peer uses now, and the seconds of one of its steps."""
+        self._profile = msgspec.structs.replace(self._profile, drafter=name, draft_us=round(step_s * 1e6))
+        await membership.announce(membership.links.me, self.state, self._profile)
+
     async def drain(self, membership: Membership, timeout_s: float) -> None:
         """Refuse new sessions, give running ones `timeout_s` to finish, then leave. Do nothing if already draining."""
         if self.state is MemberState.DRAINING:

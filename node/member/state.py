@@ -4,7 +4,7 @@ identity      the peer's secret key
 owner.key     the swarm owner's secret key, only on the machine that created the swarm
 client-N      secret keys of commands; each is used by one command at a time
 membership    network key, grants, bootstrap addresses, model
-known         records and revocations heard so far
+known         records, revocations and the owner's choice heard so far
 control.sock  the socket at which the node daemon takes commands
 """
 
@@ -20,12 +20,12 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.swarm.grants import check_grants, issue
+from dsd_p2p.swarm.grants import check_grants, choose, issue
 from dsd_p2p.swarm.invite import Invite
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.transport.identity import load_or_create_seed
 from dsd_p2p.types import Address, Digest, ModelName, Name
-from dsd_p2p.wire.membership import Grant, KeyBytes, MemberRecord, Revocation, Role
+from dsd_p2p.wire.membership import Grant, KeyBytes, MemberRecord, OwnerChoice, Revocation, Role
 from node.paths import state_dir
 
 Stored = TypeVar("Stored")
@@ -36,7 +36,7 @@ _MAX_CLIENTS = 16
 
 
 class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
-    """The keys and grants that let this machine into a swarm, with bootstrap addresses and the model."""
+    """The keys and grants that let this machine into a swarm, with bootstrap addresses, the model and the owner's choice."""
 
     swarm: KeyBytes
     network_key: KeyBytes
@@ -45,6 +45,7 @@ class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
     model: ModelName
     dtype: Name
     digest: Digest
+    choice: OwnerChoice | None = None
 
 
 class Known(msgspec.Struct, frozen=True, array_like=True):
@@ -55,6 +56,7 @@ class Known(msgspec.Struct, frozen=True, array_like=True):
 
     records: tuple[MemberRecord, ...] = ()
     revocations: tuple[Revocation, ...] = ()
+    choice: OwnerChoice | None = None
 
 
 class SwarmState:
@@ -101,8 +103,8 @@ class SwarmState:
                 f"this machine already belongs to a swarm {self.name!r}: choose another name with --swarm"
             )
 
-    def create(self, *, model: str, dtype: str, digest: str) -> StoredMembership:
-        """Create a new swarm owned by this machine.
+    def create(self, *, model: str, dtype: str, digest: str, draft: str = "auto") -> StoredMembership:
+        """Create a new swarm owned by this machine. draft: the drafter of its requests.
 
         Raises:
             ConfigError: this machine already belongs to a swarm of this name.
@@ -126,6 +128,7 @@ class SwarmState:
                 model=model,
                 dtype=dtype,
                 digest=digest,
+                choice=choose(owner, owner.public, draft, int(time.time() * 1e3)),
             )
         )
 
@@ -158,6 +161,7 @@ class SwarmState:
                 model=model or invite.model,
                 dtype=invite.dtype,
                 digest=invite.digest,
+                choice=invite.choice,
             )
         )
 
@@ -194,6 +198,11 @@ class SwarmState:
                 yield identity, (*grants, grant)
                 return
         raise ConfigError(f"{_MAX_CLIENTS} commands on this machine already use the swarm: wait for one to end")
+
+    def choice(self) -> OwnerChoice | None:
+        """Return the owner's latest choice that this machine has heard of."""
+        heard = [each for each in (self.membership().choice, self.known().choice) if each is not None]
+        return max(heard, key=lambda each: each.made_at_ms, default=None)
 
     def known(self) -> Known:
         """Return the stored records and revocations; empty if they cannot be read."""

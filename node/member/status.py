@@ -27,6 +27,8 @@ def node_status(parts: PeerParts) -> PeerReport:
         num_frames=links.num_frames,
         members=_member_statuses(parts.membership, parts.transport),
         uncovered=parts.directory.view().uncovered(),
+        draft=parts.drafts.wanted,
+        refused_drafters=parts.engine.own_drafter.refusals if parts.engine else [],
     )
 
 
@@ -47,6 +49,8 @@ def _member_statuses(membership: Membership, transport: Libp2pTransport) -> list
             max_layers=member.record.profile.max_layers,
             layer_s=member.record.profile.layer_us / 1e6,
             version=member.record.version,
+            drafter=member.record.profile.drafter,
+            draft_s=member.record.profile.draft_us / 1e6,
             age_s=max(0.0, time.time() - member.record.incarnation / 1e3),
         )
         for member in membership.registry.members()

@@ -277,7 +277,7 @@ async def test_a_failure_that_nobody_foresaw_is_logged_told_and_counted(caplog):
 
 async def test_the_door_speculates_only_where_that_helps_all():
     async with toy_swarm() as swarm:
-        backend = EngineBackend(swarm.engine, swarm.engine.drafter, lambda: StaticPolicy(sync_chain(4)))
+        backend = EngineBackend(swarm.engine, lambda: StaticPolicy(sync_chain(4)))
         modes = []
         for allows in (True, False):
             swarm.engine._governor.allows = lambda _now_s, allows=allows: allows

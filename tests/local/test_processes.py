@@ -49,7 +49,7 @@ async def write_all(config, num_layers, vocab_size, requests):
         ):
             await stages.add([node.address for node in nodes])
             for drafter, decision, prompt, num_tokens, sampling in requests:
-                engine.drafter = drafter
+                engine.own_drafter.current = drafter
                 options = GenerateOptions(text=TextRequest(max_tokens=num_tokens, sampling=sampling))
                 async with engine.generate(prompt, options, StaticPolicy(decision)) as generation:
                     answers.append([token async for token in generation])

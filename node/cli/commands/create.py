@@ -22,7 +22,7 @@ def run(config: CreateConfig, gateway: GatewayConfig) -> int:
         read_shape(source.folder)
         digest = source.digest()
     model = absolute_model(config.model)
-    state.create(model=model, dtype=config.dtype, digest=digest)
+    state.create(model=model, dtype=config.dtype, digest=digest, draft=config.draft)
     is_serving = False
 
     def tell(event: StageEvent) -> None:
@@ -32,7 +32,7 @@ def run(config: CreateConfig, gateway: GatewayConfig) -> int:
 
     console.print(f"swarm {config.swarm!r} created; to add other machines, run `dsd invite` here")
     try:
-        return serve_swarm(msgspec.structs.replace(config, model=model), tell, gateway)
+        return serve_swarm(msgspec.structs.replace(config, model=model, draft=""), tell, gateway)
     finally:
         if not is_serving:
             state.discard()

@@ -35,6 +35,7 @@ def run(config: InviteConfig) -> int:
             model=stored.model,
             dtype=stored.dtype,
             digest=stored.digest,
+            choice=state.choice(),
         ),
     )
     if config.qr and sys.stderr.isatty():

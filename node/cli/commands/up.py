@@ -72,7 +72,7 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
         gateway = make_gateway(
             api,
             clients,
-            EngineBackend(engine, model.drafter, partial(adaptive_policy, config.policy)),
+            EngineBackend(engine, partial(adaptive_policy, config.policy)),
             served,
             hub,
             is_ready=partial(_has_route, stages),

@@ -11,7 +11,7 @@ import trio
 
 from dsd_p2p import units
 from dsd_p2p.coordination.engine import Engine, open_engine
-from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.choice import DrafterChoice
 from dsd_p2p.models.describe import stage_info
 from dsd_p2p.models.open import open_span
 from dsd_p2p.models.source import ModelSource
@@ -28,7 +28,7 @@ from node.lab.config import UsersConfig
 
 @asynccontextmanager
 async def in_process_swarm(
-    config: UsersConfig, source: ModelSource, spans: list[Span], drafter: Drafter
+    config: UsersConfig, source: ModelSource, spans: list[Span], drafter: DrafterChoice
 ) -> AsyncIterator[tuple[Engine, list[StageServer]]]:
     """Load the spans and serve them until the end of the block.
 

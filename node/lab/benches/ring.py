@@ -184,4 +184,4 @@ async def _write(engine: Engine, trace: Agreement, text: int, decision: Decision
         tokens = [token async for token in generation]
     if tokens != recorded:
         raise LocalProtocolError(f"text {trace.texts[text].source} differs from the recorded text: please report it")
-    return statistics_of(generation, engine.drafter.name)
+    return statistics_of(generation)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import trio
 
 from dsd_p2p.coordination.engine import Engine, GenerateOptions, open_engine
-from dsd_p2p.drafting.named import make_drafter
+from dsd_p2p.drafting.choice import DrafterChoice
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.placement.listed import even_spans
@@ -51,9 +51,10 @@ async def serving_swarm(
         ModelError: the weights cannot be loaded.
     """
     spans = [Span(*bounds) for bounds in even_spans(num_layers, config.stages)]
-    drafter = make_drafter(
-        config.draft, source, progress, model=config.model, dtype=config.draft_dtype, device=config.device
+    drafter = DrafterChoice(
+        config.draft, source, model=config.model, dtype=config.draft_dtype, device=config.device, progress=progress
     )
+    drafter.load()
     if config.in_process:
         from node.lab.benches.in_process import in_process_swarm
 

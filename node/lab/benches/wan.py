@@ -83,7 +83,7 @@ async def _run_cell(
         "dtype": config.dtype,
         "device": config.device,
         "netlab": config.netlab,
-        "drafter": client.drafter.name,
+        "drafter": client.engine.drafter.name,
         "temperature": config.temperature,
         "rounds": rounds,
         "ratios": {name: ratio.median for name, ratio in ratios.items()},
@@ -190,7 +190,7 @@ def _record(
     """Record the drafter's candidates along the longest answer to each prompt."""
     by_problem = {problem: max(by_arm.values(), key=len) for (_, problem), by_arm in answers.items()}
     return {
-        problem: record_text(client.drafter, problem, prompt, by_problem[problem])
+        problem: record_text(client.engine.drafter, problem, prompt, by_problem[problem])
         for group in prompts.values()
         for problem, prompt in group
         if problem in by_problem

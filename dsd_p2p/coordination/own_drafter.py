@@ -1,0 +1,75 @@
+"""Loads this process's drafter in the background and lets it learn from answers; requests never wait for either."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import trio
+
+from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.choice import DrafterChoice, Loop
+from dsd_p2p.errors import DsdError
+from dsd_p2p.types import TokenId
+
+logger = logging.getLogger(__name__)
+
+
+class OwnDrafter:
+    """The drafter of the requests that this process coordinates.
+
+    drafter: a drafter that is loaded, or the choice of one. changed: called when another drafter is in use.
+    failure: why the drafter that was asked for could not be loaded, or empty; prompt lookup drafts instead.
+    """
+
+    def __init__(self, drafter: Drafter | DrafterChoice, nursery: trio.Nursery) -> None:
+        self._choice = drafter if isinstance(drafter, DrafterChoice) else None
+        self.current: Drafter = drafter.current if isinstance(drafter, DrafterChoice) else drafter
+        self._nursery = nursery
+        self._is_loading = False
+        self.failure = ""
+        self.changed: Callable[[], None] = lambda: None
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one step of the drafter, measured when it was loaded; 0 if it takes none, or is not known."""
+        return self._choice.step_s if self._choice else 0.0
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why each drafter that was considered cannot be used."""
+        return [*(self._choice.refusals if self._choice else []), *([self.failure] if self.failure else [])]
+
+    def choose(self, choice: DrafterChoice) -> None:
+        """Replace the choice; prompt lookup drafts until the new drafter is loaded."""
+        self._choice, self._is_loading, self.failure = choice, False, ""
+        self._adopt(choice)
+        self.want()
+
+    def want(self) -> None:
+        """Load the drafter unless it is loaded or loading."""
+        if self._choice is not None and not self._choice.is_loaded and not self._is_loading:
+            self._is_loading = True
+            self._nursery.start_soon(self._load, self._choice)
+
+    def learn(self, tokens: Sequence[TokenId], num_prompt: int, loop: Loop) -> None:
+        """Measure the drafters on an answer, if the choice is still open. loop: what the request's route took."""
+        if self._choice is not None and self._choice.wants_texts:
+            self._nursery.start_soon(self._learn, self._choice, tokens, num_prompt, loop)
+
+    async def _load(self, choice: DrafterChoice) -> None:
+        try:
+            await trio.to_thread.run_sync(choice.load, abandon_on_cancel=True)  # type: ignore[call-arg]  # stubs of an older trio
+        except DsdError as exc:
+            self.failure = str(exc)
+            logger.warning("drafter not loaded, using prompt lookup error=%s", exc)
+        self._adopt(choice)
+
+    async def _learn(self, choice: DrafterChoice, tokens: Sequence[TokenId], num_prompt: int, loop: Loop) -> None:
+        learn = partial(choice.learn, tokens, num_prompt, loop)
+        await trio.to_thread.run_sync(learn, abandon_on_cancel=True)  # type: ignore[call-arg]  # stubs of an older trio
+        self._adopt(choice)
+
+    def _adopt(self, choice: DrafterChoice) -> None:
+        if choice is self._choice and choice.current is not self.current:
+            self.current = choice.current
+            self.changed()

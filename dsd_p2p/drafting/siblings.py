@@ -1,0 +1,116 @@
+"""Finds small models that can draft for a target: published siblings by family, and models in folders beside it.
+
+A name promises nothing: a sibling drafts only if its tokenizer gives the same text to every token (`check_vocabulary`).
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsd_p2p.errors import ConfigError
+from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.catalog import CATALOG
+from dsd_p2p.models.text import load_tokenizer
+
+_SIBLINGS: dict[str, tuple[str, ...]] = {
+    "llama": ("meta-llama/Llama-3.2-1B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", "JackFram/llama-68m"),
+    "qwen2": ("Qwen/Qwen2.5-0.5B-Instruct",),
+    "qwen2_moe": ("Qwen/Qwen1.5-0.5B-Chat",),
+    "qwen3": ("Qwen/Qwen3-0.6B",),
+    "qwen3_moe": ("Qwen/Qwen3-0.6B",),
+    "qwen3_5_text": ("Qwen/Qwen3.5-0.8B",),
+    "qwen3_5_moe_text": ("Qwen/Qwen3.5-0.8B",),
+    "gemma2": ("google/gemma-2-2b-it",),
+    "gemma3_text": ("google/gemma-3-270m-it", "google/gemma-3-1b-it"),
+    "mistral": ("alamios/Mistral-Small-3.1-DRAFT-0.5B",),
+    "ministral": ("mistralai/Ministral-3-3B-Instruct-2512",),
+    "deepseek_v2": ("deepseek-ai/DeepSeek-V2-Lite-Chat",),
+    "deepseek_v3": ("jukofyork/DeepSeek-V3-0324-DRAFT-0.6B-v3.0",),
+    "gpt_oss": ("openai/gpt-oss-20b",),
+    "glm4_moe": ("jukofyork/GLM-4.5-DRAFT-0.6B-v3.0",),
+    "granite": ("ibm-granite/granite-3.3-2b-instruct", "ibm-granite/granite-4.0-350m"),
+    "granitemoehybrid": ("ibm-granite/granite-4.0-350m",),
+    "olmo2": ("allenai/OLMo-2-0425-1B-Instruct",),
+    "phi3": ("microsoft/Phi-3-mini-4k-instruct",),
+}
+"""Published small models by the target's `model_type`, the most useful first."""
+
+_MAX_SHARE = 0.6
+"""A sibling beside the target has at most this share of its weights: a larger one would take longer than it gains."""
+
+_USUAL_SHARE = 0.1
+_MAX_FOLDERS = 32
+_MIN_COMMON = 0.95
+"""Share of the target's tokens that a sibling must know: published siblings lack a few added tokens."""
+
+
+def published_siblings(model_type: str) -> tuple[str, ...]:
+    """Return the hub ids of small models of the family `model_type`."""
+    return _SIBLINGS.get(model_type, ())
+
+
+def catalog_drafter(model: str) -> str:
+    """Return the drafter that benchmarked fastest for a model of the catalog, or an empty string."""
+    return CATALOG[model].drafter if model in CATALOG else ""
+
+
+def siblings_beside(target: Path) -> Iterator[str]:
+    """Yield the folders beside `target` that hold a smaller model, those of a tenth of its size and its family first."""
+    size, family = _weight_bytes(target), _model_type(target)
+    found = []
+    for folder in sorted(target.parent.iterdir())[:_MAX_FOLDERS]:
+        if folder == target or not (folder / "config.json").is_file():
+            continue
+        share = _weight_bytes(folder) / max(1, size)
+        if 0 < share <= _MAX_SHARE:
+            found.append((_model_type(folder) != family, abs(math.log(share / _USUAL_SHARE)), str(folder)))
+    for _, _, name in sorted(found):
+        yield name
+
+
+def check_vocabulary(target: Path, sibling: Path, name: str) -> None:
+    """Check that both tokenizers give the same text to the same token.
+
+    Raises:
+        ConfigError: they differ; the text names a token.
+    """
+    ours, theirs = _texts(target), _texts(sibling)
+    if not ours and not theirs:
+        # Neither has a tokenizer: they speak in token ids, of which the target must know all.
+        sizes = read_shape(target).vocab_size, read_shape(sibling).vocab_size
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                f"drafter {name}: expected the target's {sizes[0]} tokens, got {sizes[1]}; choose a drafter with the "
+                "target's tokenizer"
+            )
+        return
+    for token in sorted(ours.keys() & theirs.keys()):
+        if ours[token] != theirs[token]:
+            raise ConfigError(
+                f"drafter {name}: its tokenizer differs from the target's, token {token} is {theirs[token]!r} there and "
+                f"{ours[token]!r} in the target; choose a drafter with the target's tokenizer"
+            )
+    num_common = len(ours.keys() & theirs.keys())
+    if num_common < _MIN_COMMON * len(ours):
+        raise ConfigError(
+            f"drafter {name}: its tokenizer knows {num_common} of the target's {len(ours)} tokens; choose a drafter with "
+            "the target's tokenizer"
+        )
+
+
+def _texts(folder: Path) -> dict[int, str]:
+    """Return the text of each token as the tokenizer writes it; empty without a tokenizer."""
+    tokenizer, _why_not = load_tokenizer(folder)
+    return {} if tokenizer is None else {token: text for text, token in tokenizer.get_vocab().items()}
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
