@@ -228,10 +228,10 @@ class RequestDriver:
                     with suppress(trio.BrokenResourceError):
                         await output.send(emit)
                 case Draft() as draft if self._guesses.is_instant:
-                    children = self._guesses.expand(draft)
+                    children = self._guesses.expand_now(draft)
                     self._pending.extend(self._machine.drafted(children, trio.current_time()))
                 case Draft() as draft:
-                    nursery.start_soon(self._draft, draft)
+                    nursery.start_soon(self._draft, draft, nursery)
                 case Carried():
                     # Only the auditor uses this.
                     pass
@@ -243,8 +243,8 @@ class RequestDriver:
             self._pending.popleft()
         return self.finish is None
 
-    async def _draft(self, draft: Draft) -> None:
-        children = await trio.to_thread.run_sync(self._guesses.expand, draft)
+    async def _draft(self, draft: Draft, nursery: trio.Nursery) -> None:
+        children = await self._guesses.expand(draft, nursery)
         await self.inbox.send(Drafted(children=children))
 
     async def _reroute(self, delay_s: float) -> None:

@@ -7,13 +7,16 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
 from dsd_p2p.coordination.directory import NO_DETOUR, Directory, StageList
+from dsd_p2p.coordination.draft_places import DraftPlaces
 from dsd_p2p.coordination.driver import RequestDriver, Told
+from dsd_p2p.coordination.far_drafts import FarDrafts
 from dsd_p2p.coordination.generation import Generation
-from dsd_p2p.coordination.guessing import open_guesses
+from dsd_p2p.coordination.guessing import Elsewhere, Guesses
 from dsd_p2p.coordination.own_drafter import OwnDrafter
 from dsd_p2p.coordination.prefixes import PrefixIndex, scope_of
 from dsd_p2p.coordination.trust import Trust
@@ -47,6 +50,7 @@ from dsd_p2p.types import (
 from dsd_p2p.window.base import Observation, WindowPolicy
 from dsd_p2p.window.governor import GovernedPolicy, Governor, Share
 from dsd_p2p.window.tracker import Tracker
+from dsd_p2p.wire.drafts import Drafted
 from dsd_p2p.wire.messages import (
     MAX_EPOCH,
     CloseSession,
@@ -61,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 _OUTPUT_BATCHES = 1024
 _DISCARD_TIMEOUT_S = 15.0
+_USUAL_LOOP = Loop(traversal_s=0.2, slowest_s=0.02)
 _LOOP_NODES = 8
 """Nodes of the window for which drafters are compared: the usual one on a long link."""
 
@@ -89,7 +94,7 @@ class GenerateOptions:
 class Engine:
     """A coordinator's requests: it finds routes, drafts and streams tokens. A service of `dsd_p2p.peers.services`.
 
-    tell: receives the telemetry events of the requests, if set.
+    tell: receives the telemetry events of the requests, if set. places: where else requests may be drafted, if set.
     """
 
     def __init__(
@@ -112,6 +117,8 @@ class Engine:
         self.tell: Sink | None = None
         self._governor = Governor()
         self._prefixes = PrefixIndex()
+        self._far = FarDrafts(links, vocab_size)
+        self.places: DraftPlaces | None = None
 
     @property
     def drafter(self) -> Drafter:
@@ -155,7 +162,7 @@ class Engine:
         self.own_drafter.want()
         tracker = self._tracker(route, options.experience)
         machine = RequestMachine(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
-        guesses = open_guesses(self.drafter, request.max_length, options.text.sampling)
+        guesses = self._guesses(request, route, tracker)
         share = Share(self._governor, trio.current_time)
         driver = RequestDriver(
             machine,
@@ -185,17 +192,23 @@ class Engine:
             self._note_parked(request, machine, options)
             del self._drivers[session]
             share.left()
-            guesses.close()
+            with trio.CancelScope(shield=True):
+                await guesses.close()
             self._learn(request, machine, tracker)
 
     def _learn(self, request: Request, machine: RequestMachine, tracker: Tracker) -> None:
         """Let the drafters be measured on an answer that ended well."""
-        observation = tracker.observe()
-        if machine.is_finished and observation.stages:
-            loop = Loop(
-                traversal_s=observation.traversal_s(_LOOP_NODES), slowest_s=observation.slowest_stage_s(_LOOP_NODES)
-            )
-            self.own_drafter.learn(list(machine.tokens), len(request.prompt) - request.num_written, loop)
+        if machine.is_finished and tracker.observe().stages:
+            self.own_drafter.learn(list(machine.tokens), len(request.prompt) - request.num_written, _loop_of(tracker))
+
+    def _guesses(self, request: Request, route: Route, tracker: Tracker) -> Guesses:
+        """Start this process's drafter on a request that may also be drafted by the members in `places`."""
+        elsewhere = None
+        if self.places is not None:
+            loop = partial(_loop_of, tracker)
+            elsewhere = Elsewhere(places=self.places, far=self._far, model=route.model, loop=loop)
+        step_s = self.own_drafter.step_s
+        return Guesses(self.drafter, request.max_length, request.text.sampling, step_s, elsewhere)
 
     def _request(self, prompt: Sequence[TokenId], options: GenerateOptions, route: Route) -> Request:
         is_parked = bool(options.owner) and not options.audit
@@ -272,6 +285,7 @@ class Engine:
             Failure: self._hear,
             Revealed: self.trust.hear,
             Recomputed: self.trust.hear,
+            Drafted: self._far.hear,
         }
 
     async def _hear(self, event: Arrived, message: Verdict | Failure) -> None:
@@ -284,6 +298,7 @@ class Engine:
 
     def lost(self, event: Lost) -> None:
         """Report a lost peer to every request."""
+        self._far.lost(event)
         for driver in self._drivers.values():
             self._hand(driver, event)
 
@@ -293,6 +308,14 @@ class Engine:
             driver.inbox.send_nowait(event)
         except trio.WouldBlock:
             logger.exception("request overrun: event dropped, the stall deadline will end it")
+
+
+def _loop_of(tracker: Tracker) -> Loop:
+    """Return what a request's route takes, or the usual of a wide-area route while nothing is measured."""
+    observation = tracker.observe()
+    if not observation.stages:
+        return _USUAL_LOOP
+    return Loop(traversal_s=observation.traversal_s(_LOOP_NODES), slowest_s=observation.slowest_stage_s(_LOOP_NODES))
 
 
 def _formats(hidden_format: HiddenFormat, num_links: int) -> tuple[HiddenFormat, ...]:

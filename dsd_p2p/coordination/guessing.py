@@ -1,46 +1,245 @@
-"""Runs a request's drafter such that its failure costs only the guesses, never the answer."""
+"""Drafts one request, here or at a peer, such that a failure costs only guesses, never the answer.
+
+How it works. A request starts with this process's own drafter. While it runs, `DraftPlaces` rates that and the members
+that offer drafts. When another place promises clearly more, the request opens a session there and asks it the same
+question as the present place. Only when the new place has answered does the request move, so reading the text there
+holds up nothing. A place that is late, lost or lies is left at once: prompt lookup answers until the next place is
+ready. All methods run in the request's task, except `_at_home`, which runs in a worker thread.
+"""
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+import trio
+
+from dsd_p2p.coordination.draft_places import HOME, DraftPlaces, Offer
+from dsd_p2p.coordination.far_drafts import FarDrafts, FarSession
 from dsd_p2p.drafting.base import Drafter, DraftSession
-from dsd_p2p.drafting.ngram import NgramDrafter
-from dsd_p2p.errors import CapacityError
+from dsd_p2p.drafting.choice import Loop
+from dsd_p2p.drafting.named import LOOKUP
+from dsd_p2p.errors import CapacityError, PeerError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft
-from dsd_p2p.types import Sampling
+from dsd_p2p.types import ModelKey, PeerId, Sampling, TokenId, short_peer
 
 logger = logging.getLogger(__name__)
 
-_LOOKUP = NgramDrafter()
+_LOOK_S = 0.5
+"""Pause between two comparisons of places."""
+
+_WARM_TIMEOUT_S = 20.0
+"""Time that a new place gets to read the text."""
+
+_LATE, _LATE_S, _LATEST_S = 4.0, 0.3, 0.7
+"""An answer is late after four times the usual and 0.3 s, at the latest after 0.7 s: with what follows under a second."""
+
+_COVERED = 2
+"""Candidates that count as a level of the tree, as in `dsd_p2p.drafting.measuring`."""
+
+_MAX_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elsewhere:
+    """What a request needs to draft at other members. loop: returns what its route takes."""
+
+    places: DraftPlaces
+    far: FarDrafts
+    model: ModelKey
+    loop: Callable[[], Loop]
 
 
 class Guesses:
-    """A drafter in use by one request. is_instant: the drafter answers at once and needs no thread."""
+    """The drafts of one request.
 
-    def __init__(self, drafter: Drafter, session: DraftSession) -> None:
-        self.name = drafter.name
-        self.is_instant = drafter.is_instant
-        self._session = session
-        self._is_broken = False
+    home: this process's drafter. step_s: the usual seconds of one of its steps. elsewhere: None: draft only here.
+    """
 
-    def expand(self, draft: Draft) -> list[list[Candidate]]:
-        """Return the drafter's candidates for each stem; empty lists once the drafter has failed."""
-        if not self._is_broken:
+    def __init__(
+        self,
+        home: Drafter,
+        max_length: int,
+        sampling: Sampling,
+        step_s: float = 0.0,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
+        self._home_name = home.name
+        self._home: DraftSession = _open_home(home, max_length, sampling)
+        self._home_is_instant = home.is_instant or isinstance(self._home, type(LOOKUP.open(1)))
+        self._home_offer = Offer(drafter=home.name, step_s=step_s, round_trip_s=0.0)
+        self._home_is_broken = self._home_is_used = False
+        self._home_lock = trio.Lock()
+        self._lookup = LOOKUP.open(max_length, sampling)
+        self._opening = (max_length, sampling)
+        self._elsewhere = elsewhere
+        self._far: FarSession | None = None
+        self._warming: trio.CancelScope | None = None
+        self._is_lost = False
+        self._looked_at_s = 0.0
+        self._outcomes = _Outcomes()
+
+    @property
+    def name(self) -> str:
+        """The name of the drafter in use, with its peer if that is another one."""
+        if self._far is not None and self._elsewhere is not None:
+            offer = self._elsewhere.places.offer(self._far.peer, self._home_offer)
+            return f"{offer.drafter if offer else 'drafter'} at {short_peer(self._far.peer)}"
+        return LOOKUP.name if self._is_lost or self._home_is_broken else self._home_name
+
+    @property
+    def is_instant(self) -> bool:
+        """True when the next draft takes no measurable time, and `expand_now` may be used."""
+        return self._far is None and (self._home_is_instant or self._is_lost) and self._elsewhere is None
+
+    def expand_now(self, draft: Draft) -> list[list[Candidate]]:
+        """Return the candidates for each stem at once; only while `is_instant`."""
+        return self._at_home(draft)
+
+    async def expand(self, draft: Draft, nursery: trio.Nursery) -> list[list[Candidate]]:
+        """Return the candidates for each stem; none where drafting failed. nursery: for the move to another place."""
+        if self._elsewhere is not None:
+            self._count_hits(draft, self._elsewhere.places)
+        self._look_around(draft, nursery)
+        if self._far is not None:
+            found = await self._ask_far(self._far, draft)
+        elif self._is_lost:
+            found = self._lookup.expand(draft)
+        else:
+            started_s = trio.current_time()
+            found = await self._expand_home(draft)
+            if self._elsewhere is not None and self._home_is_used and not self._home_is_instant:
+                self._elsewhere.places.took(HOME, self._home_offer, trio.current_time() - started_s)
+            self._home_is_used = True
+        if self._elsewhere is not None:
+            self._outcomes.remember(draft, found)
+        return found
+
+    async def close(self) -> None:
+        """Free the drafters' state for this request."""
+        if self._warming is not None:
+            self._warming.cancel()
+        if self._far is not None:
+            await self._far.close()
+        self._home.close()
+        self._lookup.close()
+
+    # Where to draft
+
+    def _look_around(self, draft: Draft, nursery: trio.Nursery) -> None:
+        """Begin to move if another place promises more. Compares at most twice a second."""
+        now_s = trio.current_time()
+        if self._elsewhere is None or self._warming is not None or now_s - self._looked_at_s < _LOOK_S:
+            return
+        self._looked_at_s = now_s
+        present = self._far.peer if self._far is not None else HOME
+        best = self._elsewhere.places.best(self._home_offer, self._elsewhere.loop(), present, now_s)
+        if best != present or self._is_lost:
+            self._warming = trio.CancelScope(deadline=now_s + _WARM_TIMEOUT_S)
+            nursery.start_soon(self._move, best, draft, self._warming, self._elsewhere)
+
+    async def _move(self, place: PeerId, draft: Draft, scope: trio.CancelScope, elsewhere: Elsewhere) -> None:
+        """Let `place` read the text, then draft there."""
+        is_ready, session = False, None
+        try:
+            with scope:
+                if place == HOME:
+                    await self._expand_home(draft)
+                else:
+                    session = await elsewhere.far.open(place, elsewhere.model, *self._opening)
+                    await session.expand(draft, 1, _WARM_TIMEOUT_S, "")
+                is_ready = True
+        except PeerError as exc:
+            elsewhere.places.failed(place, trio.current_time(), is_liar=isinstance(exc, RemoteProtocolError))
+            logger.info("no drafts from peer=%s error=%s", place, exc)
+        finally:
+            self._warming = None
+            if not is_ready and session is not None:
+                await session.close()
+        if is_ready:
+            before, self._far, self._is_lost = self._far, session, False
+            logger.info("drafting moved to=%s", place or "here")
+            if before is not None:
+                await before.close()
+
+    async def _ask_far(self, far: FarSession, draft: Draft) -> list[list[Candidate]]:
+        assert self._elsewhere is not None
+        places = self._elsewhere.places
+        offer = places.offer(far.peer, self._home_offer)
+        levels = offer.levels if offer else 1
+        usual_s = offer.level_s * levels if offer else _LATE_S
+        started_s = trio.current_time()
+        try:
+            levels = min(levels, draft.levels) if draft.levels > 1 else levels
+            found = await far.expand(draft, levels, min(_LATEST_S, _LATE_S + _LATE * usual_s), self.name)
+        except PeerError as exc:
+            if self._far is not far:
+                # The request has moved on while it asked.
+                return self._lookup.expand(draft)
+            places.failed(far.peer, trio.current_time(), is_liar=isinstance(exc, RemoteProtocolError))
+            logger.warning("drafting peer left peer=%s error=%s", far.peer, exc)
+            self._far, self._is_lost, self._looked_at_s = None, True, 0.0
+            await far.close()
+            return self._lookup.expand(draft)
+        if offer is not None:
+            places.took(far.peer, offer, (trio.current_time() - started_s) / levels)
+        return found
+
+    # This process's drafter
+
+    async def _expand_home(self, draft: Draft) -> list[list[Candidate]]:
+        if self._home_is_instant:
+            return self._at_home(draft)
+        async with self._home_lock:
+            return await trio.to_thread.run_sync(partial(self._at_home, draft))
+
+    def _at_home(self, draft: Draft) -> list[list[Candidate]]:
+        if not self._home_is_broken:
             try:
-                return self._session.expand(draft)
+                return self._home.expand(draft)
             except Exception:  # a failed guess must not cost the answer
                 logger.exception("drafter failed, going on without it")
-                self._is_broken = True
+                self._home_is_broken = True
         return [[] for _ in draft.stems]
 
-    def close(self) -> None:
-        """Free the drafter's state for this request."""
-        self._session.close()
+    def _count_hits(self, draft: Draft, places: DraftPlaces) -> None:
+        """Count for the present place how often the next token was among its first guesses."""
+        place = self._far.peer if self._far is not None else HOME
+        offer = places.offer(place, self._home_offer)
+        for is_hit in self._outcomes.of(draft):
+            if offer is not None and not self._is_lost:
+                places.outcome(place, offer, is_hit=is_hit)
 
 
-def open_guesses(drafter: Drafter, max_length: int, sampling: Sampling) -> Guesses:
+class _Outcomes:
+    """Remembers the first guesses after each node, and tells which were right once the text has grown."""
+
+    def __init__(self) -> None:
+        self._guessed: dict[int, tuple[TokenId, ...]] = {}
+        self._num_told = 1
+
+    def of(self, draft: Draft) -> list[bool]:
+        """Return for each new token of the text that was guessed whether it was among the guesses."""
+        hits = []
+        for index in range(self._num_told, len(draft.tokens)):
+            guessed = self._guessed.pop(draft.keys[index - 1], None)
+            if guessed is not None:
+                hits.append(draft.tokens[index] in guessed)
+        self._num_told = max(1, len(draft.tokens))
+        return hits
+
+    def remember(self, draft: Draft, found: list[list[Candidate]]) -> None:
+        """Remember the answers to `draft`."""
+        if len(self._guessed) > _MAX_REMEMBERED:
+            self._guessed.clear()
+        for stem, candidates in zip(draft.stems, found, strict=True):
+            self._guessed[stem.key] = tuple(candidate.token for candidate in candidates[:_COVERED])
+
+
+def _open_home(drafter: Drafter, max_length: int, sampling: Sampling) -> DraftSession:
     """Start a drafter on a request, or prompt lookup if the drafter has no room for another request."""
     try:
-        return Guesses(drafter, drafter.open(max_length, sampling))
+        return drafter.open(max_length, sampling)
     except CapacityError as exc:
         logger.info("drafter has no room, using prompt lookup error=%s", exc)
-        return Guesses(_LOOKUP, _LOOKUP.open(max_length, sampling))
+        return LOOKUP.open(max_length, sampling)

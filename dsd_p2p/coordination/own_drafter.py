@@ -6,10 +6,11 @@ from functools import partial
 
 import trio
 
-from dsd_p2p.drafting.base import Drafter
+from dsd_p2p.drafting.base import Drafter, DraftSession
 from dsd_p2p.drafting.choice import DrafterChoice, Loop
-from dsd_p2p.errors import DsdError
+from dsd_p2p.errors import CapacityError, DsdError
 from dsd_p2p.types import TokenId
+from dsd_p2p.wire.drafts import OpenDrafts
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,16 @@ class OwnDrafter:
         if self._choice is not None and not self._choice.is_loaded and not self._is_loading:
             self._is_loading = True
             self._nursery.start_soon(self._load, self._choice)
+
+    def open_for_peer(self, message: OpenDrafts) -> DraftSession:
+        """Open a session for another peer's request.
+
+        Raises:
+            CapacityError: no drafting model is loaded here, or there is no room for the request.
+        """
+        if self.current.is_instant:
+            raise CapacityError("no drafting model is loaded here")
+        return self.current.open(message.max_length, message.sampling)
 
     def learn(self, tokens: Sequence[TokenId], num_prompt: int, loop: Loop) -> None:
         """Measure the drafters on an answer, if the choice is still open. loop: what the request's route took."""

@@ -6,11 +6,12 @@ from dataclasses import replace
 import trio
 
 from dsd_p2p.coordination.directory import NO_DETOUR
+from dsd_p2p.coordination.draft_places import Offer
 from dsd_p2p.errors import CoverageLost
 from dsd_p2p.peers.membership import Membership
 from dsd_p2p.placement.coordinator import speculation_of
 from dsd_p2p.placement.route import Detour, choose_route
-from dsd_p2p.placement.view import PeerView, Plan, Speculation, SwarmView
+from dsd_p2p.placement.view import PeerView, Plan, Speculation, SwarmView, seconds_per_token
 from dsd_p2p.session.request import Route
 from dsd_p2p.swarm.registry import Member
 from dsd_p2p.types import ModelKey, PeerId, Span, short_peer
@@ -19,6 +20,9 @@ from dsd_p2p.wire.messages import Hop
 
 _BELIEVED_BEATS = 2
 """Heartbeats for which a reported broken link is avoided; after that, the heartbeats themselves show its state."""
+
+_USUAL_TRAVERSAL_S = 0.2
+"""The traversal for which drafters are compared before a route is known."""
 
 
 class SwarmDirectory:
@@ -96,12 +100,34 @@ class SwarmDirectory:
         return [peer.peer for peer in sorted(peers, key=lambda peer: (peer.peer != me, peer.num_sessions))]
 
     def coordinators(self) -> dict[PeerId, Speculation]:
-        """Return the members that coordinate for thin clients, each with its drafter's speculation."""
+        """Return the members that coordinate for thin clients, each with the speculation of its best drafter.
+
+        That may be another member's, if the link between them is short enough.
+        """
+        drafting = self._drafting()
         return {
-            member.peer: speculation_of(member.record.profile.drafter, member.record.profile.draft_us / 1e6)
+            member.peer: _best_speculation(member, drafting) for member in drafting if member.record.profile.max_layers
+        }
+
+    def draft_offers(self) -> dict[PeerId, Offer]:
+        """Return what other members offer to draft with, as seen from here."""
+        return {
+            member.peer: Offer(
+                drafter=member.record.profile.drafter,
+                step_s=member.record.profile.draft_us / 1e6,
+                round_trip_s=member.round_trip_s,
+            )
+            for member in self._drafting()
+            if member.round_trip_s is not None and member.peer != self._membership.registry.me
+        }
+
+    def _drafting(self) -> list[Member]:
+        """Return the living members that have a drafter."""
+        return [
+            member
             for member in self._membership.registry.members()
             if member.is_alive and member.record.profile.drafter and member.record.state is MemberState.SERVING
-        }
+        ]
 
     def _serves_our_model(self, member: Member) -> bool:
         info = member.record.info
@@ -133,6 +159,19 @@ class SwarmDirectory:
         if detour.peers:
             return f"every route leads through a peer that failed this request ({_names(detour.peers)}): add replicas"
         return f"all layers are held, but their peers could not reach one another {waited}: see `dsd doctor`"
+
+
+def _best_speculation(member: Member, drafting: Sequence[Member]) -> Speculation:
+    """Return how a request that `member` coordinates will speculate: with its own drafter or with a neighbour's."""
+    own = member.record.profile
+    found = [speculation_of(own.drafter, own.draft_us / 1e6)]
+    for other in drafting:
+        round_trip_s = member.neighbours_s.get(other.peer)
+        if round_trip_s is not None and other.record.profile.draft_us:
+            profile = other.record.profile
+            offer = Offer(drafter=profile.drafter, step_s=profile.draft_us / 1e6, round_trip_s=round_trip_s)
+            found.append(speculation_of(offer.drafter, offer.level_s))
+    return min(found, key=lambda each: seconds_per_token(_USUAL_TRAVERSAL_S, 0.0, each))
 
 
 def _ranges(layers: Sequence[int]) -> str:

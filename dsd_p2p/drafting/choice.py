@@ -85,7 +85,7 @@ class DrafterChoice:
         self._progress = progress or NoProgress()
         self._lock = Lock()
         self._num_learned = 0
-        lookup = Rated(name=LOOKUP.name, drafter=LOOKUP, coverage=_prior(LOOKUP.name))
+        lookup = Rated(name=LOOKUP.name, drafter=LOOKUP, coverage=Coverage(prior=prior_of(LOOKUP.name)))
         self._current = lookup
         self.is_loaded = wanted == LOOKUP.name
         names = _candidates(target, model or target.name) if wanted == "auto" else [wanted]
@@ -177,7 +177,7 @@ class DrafterChoice:
         return True
 
     def _listed(self, name: str, room_bytes: int) -> Rated:
-        rated = Rated(name=name, coverage=_prior(name))
+        rated = Rated(name=name, coverage=Coverage(prior=prior_of(name)))
         if self.wanted == "auto" and split_name(name)[0] == "shadow":
             needed = shadow_bytes(self._target)
             if needed > room_bytes:
@@ -188,10 +188,11 @@ class DrafterChoice:
         return rated
 
 
-def _prior(name: str) -> Coverage:
-    if name == LOOKUP.name:
-        return Coverage(prior=_LOOKUP_COVERAGE)
-    return Coverage(prior=_SHADOW_COVERAGE if split_name(name)[0] == "shadow" else _MODEL_COVERAGE)
+def prior_of(drafter: str) -> float:
+    """Return how often the named drafter is expected to have the next token among its first candidates."""
+    if drafter == LOOKUP.name:
+        return _LOOKUP_COVERAGE
+    return _SHADOW_COVERAGE if drafter.partition("+")[0] == "shadow" else _MODEL_COVERAGE
 
 
 def _candidates(target: ModelSource, model: str) -> list[str]:

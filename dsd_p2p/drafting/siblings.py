@@ -76,8 +76,8 @@ def check_vocabulary(target: Path, sibling: Path, name: str) -> None:
         ConfigError: they differ; the text names a token.
     """
     ours, theirs = _texts(target), _texts(sibling)
-    if not ours and not theirs:
-        # Neither has a tokenizer: they speak in token ids, of which the target must know all.
+    if not ours or not theirs:
+        # Without tokenizers only the number of tokens can be compared.
         sizes = read_shape(target).vocab_size, read_shape(sibling).vocab_size
         if sizes[0] != sizes[1]:
             raise ConfigError(

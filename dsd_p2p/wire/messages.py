@@ -26,6 +26,7 @@ from dsd_p2p.types import (
     Token,
     TokenLogprobs,
 )
+from dsd_p2p.wire.drafts import AskDraft, Drafted, EndDrafts, OpenDrafts
 from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members
 
 MAX_WINDOW_NODES = 1024
@@ -364,4 +365,8 @@ Message = (
     | Revealed
     | Recompute
     | Recomputed
+    | OpenDrafts
+    | AskDraft
+    | Drafted
+    | EndDrafts
 )

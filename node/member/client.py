@@ -11,12 +11,14 @@ from importlib.metadata import version
 
 import trio
 
+from dsd_p2p.coordination.draft_places import DraftPlaces
 from dsd_p2p.coordination.engine import Engine
 from dsd_p2p.coordination.for_others import ThinClient
 from dsd_p2p.coordination.own_drafter import OwnDrafter
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.choice import DrafterChoice
+from dsd_p2p.drafting.named import LOOKUP
 from dsd_p2p.errors import DsdError, PeerDisconnected
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.source import ModelSource
@@ -100,6 +102,8 @@ async def open_swarm_client(
                 coverage_timeout_s=coverage_timeout_s,
             )
             engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
+            if engine.drafter is not LOOKUP:
+                engine.places = DraftPlaces(directory.draft_offers)
             thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
             nursery.start_soon(run_services, links, [membership, engine, thin])
             await membership.announce(me, MemberState.SERVING)

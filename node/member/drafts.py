@@ -1,16 +1,21 @@
 """Follows the owner's choice of a drafter and tells the swarm what this peer drafts with."""
 
 import math
+from collections.abc import Mapping
 
 import trio
 
 from dsd_p2p import units
+from dsd_p2p.coordination.draft_places import Offer
 from dsd_p2p.coordination.own_drafter import OwnDrafter
+from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.drafting.choice import DrafterChoice
+from dsd_p2p.drafting.named import LOOKUP
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.peers.membership import Membership
 from dsd_p2p.swarm.registry import Registry
+from dsd_p2p.types import PeerId
 from node.config import ServeFlags
 from node.config.machine import available_bytes
 from node.local.events import Loading
@@ -65,6 +70,10 @@ class MemberDrafts:
             settings.config,
             _ReportedProgress(settings),
         )
+
+    def offers(self, directory: SwarmDirectory) -> Mapping[PeerId, Offer]:
+        """Return what other members offer to draft with; nothing where prompt lookup was asked for by name."""
+        return {} if self.wanted == LOOKUP.name else directory.draft_offers()
 
     async def follow(self, own: OwnDrafter, membership: Membership, placed: Placed) -> None:
         """Tell the swarm when another drafter is in use, and take the owner's later choices, until cancelled."""

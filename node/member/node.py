@@ -18,6 +18,8 @@ from importlib.metadata import version
 import trio
 
 from dsd_p2p import units
+from dsd_p2p.coordination.draft_places import DraftPlaces
+from dsd_p2p.coordination.draft_service import DraftService
 from dsd_p2p.coordination.engine import Engine
 from dsd_p2p.coordination.for_others import CoordinatorService, ThinClient
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
@@ -135,9 +137,13 @@ class SwarmPeer:
         drafts = MemberDrafts(settings, registry)
         choice = drafts.choice()
         engine = None if choice is None else Engine(links, choice, shape.vocab_size, nursery, directory)
-        coordinating: list[Service] = (
-            [] if engine is None else [engine, CoordinatorService(engine, _coordinating_policy)]
-        )
+        coordinating: list[Service] = []
+        if engine is not None:
+            engine.places = DraftPlaces(partial(drafts.offers, directory))
+            drafting = DraftService(links, engine.own_drafter.open_for_peer, settings.source.key(stored.dtype))
+            coordinating = [engine, drafting]
+            if config.role == "stage":
+                coordinating.append(CoordinatorService(engine, _coordinating_policy))
         return PeerParts(
             settings=settings,
             shape=shape,
@@ -169,12 +175,15 @@ class SwarmPeer:
         if self._settings.config.through:
             parts.transport.be_reachable_through(self._settings.config.through)
         await self._join(parts)
-        await parts.placed.take_first(membership, parts.directory)
+        if self._settings.config.role == "stage":
+            await parts.placed.take_first(membership, parts.directory)
+        else:
+            await parts.placed.serve_none(membership)
         nursery.start_soon(self._remember_forever, parts)
         nursery.start_soon(parts.placed.report_changes, membership)
         if parts.engine is not None:
             nursery.start_soon(parts.drafts.follow, parts.engine.own_drafter, membership, parts.placed)
-            if gateway.port is not None:
+            if gateway.port is not None or self._settings.config.role == "draft":
                 parts.engine.own_drafter.want()
         async with telling(parts, self._hub):
             if gateway.port is not None:

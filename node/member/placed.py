@@ -64,6 +64,12 @@ class Placed:
         )
         await self._take(choose_span(directory.view(with_joining=True), me), membership)
 
+    async def serve_none(self, membership: Membership) -> None:
+        """Serve without layers, as a member that only drafts."""
+        self.state = MemberState.SERVING
+        await membership.announce(membership.links.me, MemberState.SERVING, self._profile)
+        self._settings.report(Ready(address=membership.links.me.addresses[0], span="none", weight_bytes=0))
+
     async def keep(self, membership: Membership, directory: SwarmDirectory) -> None:
         """Move to layers that no peer serves when the placement rule picks us, until cancelled."""
         interval_s = membership.registry.interval_s

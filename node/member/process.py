@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from dsd_p2p.errors import DsdError, first_cause
+from dsd_p2p.wire.membership import PeerProfile
 from node.config import NO_GATEWAY, GatewayConfig, ServeFlags
 from node.console import ConsoleProgress, console
 from node.crash import explain
@@ -44,8 +45,10 @@ def serve_swarm(
         with ConsoleProgress() as progress:
             source = find_member_model(stored, progress)
         report(Loading(what=config.compute_line()))
-        report(Loading(what="measure this machine"))
-        profile = machine.measure(source, config, stored.dtype)
+        profile = PeerProfile()
+        if config.role == "stage":
+            report(Loading(what="measure this machine"))
+            profile = machine.measure(source, config, stored.dtype)
         settings = PeerSettings(
             config=config,
             gateway=gateway,

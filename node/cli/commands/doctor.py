@@ -10,7 +10,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.drafting.named import LOOKUP
 from dsd_p2p.errors import ConfigError, DsdError, PeerError
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.catalog import CATALOG
@@ -163,7 +163,7 @@ async def _neighbours(state: SwarmState, stored: StoredMembership) -> list[Findi
     findings: list[Finding] = []
     try:
         async with (
-            open_swarm_client(state, source, NgramDrafter(), meet_timeout_s=4) as client,
+            open_swarm_client(state, source, LOOKUP, meet_timeout_s=4) as client,
             trio.open_nursery() as nursery,
         ):
             await trio.sleep(1.5 * client.membership.registry.interval_s)

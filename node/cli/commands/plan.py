@@ -5,7 +5,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.drafting.named import LOOKUP
 from dsd_p2p.errors import CoverageLost
 from dsd_p2p.models.source import find_model
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
@@ -30,7 +30,7 @@ def run(config: SwarmQuestion) -> int:
 async def _plan(state: SwarmState, is_json: bool) -> int:
     with ConsoleProgress() as progress:
         source = find_model(state.membership().model, progress)
-    async with open_swarm_client(state, source, NgramDrafter()) as client:
+    async with open_swarm_client(state, source, LOOKUP) as client:
         await trio.sleep(_BEATS * client.membership.registry.interval_s)
         await client.directory.find()
         view, me = client.directory.view(), PeerId(client.membership.links.me.peer)
