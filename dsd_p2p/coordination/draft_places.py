@@ -77,6 +77,14 @@ class DraftPlaces:
         """Return what `place` offers now, or None if it offers nothing any more."""
         return home if place == HOME else self.offers().get(place)
 
+    def level_s(self, place: PeerId, home: Offer) -> float:
+        """Return the expected seconds of a level at `place`."""
+        offer = self.offer(place, home)
+        if offer is None:
+            return 0.0
+        known = self._of(place, offer)
+        return offer.level_s if known.level_s is None else known.level_s
+
     def took(self, place: PeerId, offer: Offer, level_s: float) -> None:
         """Note how long one level took at `place`, trip included."""
         known = self._of(place, offer)

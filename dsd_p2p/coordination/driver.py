@@ -121,6 +121,7 @@ class RequestDriver:
                 async with trio.open_nursery() as nursery:
                     self._pending.extend(self._machine.start(trio.current_time()))
                     while await self._perform(output, nursery):
+                        self._guesses.look_around(self._machine.tokens, nursery)
                         event = await self._next_event()
                         effects = self._tell(event)
                         if self.checks is None:

@@ -206,7 +206,9 @@ class Engine:
         elsewhere = None
         if self.places is not None:
             loop = partial(_loop_of, tracker)
-            elsewhere = Elsewhere(places=self.places, far=self._far, model=route.model, loop=loop)
+            elsewhere = Elsewhere(
+                places=self.places, far=self._far, model=route.model, loop=loop, moved=tracker.drafter_moved
+            )
         step_s = self.own_drafter.step_s
         return Guesses(self.drafter, request.max_length, request.text.sampling, step_s, elsewhere)
 

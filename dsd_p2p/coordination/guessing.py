@@ -1,14 +1,14 @@
 """Drafts one request, here or at a peer, such that a failure costs only guesses, never the answer.
 
-How it works. A request starts with this process's own drafter. While it runs, `DraftPlaces` rates that and the members
-that offer drafts. When another place promises clearly more, the request opens a session there and asks it the same
-question as the present place. Only when the new place has answered does the request move, so reading the text there
-holds up nothing. A place that is late, lost or lies is left at once: prompt lookup answers until the next place is
+How it works. While a request runs, `DraftPlaces` rates this process's own drafter and the members that offer drafts. A
+request starts here if that promises most, otherwise with prompt lookup. When another place promises clearly more, the
+request opens a session there and lets it read the text. Only when the new place has answered does the request move, so
+the reading holds up nothing. A place that is late, lost or lies is left at once: prompt lookup answers until the next place is
 ready. All methods run in the request's task, except `_at_home`, which runs in a worker thread.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ from dsd_p2p.drafting.base import Drafter, DraftSession
 from dsd_p2p.drafting.choice import Loop
 from dsd_p2p.drafting.named import LOOKUP
 from dsd_p2p.errors import CapacityError, PeerError, RemoteProtocolError
-from dsd_p2p.session.effects import Candidate, Draft
+from dsd_p2p.session.effects import Candidate, Draft, Stem
 from dsd_p2p.types import ModelKey, PeerId, Sampling, TokenId, short_peer
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,16 @@ _MAX_REMEMBERED = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Elsewhere:
-    """What a request needs to draft at other members. loop: returns what its route takes."""
+    """What a request needs to draft at other members.
+
+    loop: returns what its route takes. moved: called with the expected seconds of a level at the new place.
+    """
 
     places: DraftPlaces
     far: FarDrafts
     model: ModelKey
     loop: Callable[[], Loop]
+    moved: Callable[[float], None] = lambda _level_s: None
 
 
 class Guesses:
@@ -75,7 +79,7 @@ class Guesses:
         self._elsewhere = elsewhere
         self._far: FarSession | None = None
         self._warming: trio.CancelScope | None = None
-        self._is_lost = False
+        self._is_lost = elsewhere is not None and self._best(elsewhere, None) != HOME
         self._looked_at_s = 0.0
         self._outcomes = _Outcomes()
 
@@ -100,7 +104,7 @@ class Guesses:
         """Return the candidates for each stem; none where drafting failed. nursery: for the move to another place."""
         if self._elsewhere is not None:
             self._count_hits(draft, self._elsewhere.places)
-        self._look_around(draft, nursery)
+        self.look_around(draft.tokens, nursery)
         if self._far is not None:
             found = await self._ask_far(self._far, draft)
         elif self._is_lost:
@@ -126,28 +130,39 @@ class Guesses:
 
     # Where to draft
 
-    def _look_around(self, draft: Draft, nursery: trio.Nursery) -> None:
-        """Begin to move if another place promises more. Compares at most twice a second."""
+    def look_around(self, tokens: Sequence[TokenId], nursery: trio.Nursery) -> None:
+        """Begin to move if another place promises more. Compares at most twice a second. tokens: the text so far.
+
+        A policy that does not speculate asks for no drafts, perhaps because they are slow here: so this is called
+        without a draft too.
+        """
         now_s = trio.current_time()
         if self._elsewhere is None or self._warming is not None or now_s - self._looked_at_s < _LOOK_S:
             return
         self._looked_at_s = now_s
         present = self._far.peer if self._far is not None else HOME
-        best = self._elsewhere.places.best(self._home_offer, self._elsewhere.loop(), present, now_s)
-        if best != present or self._is_lost:
+        best = self._best(self._elsewhere, present)
+        if best == HOME and present == HOME:
+            self._is_lost = False
+        elif best == HOME:
+            nursery.start_soon(self._settle, None, HOME, self._elsewhere)
+        elif best != present:
             self._warming = trio.CancelScope(deadline=now_s + _WARM_TIMEOUT_S)
-            nursery.start_soon(self._move, best, draft, self._warming, self._elsewhere)
+            nursery.start_soon(self._move, best, tuple(tokens), self._warming, self._elsewhere)
 
-    async def _move(self, place: PeerId, draft: Draft, scope: trio.CancelScope, elsewhere: Elsewhere) -> None:
+    def _best(self, elsewhere: Elsewhere, present: PeerId | None) -> PeerId:
+        return elsewhere.places.best(self._home_offer, elsewhere.loop(), present, trio.current_time())
+
+    async def _move(
+        self, place: PeerId, tokens: tuple[TokenId, ...], scope: trio.CancelScope, elsewhere: Elsewhere
+    ) -> None:
         """Let `place` read the text, then draft there."""
+        question = Draft(tokens=tokens, keys=range(len(tokens)), stems=(Stem(key=0, path=()),), width=1)
         is_ready, session = False, None
         try:
             with scope:
-                if place == HOME:
-                    await self._expand_home(draft)
-                else:
-                    session = await elsewhere.far.open(place, elsewhere.model, *self._opening)
-                    await session.expand(draft, 1, _WARM_TIMEOUT_S, "")
+                session = await elsewhere.far.open(place, elsewhere.model, *self._opening)
+                await session.expand(question, 1, _WARM_TIMEOUT_S, "")
                 is_ready = True
         except PeerError as exc:
             elsewhere.places.failed(place, trio.current_time(), is_liar=isinstance(exc, RemoteProtocolError))
@@ -157,10 +172,15 @@ class Guesses:
             if not is_ready and session is not None:
                 await session.close()
         if is_ready:
-            before, self._far, self._is_lost = self._far, session, False
-            logger.info("drafting moved to=%s", place or "here")
-            if before is not None:
-                await before.close()
+            await self._settle(session, place, elsewhere)
+
+    async def _settle(self, session: FarSession | None, place: PeerId, elsewhere: Elsewhere) -> None:
+        """Draft at `place` from now on. session: None: here."""
+        before, self._far, self._is_lost = self._far, session, False
+        logger.info("drafting moved to=%s", place or "here")
+        elsewhere.moved(elsewhere.places.level_s(place, self._home_offer))
+        if before is not None:
+            await before.close()
 
     async def _ask_far(self, far: FarSession, draft: Draft) -> list[list[Candidate]]:
         assert self._elsewhere is not None

@@ -47,12 +47,13 @@ class Dialer:
             self._met.ring()
 
     def dial(self, records: Iterable[MemberRecord], nursery: trio.Nursery) -> None:
-        """Dial every stage that we are not connected to and, when we are alone, the bootstrap list."""
+        """Dial every member that serves layers or drafts and is not connected; when we are alone, the bootstrap list too."""
         now_s = trio.current_time()
         for record in records:
             peer = PeerId(record.info.peer)
-            is_stage = record.profile.max_layers > 0 or record.info.span is not None
-            if peer == self._links.me.peer or not is_stage or record.state is MemberState.LEFT:
+            profile = record.profile
+            is_of_use = profile.max_layers > 0 or record.info.span is not None or bool(profile.drafter)
+            if peer == self._links.me.peer or not is_of_use or record.state is MemberState.LEFT:
                 continue
             if peer in self._links.connected:
                 self._next_dial_s.pop(peer, None)

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Sequence
 
 from dsd_p2p.types import StageCost
-from dsd_p2p.window.base import CostLine, Decision, MeasuredRate, Observation
+from dsd_p2p.window.base import CostLine, Decision, MeasuredRate, Mode, Observation
 
 _DECAY = 0.95
 """Weight of the past at each new sample: about the last 20 windows count."""
@@ -170,6 +170,12 @@ class Tracker:
     def draft_step(self, num_stems: int, seconds: float) -> None:
         """Add one draft step over `num_stems` stems."""
         self._draft.add(num_stems, seconds)
+
+    def drafter_moved(self, level_s: float) -> None:
+        """Forget what the last drafter cost and gave; the new one is expected to take `level_s` seconds a step."""
+        self._draft = LineFit()
+        self._draft.add(1, level_s)
+        self._rates = {kind: rate for kind, rate in self._rates.items() if kind == Mode.PLAIN}
 
     def sharpened(self, logprobs: Sequence[float]) -> list[float]:
         """Return the log probabilities of one node's candidates, corrected by experience."""

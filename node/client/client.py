@@ -132,7 +132,9 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
     if state is not None:
         stored = state.membership()
         find_member_model(stored, progress)
-        config = msgspec.structs.replace(config, model=stored.model, dtype=stored.dtype)
+        choice = state.choice()
+        draft = choice.draft if choice is not None and config.draft == "auto" else config.draft
+        config = msgspec.structs.replace(config, model=stored.model, dtype=stored.dtype, draft=draft)
     draft = "ngram" if config.mode == Mode.PLAIN else config.draft
     model = load_coordinator_model(config.model, draft, progress, draft_dtype=config.draft_dtype, device=config.device)
     prompt = _prompt(config, model.text)

@@ -112,11 +112,24 @@ class ServeFlags(ComputeFlags, frozen=True, kw_only=True):
     otlp: Annotated[str, Help("OpenTelemetry collector for traces, e.g. http://127.0.0.1:4318"), URL] = ""
 
 
+def check_swarm_drafter(draft: str) -> None:
+    """Check that a whole swarm may be told to draft with `draft`.
+
+    Raises:
+        ConfigError: it is no drafter's name.
+    """
+    if draft in ("", "none"):
+        raise ConfigError(f"--draft {draft!r}: a swarm drafts with auto, ngram, shadow or a model; ngram costs nothing")
+
+
 class DraftConfig(Settings, frozen=True, kw_only=True):
     """Settings of `dsd draft`."""
 
     draft: Annotated[str, Help("the swarm's drafter: auto, ngram, shadow or a model"), POSITIONAL]
     swarm: SwarmName = DEFAULT_SWARM
+
+    def __post_init__(self) -> None:
+        check_swarm_drafter(self.draft)
 
 
 class JoinConfig(ServeFlags, frozen=True, kw_only=True):

@@ -104,6 +104,15 @@ def test_any_peer_can_be_the_gateway_and_the_best_coordinator_writes(tmp_path):
             assert there["usage"]["speculation"][0]["coordinator"] == status(a).peer
             peers = httpx.get(f"{other}/v1/status").json()["peers"]
             assert {peer["peer"] for peer in peers} == alive(a)
+            # A smaller drafter for the whole swarm; the text stays.
+            dsd("draft", "ngram", "--swarm", a)
+            wait_until(lambda: {member.drafter for member in status(a).members} == {"ngram", ""})
+            assert ask(own)["choices"][0]["text"] == here["choices"][0]["text"]
+            assert status(a).draft == "ngram"
+            assert dsd("draft", "none", "--swarm", a, check=False).returncode != 0
+            with pytest.raises(AssertionError, match="only the machine that created the swarm"):
+                dsd("draft", "auto", "--swarm", b)
+            assert "drafter: ngram" in dsd("plan", "--swarm", b).stdout
         refused = httpx.get(f"{own}/v1/models", headers={"Host": "evil.example"})
         assert refused.status_code == 400
 

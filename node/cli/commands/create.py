@@ -3,6 +3,7 @@
 import msgspec
 
 from node.config import CreateConfig, GatewayConfig
+from node.config.running import check_swarm_drafter
 from node.console import ConsoleProgress, console
 from node.local.events import Ready, StageEvent
 from node.member.process import serve_swarm, tell_user
@@ -15,6 +16,7 @@ def run(config: CreateConfig, gateway: GatewayConfig) -> int:
     from dsd_p2p.models.source import find_model
     from node.member.model import absolute_model
 
+    check_swarm_drafter(config.draft)
     state = SwarmState(config.swarm)
     state.refuse_second()
     with ConsoleProgress() as progress:

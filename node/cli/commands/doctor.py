@@ -146,6 +146,7 @@ async def _node(state: SwarmState) -> list[Finding]:
             says=f"{len(others)} other members reached",
             fix="" if others else "open TCP port 4001 in the firewall, or start with --through RELAY_ADDRESS",
         ),
+        _drafter(status, state),
         Finding(
             what="coverage",
             is_ok=not status.uncovered,
@@ -155,6 +156,19 @@ async def _node(state: SwarmState) -> list[Finding]:
             fix="" if not status.uncovered else "dsd invite, and dsd join on another machine",
         ),
     ]
+
+
+def _drafter(status: PeerReport, state: SwarmState) -> Finding:
+    """Say what this peer drafts with, and how it could do better."""
+    own = next((member for member in status.members if member.peer == status.peer), None)
+    name = own.drafter if own is not None else ""
+    refused = f"; refused: {'; '.join(status.refused_drafters)}" if status.refused_drafters else ""
+    says = f"{name or 'none'}, the choice is {status.draft}{refused}"
+    if own is not None and own.draft_s:
+        says += f", {own.draft_s * 1e3:.0f} ms a step"
+    is_worse = bool(status.refused_drafters) and name == LOOKUP.name
+    fix = f"dsd node --swarm {state.name} --draft MODEL with a small model of the target's tokenizer"
+    return Finding(what="drafter", is_ok=not is_worse, says=says, fix=fix if is_worse else "")
 
 
 async def _neighbours(state: SwarmState, stored: StoredMembership) -> list[Finding]:

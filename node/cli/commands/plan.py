@@ -1,16 +1,19 @@
 """Implements `dsd plan`: show which route and coordinator a request would use now, and why."""
 
+from collections.abc import Mapping
+
 import msgspec
 import trio
 from rich.console import Console
 from rich.table import Table
 
+from dsd_p2p.coordination.draft_places import Offer
 from dsd_p2p.drafting.named import LOOKUP
 from dsd_p2p.errors import CoverageLost
 from dsd_p2p.models.source import find_model
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.placement.route import choose_route
-from dsd_p2p.placement.view import Plan, SwarmView
+from dsd_p2p.placement.view import Plan, Speculation, SwarmView
 from dsd_p2p.types import PeerId, short_peer
 from node.config import SwarmQuestion
 from node.console import ConsoleProgress
@@ -35,15 +38,18 @@ async def _plan(state: SwarmState, is_json: bool) -> int:
         await client.directory.find()
         view, me = client.directory.view(), PeerId(client.membership.links.me.peer)
         capable = client.directory.coordinators() | {me: speculation_of(_OWN_DRAFTER)}
+        offers = client.directory.draft_offers()
     chosen = choose_coordinator(view, me, capable)
     own = choose_route(view, me, speculation_of(_OWN_DRAFTER))
     if chosen is None or own is None:
         raise CoverageLost("the route was lost while planning: try again")
     coordinator, plan = chosen
     if is_json:
-        print(msgspec.json.encode({"coordinator": coordinator, "plan": plan, "own": own}).decode())
+        shown = {"coordinator": coordinator, "plan": plan, "own": own, "drafters": _offers_of(offers)}
+        print(msgspec.json.encode(shown).decode())
         return 0
     _show(view, coordinator, plan, me, own)
+    _show_drafters(offers, coordinator, capable[coordinator], plan)
     return 0
 
 
@@ -76,3 +82,24 @@ def _show(view: SwarmView, coordinator: PeerId, plan: Plan, me: PeerId, own: Pla
     )
     if coordinator != me:
         print(f"with this machine as coordinator: {1 / own.s_per_token:.1f} tokens/s")
+
+
+def _offers_of(offers: Mapping[PeerId, Offer]) -> dict[str, dict[str, object]]:
+    return {peer: {"drafter": offer.drafter, "step_s": offer.step_s} for peer, offer in offers.items()}
+
+
+def _show_drafters(offers: Mapping[PeerId, Offer], coordinator: PeerId, speculation: Speculation, plan: Plan) -> None:
+    """Say who drafts with what, and what would make the route faster."""
+    offer = offers.get(coordinator)
+    print(f"drafter: {offer.drafter if offer else _OWN_DRAFTER}, {speculation.draft_s * 1e3:.0f} ms a step")
+    others = [
+        f"{short_peer(peer)} {each.drafter}" for peer, each in offers.items() if each.step_s and peer != coordinator
+    ]
+    if others:
+        print(f"other members that draft: {', '.join(sorted(others))}")
+    if all(each.drafter == LOOKUP.name for each in offers.values()):
+        print("faster with a drafting model: dsd draft auto on the owner's machine")
+    elif speculation.draft_s > plan.slowest_s:
+        print("drafting is the slowest part: a member nearby that joins with --role draft may help")
+    else:
+        print("the slowest stage sets the pace: a member that joins there makes it faster")
