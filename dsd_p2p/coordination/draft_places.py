@@ -8,9 +8,10 @@ a few answers.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from dsd_p2p.drafting.choice import Loop, prior_of
+from dsd_p2p.drafting.choice import Loop
 from dsd_p2p.drafting.measuring import Coverage
 from dsd_p2p.drafting.named import LOOKUP
+from dsd_p2p.placement.coordinator import expected_coverage
 from dsd_p2p.placement.view import Speculation, seconds_per_token
 from dsd_p2p.types import PeerId
 from dsd_p2p.wire.drafts import MAX_LEVELS
@@ -106,7 +107,7 @@ class DraftPlaces:
         }
 
     def _of(self, place: PeerId, offer: Offer) -> _Measured:
-        fresh = _Measured(coverage=Coverage(prior=prior_of(offer.drafter)))
+        fresh = _Measured(coverage=Coverage(prior=expected_coverage(offer.drafter)))
         return self._measured.setdefault((place, offer.drafter), fresh)
 
     def _tokens_per_s(self, place: PeerId, offer: Offer, loop: Loop) -> float:

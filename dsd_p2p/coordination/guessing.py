@@ -19,6 +19,7 @@ from dsd_p2p.coordination.far_drafts import FarDrafts, FarSession
 from dsd_p2p.drafting.base import Drafter, DraftSession
 from dsd_p2p.drafting.choice import Loop
 from dsd_p2p.drafting.named import LOOKUP
+from dsd_p2p.drafting.ngram import NgramSession
 from dsd_p2p.errors import CapacityError, PeerError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft, Stem
 from dsd_p2p.types import ModelKey, PeerId, Sampling, TokenId, short_peer
@@ -70,7 +71,7 @@ class Guesses:
     ) -> None:
         self._home_name = home.name
         self._home: DraftSession = _open_home(home, max_length, sampling)
-        self._home_is_instant = home.is_instant or isinstance(self._home, type(LOOKUP.open(1)))
+        self._home_is_instant = home.is_instant or isinstance(self._home, NgramSession)
         self._home_offer = Offer(drafter=home.name, step_s=step_s, round_trip_s=0.0)
         self._home_is_broken = self._home_is_used = False
         self._home_lock = trio.Lock()

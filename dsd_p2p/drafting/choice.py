@@ -23,6 +23,7 @@ from dsd_p2p.errors import CapacityError, DsdError
 from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.progress import NoProgress, Progress
 from dsd_p2p.models.source import ModelSource
+from dsd_p2p.placement.coordinator import expected_coverage
 from dsd_p2p.placement.view import Speculation, seconds_per_token
 from dsd_p2p.types import TokenId
 
@@ -30,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 _NUM_ANSWERS = 3
 """Answers to measure on before the choice stands."""
-
-_MODEL_COVERAGE, _SHADOW_COVERAGE, _LOOKUP_COVERAGE = 0.85, 0.97, 0.5
-"""Before anything is measured: how often a level of the draft tree holds the token (docs/benchmarks.md)."""
 
 _MIN_LEAD = 1.1
 """Another drafter must promise this much more: a change costs the request's first tokens."""
@@ -85,7 +83,7 @@ class DrafterChoice:
         self._progress = progress or NoProgress()
         self._lock = Lock()
         self._num_learned = 0
-        lookup = Rated(name=LOOKUP.name, drafter=LOOKUP, coverage=Coverage(prior=prior_of(LOOKUP.name)))
+        lookup = Rated(name=LOOKUP.name, drafter=LOOKUP, coverage=Coverage(prior=expected_coverage(LOOKUP.name)))
         self._current = lookup
         self.is_loaded = wanted == LOOKUP.name
         names = _candidates(target, model or target.name) if wanted == "auto" else [wanted]
@@ -177,7 +175,7 @@ class DrafterChoice:
         return True
 
     def _listed(self, name: str, room_bytes: int) -> Rated:
-        rated = Rated(name=name, coverage=Coverage(prior=prior_of(name)))
+        rated = Rated(name=name, coverage=Coverage(prior=expected_coverage(name)))
         if self.wanted == "auto" and split_name(name)[0] == "shadow":
             needed = shadow_bytes(self._target)
             if needed > room_bytes:
@@ -186,13 +184,6 @@ class DrafterChoice:
                     "are free for it"
                 )
         return rated
-
-
-def prior_of(drafter: str) -> float:
-    """Return how often the named drafter is expected to have the next token among its first candidates."""
-    if drafter == LOOKUP.name:
-        return _LOOKUP_COVERAGE
-    return _SHADOW_COVERAGE if drafter.partition("+")[0] == "shadow" else _MODEL_COVERAGE
 
 
 def _candidates(target: ModelSource, model: str) -> list[str]:

@@ -10,14 +10,21 @@ _MIN_GAIN = 1.1
 """Another peer must be this much faster than the client itself, because handing over adds a hop and a dependency."""
 
 
-_NGRAM_COVERAGE, MODEL_COVERAGE = 0.5, 0.9
-"""How often a level of the draft tree holds the target's token: for prompt lookup on novel text and for a model
-(docs/benchmarks.md)."""
+_NGRAM_COVERAGE, MODEL_COVERAGE, _SHADOW_COVERAGE = 0.5, 0.9, 0.97
+"""How often a level of the draft tree holds the target's token: for prompt lookup on novel text, for a model, and for the
+target itself in int8 (docs/benchmarks.md)."""
 
 
 def speculation_of(drafter: str, step_s: float = 0.0) -> Speculation:
     """Return the expected speculation of the named drafter. step_s: seconds of one of its steps."""
-    return Speculation(coverage=_NGRAM_COVERAGE if drafter == "ngram" else MODEL_COVERAGE, draft_s=step_s)
+    return Speculation(coverage=expected_coverage(drafter), draft_s=step_s)
+
+
+def expected_coverage(drafter: str) -> float:
+    """Return how often a level of the named drafter's tree is expected to hold the target's token."""
+    if drafter == "ngram":
+        return _NGRAM_COVERAGE
+    return _SHADOW_COVERAGE if drafter.partition("+")[0] == "shadow" else MODEL_COVERAGE
 
 
 def choose_coordinator(

@@ -1,11 +1,9 @@
 """Follows the owner's choice of a drafter and tells the swarm what this peer drafts with."""
 
-import math
 from collections.abc import Mapping
 
 import trio
 
-from dsd_p2p import units
 from dsd_p2p.coordination.draft_places import Offer
 from dsd_p2p.coordination.own_drafter import OwnDrafter
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
@@ -22,8 +20,8 @@ from node.local.events import Loading
 from node.member.placed import Placed
 from node.member.settings import PeerSettings
 
-_MEMORY_SHARE = 0.6
-"""Share of the free memory that a drafter may take."""
+_MEMORY_SHARE = 0.3
+"""Share of the free memory that a drafter may take; the layers may take 0.6 (`.measure`)."""
 
 
 class _ReportedProgress(Progress):
@@ -38,11 +36,6 @@ class _ReportedProgress(Progress):
         if what != self._last:
             self._last = what
             self._settings.report(Loading(what=what))
-
-
-def drafter_room_bytes(memory: str = "") -> int:
-    """Return the memory that a drafter may take. memory: what `--memory` says."""
-    return int(_MEMORY_SHARE * min(available_bytes(), units.num_bytes(memory) if memory else math.inf))
 
 
 def wanted_drafter(config: ServeFlags, registry: Registry) -> str:
@@ -110,6 +103,6 @@ def choice_of(
         source,
         model=model,
         device=config.device,
-        room_bytes=drafter_room_bytes(config.memory),
+        room_bytes=int(_MEMORY_SHARE * available_bytes()),
         progress=progress,
     )
