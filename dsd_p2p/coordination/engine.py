@@ -14,6 +14,7 @@ import trio
 from dsd_p2p.coordination.directory import NO_DETOUR, Directory, StageList
 from dsd_p2p.coordination.draft_places import DraftPlaces
 from dsd_p2p.coordination.driver import RequestDriver, Told
+from dsd_p2p.coordination.experience_file import ExperienceFile
 from dsd_p2p.coordination.far_drafts import FarDrafts
 from dsd_p2p.coordination.generation import Generation
 from dsd_p2p.coordination.guessing import Elsewhere, Guesses
@@ -95,6 +96,7 @@ class Engine:
     """A coordinator's requests: it finds routes, drafts and streams tokens. A service of `dsd_p2p.peers.services`.
 
     tell: receives the telemetry events of the requests, if set. places: where else requests may be drafted, if set.
+    experience: where measurements of routes outlive this process, if set.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Engine:
         self._prefixes = PrefixIndex()
         self._far = FarDrafts(links, vocab_size)
         self.places: DraftPlaces | None = None
+        self.experience: ExperienceFile | None = None
 
     @property
     def drafter(self) -> Drafter:
@@ -136,7 +139,12 @@ class Engine:
     def _tracker(self, route: Route, experience: str) -> Tracker:
         stages = (f"{hop.peer} {hop.span}" for hop in route.hops)
         name = (experience, self.drafter.name, repr(route.model), *stages)
-        self._last_tracker = self._trackers.setdefault(name, Tracker())
+        if name not in self._trackers:
+            self._trackers[name] = Tracker()
+            kept = self.experience.of(name) if self.experience is not None else None
+            if kept is not None:
+                self._trackers[name].begin(kept)
+        self._last_tracker = self._trackers[name]
         return self._last_tracker
 
     async def _find_route(self, detour: Detour) -> Route:
@@ -195,6 +203,13 @@ class Engine:
             with trio.CancelScope(shield=True):
                 await guesses.close()
             self._learn(request, machine, tracker)
+            self._nursery.start_soon(self._keep, tracker)
+
+    async def _keep(self, tracker: Tracker) -> None:
+        """Keep what an answer has taught about its route and drafter."""
+        name = next((name for name, each in self._trackers.items() if each is tracker), None)
+        if self.experience is not None and name is not None and tracker.observe().stages:
+            await trio.to_thread.run_sync(self.experience.keep, name, tracker.kept())
 
     def _learn(self, request: Request, machine: RequestMachine, tracker: Tracker) -> None:
         """Let the drafters be measured on an answer that ended well."""

@@ -4,6 +4,8 @@ import math
 import operator
 from collections.abc import Sequence
 
+import msgspec
+
 from dsd_p2p.types import StageCost
 from dsd_p2p.window.base import CostLine, Decision, MeasuredRate, Mode, Observation
 
@@ -35,8 +37,40 @@ The bounds keep a run of odd outcomes from making the drafter look certain (3) o
 _SHARPENING_STEP = 0.02
 """Greatest change of the exponent for one outcome: from the first value to a bound takes at least 40 outcomes."""
 
+_KEPT_WEIGHT, _KEPT_VERDICTS = 0.5, 10
+"""What an earlier tracker left counts half, and its links as much as ten verdicts: about ten windows outweigh it."""
+
 _SLOPE_PRIOR = 64.0
 """Squared nodes; about twenty passes of which every other one is four nodes larger weigh the same as the prior."""
+
+
+Sums = tuple[float, float, float, float, float]
+"""The weighted sums of a `LineFit`: weight, n, n squared, seconds, n times seconds."""
+
+
+class KeptRate(msgspec.Struct, frozen=True, array_like=True):
+    """What is kept of one kind of window: the tokens and seconds that still count, and its tokens in all."""
+
+    decision: Decision
+    tokens: float
+    seconds: float
+    num_tokens: int
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True):
+    """What a `Tracker` leaves to the next one of its route and drafter. The fields are the tracker's."""
+
+    stages: tuple[Sums, ...]
+    links_s: float
+    queue_s: float
+    num_sharing: float
+    confidence: float
+    draft: Sums
+    hits_by_rank: tuple[float, ...]
+    tries_by_rank: tuple[float, ...]
+    exponent: float
+    num_outcomes: int
+    rates: tuple[KeptRate, ...]
 
 
 class LineFit:
@@ -58,6 +92,14 @@ class LineFit:
         self._nn = self._nn * _DECAY + num_nodes * num_nodes
         self._y = self._y * _DECAY + seconds
         self._ny = self._ny * _DECAY + num_nodes * seconds
+
+    def sums(self) -> Sums:
+        """Return what the fit consists of, to be kept."""
+        return self._weight, self._n, self._nn, self._y, self._ny
+
+    def begin(self, sums: Sums) -> None:
+        """Begin with kept sums, at half their weight, so that new samples soon correct them."""
+        self._weight, self._n, self._nn, self._y, self._ny = (_KEPT_WEIGHT * each for each in sums)
 
     def line(self) -> CostLine:
         """Return the fit; all zeros before the first sample."""
@@ -118,6 +160,13 @@ class _Rate:
         self._seconds = self._seconds * fading + seconds
         self._num_tokens += num_tokens
         self._last_total = total_tokens
+
+    def kept(self) -> KeptRate:
+        return KeptRate(self._decision, self._tokens, self._seconds, self._num_tokens)
+
+    def begin(self, kept: KeptRate) -> None:
+        self._tokens, self._seconds = _KEPT_WEIGHT * kept.tokens, _KEPT_WEIGHT * kept.seconds
+        self._num_tokens = kept.num_tokens
 
     def measured(self, total_tokens: int) -> MeasuredRate:
         return MeasuredRate(
@@ -200,6 +249,40 @@ class Tracker:
         """Add tokens committed, and seconds spent, while windows of this kind were in use."""
         self._num_tokens += num_tokens
         self._rates.setdefault(decision.kind, _Rate(decision)).add(num_tokens, seconds, self._num_tokens)
+
+    def kept(self) -> Kept:
+        """Return what the next tracker of this route and drafter may begin with."""
+        return Kept(
+            stages=tuple(fit.sums() for fit in self._stages),
+            links_s=self._links_s,
+            queue_s=self._queue_s,
+            num_sharing=self._num_sharing,
+            confidence=self._confidence,
+            draft=self._draft.sums(),
+            hits_by_rank=tuple(self._hits_by_rank),
+            tries_by_rank=tuple(self._tries_by_rank),
+            exponent=self._sharpening.exponent,
+            num_outcomes=self._num_outcomes,
+            rates=tuple(rate.kept() for rate in self._rates.values()),
+        )
+
+    def begin(self, kept: Kept) -> None:
+        """Begin with what an earlier tracker of this route and drafter left; new measurements soon outweigh it."""
+        self._stages = [LineFit() for _ in kept.stages]
+        for fit, sums in zip(self._stages, kept.stages, strict=True):
+            fit.begin(sums)
+        self._draft.begin(kept.draft)
+        self._links_s, self._queue_s, self._num_verdicts = kept.links_s, kept.queue_s, _KEPT_VERDICTS
+        self._num_sharing, self._confidence = kept.num_sharing, kept.confidence
+        ranks = range(min(len(self._hits_by_rank), len(kept.hits_by_rank), len(kept.tries_by_rank)))
+        for rank in ranks:
+            self._hits_by_rank[rank] = _KEPT_WEIGHT * kept.hits_by_rank[rank]
+            self._tries_by_rank[rank] = _KEPT_WEIGHT * kept.tries_by_rank[rank]
+        self._sharpening.exponent = max(_LEAST_SHARPENING, min(_MOST_SHARPENING, kept.exponent))
+        self._num_outcomes = kept.num_outcomes
+        for rate in kept.rates:
+            self._rates[rate.decision.kind] = begun = _Rate(rate.decision)
+            begun.begin(rate)
 
     def observe(self) -> Observation:
         """Return the current observation."""

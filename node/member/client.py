@@ -13,6 +13,7 @@ import trio
 
 from dsd_p2p.coordination.draft_places import DraftPlaces
 from dsd_p2p.coordination.engine import Engine
+from dsd_p2p.coordination.experience_file import ExperienceFile
 from dsd_p2p.coordination.for_others import ThinClient
 from dsd_p2p.coordination.own_drafter import OwnDrafter
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
@@ -102,6 +103,7 @@ async def open_swarm_client(
                 coverage_timeout_s=coverage_timeout_s,
             )
             engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
+            engine.experience = ExperienceFile(state.experience)
             if engine.drafter is not LOOKUP:
                 engine.places = DraftPlaces(directory.draft_offers)
             thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)

@@ -21,6 +21,7 @@ from dsd_p2p import units
 from dsd_p2p.coordination.draft_places import DraftPlaces
 from dsd_p2p.coordination.draft_service import DraftService
 from dsd_p2p.coordination.engine import Engine
+from dsd_p2p.coordination.experience_file import ExperienceFile
 from dsd_p2p.coordination.for_others import CoordinatorService, ThinClient
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
@@ -139,6 +140,7 @@ class SwarmPeer:
         engine = None if choice is None else Engine(links, choice, shape.vocab_size, nursery, directory)
         coordinating: list[Service] = []
         if engine is not None:
+            engine.experience = ExperienceFile(settings.state.experience)
             engine.places = DraftPlaces(partial(drafts.offers, directory))
             drafting = DraftService(links, engine.own_drafter.open_for_peer, settings.source.key(stored.dtype))
             coordinating = [engine, drafting]

@@ -5,6 +5,7 @@ owner.key     the swarm owner's secret key, only on the machine that created the
 client-N      secret keys of commands; each is used by one command at a time
 membership    network key, grants, bootstrap addresses, model
 known         records, revocations and the owner's choice heard so far
+experience    measurements of routes and drafters, with which the next answer begins
 control.sock  the socket at which the node daemon takes commands
 """
 
@@ -75,6 +76,11 @@ class SwarmState:
     def control_socket(self) -> Path:
         """Path of the socket at which the node daemon takes commands."""
         return self.folder / "control.sock"
+
+    @property
+    def experience(self) -> Path:
+        """Path of the file with what was measured of routes and drafters."""
+        return self.folder / "experience"
 
     @property
     def identity(self) -> Path:
