@@ -31,18 +31,27 @@ class CoordinatorModel:
 
 
 def load_coordinator_model(
-    model: str, draft: str, progress: Progress, *, draft_dtype: str = "float32", device: str = "cpu"
+    model: str,
+    draft: str,
+    progress: Progress,
+    *,
+    draft_dtype: str = "float32",
+    device: str = "cpu",
+    learns: bool = False,
 ) -> CoordinatorModel:
     """Load the tokenizer and the drafter for a target.
 
     model: a catalog name, a folder or a Hugging Face id. draft: "auto" or a name that `make_drafter` takes.
+    learns: see `DrafterChoice`.
 
     Raises:
         ConfigError, ModelError: says what is missing and what to do.
     """
     source = find_model(model, progress)
     shape, text = read_shape(source.folder), TextCodec(source.folder)
-    drafter = DrafterChoice(draft, source, model=model, dtype=draft_dtype, device=device, progress=progress)
+    drafter = DrafterChoice(
+        draft, source, model=model, dtype=draft_dtype, device=device, progress=progress, learns=learns
+    )
     drafter.load()
     return CoordinatorModel(source=source, shape=shape, text=text, drafter=drafter)
 

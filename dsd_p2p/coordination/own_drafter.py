@@ -69,18 +69,26 @@ class OwnDrafter:
 
     async def _load(self, choice: DrafterChoice) -> None:
         try:
-            await trio.to_thread.run_sync(choice.load, abandon_on_cancel=True)  # type: ignore[call-arg]  # stubs of an older trio
+            await _run(choice.load, choice)
         except DsdError as exc:
             self.failure = str(exc)
             logger.warning("drafter not loaded, using prompt lookup error=%s", exc)
         self._adopt(choice)
 
     async def _learn(self, choice: DrafterChoice, tokens: Sequence[TokenId], num_prompt: int, loop: Loop) -> None:
-        learn = partial(choice.learn, tokens, num_prompt, loop)
-        await trio.to_thread.run_sync(learn, abandon_on_cancel=True)  # type: ignore[call-arg]  # stubs of an older trio
+        await _run(partial(choice.learn, tokens, num_prompt, loop), choice)
         self._adopt(choice)
 
     def _adopt(self, choice: DrafterChoice) -> None:
         if choice is self._choice and choice.current is not self.current:
             self.current = choice.current
             self.changed()
+
+
+async def _run(function: Callable[[], None], choice: DrafterChoice) -> None:
+    """Run `function` in a thread.
+
+    A process that ends waits for it, because torch aborts where its thread is killed. It does not wait for a download.
+    """
+    is_abandoned = choice.may_fetch
+    await trio.to_thread.run_sync(function, abandon_on_cancel=is_abandoned)  # type: ignore[call-arg]  # older stubs

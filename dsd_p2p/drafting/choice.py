@@ -64,6 +64,7 @@ class DrafterChoice:
     """The drafters that may serve a target's requests, and which of them does now. Its methods may block.
 
     wanted: a drafter's name or "auto". model: the target's name in the catalog. room_bytes: memory for a drafter.
+    learns: measure the drafters on the first answers; not worth it for a process that writes only one.
     """
 
     def __init__(
@@ -76,13 +77,14 @@ class DrafterChoice:
         device: str = "cpu",
         room_bytes: int = 1 << 62,
         progress: Progress | None = None,
+        learns: bool = True,
     ) -> None:
         self.wanted = wanted
         self._target = target
         self._format = (dtype, device)
         self._progress = progress or NoProgress()
         self._lock = Lock()
-        self._num_learned = 0
+        self._num_learned = 0 if learns else _NUM_ANSWERS
         lookup = Rated(name=LOOKUP.name, drafter=LOOKUP, coverage=Coverage(prior=expected_coverage(LOOKUP.name)))
         self._current = lookup
         self.is_loaded = wanted == LOOKUP.name
@@ -103,6 +105,11 @@ class DrafterChoice:
     def wants_texts(self) -> bool:
         """True while answers still help to choose."""
         return self.wanted == "auto" and self.is_loaded and self._num_learned < _NUM_ANSWERS
+
+    @property
+    def may_fetch(self) -> bool:
+        """True if loading may fetch a model from the hub, which can take long."""
+        return self._target.is_on_hub or "/" in self.wanted
 
     @property
     def refusals(self) -> list[str]:

@@ -48,7 +48,7 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(ConsoleProgress())
         model = load_coordinator_model(
-            config.model, config.draft, progress, draft_dtype=config.draft_dtype, device=config.device
+            config.model, config.draft, progress, draft_dtype=config.draft_dtype, device=config.device, learns=True
         )
         model.source.fetch(model.source.file_of_tensor, progress)
         if not config.mqtt:
