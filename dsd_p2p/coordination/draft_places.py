@@ -5,6 +5,7 @@ there. Members' records say what they offer. What was measured here replaces wha
 a few answers.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -24,6 +25,9 @@ _LEAST_STEP_S = 1e-3
 
 _NEWEST = 0.2
 """Weight of the newest time of a level."""
+
+_STALE_S = 60.0
+"""A time measured longer ago counts no more: the place may have been busy, and is only measured while it is used."""
 
 _MIN_LEAD = 1.15
 """Another place must promise this much more: a move costs the new place the reading of the text."""
@@ -55,7 +59,8 @@ class Offer:
 @dataclass(slots=True, kw_only=True)
 class _Measured:
     coverage: Coverage
-    level_s: float | None = None
+    level_s: float = 0.0
+    at_s: float = -math.inf
 
 
 @dataclass(slots=True)
@@ -69,27 +74,21 @@ class DraftPlaces:
     def best(self, home: Offer, loop: Loop, present: PeerId | None, now_s: float) -> PeerId:
         """Return the place to draft at. home: this process's own drafter. present: where the request drafts now."""
         offers = {HOME: home, **self._open_offers(now_s)}
-        rates = {place: self._tokens_per_s(place, offer, loop) for place, offer in offers.items()}
+        rates = {place: self._tokens_per_s(place, offer, loop, now_s) for place, offer in offers.items()}
         best = max(rates, key=lambda place: (rates[place], place == HOME))
         stays = present if present in rates else HOME
         return best if rates[best] > _MIN_LEAD * rates[stays] else stays
 
-    def offer(self, place: PeerId, home: Offer) -> Offer | None:
-        """Return what `place` offers now, or None if it offers nothing any more."""
-        return home if place == HOME else self.offers().get(place)
-
-    def level_s(self, place: PeerId, home: Offer) -> float:
-        """Return the expected seconds of a level at `place`."""
-        offer = self.offer(place, home)
-        if offer is None:
-            return 0.0
+    def level_s(self, place: PeerId, offer: Offer, now_s: float) -> float:
+        """Return the expected seconds of a level at `place`: as measured of late, or else as it says."""
         known = self._of(place, offer)
-        return offer.level_s if known.level_s is None else known.level_s
+        return known.level_s if now_s - known.at_s < _STALE_S else offer.level_s
 
-    def took(self, place: PeerId, offer: Offer, level_s: float) -> None:
+    def took(self, place: PeerId, offer: Offer, level_s: float, now_s: float) -> None:
         """Note how long one level took at `place`, trip included."""
-        known = self._of(place, offer)
-        known.level_s = level_s if known.level_s is None else known.level_s + _NEWEST * (level_s - known.level_s)
+        known, before_s = self._of(place, offer), self.level_s(place, offer, now_s)
+        known.level_s = before_s + _NEWEST * (level_s - before_s) if known.level_s else level_s
+        known.at_s = now_s
 
     def outcome(self, place: PeerId, offer: Offer, *, is_hit: bool) -> None:
         """Note whether the next token was among the guesses of `place`."""
@@ -110,8 +109,7 @@ class DraftPlaces:
         fresh = _Measured(coverage=Coverage(prior=expected_coverage(offer.drafter)))
         return self._measured.setdefault((place, offer.drafter), fresh)
 
-    def _tokens_per_s(self, place: PeerId, offer: Offer, loop: Loop) -> float:
-        known = self._of(place, offer)
-        level_s = offer.level_s if known.level_s is None else known.level_s
-        speculation = Speculation(coverage=known.coverage.rate, draft_s=level_s)
+    def _tokens_per_s(self, place: PeerId, offer: Offer, loop: Loop, now_s: float) -> float:
+        coverage = self._of(place, offer).coverage.rate
+        speculation = Speculation(coverage=coverage, draft_s=self.level_s(place, offer, now_s))
         return 1 / seconds_per_token(loop.traversal_s, loop.slowest_s, speculation)

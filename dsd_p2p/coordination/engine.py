@@ -136,9 +136,10 @@ class Engine:
         """Return the measurements of the last route and of the drafter."""
         return self._last_tracker.observe()
 
-    def _tracker(self, route: Route, experience: str) -> Tracker:
-        stages = (f"{hop.peer} {hop.span}" for hop in route.hops)
-        name = (experience, self.drafter.name, repr(route.model), *stages)
+    def _experience_name(self, route: Route, experience: str) -> tuple[str, ...]:
+        return experience, self.drafter.name, repr(route.model), *(f"{hop.peer} {hop.span}" for hop in route.hops)
+
+    def _tracker(self, name: tuple[str, ...]) -> Tracker:
         if name not in self._trackers:
             self._trackers[name] = Tracker()
             kept = self.experience.of(name) if self.experience is not None else None
@@ -168,7 +169,8 @@ class Engine:
         request = self._request(prompt, options, route)
         session = request.session
         self.own_drafter.want()
-        tracker = self._tracker(route, options.experience)
+        name = self._experience_name(route, options.experience)
+        tracker = self._tracker(name)
         machine = RequestMachine(request, route, policy, tracker, random.Random(secrets.randbits(64)))  # noqa: S311
         guesses = self._guesses(request, route, tracker)
         share = Share(self._governor, trio.current_time)
@@ -203,13 +205,8 @@ class Engine:
             with trio.CancelScope(shield=True):
                 await guesses.close()
             self._learn(request, machine, tracker)
-            self._nursery.start_soon(self._keep, tracker)
-
-    async def _keep(self, tracker: Tracker) -> None:
-        """Keep what an answer has taught about its route and drafter."""
-        name = next((name for name, each in self._trackers.items() if each is tracker), None)
-        if self.experience is not None and name is not None and tracker.observe().stages:
-            await trio.to_thread.run_sync(self.experience.keep, name, tracker.kept())
+            if self.experience is not None and tracker.observe().stages:
+                self._nursery.start_soon(trio.to_thread.run_sync, self.experience.keep, name, tracker.kept())
 
     def _learn(self, request: Request, machine: RequestMachine, tracker: Tracker) -> None:
         """Let the drafters be measured on an answer that ended well."""

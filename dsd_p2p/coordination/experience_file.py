@@ -5,7 +5,6 @@ or written costs experience, never an answer.
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +28,8 @@ class _Entry(msgspec.Struct, frozen=True, array_like=True):
     kept: Kept
 
 
-_decoder = msgspec.msgpack.Decoder(dict[str, _Entry])
+# JSON, because it has no NaN: a measurement that is no number makes a file that is not read, and is soon replaced.
+_decoder = msgspec.json.Decoder(dict[str, _Entry])
 
 
 class ExperienceFile:
@@ -41,7 +41,7 @@ class ExperienceFile:
     def of(self, name: Iterable[str]) -> Kept | None:
         """Return what was kept under `name`, or None."""
         entry = self._read().get(_joined(name))
-        return entry.kept if entry is not None and _is_finite(entry.kept) else None
+        return entry.kept if entry is not None else None
 
     def keep(self, name: Iterable[str], kept: Kept) -> None:
         """Keep something under `name`."""
@@ -50,7 +50,7 @@ class ExperienceFile:
                 entries = self._read() | {_joined(name): _Entry(kept_at_s=time.time(), kept=kept)}
                 newest = sorted(entries.items(), key=lambda item: -item[1].kept_at_s)[:_MAX_ENTRIES]
                 scratch = self._path.with_name(f".{self._path.name}")
-                scratch.write_bytes(msgspec.msgpack.encode(dict(newest)))
+                scratch.write_bytes(msgspec.json.encode(dict(newest)))
                 scratch.replace(self._path)
         except (OSError, Timeout) as exc:
             logger.info("experience not kept file=%s error=%s", self._path, exc)
@@ -66,17 +66,3 @@ class ExperienceFile:
 
 def _joined(name: Iterable[str]) -> str:
     return "\n".join(name)
-
-
-def _is_finite(kept: Kept) -> bool:
-    """True if no number in it would make an observation that is no number."""
-    pending: list[object] = [msgspec.to_builtins(kept)]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, list | tuple):
-            pending.extend(value)
-        elif isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, float) and not math.isfinite(value):
-            return False
-    return True

@@ -36,20 +36,10 @@ class FarDrafts:
             if peer == event.peer:
                 session.heard(PeerDisconnected(f"lost the drafting peer {short_peer(peer)}: {event.reason}"))
 
-    async def open(self, peer: PeerId, model: ModelKey, max_length: int, sampling: Sampling) -> "FarSession":
-        """Open a session at `peer` for a text of at most `max_length` tokens.
-
-        Raises:
-            PeerError: the peer cannot be reached.
-        """
+    def session(self, peer: PeerId) -> "FarSession":
+        """Return a session at `peer`; open it before the first question, and close it in any case."""
         session = FarSession(self, peer)
         self._open[peer, session.draft] = session
-        opening = OpenDrafts(draft=session.draft, model=model, max_length=max_length, sampling=sampling)
-        try:
-            await self.links.send(peer, opening)
-        except BaseException:
-            self.forget(session)
-            raise
         return session
 
     def forget(self, session: "FarSession") -> None:
@@ -85,6 +75,15 @@ class FarSession:
         self._num_known = 0
         self._number = 0
         self._heard, self._answers = trio.open_memory_channel[Drafted | PeerError](2)
+
+    async def open(self, model: ModelKey, max_length: int, sampling: Sampling) -> None:
+        """Ask the peer to draft for a text of at most `max_length` tokens.
+
+        Raises:
+            PeerError: the peer cannot be reached.
+        """
+        opening = OpenDrafts(draft=self.draft, model=model, max_length=max_length, sampling=sampling)
+        await self._owner.links.send(self.peer, opening)
 
     def heard(self, answer: Drafted | PeerError) -> None:
         """Take an answer, or the news that the peer is lost; more than one that waits is dropped."""

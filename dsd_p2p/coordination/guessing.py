@@ -3,8 +3,8 @@
 How it works. While a request runs, `DraftPlaces` rates this process's own drafter and the members that offer drafts. A
 request starts here if that promises most, otherwise with prompt lookup. When another place promises clearly more, the
 request opens a session there and lets it read the text. Only when the new place has answered does the request move, so
-the reading holds up nothing. A place that is late, lost or lies is left at once: prompt lookup answers until the next place is
-ready. All methods run in the request's task, except `_at_home`, which runs in a worker thread.
+the reading holds up nothing. A place that is late, lost or lies is left at once: prompt lookup answers until the next
+place is ready. All methods run in the request's task, except `_at_home`, which runs in a worker thread.
 """
 
 import logging
@@ -19,7 +19,6 @@ from dsd_p2p.coordination.far_drafts import FarDrafts, FarSession
 from dsd_p2p.drafting.base import Drafter, DraftSession
 from dsd_p2p.drafting.choice import Loop
 from dsd_p2p.drafting.named import LOOKUP
-from dsd_p2p.drafting.ngram import NgramSession
 from dsd_p2p.errors import CapacityError, PeerError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft, Stem
 from dsd_p2p.types import ModelKey, PeerId, Sampling, TokenId, short_peer
@@ -33,7 +32,7 @@ _WARM_TIMEOUT_S = 20.0
 """Time that a new place gets to read the text."""
 
 _LATE, _LATE_S, _LATEST_S = 4.0, 0.3, 0.7
-"""An answer is late after four times the usual and 0.3 s, at the latest after 0.7 s: with what follows under a second."""
+"""An answer is late 0.3 s after four times the usual time, and after 0.7 s at the latest: so a pause stays under 1 s."""
 
 _COVERED = 2
 """Candidates that count as a level of the tree, as in `dsd_p2p.drafting.measuring`."""
@@ -69,16 +68,16 @@ class Guesses:
         step_s: float = 0.0,
         elsewhere: Elsewhere | None = None,
     ) -> None:
-        self._home_name = home.name
-        self._home: DraftSession = _open_home(home, max_length, sampling)
-        self._home_is_instant = home.is_instant or isinstance(self._home, NgramSession)
-        self._home_offer = Offer(drafter=home.name, step_s=step_s, round_trip_s=0.0)
+        home, self._home = _open_home(home, max_length, sampling)
+        self._home_is_instant = home.is_instant
+        self._home_offer = Offer(drafter=home.name, step_s=0.0 if home.is_instant else step_s, round_trip_s=0.0)
         self._home_is_broken = self._home_is_used = False
         self._home_lock = trio.Lock()
         self._lookup = LOOKUP.open(max_length, sampling)
         self._opening = (max_length, sampling)
         self._elsewhere = elsewhere
         self._far: FarSession | None = None
+        self._offer = self._home_offer
         self._warming: trio.CancelScope | None = None
         self._is_lost = elsewhere is not None and self._best(elsewhere, None) != HOME
         self._looked_at_s = 0.0
@@ -87,10 +86,9 @@ class Guesses:
     @property
     def name(self) -> str:
         """The name of the drafter in use, with its peer if that is another one."""
-        if self._far is not None and self._elsewhere is not None:
-            offer = self._elsewhere.places.offer(self._far.peer, self._home_offer)
-            return f"{offer.drafter if offer else 'drafter'} at {short_peer(self._far.peer)}"
-        return LOOKUP.name if self._is_lost or self._home_is_broken else self._home_name
+        if self._far is not None:
+            return f"{self._offer.drafter} at {short_peer(self._far.peer)}"
+        return LOOKUP.name if self._is_lost or self._home_is_broken else self._home_offer.drafter
 
     @property
     def is_instant(self) -> bool:
@@ -114,7 +112,8 @@ class Guesses:
             started_s = trio.current_time()
             found = await self._expand_home(draft)
             if self._elsewhere is not None and self._home_is_used and not self._home_is_instant:
-                self._elsewhere.places.took(HOME, self._home_offer, trio.current_time() - started_s)
+                now_s = trio.current_time()
+                self._elsewhere.places.took(HOME, self._home_offer, now_s - started_s, now_s)
             self._home_is_used = True
         if self._elsewhere is not None:
             self._outcomes.remember(draft, found)
@@ -141,15 +140,19 @@ class Guesses:
         if self._elsewhere is None or self._warming is not None or now_s - self._looked_at_s < _LOOK_S:
             return
         self._looked_at_s = now_s
-        present = self._far.peer if self._far is not None else HOME
+        present = self._place
         best = self._best(self._elsewhere, present)
         if best == HOME and present == HOME:
             self._is_lost = False
         elif best == HOME:
-            nursery.start_soon(self._settle, None, HOME, self._elsewhere)
+            nursery.start_soon(self._settle, None, self._home_offer, self._elsewhere)
         elif best != present:
             self._warming = trio.CancelScope(deadline=now_s + _WARM_TIMEOUT_S)
             nursery.start_soon(self._move, best, tuple(tokens), self._warming, self._elsewhere)
+
+    @property
+    def _place(self) -> PeerId:
+        return self._far.peer if self._far is not None else HOME
 
     def _best(self, elsewhere: Elsewhere, present: PeerId | None) -> PeerId:
         return elsewhere.places.best(self._home_offer, elsewhere.loop(), present, trio.current_time())
@@ -159,51 +162,50 @@ class Guesses:
     ) -> None:
         """Let `place` read the text, then draft there."""
         question = Draft(tokens=tokens, keys=range(len(tokens)), stems=(Stem(key=0, path=()),), width=1)
-        is_ready, session = False, None
+        offer, session, is_ready = elsewhere.places.offers().get(place), elsewhere.far.session(place), False
         try:
             with scope:
-                session = await elsewhere.far.open(place, elsewhere.model, *self._opening)
+                await session.open(elsewhere.model, *self._opening)
                 await session.expand(question, 1, _WARM_TIMEOUT_S, "")
-                is_ready = True
+                is_ready = offer is not None
         except PeerError as exc:
             elsewhere.places.failed(place, trio.current_time(), is_liar=isinstance(exc, RemoteProtocolError))
             logger.info("no drafts from peer=%s error=%s", place, exc)
         finally:
             self._warming = None
-            if not is_ready and session is not None:
+            if not is_ready:
                 await session.close()
-        if is_ready:
-            await self._settle(session, place, elsewhere)
+        if is_ready and offer is not None:
+            await self._settle(session, offer, elsewhere)
 
-    async def _settle(self, session: FarSession | None, place: PeerId, elsewhere: Elsewhere) -> None:
-        """Draft at `place` from now on. session: None: here."""
-        before, self._far, self._is_lost = self._far, session, False
-        logger.info("drafting moved to=%s", place or "here")
-        elsewhere.moved(elsewhere.places.level_s(place, self._home_offer))
+    async def _settle(self, session: FarSession | None, offer: Offer, elsewhere: Elsewhere) -> None:
+        """Draft with `session` from now on, or here if there is none. offer: what is drafted with there."""
+        before, self._far, self._offer, self._is_lost = self._far, session, offer, False
+        logger.info("drafting moved to=%s", self.name)
+        elsewhere.moved(elsewhere.places.level_s(self._place, offer, trio.current_time()))
         if before is not None:
             await before.close()
 
     async def _ask_far(self, far: FarSession, draft: Draft) -> list[list[Candidate]]:
         assert self._elsewhere is not None
-        places = self._elsewhere.places
-        offer = places.offer(far.peer, self._home_offer)
-        levels = offer.levels if offer else 1
-        usual_s = offer.level_s * levels if offer else _LATE_S
+        places, offer = self._elsewhere.places, self._offer
+        # A synchronous window has room for so many levels; other trees take what comes.
+        levels = min(offer.levels, draft.levels) if draft.levels > 1 else offer.levels
+        deadline_s = min(_LATEST_S, _LATE_S + _LATE * offer.level_s * levels)
         started_s = trio.current_time()
         try:
-            levels = min(levels, draft.levels) if draft.levels > 1 else levels
-            found = await far.expand(draft, levels, min(_LATEST_S, _LATE_S + _LATE * usual_s), self.name)
+            found = await far.expand(draft, levels, deadline_s, self.name)
         except PeerError as exc:
             if self._far is not far:
                 # The request has moved on while it asked.
                 return self._lookup.expand(draft)
             places.failed(far.peer, trio.current_time(), is_liar=isinstance(exc, RemoteProtocolError))
             logger.warning("drafting peer left peer=%s error=%s", far.peer, exc)
-            self._far, self._is_lost, self._looked_at_s = None, True, 0.0
+            self._far, self._offer, self._is_lost, self._looked_at_s = None, self._home_offer, True, 0.0
             await far.close()
             return self._lookup.expand(draft)
-        if offer is not None:
-            places.took(far.peer, offer, (trio.current_time() - started_s) / levels)
+        now_s = trio.current_time()
+        places.took(far.peer, offer, (now_s - started_s) / levels, now_s)
         return found
 
     # This process's drafter
@@ -225,11 +227,9 @@ class Guesses:
 
     def _count_hits(self, draft: Draft, places: DraftPlaces) -> None:
         """Count for the present place how often the next token was among its first guesses."""
-        place = self._far.peer if self._far is not None else HOME
-        offer = places.offer(place, self._home_offer)
         for is_hit in self._outcomes.of(draft):
-            if offer is not None and not self._is_lost:
-                places.outcome(place, offer, is_hit=is_hit)
+            if not self._is_lost:
+                places.outcome(self._place, self._offer, is_hit=is_hit)
 
 
 class _Outcomes:
@@ -257,10 +257,10 @@ class _Outcomes:
             self._guessed[stem.key] = tuple(candidate.token for candidate in candidates[:_COVERED])
 
 
-def _open_home(drafter: Drafter, max_length: int, sampling: Sampling) -> DraftSession:
+def _open_home(drafter: Drafter, max_length: int, sampling: Sampling) -> tuple[Drafter, DraftSession]:
     """Start a drafter on a request, or prompt lookup if the drafter has no room for another request."""
     try:
-        return drafter.open(max_length, sampling)
+        return drafter, drafter.open(max_length, sampling)
     except CapacityError as exc:
         logger.info("drafter has no room, using prompt lookup error=%s", exc)
-        return LOOKUP.open(max_length, sampling)
+        return LOOKUP, LOOKUP.open(max_length, sampling)

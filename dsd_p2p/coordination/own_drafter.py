@@ -68,27 +68,30 @@ class OwnDrafter:
             self._nursery.start_soon(self._learn, self._choice, tokens, num_prompt, loop)
 
     async def _load(self, choice: DrafterChoice) -> None:
-        try:
-            await _run(choice.load, choice)
-        except DsdError as exc:
-            self.failure = str(exc)
-            logger.warning("drafter not loaded, using prompt lookup error=%s", exc)
+        await self._run(choice.load, choice)
         self._adopt(choice)
 
     async def _learn(self, choice: DrafterChoice, tokens: Sequence[TokenId], num_prompt: int, loop: Loop) -> None:
-        await _run(partial(choice.learn, tokens, num_prompt, loop), choice)
+        await self._run(partial(choice.learn, tokens, num_prompt, loop), choice)
         self._adopt(choice)
+
+    async def _run(self, function: Callable[[], None], choice: DrafterChoice) -> None:
+        """Run `function` in a thread; its failure costs only better guesses.
+
+        A process that ends waits for it, because torch aborts where its thread is killed. It does not wait for a
+        download.
+        """
+        is_abandoned = choice.may_fetch
+        try:
+            await trio.to_thread.run_sync(function, abandon_on_cancel=is_abandoned)  # type: ignore[call-arg]  # older stubs
+        except DsdError as exc:
+            self.failure = str(exc)
+            logger.warning("drafter not loaded, going on without it error=%s", exc)
+        except Exception as exc:  # task boundary: no drafter must end the requests that are running
+            self.failure = f"the drafter failed: {type(exc).__name__}: {exc}"
+            logger.exception("drafter failed, going on without it")
 
     def _adopt(self, choice: DrafterChoice) -> None:
         if choice is self._choice and choice.current is not self.current:
             self.current = choice.current
             self.changed()
-
-
-async def _run(function: Callable[[], None], choice: DrafterChoice) -> None:
-    """Run `function` in a thread.
-
-    A process that ends waits for it, because torch aborts where its thread is killed. It does not wait for a download.
-    """
-    is_abandoned = choice.may_fetch
-    await trio.to_thread.run_sync(function, abandon_on_cancel=is_abandoned)  # type: ignore[call-arg]  # older stubs

@@ -1,10 +1,10 @@
 """Chooses the drafter of a target: `--draft auto`, and any other name as a choice of one.
 
 How it works. `auto` lists what could draft, the most promising first: the drafter that benchmarked fastest for a model
-of the catalog, small models beside the target, published siblings of its family, the shadow where memory allows,
+of the catalog, small models beside the target's folder or published siblings of a hub model, the shadow where memory allows,
 prompt lookup. `load` takes the first that works; the rest is refused in one sentence each. Until then prompt lookup
-answers. After each of the first answers, `learn` measures on its tokens how often each loaded drafter would have had the
-next token among its candidates. The drafter with the most predicted tokens a second goes on. If one that is not
+answers. After each of the first answers, `learn` measures on its tokens how often each loaded drafter would have had
+the next token among its candidates. The drafter with the most predicted tokens a second goes on. If one that is not
 loaded yet promises more, it is loaded and measured too.
 """
 
@@ -18,9 +18,9 @@ from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.measuring import Coverage, coverage_of, step_s_of
 from dsd_p2p.drafting.named import LOOKUP, make_drafter, split_name
 from dsd_p2p.drafting.shadow import shadow_bytes
-from dsd_p2p.drafting.siblings import catalog_drafter, published_siblings, siblings_beside
+from dsd_p2p.drafting.siblings import published_siblings, siblings_beside
 from dsd_p2p.errors import CapacityError, DsdError
-from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.progress import NoProgress, Progress
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.placement.coordinator import expected_coverage
@@ -195,10 +195,8 @@ class DrafterChoice:
 
 def _candidates(target: ModelSource, model: str) -> list[str]:
     """Return the names of what could draft, the most promising first."""
-    best = catalog_drafter(model)
-    if best:
-        return [best]
+    if model in CATALOG:
+        return [CATALOG[model].drafter]
     # A model from the hub may fetch a sibling from there; a folder stays what it is, without the network.
-    published = published_siblings(str(read_model_config(target.folder).model_type)) if target.is_on_hub else ()
-    beside = () if target.is_on_hub else siblings_beside(target.folder)
-    return [f"{name}+{LOOKUP.name}" for name in (*beside, *published, "shadow") if name != target.name]
+    siblings = published_siblings(target) if target.is_on_hub else siblings_beside(target)
+    return [f"{name}+{LOOKUP.name}" for name in (*siblings, "shadow") if name != target.name]

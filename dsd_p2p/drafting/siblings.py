@@ -3,15 +3,17 @@
 A name promises nothing: a sibling drafts only if its tokenizer gives the same text to every token (`check_vocabulary`).
 """
 
-import json
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-from dsd_p2p.errors import ConfigError
-from dsd_p2p.models.architecture import read_shape
-from dsd_p2p.models.catalog import CATALOG
+from dsd_p2p.errors import ConfigError, ModelError
+from dsd_p2p.models.architecture import read_model_config, read_shape
+from dsd_p2p.models.source import ModelSource
 from dsd_p2p.models.text import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _SIBLINGS: dict[str, tuple[str, ...]] = {
     "llama": ("meta-llama/Llama-3.2-1B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", "JackFram/llama-68m"),
@@ -45,28 +47,27 @@ _MIN_COMMON = 0.95
 """Share of the target's tokens that a sibling must know: published siblings lack a few added tokens."""
 
 
-def published_siblings(model_type: str) -> tuple[str, ...]:
-    """Return the hub ids of small models of the family `model_type`."""
-    return _SIBLINGS.get(model_type, ())
+def published_siblings(target: ModelSource) -> Sequence[str]:
+    """Return the hub ids of small models of the target's family."""
+    return _SIBLINGS.get(str(read_model_config(target.folder).model_type), ())
 
 
-def catalog_drafter(model: str) -> str:
-    """Return the drafter that benchmarked fastest for a model of the catalog, or an empty string."""
-    return CATALOG[model].drafter if model in CATALOG else ""
-
-
-def siblings_beside(target: Path) -> Iterator[str]:
-    """Yield the folders beside `target` that hold a smaller model, those of a tenth of its size and its family first."""
-    size, family = _weight_bytes(target), _model_type(target)
+def siblings_beside(target: ModelSource) -> Sequence[str]:
+    """Return the folders beside `target` that hold a smaller model, those of a tenth of its size and its family first."""
+    size, family = target.num_params(), read_model_config(target.folder).model_type
     found = []
-    for folder in sorted(target.parent.iterdir())[:_MAX_FOLDERS]:
-        if folder == target or not (folder / "config.json").is_file():
+    for folder in sorted(target.folder.parent.iterdir())[:_MAX_FOLDERS]:
+        if folder == target.folder or not (folder / "config.json").is_file():
             continue
-        share = _weight_bytes(folder) / max(1, size)
+        try:
+            share = ModelSource(str(folder), folder).num_params() / max(1, size)
+            is_stranger = read_model_config(folder).model_type != family
+        except ModelError as exc:
+            logger.info("no sibling folder=%s error=%s", folder, exc)
+            continue
         if 0 < share <= _MAX_SHARE:
-            found.append((_model_type(folder) != family, abs(math.log(share / _USUAL_SHARE)), str(folder)))
-    for _, _, name in sorted(found):
-        yield name
+            found.append((is_stranger, abs(math.log(share / _USUAL_SHARE)), str(folder)))
+    return [name for _, _, name in sorted(found)]
 
 
 def check_vocabulary(target: Path, sibling: Path, name: str) -> None:
@@ -103,14 +104,3 @@ def _texts(folder: Path) -> dict[int, str]:
     """Return the text of each token as the tokenizer writes it; empty without a tokenizer."""
     tokenizer, _why_not = load_tokenizer(folder)
     return {} if tokenizer is None else {token: text for text, token in tokenizer.get_vocab().items()}
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _model_type(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "config.json").read_text()).get("model_type", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""

@@ -140,7 +140,9 @@ class Registry:
         if not is_choice_valid(choice, self.swarm):
             raise RemoteProtocolError("choice signature", choice.signature.hex()[:12], "the swarm owner's")
         if choice.made_at_ms / 1e3 > unix_s + _MAX_CLOCK_SKEW_S:
-            raise RemoteProtocolError("choice time", choice.made_at_ms, "a time near our clock")
+            raise RemoteProtocolError(
+                "choice time", choice.made_at_ms, "a time near our clock (synchronise the clocks by NTP)"
+            )
         self.choice = choice
         self._digest = None
         return True

@@ -115,7 +115,8 @@ async def test_a_request_moves_to_the_faster_drafter_and_writes_the_same_text():
 async def test_nobody_moves_to_a_drafter_that_promises_less():
     far = CountingDrafter()
     async with far_swarm(far, offer=Offer(drafter="shadow+ngram", step_s=0.2, round_trip_s=0.3)) as (swarm, _, _):
-        swarm.engine.places.took(HOME, Offer(drafter="shadow+ngram", step_s=0.02, round_trip_s=0), 0.02)
+        home = Offer(drafter="shadow+ngram", step_s=0.02, round_trip_s=0)
+        swarm.engine.places.took(HOME, home, 0.02, trio.current_time())
         generation = await write(swarm, 60)
         assert generation.driver.drafter == "shadow+ngram"
         assert not far.num_asked
@@ -144,22 +145,27 @@ async def test_a_peer_that_lies_or_is_silent_costs_only_guesses(how):
     for num_good in (0, 8):
         seen = iter(range(10**6))
         change = lambda answer, seen=seen, num_good=num_good: [answer] if next(seen) < num_good else LIES[how](answer)  # noqa: E731
-        async with far_swarm(CountingDrafter(), change=change) as (swarm, _, _):
+        far = CountingDrafter()
+        async with far_swarm(far, change=change) as (swarm, _, _):
             generation = await write(swarm)
+            assert far.num_asked > num_good
             if how != "each answer twice":
                 assert generation.driver.drafter in ("shadow+ngram", "ngram")
 
 
 async def test_a_peer_with_wrong_guesses_is_left():
     """Its answers are well formed and its tokens are never the target's."""
-    async with far_swarm(CountingDrafter(accuracy=0.0)) as (swarm, _, _):
+    far = CountingDrafter(accuracy=0.0)
+    async with far_swarm(far) as (swarm, _, _):
         for _ in range(2):
             generation = await write(swarm, 300)
+        assert far.num_asked > 1
         assert generation.driver.drafter == "shadow+ngram"
 
 
 async def test_a_peer_that_is_lost_in_mid_answer_is_left():
-    async with far_swarm(CountingDrafter()) as (swarm, _, transport):
+    far = CountingDrafter()
+    async with far_swarm(far) as (swarm, _, transport):
         tokens = []
         options = GenerateOptions(text=TextRequest(max_tokens=NUM_TOKENS))
         with trio.fail_after(60):
@@ -169,6 +175,7 @@ async def test_a_peer_that_is_lost_in_mid_answer_is_left():
                     if len(tokens) == 100:
                         await transport.disconnect("coordinator", "killed")
         assert tokens == truth(PROMPT, NUM_TOKENS)
+        assert far.num_asked > 1
         assert generation.driver.drafter in ("shadow+ngram", "ngram")
 
 
@@ -329,6 +336,26 @@ def test_a_path_keeps_its_keys_when_it_is_committed(rounds):
     assert len(set(trie.keys)) == len(trie.keys)
 
 
+async def test_a_drafter_that_breaks_while_it_is_measured_ends_nothing():
+    """It is measured in the nursery of all requests."""
+
+    class Breaks:
+        is_loaded = wants_texts = True
+        current, step_s, may_fetch, refusals = SlowDrafter(), 0.0, False, ()
+
+        def learn(self, tokens, num_prompt, loop):
+            raise RuntimeError("torch is out of memory")
+
+    async with toy_swarm() as swarm:
+        swarm.engine.own_drafter._choice = Breaks()
+        for _ in range(2):
+            await write(swarm, 30)
+        with trio.fail_after(5):
+            while not swarm.engine.own_drafter.failure:  # noqa: ASYNC110 - a state of another task
+                await trio.sleep(0.01)
+        assert "torch is out of memory" in swarm.engine.own_drafter.failure
+
+
 def test_places_are_rated_by_what_they_promise_until_they_are_measured():
     home = Offer(drafter="shadow", step_s=0.09, round_trip_s=0.0)
     near = Offer(drafter="shadow", step_s=0.015, round_trip_s=0.01)
@@ -336,10 +363,12 @@ def test_places_are_rated_by_what_they_promise_until_they_are_measured():
     loop = Loop(traversal_s=0.2, slowest_s=0.01)
     assert places.best(home, loop, HOME, 0.0) == "near"
     # It boasted.
-    places.took("near", near, 0.2)
+    places.took("near", near, 0.2, 1.0)
     assert places.best(home, loop, "near", 1.0) == HOME
-    places.failed("near", 2.0, is_liar=True)
-    assert places.best(home, loop, HOME, 100.0) == HOME
+    # Perhaps it was only busy: it is tried again.
+    assert places.best(home, loop, HOME, 100.0) == "near"
+    places.failed("near", 100.0, is_liar=True)
+    assert places.best(home, loop, HOME, 200.0) == HOME
 
 
 def test_a_longer_trip_asks_for_more_levels():

@@ -51,7 +51,7 @@ def test_a_target_in_no_catalog_gets_the_sibling_beside_it(tmp_path, family):
     sibling = save(tmp_path / "sibling", family, tokenizer_seed=1, intermediate_size=64, num_layers=1)
     stranger = save(tmp_path / "stranger", family, tokenizer_seed=2, intermediate_size=128)
     choice = DrafterChoice("auto", find_model(str(target), NoProgress()))
-    assert {str(sibling), str(stranger)} <= set(siblings_beside(target))
+    assert {str(sibling), str(stranger)} <= set(siblings_beside(find_model(str(target), NoProgress())))
     choice.load()
     assert choice.current.name == f"{sibling}+ngram", choice.refusals
     with pytest.raises(ConfigError, match=r"its tokenizer differs from the target's, token \d+ is 'word"):
