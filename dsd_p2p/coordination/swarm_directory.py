@@ -21,6 +21,9 @@ from dsd_p2p.wire.messages import Hop
 _BELIEVED_BEATS = 2
 """Heartbeats for which a reported broken link is avoided; after that, the heartbeats themselves show its state."""
 
+_MIN_PLANNING_INTERVAL_S = 0.1
+"""Planning ahead rests this long after each plan, so that a swarm in which much happens costs no core."""
+
 _USUAL_TRAVERSAL_S = 0.2
 """The traversal for which drafters are compared before a route is known."""
 
@@ -45,6 +48,7 @@ class SwarmDirectory:
         self._num_layers = num_layers
         self._speculation = speculation or Speculation()
         self._coverage_timeout_s = coverage_timeout_s
+        self._ahead: Plan | None = None
 
     async def find(self, detour: Detour = NO_DETOUR) -> Route:
         """Return the fastest route; wait for one while there is none.
@@ -52,6 +56,8 @@ class SwarmDirectory:
         Raises:
             CoverageLost: no route was found in time; says why and names the uncovered layers, if any.
         """
+        if detour == NO_DETOUR and self._ahead is not None and self._holds(self._ahead):
+            return self._route(self._ahead)
         interval_s = self._membership.registry.interval_s
         believed_until_s = trio.current_time() + _BELIEVED_BEATS * interval_s
         with trio.move_on_after(self._coverage_timeout_s):
@@ -63,6 +69,15 @@ class SwarmDirectory:
                     detour = replace(detour, links=frozenset())
             return self._route(plan)
         raise CoverageLost(self._explain(detour))
+
+    async def plan_ahead(self) -> None:
+        """Plan again whenever the swarm changes, so that a request finds its route ready."""
+        while True:
+            self._ahead = self.plan()
+            # Loads and links change with every heartbeat.
+            with trio.move_on_after(self._membership.registry.interval_s):
+                await self._membership.changed()
+            await trio.sleep(_MIN_PLANNING_INTERVAL_S)
 
     def plan(self, detour: Detour = NO_DETOUR) -> Plan | None:
         """Return the fastest route at this moment, or None."""
@@ -128,6 +143,20 @@ class SwarmDirectory:
             for member in self._membership.registry.members()
             if member.is_alive and member.record.profile.drafter and member.record.state is MemberState.SERVING
         ]
+
+    def _holds(self, plan: Plan) -> bool:
+        """Return whether all members of a plan still live and serve their layers."""
+        registry = self._membership.registry
+        records = [registry.record_of(stage.peer) for stage in plan.stages]
+        return all(
+            record is not None
+            and record.state is MemberState.SERVING
+            and (record.info.model, record.info.num_layers) == (self._model, self._num_layers)
+            and record.info.span is not None
+            and record.info.span.holds(stage.span)
+            and registry.is_alive(stage.peer)
+            for record, stage in zip(records, plan.stages, strict=True)
+        )
 
     def _serves_our_model(self, member: Member) -> bool:
         info = member.record.info

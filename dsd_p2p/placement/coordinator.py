@@ -1,14 +1,20 @@
 """Chooses the peer that coordinates a request: it drafts, sends windows and receives verdicts."""
 
+import statistics
 from collections.abc import Collection, Mapping
 
 from dsd_p2p.placement.route import choose_route
-from dsd_p2p.placement.view import Plan, Speculation, SwarmView
+from dsd_p2p.placement.view import Plan, Speculation, SwarmView, seconds_per_token
 from dsd_p2p.types import PeerId
 
 _MIN_GAIN = 1.1
 """Another peer must be this much faster than the client itself, because handing over adds a hop and a dependency."""
 
+_MAX_CANDIDATES = 6
+"""Peers whose routes are searched: those that seem fastest by their drafters and by their links to all others."""
+
+_USUAL_TRAVERSAL_S = 0.2
+"""The traversal by which peers are compared while no route is known."""
 
 _NGRAM_COVERAGE, MODEL_COVERAGE, _SHADOW_COVERAGE = 0.5, 0.9, 0.97
 """How often a level of the draft tree holds the target's token: for prompt lookup on novel text, for a model, and for the
@@ -38,13 +44,26 @@ def choose_coordinator(
     own = choose_route(view, client, capable[client]) if client in capable else None
     if own is not None:
         best = client, own
-    for peer, speculation in sorted(capable.items()):
-        if peer == client or peer in avoid or view.link_s(client, peer) is None:
-            continue
-        plan = choose_route(view, peer, speculation)
+    others = [
+        peer
+        for peer in sorted(capable)
+        if peer != client and peer not in avoid and view.link_s(client, peer) is not None
+    ]
+    between_s = _USUAL_TRAVERSAL_S if own is None else own.traversal_s
+    others.sort(key=lambda peer: seconds_per_token(between_s + 2 * _usual_link_s(view, peer), 0.0, capable[peer]))
+    for peer in others[:_MAX_CANDIDATES]:
+        plan = choose_route(view, peer, capable[peer])
         if plan is None:
             continue
         bar = float("inf") if best is None else best[1].s_per_token / (_MIN_GAIN if best[0] == client else 1.0)
         if plan.s_per_token < bar:
             best = peer, plan
     return best
+
+
+def _usual_link_s(view: SwarmView, peer: PeerId) -> float:
+    """Return the median of a peer's links to all others."""
+    links = [
+        seconds for each in view.peers if each.peer != peer and (seconds := view.link_s(peer, each.peer)) is not None
+    ]
+    return statistics.median(links) if links else float("inf")

@@ -102,7 +102,7 @@ class _Search:
     def best(self) -> Plan | None:
         """Return the best route that visits no peer twice."""
         limits = self._limits()
-        found = self._try([float(limits[-1])])
+        found = self._try(_spread(limits, self._num_limits))
         for _ in range(self._num_rounds):
             more = self._worth_trying(limits, found)
             if not more:
@@ -147,17 +147,20 @@ class _Search:
         least = least_traversals(tables, start_s, np.array(limits))
         totals = least[:, :, -1] + self._back_s
         lasts = totals.argmin(axis=1)
-        found: dict[float, float] = {}
+        order = np.argsort(limits)
+        found = {limits[row]: float(totals[row, lasts[row]]) for row in order.tolist()}
+        # The slowest stage is above the limit before, or the route would have been found there.
         lower_s, before_s = 0.0, float("inf")
-        for row in np.argsort(limits).tolist():
-            limit, last = limits[row], int(lasts[row])
-            found[limit] = float(totals[row, last])
-            # Its slowest stage is above the limit before, or the route would have been found there.
-            bound_s = seconds_per_token(found[limit], lower_s, self._speculation)
-            is_other = found[limit] < before_s - 1e-12
-            lower_s, before_s = limit, found[limit]
-            if is_other and bound_s < self._relaxed_s:
-                self._consider(trace(tables, self._there_s, least[row], last), found[limit])
+        routes = []
+        for row, (limit, traversal_s) in zip(order.tolist(), found.items(), strict=True):
+            if traversal_s < before_s - 1e-12:
+                bound_s, most_s = (seconds_per_token(traversal_s, s, self._speculation) for s in (lower_s, limit))
+                routes.append((most_s, bound_s, row))
+            lower_s, before_s = limit, traversal_s
+        for _, bound_s, row in sorted(routes):
+            if bound_s < self._relaxed_s * (1 - self._tolerance):
+                last = int(lasts[row])
+                self._consider(trace(tables, self._there_s, least[row], last), float(totals[row, last]))
         return found
 
     def _consider(self, stages: tuple[PlannedStage, ...], traversal_s: float) -> None:

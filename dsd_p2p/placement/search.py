@@ -42,12 +42,19 @@ class Tables:
     @cached_property
     def active(self) -> list[NDArray[np.int64]]:
         """For each layer, the peers that hold it."""
-        return [np.flatnonzero((self.first <= layer) & (layer < self.last)) for layer in range(self.num_layers)]
+        layers = np.arange(self.num_layers)[:, None]
+        return _columns((self.first <= layers) & (layers < self.last))
 
     @cached_property
     def ending(self) -> list[NDArray[np.int64]]:
         """For each layer, the peers of which a stage can end before it."""
-        return [np.flatnonzero((self.first < layer) & (layer <= self.last)) for layer in range(self.num_layers + 1)]
+        layers = np.arange(self.num_layers + 1)[:, None]
+        return _columns((self.first < layers) & (layers <= self.last))
+
+    @cached_property
+    def links_at(self) -> list[Floats]:
+        """For each layer, the links to the peers that hold it from those of which a stage can end before it."""
+        return [self.link_s[ending[:, None], active] for ending, active in zip(self.ending, self.active, strict=False)]
 
     @cached_property
     def index(self) -> dict[PeerId, int]:
@@ -131,26 +138,30 @@ def least_traversals(tables: Tables, start_s: Floats, limits_s: Floats) -> Float
     start_s: `[B, P]`, seconds from the coordinator to each peer. limits_s: `[B]`, the longest that a stage may take.
     """
     num_batch, num_peers = start_s.shape
-    least = np.full((num_batch, num_peers, tables.num_layers + 1), np.inf)
+    longest = int((tables.last - tables.first).max())
     # A hair more than the limit, because it is one of the products that it is compared with.
-    most_layers = np.minimum(limits_s[:, None] / tables.pass_s * (1 + 1e-9), tables.num_layers).astype(np.int64)
-    kept_at = _by_start(tables)
-    for start in range(tables.num_layers):
+    most_layers = np.minimum(limits_s[:, None] / tables.pass_s * (1 + 1e-9), longest)
+    # The longest stage comes first, as the starts before a layer do.
+    lengths = np.arange(longest, 0, -1)
+    stage_s = np.where(lengths[:, None, None] <= most_layers, lengths[:, None, None] * tables.stage_s, np.inf)
+    arrivals = np.full((tables.num_layers, num_batch, num_peers), np.inf)
+    least = np.full((tables.num_layers + 1, num_batch, num_peers), np.inf)
+    kept_until = _by_end(tables)
+    for end in range(1, tables.num_layers + 1):
+        start = end - 1
         active = tables.active[start]
         if not len(active):
             break
-        arrival = start_s[:, active] if start == 0 else _arrivals(tables, least, start, active)
-        room = np.minimum(most_layers[:, active], tables.last[active] - start)
-        width = int((tables.last[active] - start).max())
-        steps = np.arange(1, width + 1)
-        cost = arrival[:, :, None] + (tables.stage_s[active, None] * steps)[None]
-        for row, length in kept_at.get(start, ()):
-            place = int(np.searchsorted(active, row))
-            cost[:, place, length - 1] = arrival[:, place] + tables.pass_s[row] * length
-        cost[steps > room[:, :, None]] = np.inf
-        ends = slice(start + 1, start + 1 + width)
-        least[:, active, ends] = np.minimum(least[:, active, ends], cost)
-    return least
+        arrivals[start][:, active] = start_s[:, active] if not start else _arrivals(tables, least[start], start)
+        num_starts = min(end, longest)
+        (arrivals[end - num_starts : end] + stage_s[longest - num_starts :]).min(axis=0, out=least[end])
+        for row, length in kept_until.get(end, ()):
+            whole_s = arrivals[end - length][:, row] + tables.pass_s[row] * length
+            allowed = length <= most_layers[:, row]
+            least[end][allowed, row] = np.minimum(least[end][:, row], whole_s)[allowed]
+    ends = np.arange(tables.num_layers + 1)[:, None]
+    least.transpose(0, 2, 1)[(ends <= tables.first) | (ends > tables.last)] = np.inf
+    return least.transpose(1, 2, 0)
 
 
 def trace(tables: Tables, start_s: Floats, least: Floats, last: int) -> tuple[PlannedStage, ...]:
@@ -164,8 +175,10 @@ def trace(tables: Tables, start_s: Floats, least: Floats, last: int) -> tuple[Pl
     while end > 0:
         starts = np.arange(int(tables.first[peer]), end)
         lengths = end - starts
-        is_kept = [(peer, int(start), end) in kept for start in starts]
-        stage_s = np.where(is_kept, tables.pass_s[peer], tables.stage_s[peer]) * lengths
+        stage_s = tables.stage_s[peer] * lengths
+        if kept:
+            is_kept = [(peer, start, end) in kept for start in starts.tolist()]
+            stage_s[is_kept] = tables.pass_s[peer] * lengths[is_kept]
         before = np.where(starts[None] > 0, least[:, starts] + tables.link_s[:, peer, None], np.inf)
         arrival = before.min(axis=0)
         if starts[0] == 0:
@@ -179,21 +192,31 @@ def trace(tables: Tables, start_s: Floats, least: Floats, last: int) -> tuple[Pl
     return tuple(stages)
 
 
-def _by_start(tables: Tables) -> dict[int, list[tuple[int, int]]]:
+def _columns(mask: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """Return the columns that are set in each row."""
+    columns = mask.nonzero()[1]
+    ends = mask.sum(axis=1).cumsum().tolist()
+    return [columns[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _by_end(tables: Tables) -> dict[int, list[tuple[int, int]]]:
     found: dict[int, list[tuple[int, int]]] = {}
     for stage in tables.kept:
         row = tables.index.get(stage.peer)
         if row is not None and tables.first[row] <= stage.span.first and stage.span.last <= tables.last[row]:
-            found.setdefault(stage.span.first, []).append((row, stage.span.num_layers))
+            found.setdefault(stage.span.last, []).append((row, stage.span.num_layers))
     return found
 
 
-def _arrivals(tables: Tables, least: Floats, start: int, active: NDArray[np.int64]) -> Floats:
-    """Return the least seconds, `[B, active]`, at which a window can arrive at each peer for a stage from `start`."""
-    ending = tables.ending[start]
-    so_far = least[:, ending, start]
+def _arrivals(tables: Tables, least: Floats, start: int) -> Floats:
+    """Return the least seconds, `[B, active]`, at which a window can arrive at each peer for a stage from `start`.
+
+    least: `[B, P]`, the least seconds to the end of each peer's stage before it.
+    """
+    ending, links_s = tables.ending[start], tables.links_at[start]
+    so_far = least[:, ending]
     if len(ending) > _MAX_EXTENDED:
         nearest = np.argpartition(so_far.min(axis=0), _MAX_EXTENDED)[:_MAX_EXTENDED]
-        ending, so_far = ending[nearest], so_far[:, nearest]
-    arrivals: Floats = (so_far[:, :, None] + tables.link_s[np.ix_(ending, active)][None]).min(axis=1)
+        so_far, links_s = so_far[:, nearest], links_s[nearest]
+    arrivals: Floats = (so_far[:, :, None] + links_s).min(axis=1)
     return arrivals

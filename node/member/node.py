@@ -184,6 +184,7 @@ class SwarmPeer:
         nursery.start_soon(self._remember_forever, parts)
         nursery.start_soon(parts.placed.report_changes, membership)
         if parts.engine is not None:
+            nursery.start_soon(parts.directory.plan_ahead)
             nursery.start_soon(parts.drafts.follow, parts.engine.own_drafter, membership, parts.placed)
             if gateway.port is not None or self._settings.config.role == "draft":
                 parts.engine.own_drafter.want()

@@ -183,3 +183,23 @@ async def test_nobody_at_all_is_said_so(autojump_clock):
         with pytest.raises(CoverageLost, match="dsd doctor"):
             await directory(node, coverage_timeout_s=2).find()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_route_is_planned_ahead_and_given_up_with_its_members(autojump_clock, monkeypatch):
+    async with swarm(Span(0, 15), Span(15, 30), Span(15, 30)) as (_, nursery, nodes):
+        directory_ = directory(nodes[0])
+        nursery.start_soon(directory_.plan_ahead)
+        await trio.sleep(2 * INTERVAL_S)
+        plans = []
+        plan = directory_.plan
+        monkeypatch.setattr(directory_, "plan", lambda *detour: plans.append(detour) or plan(*detour))
+        route = await directory_.find()
+        assert not plans, "a request planned although a route was ready"
+        used = next(node for node in nodes if node.peer == route.hops[1].peer)
+        other = next(node for node in nodes[1:] if node is not used)
+        avoiding = await directory_.find(Detour(peers=frozenset([used.peer])))
+        assert avoiding.hops[1].peer == other.peer
+        assert len(plans) == 1
+        await used.membership.leave()
+        await trio.sleep(0.01)
+        assert (await directory_.find()).hops[1].peer == other.peer
