@@ -46,6 +46,8 @@ def main() -> int:
     chaos.add_argument("--minutes", type=float, default=10.0)
     chaos.add_argument("--clients", type=int, default=4)
     chaos.add_argument("--tokens", type=int, default=48)
+    chaos.add_argument("--draft", default="ngram", help="drafter of the clients and of the members that draft for them")
+    chaos.add_argument("--drafters", type=int, default=0, help="how many of the nodes only draft")
     chaos.add_argument("--record", metavar="FILE", help="write the telemetry of all processes, for dsd top --replay")
     chaos.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
     siege = commands.add_parser("siege", help="attack a peer while an honest client writes (needs no root)")
@@ -114,7 +116,12 @@ async def _chaos(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts, expected = await trio.to_thread.run_sync(_reference, options.tokens)
     recordings = folder / "recordings"
     recordings.mkdir()
-    layout = dataclasses.replace(_layout(options, options.clients), record=str(recordings) if options.record else "")
+    layout = dataclasses.replace(
+        _layout(options, options.clients),
+        record=str(recordings) if options.record else "",
+        draft=options.draft,
+        num_drafters=options.drafters,
+    )
     async with open_testnet(layout, folder) as net:
         plan = Plan(minutes=options.minutes, seed=options.seed, prompts=prompts, expected=expected)
         outcome = (await Chaos(net, plan).run()).as_dict()

@@ -135,7 +135,11 @@ class Chaos:
         ]
         while True:
             await trio.sleep(self._rng.uniform(4, 8))
-            healthy = [node.index for node in self._net.nodes if node.index not in self._disturbed and node.span]
+            healthy = [
+                node.index
+                for node in self._net.nodes
+                if node.index not in self._disturbed and (node.span or self._net.layout.role(node.index) == "draft")
+            ]
             if len(self._disturbed) >= _MAX_DISTURBED or not healthy:
                 continue
             index, kind = self._rng.choice(healthy), self._rng.choice(kinds)

@@ -11,7 +11,7 @@ import torch
 import trio
 
 from dsd_p2p.coordination.engine import GenerateOptions
-from dsd_p2p.drafting.ngram import NgramDrafter
+from dsd_p2p.drafting.named import make_drafter
 from dsd_p2p.errors import DsdError, first_cause
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
@@ -48,11 +48,12 @@ def run_client(command: StartClient) -> int:
 async def _ask_forever(command: StartClient) -> None:
     state = SwarmState(command.swarm)
     source = find_model(state.membership().model, NoProgress())
+    drafter = make_drafter(command.draft, source, NoProgress())
     rng = random.Random(command.seed)  # noqa: S311 - which prompt comes next
     is_over = trio.Event()
     async with (
         open_swarm_client(
-            state, source, NgramDrafter(), heartbeat_s=command.heartbeat_s, listen=command.listen, meet_timeout_s=60
+            state, source, drafter, heartbeat_s=command.heartbeat_s, listen=command.listen, meet_timeout_s=60
         ) as client,
         AsyncExitStack() as stack,
         trio.open_nursery() as nursery,

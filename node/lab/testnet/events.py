@@ -26,7 +26,7 @@ class StartClient(msgspec.Struct, tag="client"):
     """Run a client that writes answers one after another until it is told to stop.
 
     prompts: token ids. deadline_s: the time after which an answer counts as hung. namespace: the network namespace.
-    record: the file that the client's telemetry is appended to.
+    record: the file that the client's telemetry is appended to. draft: its drafter.
     """
 
     index: int
@@ -39,6 +39,7 @@ class StartClient(msgspec.Struct, tag="client"):
     heartbeat_s: float
     listen: str
     record: str = ""
+    draft: str = "ngram"
 
 
 Command = StartNode | StartClient

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import trio
@@ -55,7 +56,8 @@ class Layout:
     """The size and settings of a testnet.
 
     max_layers: for all serving peers, or one number for each. slowdowns: factors of the slowed peers, by index. record:
-    the folder for each process's telemetry. is_loopback: run everything on 127.0.0.1 from `base_port` on, without
+    the folder for each process's telemetry. draft: the drafter of the clients. num_drafters: how many of the nodes, the
+    last ones, serve no layers and only draft. is_loopback: run everything on 127.0.0.1 from `base_port` on, without
     namespaces. This needs no root and has no links to change.
     """
 
@@ -69,6 +71,12 @@ class Layout:
     is_loopback: bool = False
     base_port: int = _LOOPBACK_PORT
     record: str = ""
+    draft: str = "ngram"
+    num_drafters: int = 0
+
+    def role(self, index: int) -> Literal["stage", "draft"]:
+        """Return what a node does."""
+        return "stage" if index < self.num_nodes - self.num_drafters else "draft"
 
     def recording(self, index: int) -> str:
         """Return the file for a process's telemetry, empty for none."""
@@ -148,6 +156,8 @@ class Testnet:
             max_layers=layout.max_layers if isinstance(layout.max_layers, int) else layout.max_layers[index],
             heartbeat=f"{layout.heartbeat_s}s",
             lan=False,
+            draft=layout.draft,
+            role=layout.role(index),
             record=layout.recording(index),
         )
         slowdown = layout.slowdowns.get(index, 1.0)
@@ -190,6 +200,7 @@ class Testnet:
             heartbeat_s=self.layout.heartbeat_s,
             listen=f"/ip4/{self.layout.ip(index)}/tcp/{port}",
             record=self.layout.recording(index),
+            draft=self.layout.draft,
         )
 
     async def all_ready(self, processes: list[Process]) -> None:
