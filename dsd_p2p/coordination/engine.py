@@ -180,7 +180,7 @@ class Engine:
             guesses,
             self._find_route,
             checks=self.trust.checks_of(request) if options.audit else None,
-            watch=None if self.tell is None else RequestWatch(machine, self.tell, time.time, guesses.name),
+            watch=None if self.tell is None else RequestWatch(machine, self.tell, time.time, lambda: guesses.name),
             committed=share.committed,
         )
         self._drivers[session] = driver

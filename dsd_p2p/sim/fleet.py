@@ -275,7 +275,7 @@ class Fleet:
     def _watch_of(self, machine: RequestMachine) -> RequestWatch | None:
         if self._tell is None:
             return None
-        return RequestWatch(machine, self._tell, lambda: self.clock.now_s, "simulated")
+        return RequestWatch(machine, self._tell, lambda: self.clock.now_s, lambda: "simulated")
 
     def _moved(self, before: Target | None, after: Target | None) -> None:
         """Move a request from the load of target `before` to that of target `after`."""

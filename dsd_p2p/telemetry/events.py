@@ -84,14 +84,16 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=
 class WindowVerified(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="window"):
     """A verdict arrived; not every verdict makes an event. Counts are totals of the session.
 
-    reason: the policy's, for its decision. traversal_s: from sending to the verdict. stage_us: each stage's computing
-    time. hits_by_depth, outcomes_by_depth: see `dsd_p2p.session.request.RequestStats`.
+    drafter: who drafts now, because drafting can move. reason: the policy's, for its decision. traversal_s: from sending
+    to the verdict. stage_us: each stage's computing time. hits_by_depth, outcomes_by_depth: see
+    `dsd_p2p.session.request.RequestStats`.
     """
 
     at_s: Time = 0.0
     session: Label = ""
     coordinator: Label = ""
     mode: Label = ""
+    drafter: Label = ""
     decision: Label = ""
     reason: Sentence = ""
     num_tokens: Count = 0

@@ -169,6 +169,7 @@ class Picture:
     def _window(self, event: WindowVerified) -> None:
         view = self._view(event.session, event.coordinator)
         before, view.newest, view.at_s = view.newest, event, self.now_s
+        view.drafter = event.drafter or view.drafter
         for name in ("num_tokens", "num_windows", "num_nodes", "num_misses", "num_stale", "num_relaxed"):
             self.totals[name] += max(0, getattr(event, name) - getattr(before, name))
         # Tokens that a request wrote before we listened say nothing about the current speed.

@@ -24,9 +24,11 @@ _INTERVAL_S = 0.1
 
 
 class RequestWatch:
-    """The observer of one `RequestMachine`. now: returns the events' time in seconds. drafter: its name."""
+    """The observer of one `RequestMachine`. now: returns the events' time in seconds. drafter: who drafts now."""
 
-    def __init__(self, machine: RequestMachine, sink: Sink, now: Callable[[], float], drafter: str) -> None:
+    def __init__(
+        self, machine: RequestMachine, sink: Sink, now: Callable[[], float], drafter: Callable[[], str]
+    ) -> None:
         self._machine = machine
         self._sink = sink
         self._now = now
@@ -69,7 +71,7 @@ class RequestWatch:
                 stages=stages,
                 num_prompt_tokens=len(self._machine.request.prompt),
                 max_tokens=message.max_length - len(self._machine.request.prompt),
-                drafter=self._drafter,
+                drafter=self._drafter(),
                 verification="relaxed" if self._machine.request.is_relaxed else "exact",
             )
         )
@@ -120,6 +122,7 @@ class RequestWatch:
                 session=self._session,
                 coordinator=self._coordinator,
                 mode=decision.mode,
+                drafter=self._drafter(),
                 decision=decision.kind,
                 reason=decision.reason,
                 num_tokens=num_tokens,

@@ -250,6 +250,19 @@ class Tracker:
         self._num_tokens += num_tokens
         self._rates.setdefault(decision.kind, _Rate(decision)).add(num_tokens, seconds, self._num_tokens)
 
+    def expect(self, passes_s: Sequence[tuple[float, float]], links_s: float, step_s: float) -> None:
+        """Begin with what planning expects of a route that no request has measured yet.
+
+        passes_s: of each stage, the seconds over 1 and over 16 positions. links_s: those of all links of a traversal.
+        step_s: those of a draft step.
+        """
+        self._stages = [LineFit() for _ in passes_s]
+        for fit, (narrow_s, wide_s) in zip(self._stages, passes_s, strict=True):
+            fit.add(1, narrow_s)
+            fit.add(16, wide_s)
+        self._links_s, self._num_verdicts = links_s, 1
+        self._draft.add(1, step_s)
+
     def kept(self) -> Kept:
         """Return what the next tracker of this route and drafter may begin with."""
         return Kept(

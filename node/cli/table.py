@@ -81,6 +81,9 @@ GROUPS: dict[str, dict[str, Command]] = {
                     "problems solved in exact and in relaxed mode", "RelaxedConfig", "ReceiptFlags", "relaxed"
                 ),
                 "wan": _bench("speed of real models on emulated wide-area links, arm by arm", "WanConfig", run="wan"),
+                "door": _bench(
+                    "speed of a swarm joined by invites, through its gateway, beside `dsd up`", "DoorConfig", run="door"
+                ),
                 "users": _bench("speed of many requests at once, compared with one", "UsersConfig", run="users"),
                 "passes": _bench("cost of a stage's pass as more sessions share it", "PassesConfig", run="passes"),
                 "brokers": _bench(

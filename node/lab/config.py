@@ -66,6 +66,19 @@ class BrokersConfig(UsersConfig, frozen=True, kw_only=True):
     sessions: Annotated[Positive, Help("requests at once")] = 1
 
 
+class DoorConfig(Settings, frozen=True, kw_only=True):
+    """`dsd bench door`."""
+
+    model: Annotated[str, Help("the swarm's model")] = DEFAULT_MODEL
+    dtype: Annotated[str, Help("number format that the model computes in")] = "float32"
+    draft: Annotated[str, Help("the swarm's drafter")] = "auto"
+    members: Annotated[Positive, Help("members that serve layers")] = 3
+    link: Annotated[str, Help("emulated one-way latency of every link, like 50ms")] = "50ms"
+    max_tokens: Annotated[Positive, Help("tokens of each answer")] = 96
+    restarts: Annotated[int, Meta(ge=0), Help("how often everything restarts")] = 3
+    far: Annotated[bool, Help("also let a member draft for a gateway on a slowed core")] = True
+
+
 class PlacementConfig(Settings, frozen=True, kw_only=True):
     """`dsd bench placement`."""
 

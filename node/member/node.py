@@ -145,7 +145,7 @@ class SwarmPeer:
             drafting = DraftService(links, engine.own_drafter.open_for_peer, settings.source.key(stored.dtype))
             coordinating = [engine, drafting]
             if config.role == "stage":
-                coordinating.append(CoordinatorService(engine, _coordinating_policy))
+                coordinating.append(CoordinatorService(engine, coordinating_policy))
         return PeerParts(
             settings=settings,
             shape=shape,
@@ -192,7 +192,7 @@ class SwarmPeer:
             if gateway.port is not None:
                 opened = partial(_report_url, self._settings)
                 nursery.start_soon(
-                    serve_peer_gateway, parts, gateway, self._clients, self._hub, _coordinating_policy, opened
+                    serve_peer_gateway, parts, gateway, self._clients, self._hub, coordinating_policy, opened
                 )
             await parts.placed.keep(membership, parts.directory)
 
@@ -279,5 +279,6 @@ def _recall(registry: Registry, known: Known, choice: OwnerChoice | None) -> Non
             logger.info("remembered record refused peer=%s error=%s", record.info.peer, exc)
 
 
-def _coordinating_policy() -> WindowPolicy:
+def coordinating_policy() -> WindowPolicy:
+    """Return the policy of a request that this peer coordinates."""
     return adaptive_policy("learned", frozenset({Mode.CONTINUOUS}))

@@ -393,3 +393,12 @@ def test_a_broker_that_accepts_and_never_answers_holds_nobody_up():
         publisher.close()
         assert time.perf_counter() - start_s < 10
     assert threading.active_count() < 50
+
+
+def test_the_picture_names_who_drafts_now():
+    picture = Picture()
+    picture.add(SessionStarted(at_s=0.0, session="s", coordinator="c", drafter="ngram"))
+    picture.add(window(0.1, 1))
+    assert picture.sessions["s"].drafter == "ngram"
+    picture.add(window(0.2, 2, drafter="shadow of near"))
+    assert picture.sessions["s"].drafter == "shadow of near"

@@ -11,6 +11,7 @@ from node.client.relaxation import bundled_thresholds, read_thresholds
 from node.console import ConsoleProgress
 from node.lab.config import (
     BrokersConfig,
+    DoorConfig,
     OneRound,
     OverheadConfig,
     PassesConfig,
@@ -54,6 +55,13 @@ def brokers(config: BrokersConfig, flags: RoundFlags) -> int:
     from node.lab.benches.brokers import run_brokers
 
     return _measure("brokers", flags, lambda progress: trio.run(run_brokers, config, flags.rounds, progress))
+
+
+def door(config: DoorConfig, flags: RoundFlags) -> int:
+    """Measure what a member of a swarm gets through its gateway."""
+    from node.lab.benches.door import run_door
+
+    return _measure("door", flags, lambda progress: trio.run(run_door, config, flags.rounds, progress))
 
 
 def passes(config: PassesConfig, flags: RoundFlags) -> int:

@@ -1,5 +1,6 @@
 """Implements `dsd plan`: show which route and coordinator a request would use now, and why."""
 
+import itertools
 from collections.abc import Mapping
 
 import msgspec
@@ -13,11 +14,14 @@ from dsd_p2p.errors import CoverageLost
 from dsd_p2p.models.source import find_model
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.placement.route import choose_route
-from dsd_p2p.placement.view import Plan, Speculation, SwarmView
+from dsd_p2p.placement.view import WIDE_WINDOW_NODES, Plan, Speculation, SwarmView
 from dsd_p2p.types import PeerId, short_peer
+from dsd_p2p.window.base import Decision
+from dsd_p2p.window.tracker import Tracker
 from node.config import SwarmQuestion
 from node.console import ConsoleProgress
 from node.member.client import open_swarm_client
+from node.member.node import coordinating_policy
 from node.member.state import SwarmState
 
 _OWN_DRAFTER = "ngram"
@@ -44,11 +48,19 @@ async def _plan(state: SwarmState, is_json: bool) -> int:
     if chosen is None or own is None:
         raise CoverageLost("the route was lost while planning: try again")
     coordinator, plan = chosen
+    window = _first_window(view, coordinator, plan, capable[coordinator])
     if is_json:
-        shown = {"coordinator": coordinator, "plan": plan, "own": own, "drafters": _offers_of(offers)}
+        shown = {
+            "coordinator": coordinator,
+            "plan": plan,
+            "own": own,
+            "window": window.kind,
+            "drafters": _offers_of(offers),
+        }
         print(msgspec.json.encode(shown).decode())
         return 0
     _show(view, coordinator, plan, me, own)
+    print(f"first window: {window.kind}")
     _show_drafters(offers, coordinator, capable[coordinator], plan)
     return 0
 
@@ -82,6 +94,23 @@ def _show(view: SwarmView, coordinator: PeerId, plan: Plan, me: PeerId, own: Pla
     )
     if coordinator != me:
         print(f"with this machine as coordinator: {1 / own.s_per_token:.1f} tokens/s")
+
+
+def _first_window(view: SwarmView, coordinator: PeerId, plan: Plan, speculation: Speculation) -> Decision:
+    """Return what a request on this route would send first."""
+    peers = {peer.peer: peer for peer in view.peers}
+    stops = [coordinator, *(stage.peer for stage in plan.stages), coordinator]
+    tracker = Tracker()
+    tracker.expect(
+        [
+            (peer.layer_pass_s(1) * stage.span.num_layers, peer.layer_pass_s(WIDE_WINDOW_NODES) * stage.span.num_layers)
+            for stage in plan.stages
+            if (peer := peers.get(stage.peer)) is not None
+        ],
+        sum(view.link_s(a, b) or 0.0 for a, b in itertools.pairwise(stops)),
+        speculation.draft_s,
+    )
+    return coordinating_policy().decide(tracker.observe())
 
 
 def _offers_of(offers: Mapping[PeerId, Offer]) -> dict[str, dict[str, object]]:
