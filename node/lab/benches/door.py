@@ -97,13 +97,13 @@ async def _beside_up(swarm: _Swarm, config: DoorConfig, rounds: int, progress: P
     for prompt in _PROMPTS[:2]:
         for program in (door, up):
             progress.step("warm up", 0, 0)
-            await ask(program.url, prompt, config.max_tokens)
+            await ask(program.url, config.model, prompt, config.max_tokens)
     for number in range(rounds * len(_PROMPTS)):
         progress.step("ask the door and dsd up", number, rounds * len(_PROMPTS))
         # The third answer of each comes first; then the prompts take turns.
         prompt = _PROMPTS[(2 + number) % len(_PROMPTS)]
         for name, program in (("door", door), ("up", up)) if number % 2 else (("up", up), ("door", door)):
-            asked[name].append(await ask(program.url, prompt, config.max_tokens))
+            asked[name].append(await ask(program.url, config.model, prompt, config.max_tokens))
     await up.stop()
     plain = [await _plain(swarm, config) for _ in range(rounds)]
     await swarm.programs.stop()
@@ -135,7 +135,8 @@ async def _restarts(swarm: _Swarm, config: DoorConfig, progress: Progress) -> di
         progress.step("restart", number, config.restarts)
         door = await swarm.start()
         answers = [
-            await ask(door.url, _PROMPTS[(number + index) % len(_PROMPTS)], config.max_tokens) for index in range(3)
+            await ask(door.url, config.model, _PROMPTS[(number + index) % len(_PROMPTS)], config.max_tokens)
+            for index in range(3)
         ]
         first.append(answers[0].tokens_per_s)
         third.append(answers[2].tokens_per_s)
@@ -161,7 +162,7 @@ async def _far(swarm: _Swarm, config: DoorConfig, rounds: int, progress: Progres
                 )
             await trio.sleep(2 * _SETTLE_S)
             async with slowed(slow, _SLOWED):
-                speeds[arm] += [await ask(slow.url, prompt, config.max_tokens) for prompt in _PROMPTS]
+                speeds[arm] += [await ask(slow.url, config.model, prompt, config.max_tokens) for prompt in _PROMPTS]
             if arm == "far":
                 await helper.stop()
     await swarm.programs.stop()

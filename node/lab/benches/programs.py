@@ -128,7 +128,7 @@ async def _read(program: Program, until: str, lines: list[str], reached: trio.Ev
     reached.set()
 
 
-async def ask(url: str, prompt: str, max_tokens: int) -> Answer:
+async def ask(url: str, model: str, prompt: str, max_tokens: int) -> Answer:
     """Ask a gateway one question, greedily, and wait for the whole answer.
 
     Raises:
@@ -136,7 +136,7 @@ async def ask(url: str, prompt: str, max_tokens: int) -> Answer:
     """
     body = {
         "messages": [{"role": "user", "content": prompt}],
-        "model": "any",
+        "model": model,
         "max_tokens": max_tokens,
         "temperature": 0,
     }
