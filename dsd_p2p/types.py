@@ -158,6 +158,10 @@ class HiddenFormat(StrEnum):
     INT8 = "int8"
 
 
+INT8 = "int8"
+"""The weights format of `dsd_p2p.models.lean`, which computes in float32 between its int8 products."""
+
+
 class ModelKey(msgspec.Struct, frozen=True, array_like=True):
     """The exact identity of a model. Two peers can share a route only if their keys are equal.
 

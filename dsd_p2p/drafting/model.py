@@ -12,7 +12,7 @@ import torch
 
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.errors import CapacityError
-from dsd_p2p.models.span import SpanModel
+from dsd_p2p.models.open import OpenSpan
 from dsd_p2p.session.effects import NUM_CANDIDATES, Candidate, Draft
 from dsd_p2p.types import GREEDY, Sampling, TokenId
 from dsd_p2p.verification.exact import gumbel_noise, kept_tokens
@@ -32,7 +32,7 @@ class ModelDrafter:
 
     is_instant = False
 
-    def __init__(self, model: SpanModel, name: str, num_tokens: int = 0) -> None:
+    def __init__(self, model: OpenSpan, name: str, num_tokens: int = 0) -> None:
         self._model = model
         self._num_tokens = min(num_tokens or model.shape.vocab_size, model.shape.vocab_size)
         self.name = name
@@ -65,7 +65,7 @@ class _Feed:
 class ModelDraftSession:
     """The drafting model's cache for one request."""
 
-    def __init__(self, model: SpanModel, max_length: int, sampling: Sampling, name: str, num_tokens: int) -> None:
+    def __init__(self, model: OpenSpan, max_length: int, sampling: Sampling, name: str, num_tokens: int) -> None:
         self._model = model
         self._num_tokens = num_tokens
         self._sampling = sampling

@@ -1,23 +1,36 @@
-"""Makes the shadow: a drafter of the target's own weights in few bits, for targets that have no small sibling."""
+"""Makes the shadow: a drafter of the target's own weights in int8, for targets that have no small sibling."""
+
+import torch
 
 from dsd_p2p.drafting.model import ModelDrafter
+from dsd_p2p.errors import ModelError
+from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.families import pass_order
 from dsd_p2p.models.int8 import round_linear_layers
-from dsd_p2p.models.open import open_span
+from dsd_p2p.models.lean.open import open_lean_span
+from dsd_p2p.models.loader import load_span
 from dsd_p2p.models.source import ModelSource
+from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span
 
 
 def make_shadow(target: ModelSource, num_layers: int) -> ModelDrafter:
     """Return a drafter made of the target's weights, rounded to int8 per channel.
 
-    No kernel for 4 to 6 bits is faster on a CPU, and int8 agrees with the target more often at the same cost.
+    No kernel for 4 to 6 bits is faster on a CPU, and int8 agrees with the target more often at the same cost. Families
+    without a lean form run transformers' own layers with rounded weights.
 
     Raises:
         ModelError: the weights cannot be loaded.
     """
-    model = open_span(target, Span(0, num_layers), dtype="float32", is_packed=False)
-    round_linear_layers(model.model)
-    return ModelDrafter(model, "shadow")
+    whole = Span(0, num_layers)
+    try:
+        return ModelDrafter(open_lean_span(target, whole), "shadow")
+    except ModelError:
+        order = pass_order(read_model_config(target.folder))
+        model = SpanModel(load_span(target, whole, torch.float32, "cpu"), order)
+        round_linear_layers(model.model)
+        return ModelDrafter(model, "shadow")
 
 
 def shadow_bytes(target: ModelSource) -> int:

@@ -27,9 +27,10 @@ from dsd_p2p.models.architecture import check_config, shape_of
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.loader import load_span
 from dsd_p2p.models.packed import can_pack, pack_linear_layers
+from dsd_p2p.models.rows import LogitsRow
 from dsd_p2p.models.shrink import VOCAB, shrink
 from dsd_p2p.models.source import ModelSource
-from dsd_p2p.models.span import LogitsRow, PassOrder, SpanModel
+from dsd_p2p.models.span import PassOrder, SpanModel
 from dsd_p2p.types import Span
 
 _LENGTHS = (20, 11)

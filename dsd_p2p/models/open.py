@@ -1,12 +1,20 @@
 """Opens a span of a model: checks its family, loads the layers and chooses the memory order for the device."""
 
+import torch
+
+from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.families import pass_order
+from dsd_p2p.models.lean.open import open_lean_span
+from dsd_p2p.models.lean.span import LeanSpan
 from dsd_p2p.models.loader import load_span
 from dsd_p2p.models.packed import can_pack, pack_linear_layers
 from dsd_p2p.models.source import ModelSource, compute_format
 from dsd_p2p.models.span import TORCH_DTYPES, SpanModel
-from dsd_p2p.types import Span
+from dsd_p2p.types import INT8, Span
+
+OpenSpan = SpanModel | LeanSpan
+"""A span that is ready to run: transformers' own layers, or lean ones in int8."""
 
 
 def open_span(
@@ -16,22 +24,32 @@ def open_span(
     dtype: str = "float32",
     device: str = "cpu",
     cache_bytes: int = 1 << 30,
-    donor: SpanModel | None = None,
-    is_packed: bool = True,
-) -> SpanModel:
+    donor: OpenSpan | None = None,
+) -> OpenSpan:
     """Load the layers of `span`, ready to run.
 
-    dtype: a name of `ComputeFormat`. device: a torch device.
+    dtype: a name of `ComputeFormat`, or "int8". device: a torch device.
     donor: a model whose layers are taken over where the spans overlap, not loaded again.
-    is_packed: use the memory order that is fastest for a few rows (`dsd_p2p.models.packed`), if the device has one.
 
     Raises:
-        ConfigError: the span or dtype does not exist.
+        ConfigError: the span or dtype does not exist, or the device has no int8.
         ModelError: the family is not supported, or the weights cannot be loaded.
     """
+    if dtype == INT8:
+        if torch.device(device).type != "cpu":
+            raise ConfigError(f"weights in int8 run on the CPU, not on {device}: use --weights float")
+        return open_lean_span(
+            source, span, cache_bytes=cache_bytes, donor=donor if isinstance(donor, LeanSpan) else None
+        )
+    return _open_float_span(source, span, dtype, device, cache_bytes, donor if isinstance(donor, SpanModel) else None)
+
+
+def _open_float_span(
+    source: ModelSource, span: Span, dtype: str, device: str, cache_bytes: int, donor: SpanModel | None
+) -> SpanModel:
     torch_dtype = TORCH_DTYPES[compute_format(dtype)]
     order = pass_order(read_model_config(source.folder))
     loaded = load_span(source, span, torch_dtype, device, donor.loaded if donor else None)
-    if is_packed and can_pack(torch_dtype, device):
+    if can_pack(torch_dtype, device):
         pack_linear_layers(loaded.model)
     return SpanModel(loaded, order, device=device, cache_bytes=cache_bytes)

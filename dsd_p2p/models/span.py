@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import Forward
-from dsd_p2p.errors import DsdError, ModelError, RemoteProtocolError
+from dsd_p2p.errors import DsdError
 from dsd_p2p.models.cache import CacheBudget, KvCache
 from dsd_p2p.models.int8 import Int8Linear
 from dsd_p2p.models.layer_masks import layer_masks
 from dsd_p2p.models.loader import LoadedSpan
 from dsd_p2p.models.packed import PackedLinear
 from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
+from dsd_p2p.models.rows import LogitsRow, attends_by_kind, read_inputs, split_hidden, split_views
 from dsd_p2p.types import ComputeFormat, Span, TokenId
 
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -35,23 +35,6 @@ class PassOrder(StrEnum):
 
     TOGETHER = "together"
     ALONE = "alone"
-
-
-class LogitsRow:
-    """The target's view after one node (`dsd_p2p.verification.base.TargetView`)."""
-
-    def __init__(self, row: torch.Tensor, argmax: TokenId) -> None:
-        self.row = row
-        self._argmax = argmax
-
-    def argmax(self) -> TokenId:
-        """Return the token with the greatest logit."""
-        return self._argmax
-
-    def logits(self) -> NDArray[np.float32]:
-        """Return the logits, float32 `[V]`."""
-        array: NDArray[np.float32] = self.row.float().cpu().numpy()
-        return array
 
 
 class SpanModel:
@@ -146,7 +129,7 @@ class SpanModel:
         for index, each in enumerate(passes):
             outputs.append(b"")
             try:
-                inputs[index] = self._read(each)
+                inputs[index] = read_inputs(each, self.shape, self.torch_dtype, self._device)
             except DsdError as exc:
                 outputs[index] = exc
         groups = [[*inputs]] if self._is_ragged else [[index] for index in inputs]
@@ -157,7 +140,7 @@ class SpanModel:
                     outputs[index] = result
         return outputs
 
-    def hidden(self, cache: KvCache, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
+    def hidden(self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
         """Return the hidden states `[n, H]` after the span, row-major in the model's dtype.
 
         inputs: token ids at the head, else the hidden states from the stage before, in the same format.
@@ -168,7 +151,7 @@ class SpanModel:
         return hidden_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
 
     def views(
-        self, cache: KvCache, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
+        self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
     ) -> list[LogitsRow]:
         """Run the span and return the target's view after each of `rows`. Only the tail can do this.
 
@@ -209,41 +192,19 @@ class SpanModel:
                 result = model(**arguments, past_key_values=only.cache, use_cache=True)[0][0]
             only.cache.grow(only.num_rows)
         if not self.is_tail:
-            data = result.contiguous().cpu().view(torch.uint8).numpy()
-            return [data[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]
-        return _split_views(result if rows else result[:0], [len(each.wanted) for each in passes])
-
-    def _read(self, each: SpanPass) -> torch.Tensor:
-        """Return the pass's inputs as a tensor: token ids `[1, n]` at the head, else hidden states `[1, n, H]`."""
-        if isinstance(each.inputs, bytes):
-            return self._read_hidden(each.inputs, each.num_rows)
-        if min(each.inputs) < 0 or max(each.inputs) >= self.shape.vocab_size:
-            raise RemoteProtocolError("token", max(each.inputs), f"0..{self.shape.vocab_size - 1}")
-        return torch.tensor([list(each.inputs)], device=self._device)
-
-    def _read_hidden(self, data: bytes, num_nodes: int) -> torch.Tensor:
-        expected_bytes = num_nodes * self.row_bytes
-        if len(data) != expected_bytes:
-            raise RemoteProtocolError(
-                "hidden states", f"{len(data)} bytes", f"{expected_bytes} bytes for {num_nodes} nodes"
-            )
-        hidden = torch.frombuffer(bytearray(data), dtype=self.torch_dtype).view(1, num_nodes, self.shape.hidden_size)
-        if not bool(torch.isfinite(hidden).all()):
-            raise RemoteProtocolError("hidden states", "NaN or infinity", "finite values")
-        return hidden.to(self._device)
+            return split_hidden(result, ends)
+        return split_views(result if rows else result[:0], [len(each.wanted) for each in passes])
 
     def _masks(self, forward: Forward) -> dict[str, torch.Tensor | None]:
         """Return for each kind of attention a mask of the slots that each node attends to, bool `[1, 1, n, slots]`.
 
         None stands for a mask that is all true.
         """
-        masks: dict[str, torch.Tensor | None] = {}
-        for kind, window in {layer.kind: layer.window for layer in self._layers}.items():
-            attends = forward.mask
-            if window:
-                attends = attends & (forward.positions[:, None] - forward.slot_positions[None] < window)
-            masks[kind] = None if attends.all() else torch.from_numpy(attends)[None, None].to(self._device)
-        return masks
+        attends = attends_by_kind(forward, self._layers)
+        return {
+            kind: None if mask.all() else torch.from_numpy(mask)[None, None].to(self._device)
+            for kind, mask in attends.items()
+        }
 
     def _by_kind(self, mask: Callable[[str], torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the masks in the form that every family accepts: one mask, or one per kind if a model mixes kinds."""
@@ -254,19 +215,3 @@ class SpanModel:
         """Return the mask in additive form: eager attention adds it to the scores and would misread a bool mask."""
         additive = torch.zeros((1, 1, *forward.mask.shape), dtype=self.torch_dtype, device=self._device)
         return additive if mask is None else additive.masked_fill_(~mask, torch.finfo(self.torch_dtype).min)
-
-
-def _split_views(logits: torch.Tensor, counts: Sequence[int]) -> list[SpanOutput]:
-    """Split `[sum of counts, V]` into one output per pass. Values that are not finite fail only their own pass."""
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-    rows = [LogitsRow(row, token) for row, token in zip(logits, logits.argmax(dim=-1).tolist(), strict=True)]
-    outputs: list[SpanOutput] = []
-    start = 0
-    for count in counts:
-        end = start + count
-        is_finite = all(finite[start:end])
-        outputs.append(
-            rows[start:end] if is_finite else ModelError("the target's logits are not finite: check weights and dtype")
-        )
-        start = end
-    return outputs

@@ -9,6 +9,7 @@ from dsd_p2p import units
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.catalog import DEFAULT_MODEL
 from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.types import INT8
 from dsd_p2p.wire.membership import Role
 from node.config.fields import FILE, POSITIONAL, URL, Help, Positive, Settings, Shape
 from node.config.machine import auto_device, auto_threads
@@ -75,13 +76,39 @@ class ComputeFlags(LinkFlags, frozen=True, kw_only=True):
         return f"computing on {self.device}, threads a process: {self.threads}, KV cache a stage: {self.cache_memory}"
 
 
+Weights = Annotated[
+    Literal["auto", "float", "int8"],
+    Help("format of the target's weights; float: numbers of --dtype; int8: faster on a CPU; auto: float"),
+]
+
+
+Dtype = Annotated[str, Help("number format to compute with: float32 (exact in every mode), bfloat16 or float16")]
+
+
 class ModelFlags(ComputeFlags, frozen=True, kw_only=True):
-    """A model and the number format it computes with."""
+    """A model and the format of its weights. Afterwards `dtype` names it: a number format or "int8"."""
 
     model: Annotated[str, Help("target model: a catalog name, a folder or a Hugging Face id")] = DEFAULT_MODEL
-    dtype: Annotated[str, Help("number format to compute with: float32 (exact in every mode), bfloat16 or float16")] = (
-        "float32"
-    )
+    dtype: Dtype = "float32"
+    weights: Weights = "auto"
+
+    def __post_init__(self) -> None:
+        """Decide on the format, once."""
+        super().__post_init__()
+        msgspec.structs.force_setattr(self, "dtype", _format_of(self.weights, self.dtype))
+
+
+def _format_of(weights: str, dtype: str) -> str:
+    """Return the weights format that the flags ask for.
+
+    Raises:
+        ConfigError: int8 computes in float32 only.
+    """
+    if weights != INT8:
+        return dtype
+    if dtype not in ("float32", INT8):
+        raise ConfigError(f"--weights int8 computes in float32, not in {dtype}: leave --dtype out")
+    return INT8
 
 
 class ServeFlags(ComputeFlags, frozen=True, kw_only=True):
@@ -149,9 +176,13 @@ class CreateConfig(ServeFlags, frozen=True, kw_only=True):
         Help("the swarm's drafter, which members get with the invite: auto, ngram, shadow or a model"),
     ] = "auto"
     model: Annotated[str, Help("the swarm's model: a catalog name, a folder or a Hugging Face id")] = DEFAULT_MODEL
-    dtype: Annotated[str, Help("number format to compute with: float32 (exact in every mode), bfloat16 or float16")] = (
-        "float32"
-    )
+    dtype: Dtype = "float32"
+    weights: Weights = "auto"
+
+    def __post_init__(self) -> None:
+        """Decide on the format of the weights, once."""
+        super().__post_init__()
+        msgspec.structs.force_setattr(self, "dtype", _format_of(self.weights, self.dtype))
 
 
 class NodeConfig(ModelFlags, frozen=True, kw_only=True):

@@ -6,9 +6,8 @@ from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.describe import stage_info
-from dsd_p2p.models.open import open_span
+from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.source import ModelSource
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import PeerInfo, Span
 from node.config import ComputeFlags, NodeConfig
 
@@ -17,7 +16,7 @@ _WARM_UP_NODES = (1, 8)
 
 def load_span_of(
     source: ModelSource, config: NodeConfig, peer: str, addresses: tuple[str, ...]
-) -> tuple[SpanModel, PeerInfo]:
+) -> tuple[OpenSpan, PeerInfo]:
     """Load the configured layers of a model and warm them up.
 
     Returns the layers and the peer's description.
@@ -32,8 +31,8 @@ def load_span_of(
 
 
 def load_span(
-    source: ModelSource, span: Span, config: ComputeFlags, dtype: str, donor: SpanModel | None = None
-) -> SpanModel:
+    source: ModelSource, span: Span, config: ComputeFlags, dtype: str, donor: OpenSpan | None = None
+) -> OpenSpan:
     """Load layers of a model and warm them up. Layers that `donor` holds are taken from it instead of loaded.
 
     Raises:
@@ -52,7 +51,7 @@ def load_span(
     return model
 
 
-def _warm_up(model: SpanModel) -> None:
+def _warm_up(model: OpenSpan) -> None:
     """Run the slow first passes, which page the weights in and choose kernels, before any request waits for them."""
     for num_nodes in _WARM_UP_NODES:
         cache = model.new_cache(num_nodes)

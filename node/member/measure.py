@@ -15,9 +15,8 @@ from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.cache_dir import default_cache_dir
-from dsd_p2p.models.open import open_span
+from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.source import ModelSource
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.placement.view import WIDE_WINDOW_NODES
 from dsd_p2p.stage.span_model import SpanModel as StageModel
 from dsd_p2p.types import Span
@@ -101,7 +100,7 @@ def _measure(source: ModelSource, config: ServeFlags, dtype: str) -> _Measured:
     )
 
 
-def pass_s(model: SpanModel, num_nodes: int) -> float:
+def pass_s(model: OpenSpan, num_nodes: int) -> float:
     """Return the median seconds of a pass over `num_nodes` nodes after a context of at least 64 tokens."""
     cache = model.new_cache(_CONTEXT + (_REPEATS + 2) * num_nodes)
     slots = SlotTable()

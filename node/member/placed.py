@@ -10,7 +10,7 @@ import trio
 
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.models.cache import CacheBudget
-from dsd_p2p.models.span import SpanModel
+from dsd_p2p.models.open import OpenSpan
 from dsd_p2p.peers.membership import Load, Membership
 from dsd_p2p.placement.span import choose_move, choose_span
 from dsd_p2p.placement.view import PeerView
@@ -39,7 +39,7 @@ class Placed:
         self._settings = settings
         self._profile = settings.profile
         self._server = server
-        self._model: SpanModel | None = None
+        self._model: OpenSpan | None = None
 
     def load(self) -> Load:
         """Return the current load of our stage: number of sessions and bytes of cache."""
@@ -128,6 +128,6 @@ class Placed:
         logger.info("serving span=%s", span)
         settings.report(Ready(address=addresses[0], span=str(span), weight_bytes=model.weight_bytes))
 
-    def _load(self, span: Span) -> SpanModel:
+    def _load(self, span: Span) -> OpenSpan:
         settings = self._settings
         return load_span(settings.source, span, settings.config, settings.stored.dtype, donor=self._model)

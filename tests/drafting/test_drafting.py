@@ -17,8 +17,8 @@ from dsd_p2p.errors import CapacityError
 from dsd_p2p.models.int8 import Int8Linear
 from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
+from dsd_p2p.models.rows import LogitsRow
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import LogitsRow
 from dsd_p2p.session.effects import Candidate, Draft, Stem
 from dsd_p2p.types import Sampling, Span
 from dsd_p2p.verification.exact import ExactVerifier

@@ -6,10 +6,9 @@ import torch
 
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
-from dsd_p2p.models.open import open_span
+from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.types import Span
@@ -51,7 +50,7 @@ def run_attestation(config: SplitConfig, rounds: int, progress: Progress) -> dic
     return {"model": config.model, "span": str(span), "dtype": config.dtype, "nodes": shares}
 
 
-def _measure(model: SpanModel, span: Span, key: SigningKey, num_nodes: int) -> tuple[float, float]:
+def _measure(model: OpenSpan, span: Span, key: SigningKey, num_nodes: int) -> tuple[float, float]:
     """Return the seconds of `_PASSES` passes and the seconds of attesting them."""
     slots, cache = SlotTable(), model.new_cache(_CONTEXT + _PASSES * num_nodes)
     rows = bytes(_CONTEXT * model.row_bytes)

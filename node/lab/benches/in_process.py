@@ -13,9 +13,8 @@ from dsd_p2p import units
 from dsd_p2p.coordination.engine import Engine, open_engine
 from dsd_p2p.drafting.choice import DrafterChoice
 from dsd_p2p.models.describe import stage_info
-from dsd_p2p.models.open import open_span
+from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.source import ModelSource
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.stage.admission import StageLimits
@@ -54,6 +53,6 @@ async def in_process_swarm(
         yield engine, servers
 
 
-def _info(config: UsersConfig, source: ModelSource, span: Span, transport: Transport, model: SpanModel) -> PeerInfo:
+def _info(config: UsersConfig, source: ModelSource, span: Span, transport: Transport, model: OpenSpan) -> PeerInfo:
     peer, addresses = transport.peer, transport.addresses
     return stage_info(source, config.dtype, model.shape, peer=peer, addresses=addresses, span=span)

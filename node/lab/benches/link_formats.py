@@ -8,10 +8,9 @@ import torch
 
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
-from dsd_p2p.models.open import open_span
+from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import compute_format, find_model
-from dsd_p2p.models.span import SpanModel
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.types import ComputeFormat, HiddenFormat, Span, TokenId
@@ -90,7 +89,7 @@ class _Measured:
 
 
 def _run(
-    stages: Sequence[SpanModel],
+    stages: Sequence[OpenSpan],
     prompt: list[TokenId],
     compute: ComputeFormat,
     hidden_format: HiddenFormat,
@@ -114,5 +113,5 @@ def _run(
     return torch.log_softmax(torch.stack([view.row.float().cpu() for view in views]), dim=-1)
 
 
-def _floats(data: bytes, stage: SpanModel) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+def _floats(data: bytes, stage: OpenSpan) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
     return torch.frombuffer(bytearray(data), dtype=stage.torch_dtype).double().numpy()

@@ -7,12 +7,14 @@ import torch
 from dsd_p2p import units
 from dsd_p2p.cache.passes import SpanPass
 from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.models.architecture import read_shape
-from dsd_p2p.models.open import open_span
+from dsd_p2p.models.architecture import read_model_config, read_shape
+from dsd_p2p.models.families import pass_order
+from dsd_p2p.models.loader import load_span
+from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.packed import can_pack
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import ModelSource, find_model
-from dsd_p2p.models.span import SpanModel
+from dsd_p2p.models.source import ModelSource, compute_format, find_model
+from dsd_p2p.models.span import TORCH_DTYPES, SpanModel
 from dsd_p2p.placement.listed import even_spans
 from dsd_p2p.types import Span
 from node.lab.config import PassesConfig
@@ -71,9 +73,10 @@ def run_passes(config: PassesConfig, rounds: int, progress: Progress) -> dict[st
 def _compare_packing(config: PassesConfig, source: ModelSource, span: Span, rounds: int) -> dict[str, object]:
     """Time passes of one window with torch's linear layers and with packed ones, in turns."""
     cache_bytes = units.num_bytes(config.cache_memory)
-    models = {
-        name: open_span(source, span, dtype=config.dtype, cache_bytes=cache_bytes, is_packed=name == "packed")
-        for name in ("torch", "packed")
+    loaded = load_span(source, span, TORCH_DTYPES[compute_format(config.dtype)], "cpu")
+    models: dict[str, OpenSpan] = {
+        "torch": SpanModel(loaded, pass_order(read_model_config(source.folder)), cache_bytes=cache_bytes),
+        "packed": open_span(source, span, dtype=config.dtype, cache_bytes=cache_bytes),
     }
     samples: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in _WINDOWS} for name in models}
     for number in range(-1, rounds):
@@ -90,7 +93,7 @@ def _compare_packing(config: PassesConfig, source: ModelSource, span: Span, roun
     return {"span": str(span), "pass_ms": pass_ms}
 
 
-def _time(model: SpanModel, num_sessions: int, num_rows: int) -> float:
+def _time(model: OpenSpan, num_sessions: int, num_rows: int) -> float:
     """Return the seconds of one pass over `num_rows` new nodes of each session."""
     caches = [model.new_cache(_CONTEXT + num_rows) for _ in range(num_sessions)]
     tables = [SlotTable() for _ in caches]

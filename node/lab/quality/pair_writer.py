@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.rows import LogitsRow
 from dsd_p2p.models.source import compute_format, find_model
-from dsd_p2p.models.span import TORCH_DTYPES, LogitsRow
+from dsd_p2p.models.span import TORCH_DTYPES
 from dsd_p2p.session.effects import NUM_CANDIDATES
 from dsd_p2p.types import TokenId
 from dsd_p2p.verification.base import Verifier

@@ -1,0 +1,150 @@
+"""Builds lean layers from transformers' own modules, and refuses what they cannot compute."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsd_p2p.errors import ModelError
+from dsd_p2p.models.lean.layer import GELU, GELU_TANH, SILU, LeanLayer
+from dsd_p2p.models.lean.products import MakeProduct, num_bytes_of
+from dsd_p2p.models.lean.rotary import NO_ROTATION
+
+_ACTIVATIONS = {
+    "SiLUActivation": SILU,
+    "SiLU": SILU,
+    "GELUTanh": GELU_TANH,
+    "PytorchGELUTanh": GELU_TANH,
+    "NewGELUActivation": GELU_TANH,
+    "GELUActivation": GELU,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """The heads of a layer's attention; all layers of a lean span have the same."""
+
+    num_q: int
+    num_kv: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """The queries that share a key."""
+        return self.num_q // self.num_kv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A lean layer. kind: of attention. rotation: the name of its rotary table. num_bytes: those of its weights."""
+
+    run: Any
+    heads: Heads
+    kind: str
+    rotation: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """An RMS norm. weight: as it multiplies, whether the family stores `w` or `w - 1`."""
+
+    weight: Tensor
+    eps: float
+
+
+@torch.inference_mode()
+def build_layer(
+    layer: nn.Module, kind: str, make: MakeProduct, make_down: MakeProduct, *, is_scripted: bool = True
+) -> Built:
+    """Return the lean form of one of transformers' decoder layers.
+
+    make: makes the products from float32 weights. make_down: that of the last product, whose input varies most.
+
+    Raises:
+        ModelError: the layer has parts that are not known here.
+    """
+    try:
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        head_dim, scaling = int(attention.head_dim), float(attention.scaling)
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        gate, up, down, o = mlp.gate_proj, mlp.up_proj, mlp.down_proj, attention.o_proj
+        norm_1, norm_2 = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
+        activation = _ACTIVATIONS[type(mlp.act_fn).__name__]
+    except (AttributeError, KeyError) as exc:
+        raise ModelError(f"a layer of another build, at {exc}") from exc
+    if any(each.bias is not None for each in (o, gate, up, down)):
+        raise ModelError("a bias in the output of attention or MLP")
+    weights = [each.weight.float() for each in projections]
+    heads = Heads(num_q=len(weights[0]) // head_dim, num_kv=len(weights[1]) // head_dim, head_dim=head_dim)
+    qkv = torch.cat([_interleaved(weights[0], head_dim), _interleaved(weights[1], head_dim), weights[2]])
+    bias = torch.empty(0)
+    if projections[0].bias is not None:
+        parts = [each.bias.float() for each in projections]
+        bias = torch.cat([_interleaved(parts[0], head_dim), _interleaved(parts[1], head_dim), parts[2]])
+    qk_weight, qk_eps = _qk_norm(attention, heads)
+    products = (
+        make(qkv),
+        make(o.weight.float()),
+        make(torch.cat([gate.weight.float(), up.weight.float()])),
+        make_down(down.weight.float()),
+    )
+    built = LeanLayer(
+        products=products,
+        norms=(norm_1.weight, norm_2.weight),
+        eps=(norm_1.eps, norm_2.eps, qk_eps),
+        bias=bias,
+        qk_weight=qk_weight,
+        scaling=scaling,
+        activation=activation,
+    )
+    # Some layers of SmolLM3 rotate nothing.
+    rotates = bool(getattr(attention, "use_rope", True))
+    return Built(
+        run=_scripted(built) if is_scripted else built,
+        heads=heads,
+        kind=kind,
+        rotation=kind if rotates else NO_ROTATION,
+        num_bytes=sum(num_bytes_of(each) for each in products),
+    )
+
+
+def norm_of(module: Any) -> Norm:
+    """Return an RMS norm's weight and epsilon. A row of large equal numbers comes out as the weight.
+
+    Raises:
+        ModelError: it is another kind of norm.
+    """
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float) or getattr(module, "bias", None) is not None:
+        raise ModelError(f"a norm of another kind, {type(module).__name__}")
+    return Norm(weight=module(torch.full((1, module.weight.numel()), 1e3))[0].float().contiguous(), eps=eps)
+
+
+def _qk_norm(attention: Any, heads: Heads) -> tuple[Tensor, float]:
+    if getattr(attention, "q_norm", None) is None:
+        return torch.empty(0), 0.0
+    q, k = norm_of(attention.q_norm), norm_of(attention.k_norm)
+    if q.weight.numel() != heads.head_dim or q.eps != k.eps:
+        raise ModelError("a norm over all heads")
+    rows = [
+        _interleaved(each.weight, heads.head_dim).expand(count, -1)
+        for each, count in ((q, heads.num_q), (k, heads.num_kv))
+    ]
+    return torch.cat(rows), q.eps
+
+
+def _interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """Let the rows of the first and second half of each head alternate, so that a rotation is a complex product."""
+    return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _scripted(layer: LeanLayer) -> Any:
+    """Return the layer without Python's share, a fifth of a pass over one row."""
+    with warnings.catch_warnings():
+        # torch deprecates scripting and has no other way to run a layer without Python and without a compiler.
+        warnings.simplefilter("ignore")
+        return torch.jit.script(layer.eval())

@@ -1,0 +1,84 @@
+"""Reads the rows of a pass and splits its results: what every way to run a span does before and after the layers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dsd_p2p.cache.passes import SpanOutput, SpanPass
+from dsd_p2p.cache.slots import Forward
+from dsd_p2p.errors import ModelError, RemoteProtocolError
+from dsd_p2p.models.architecture import LayerShape, ModelShape
+from dsd_p2p.types import TokenId
+
+
+class LogitsRow:
+    """The target's view after one node (`dsd_p2p.verification.base.TargetView`)."""
+
+    def __init__(self, row: torch.Tensor, argmax: TokenId) -> None:
+        self.row = row
+        self._argmax = argmax
+
+    def argmax(self) -> TokenId:
+        """Return the token with the greatest logit."""
+        return self._argmax
+
+    def logits(self) -> NDArray[np.float32]:
+        """Return the logits, float32 `[V]`."""
+        array: NDArray[np.float32] = self.row.float().cpu().numpy()
+        return array
+
+
+def read_inputs(each: SpanPass, shape: ModelShape, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Return the pass's inputs as a tensor: token ids `[1, n]` at the head, else hidden states `[1, n, H]`.
+
+    Raises:
+        RemoteProtocolError: a token outside the vocabulary, a wrong number of bytes, values that are not finite.
+    """
+    if not isinstance(each.inputs, bytes):
+        if min(each.inputs) < 0 or max(each.inputs) >= shape.vocab_size:
+            raise RemoteProtocolError("token", max(each.inputs), f"0..{shape.vocab_size - 1}")
+        return torch.tensor([list(each.inputs)], device=device)
+    expected_bytes = each.num_rows * shape.hidden_size * dtype.itemsize
+    if len(each.inputs) != expected_bytes:
+        raise RemoteProtocolError(
+            "hidden states", f"{len(each.inputs)} bytes", f"{expected_bytes} bytes for {each.num_rows} nodes"
+        )
+    hidden = torch.frombuffer(bytearray(each.inputs), dtype=dtype).view(1, each.num_rows, shape.hidden_size)
+    if not bool(torch.isfinite(hidden).all()):
+        raise RemoteProtocolError("hidden states", "NaN or infinity", "finite values")
+    return hidden.to(device)
+
+
+def attends_by_kind(forward: Forward, layers: Sequence[LayerShape]) -> dict[str, NDArray[np.bool_]]:
+    """Return for each kind of attention the slots that each node attends to, `[n, slots]`."""
+    masks = {}
+    for kind, window in {layer.kind: layer.window for layer in layers}.items():
+        attends = forward.mask
+        if window:
+            attends = attends & (forward.positions[:, None] - forward.slot_positions[None] < window)
+        masks[kind] = attends
+    return masks
+
+
+def split_hidden(hidden: torch.Tensor, ends: Sequence[int]) -> list[SpanOutput]:
+    """Split hidden states `[n, H]` into one output for each pass. ends: the row after each pass's last one."""
+    data = hidden.contiguous().cpu().view(torch.uint8).numpy()
+    return [data[start:end].tobytes() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def split_views(logits: torch.Tensor, counts: Sequence[int]) -> list[SpanOutput]:
+    """Split `[sum of counts, V]` into one output per pass. Values that are not finite fail only their own pass."""
+    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+    rows = [LogitsRow(row, token) for row, token in zip(logits, logits.argmax(dim=-1).tolist(), strict=True)]
+    outputs: list[SpanOutput] = []
+    start = 0
+    for count in counts:
+        end = start + count
+        is_finite = all(finite[start:end])
+        outputs.append(
+            rows[start:end] if is_finite else ModelError("the target's logits are not finite: check weights and dtype")
+        )
+        start = end
+    return outputs
