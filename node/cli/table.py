@@ -50,6 +50,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     "run a model on this machine": {
         "up": _command("up", "start a whole swarm and its API on this machine", f"{_CONFIG}:UpConfig", _GATEWAY),
         "demo": _command("demo", "write one answer plain and speculative, and compare", f"{_CONFIG}:DemoConfig"),
+        "quantize": _command(
+            "quantize", "write a copy of a model that loses less in int8", f"{_CONFIG}:QuantizeConfig"
+        ),
         "models": _command("models", "list, download and locate models", f"{_CONFIG}:ModelsConfig"),
     },
     "join a swarm": {
@@ -81,6 +84,7 @@ GROUPS: dict[str, dict[str, Command]] = {
                     "problems solved in exact and in relaxed mode", "RelaxedConfig", "ReceiptFlags", "relaxed"
                 ),
                 "wan": _bench("speed of real models on emulated wide-area links, arm by arm", "WanConfig", run="wan"),
+                "peers": _bench("speed of the int8 pass beside llama.cpp's", "PeersConfig", run="peers"),
                 "door": _bench(
                     "speed of a swarm joined by invites, through its gateway, beside `dsd up`", "DoorConfig", run="door"
                 ),

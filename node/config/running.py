@@ -299,6 +299,14 @@ class RevokeConfig(Settings, frozen=True, kw_only=True):
     swarm: SwarmName = DEFAULT_SWARM
 
 
+class QuantizeConfig(Settings, frozen=True, kw_only=True):
+    """Settings of `dsd quantize`."""
+
+    model: Annotated[str, Help("catalog name, folder or Hugging Face id of the model"), POSITIONAL]
+    output: Annotated[str, Help("folder to write"), FILE]
+    threads: Annotated[int, Meta(ge=0, le=4096), Help("torch threads; 0: as many as there are cores")] = 0
+
+
 class ModelsConfig(Settings, frozen=True, kw_only=True):
     """Settings of `dsd models`."""
 

@@ -9,7 +9,7 @@ from dsd_p2p.types import HiddenFormat
 from dsd_p2p.wire.messages import MAX_STAGES
 from node.config.asking import GenerateConfig
 from node.config.fields import FILE, POSITIONAL, Help, Positive, Settings, Shape
-from node.config.running import LinkFlags, SwarmFlags
+from node.config.running import LinkFlags, SwarmFlags, Weights
 
 REPEATED = Shape(is_repeated=True)
 Texts = Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -77,6 +77,17 @@ class DoorConfig(Settings, frozen=True, kw_only=True):
     max_tokens: Annotated[Positive, Help("tokens of each answer")] = 96
     restarts: Annotated[int, Meta(ge=0), Help("how often everything restarts")] = 3
     far: Annotated[bool, Help("also let a member draft for a gateway on a slowed core")] = True
+
+
+class PeersConfig(UsersConfig, frozen=True, kw_only=True):
+    """`dsd bench peers`."""
+
+    stages: Annotated[Positive, Help("stage processes on loopback")] = 4
+    sessions: Annotated[Positive, Help("requests at once")] = 1
+    weights: Weights = "int8"
+    threads: Annotated[Positive, Help("torch threads of each process, and llama.cpp's")] = 1
+    draft: Annotated[str, Help("drafter; the stages decode plainly")] = "ngram"
+    max_tokens: Annotated[Positive, Help("tokens of each answer")] = 32
 
 
 class PlacementConfig(Settings, frozen=True, kw_only=True):

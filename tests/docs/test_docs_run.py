@@ -20,6 +20,8 @@ LEFT_OUT = {
     "dsd sim sweep": "more than a minute; tests/cli/test_sim_commands.py sweeps a small scenario",
     "dsd sim compare": "tests/cli/test_sim_commands.py runs it",
     "dsd sim record": "minutes with a pair of models",
+    "dsd quantize": "a minute; tests/models/test_smoothing.py quantizes a tiny model",
+    "dsd up --model smollm2-int8": "needs what the command above writes",
     "dsd profile": "tests/cli/test_sim_commands.py profiles",
     "dsd create --model": "an address of a documentation network",
     "dsd node --swarm default --through": "an address of a documentation network",

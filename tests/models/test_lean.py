@@ -96,7 +96,7 @@ def path_of(tree, index):
     return path
 
 
-@settings(max_examples=8)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_no_bit_depends_on_window_tree_split_or_pieces(opened, seed):
     rng = random.Random(seed)
@@ -115,7 +115,7 @@ def test_no_bit_depends_on_window_tree_split_or_pieces(opened, seed):
     assert np.array_equal(whole[index], alone([model], prompt, path_of(tree, index))[-1]), "a tree's node differs"
 
 
-@settings(max_examples=4)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_no_bit_depends_on_other_sessions_or_earlier_edits(opened, seed):
     rng = random.Random(seed)
@@ -256,7 +256,7 @@ def test_a_layer_that_computes_something_else_is_refused(tmp_path, monkeypatch):
         open_lean_span(source, WHOLE)
 
 
-@settings(max_examples=4)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_no_bit_depends_on_many_windows_in_flight(opened, seed):
     """More drafted slots than the attention adds up in one product."""

@@ -37,6 +37,21 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Products:
+    """What makes a layer's products from float32 weights."""
+
+    qkv: MakeProduct
+    o: MakeProduct
+    gate_up: MakeProduct
+    down: MakeProduct
+
+    @classmethod
+    def all(cls, make: MakeProduct) -> "Products":
+        """Return one way for all."""
+        return cls(qkv=make, o=make, gate_up=make, down=make)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """A lean layer. kind: of attention. rotation: the name of its rotary table. num_bytes: those of its weights."""
 
@@ -56,12 +71,8 @@ class Norm:
 
 
 @torch.inference_mode()
-def build_layer(
-    layer: nn.Module, kind: str, make: MakeProduct, make_down: MakeProduct, *, is_scripted: bool = True
-) -> Built:
+def build_layer(layer: nn.Module, kind: str, make: Products, *, is_scripted: bool = True) -> Built:
     """Return the lean form of one of transformers' decoder layers.
-
-    make: makes the products from float32 weights. make_down: that of the last product, whose input varies most.
 
     Raises:
         ModelError: the layer has parts that are not known here.
@@ -87,10 +98,10 @@ def build_layer(
         bias = torch.cat([_interleaved(parts[0], head_dim), _interleaved(parts[1], head_dim), parts[2]])
     qk_weight, qk_eps = _qk_norm(attention, heads)
     products = (
-        make(qkv),
-        make(o.weight.float()),
-        make(torch.cat([gate.weight.float(), up.weight.float()])),
-        make_down(down.weight.float()),
+        make.qkv(qkv),
+        make.o(o.weight.float()),
+        make.gate_up(torch.cat([gate.weight.float(), up.weight.float()])),
+        make.down(down.weight.float()),
     )
     built = LeanLayer(
         products=products,

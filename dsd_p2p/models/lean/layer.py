@@ -102,15 +102,11 @@ class LeanLayer(nn.Module):
         attention: list[Attention],
     ) -> Tensor:
         """Change the hidden states `x`, `[n, H]`, in place. y, out: workspaces of the product and the attention."""
-        rows = x * self.norm_1
-        sizes = rows.abs().amax(-1, True).clamp_min_(1e-12)
-        root = torch.linalg.vector_norm(x, 2, [-1], True)
-        factor = torch.addcmul(self.eps_1, root, root, value=self.inverse_size).rsqrt_()
-        product = self.qkv(rows.div_(sizes))
+        rows, sizes = self._normed(x, self.norm_1, self.eps_1)
         if self.bias.numel() > 0:
-            torch.addcmul(self.bias, product, sizes.mul_(factor), out=y)
+            torch.addcmul(self.bias, self.qkv(rows), sizes, out=y)
         else:
-            torch.mul(product, sizes.mul_(factor), out=y)
+            torch.mul(self.qkv(rows), sizes, out=y)
         if self.qk_weight.numel() > 0:
             num_heads, head_dim = self.qk_weight.size(0), self.qk_weight.size(1)
             heads = y[:, : num_heads * head_dim].view(-1, num_heads, head_dim)
@@ -137,11 +133,8 @@ class LeanLayer(nn.Module):
             part.target.copy_(part.result)
         sizes = out.abs().amax(-1, True).clamp_min_(1e-12)
         x.addcmul_(self.o(out / sizes), sizes)
-        rows = x * self.norm_2
-        sizes = rows.abs().amax(-1, True).clamp_min_(1e-12)
-        root = torch.linalg.vector_norm(x, 2, [-1], True)
-        factor = torch.addcmul(self.eps_2, root, root, value=self.inverse_size).rsqrt_()
-        product = self.gate_up(rows.div_(sizes)).mul_(sizes.mul_(factor))
+        rows, sizes = self._normed(x, self.norm_2, self.eps_2)
+        product = self.gate_up(rows).mul_(sizes)
         num_inner = product.size(1) // 2
         gate = product[:, :num_inner]
         if self.activation == 0:
@@ -153,3 +146,11 @@ class LeanLayer(nn.Module):
         inner = gate.mul_(product[:, num_inner:])
         sizes = inner.abs().amax(-1, True).clamp_min_(1e-12)
         return x.addcmul_(self.down(inner / sizes), sizes)
+
+    def _normed(self, x: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normed rows divided by their largest magnitude, and what the product has to be multiplied with."""
+        rows = x * weight
+        sizes = rows.abs().amax(-1, True).clamp_min_(1e-12)
+        root = torch.linalg.vector_norm(x, 2, [-1], True)
+        factor = torch.addcmul(eps, root, root, value=self.inverse_size).rsqrt_()
+        return rows.div_(sizes), sizes.mul_(factor)

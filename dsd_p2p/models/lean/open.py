@@ -7,9 +7,9 @@ import torch
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import read_model_config, shape_of
 from dsd_p2p.models.families import pass_order
-from dsd_p2p.models.lean.build import Built, build_layer, norm_of
+from dsd_p2p.models.lean.build import Built, Products, build_layer, norm_of
 from dsd_p2p.models.lean.check import check_structure, settle_exactness
-from dsd_p2p.models.lean.products import FloatProduct, Int8Product, Int8TwiceProduct, MakeProduct
+from dsd_p2p.models.lean.products import FloatProduct, Int8Product, Int8TwiceProduct, MakeProduct, RefinedHead
 from dsd_p2p.models.lean.rotary import Rotary
 from dsd_p2p.models.lean.span import Ends, LeanSpan
 from dsd_p2p.models.loader import LoadedSpan, load_span
@@ -92,7 +92,7 @@ def _rounded(stock: SpanModel, rotary: Rotary | None) -> tuple[Built, Ends, Rota
     loaded = stock.loaded
     base, kind = loaded.model.base_model, stock.shape.kinds[stock.span.first]
     layer = getattr(base, loaded.parts.layers)[0]
-    in_float = build_layer(layer, kind, FloatProduct, FloatProduct, is_scripted=False)
+    in_float = build_layer(layer, kind, Products.all(FloatProduct), is_scripted=False)
     if rotary is None:
         if getattr(base, "rotary_emb", None) is None:
             raise ModelError("no rotary embedding")
@@ -107,8 +107,10 @@ def _rounded(stock: SpanModel, rotary: Rotary | None) -> tuple[Built, Ends, Rota
         ),
         stock,
     )
-    built = build_layer(layer, kind, Int8Product, Int8TwiceProduct)
-    return built, _ends(loaded, Int8TwiceProduct, torch.bfloat16), rotary
+    built = build_layer(
+        layer, kind, Products(qkv=Int8TwiceProduct, o=Int8TwiceProduct, gate_up=Int8Product, down=Int8TwiceProduct)
+    )
+    return built, _ends(loaded, RefinedHead, torch.bfloat16), rotary
 
 
 @torch.inference_mode()

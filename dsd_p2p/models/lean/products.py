@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NUM_REFINED, _NUM_GROUPS, _GROUP = 32, 16, 64
+
 _FULL_RANGE, _REDUCED_RANGE = 127, 63
 """Steps from zero to the largest magnitude. Without VNNI, fbgemm's products of two full 8-bit numbers overflow."""
 
@@ -60,10 +62,50 @@ class Int8TwiceProduct(Int8Product):
         return both[:num_rows].add_(both[num_rows:], alpha=1.0 / self.steps)
 
 
+def _likeliest(logits: Tensor, count: int) -> Tensor:
+    """Return the tokens of about the `count` largest logits, `[n, count]`; the largest ones are always among them.
+
+    Sorting all logits would take longer than computing them. So groups are sorted by their largest logit, and then the
+    logits of the first groups.
+    """
+    num_rows, vocab_size = logits.shape
+    num_groups = vocab_size // _GROUP
+    if num_groups <= _NUM_GROUPS:
+        return logits.topk(min(count, vocab_size), sorted=False).indices
+    groups = logits[:, : num_groups * _GROUP].view(num_rows, num_groups, _GROUP).amax(-1).topk(_NUM_GROUPS).indices
+    members = (groups[:, :, None] * _GROUP + torch.arange(_GROUP)).flatten(1)
+    rest = torch.arange(num_groups * _GROUP, vocab_size).expand(num_rows, -1)
+    members = torch.cat([members, rest], dim=1)
+    return members.gather(1, logits.gather(1, members).topk(count, sorted=False).indices)
+
+
 def num_bytes_of(product: nn.Module) -> int:
     """Return the size of a product's weights."""
     assert isinstance(product, FloatProduct | Int8Product)
     return product.num_bytes
+
+
+class RefinedHead(Int8Product):
+    """The head: int8 logits, of which the largest are computed again with the row as it is.
+
+    Rounding a row costs most where tokens nearly tie. Computing the `_NUM_REFINED` likeliest again costs little, and the
+    tokens are chosen among them. weight: float32 `[V, in]`.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self._scales = _scales_of(weight)
+        self._rounded = _rounded(weight, self._scales)
+        self.num_bytes += self._rounded.nbytes + self._scales.nbytes
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map `[n, in]`, between -1 and 1, to `[n, V]`."""
+        logits = super().forward(rows)
+        likeliest = _likeliest(logits, _NUM_REFINED)
+        weights = self._rounded[likeliest].float()
+        # In float64 the order of the sum does not show after rounding.
+        exact = (weights * rows[:, None]).sum(-1, dtype=torch.float64).float().mul_(self._scales[likeliest])
+        return logits.scatter_(1, likeliest, exact)
 
 
 MakeProduct = Callable[[Tensor], nn.Module]
@@ -75,9 +117,17 @@ def full_range() -> int:
     return _FULL_RANGE if check is not None and check() else _REDUCED_RANGE
 
 
+def _scales_of(weight: Tensor) -> Tensor:
+    return weight.abs().amax(dim=1).clamp_min(1e-12) / 127
+
+
+def _rounded(weight: Tensor, scales: Tensor) -> Tensor:
+    return (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
+
+
 def _packed(weight: Tensor) -> Any:
-    scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-    rounded = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
+    scales = _scales_of(weight)
+    rounded = _rounded(weight, scales)
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     torch.backends.quantized.engine = "fbgemm"
     with warnings.catch_warnings():

@@ -176,7 +176,9 @@ class LeanSpan:
             return split_hidden(x, ends)
         starts = [end - each.num_rows for end, each in zip(ends, passes, strict=True)]
         wanted = [start + row for start, each in zip(starts, passes, strict=True) for row in each.wanted]
-        return split_views(self._logits(x[wanted]), [len(each.wanted) for each in passes])
+        rows = [[row] for row in wanted] if self.is_by_row else [wanted]
+        logits = torch.cat([self._logits(x[each]) for each in rows or [[]]])
+        return split_views(logits, [len(each.wanted) for each in passes])
 
     def _segment(self, cache: LeanCache, forward: Forward) -> Segment:
         layers = self.shape.layers[self.span.first : self.span.last]

@@ -15,6 +15,7 @@ from node.lab.config import (
     OneRound,
     OverheadConfig,
     PassesConfig,
+    PeersConfig,
     PlacementConfig,
     PlotsConfig,
     ReceiptFlags,
@@ -62,6 +63,13 @@ def door(config: DoorConfig, flags: RoundFlags) -> int:
     from node.lab.benches.door import run_door
 
     return _measure("door", flags, lambda progress: trio.run(run_door, config, flags.rounds, progress))
+
+
+def peers(config: PeersConfig, flags: RoundFlags) -> int:
+    """Measure the pass of a whole model beside llama.cpp."""
+    from node.lab.benches.lean_pass import run_peers
+
+    return _measure("peers", flags, lambda progress: trio.run(run_peers, config, flags.rounds, progress))
 
 
 def passes(config: PassesConfig, flags: RoundFlags) -> int:
