@@ -88,6 +88,9 @@ GROUPS: dict[str, dict[str, Command]] = {
                 "door": _bench(
                     "speed of a swarm joined by invites, through its gateway, beside `dsd up`", "DoorConfig", run="door"
                 ),
+                "drafts": _bench(
+                    "speed of a slow gateway that drafts at home and with a near member", "DraftsConfig", run="drafts"
+                ),
                 "users": _bench("speed of many requests at once, compared with one", "UsersConfig", run="users"),
                 "passes": _bench("cost of a stage's pass as more sessions share it", "PassesConfig", run="passes"),
                 "brokers": _bench(

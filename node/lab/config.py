@@ -66,8 +66,8 @@ class BrokersConfig(UsersConfig, frozen=True, kw_only=True):
     sessions: Annotated[Positive, Help("requests at once")] = 1
 
 
-class DoorConfig(Settings, frozen=True, kw_only=True):
-    """`dsd bench door`."""
+class InvitedConfig(Settings, frozen=True, kw_only=True):
+    """A swarm of members that were invited one by one."""
 
     model: Annotated[str, Help("the swarm's model")] = DEFAULT_MODEL
     dtype: Annotated[str, Help("number format that the model computes in")] = "float32"
@@ -75,8 +75,18 @@ class DoorConfig(Settings, frozen=True, kw_only=True):
     members: Annotated[Positive, Help("members that serve layers")] = 3
     link: Annotated[str, Help("emulated one-way latency of every link, like 50ms")] = "50ms"
     max_tokens: Annotated[Positive, Help("tokens of each answer")] = 96
+
+
+class DoorConfig(InvitedConfig, frozen=True, kw_only=True):
+    """`dsd bench door`."""
+
     restarts: Annotated[int, Meta(ge=0), Help("how often everything restarts")] = 3
-    far: Annotated[bool, Help("also let a member draft for a gateway on a slowed core")] = True
+
+
+class DraftsConfig(InvitedConfig, frozen=True, kw_only=True):
+    """`dsd bench drafts`."""
+
+    members: Annotated[Positive, Help("members that serve layers")] = 2
 
 
 class PeersConfig(UsersConfig, frozen=True, kw_only=True):

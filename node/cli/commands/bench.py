@@ -12,6 +12,7 @@ from node.console import ConsoleProgress
 from node.lab.config import (
     BrokersConfig,
     DoorConfig,
+    DraftsConfig,
     OneRound,
     OverheadConfig,
     PassesConfig,
@@ -63,6 +64,13 @@ def door(config: DoorConfig, flags: RoundFlags) -> int:
     from node.lab.benches.door import run_door
 
     return _measure("door", flags, lambda progress: trio.run(run_door, config, flags.rounds, progress))
+
+
+def drafts(config: DraftsConfig, flags: RoundFlags) -> int:
+    """Measure a gateway on a slowed core without and with a member that drafts for it."""
+    from node.lab.benches.far_drafts import run_drafts
+
+    return _measure("drafts", flags, lambda progress: trio.run(run_drafts, config, flags.rounds, progress))
 
 
 def peers(config: PeersConfig, flags: RoundFlags) -> int:
