@@ -44,6 +44,7 @@ def test_from_an_invite_to_an_answer_and_back_out(tiny, tmp_path):
             audited = json.loads(dsd("generate", "--swarm", a, "--audit", *ask).stdout)
             assert audited["token_ids"] == expected
             plan = json.loads(dsd("plan", "--swarm", a, "--json").stdout)
+            assert plan["window"] == "plain" or plan["window"].startswith(("continuous ", "sync ")), plan["window"]
             layers = [span for stage in plan["plan"]["stages"] for span in range(*stage["span"])]
             assert layers == list(range(NUM_LAYERS))
 

@@ -20,7 +20,7 @@ from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.types import Span
 
-LEAN = ("llama", "llama-tied", "qwen2", "qwen2-sliding", "qwen3")
+LEAN = ("llama", "llama-tied", "qwen2", "qwen2-sliding", "qwen3", "gemma3")
 WHOLE = Span(0, NUM_LAYERS)
 
 

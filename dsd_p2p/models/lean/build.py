@@ -70,6 +70,16 @@ class Norm:
     eps: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norms:
+    """The norms of a layer: before attention and MLP, and the weights of those after them, or nothing."""
+
+    attention: Norm
+    mlp: Norm
+    post_attention: Tensor
+    post_mlp: Tensor
+
+
 @torch.inference_mode()
 def build_layer(layer: nn.Module, kind: str, make: Products, *, is_scripted: bool = True) -> Built:
     """Return the lean form of one of transformers' decoder layers.
@@ -83,7 +93,7 @@ def build_layer(layer: nn.Module, kind: str, make: Products, *, is_scripted: boo
         head_dim, scaling = int(attention.head_dim), float(attention.scaling)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         gate, up, down, o = mlp.gate_proj, mlp.up_proj, mlp.down_proj, attention.o_proj
-        norm_1, norm_2 = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
+        norms = norms_of(layer)
         activation = _ACTIVATIONS[type(mlp.act_fn).__name__]
     except (AttributeError, KeyError) as exc:
         raise ModelError(f"a layer of another build, at {exc}") from exc
@@ -105,8 +115,9 @@ def build_layer(layer: nn.Module, kind: str, make: Products, *, is_scripted: boo
     )
     built = LeanLayer(
         products=products,
-        norms=(norm_1.weight, norm_2.weight),
-        eps=(norm_1.eps, norm_2.eps, qk_eps),
+        norms=(norms.attention.weight, norms.mlp.weight),
+        post_norms=(norms.post_attention, norms.post_mlp),
+        eps=(norms.attention.eps, qk_eps),
         bias=bias,
         qk_weight=qk_weight,
         scaling=scaling,
@@ -121,6 +132,27 @@ def build_layer(layer: nn.Module, kind: str, make: Products, *, is_scripted: boo
         rotation=kind if rotates else NO_ROTATION,
         num_bytes=sum(num_bytes_of(each) for each in products),
     )
+
+
+def norms_of(layer: Any) -> Norms:
+    """Return the norms of a layer.
+
+    Raises:
+        AttributeError: a norm is missing.
+        ModelError: one is of another kind.
+    """
+    found = [norm_of(layer.input_layernorm), norm_of(mlp_norm(layer))]
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        found += [norm_of(layer.post_attention_layernorm), norm_of(layer.post_feedforward_layernorm)]
+    if len({each.eps for each in found}) > 1:
+        raise ModelError("norms with different epsilons")
+    post = [each.weight for each in found[2:]] or [torch.empty(0), torch.empty(0)]
+    return Norms(attention=found[0], mlp=found[1], post_attention=post[0], post_mlp=post[1])
+
+
+def mlp_norm(layer: Any) -> Any:
+    """Return the module of the norm before a layer's MLP."""
+    return getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
 
 
 def norm_of(module: Any) -> Norm:

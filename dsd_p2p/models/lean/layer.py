@@ -68,7 +68,8 @@ class Attention(NamedTuple):
 class LeanLayer(nn.Module):
     """A decoder layer. Its parts are set by `dsd_p2p.models.lean.build`.
 
-    qk_weight: the norms of q and k, `[heads, d]`, or nothing. bias: of q, k and v, or nothing.
+    norms: before attention and MLP. post_norms: of their results, or nothing (Gemma has them). qk_weight: the norms of q
+    and k, `[heads, d]`, or nothing. bias: of q, k and v, or nothing. eps: of all norms, and of those of q and k.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class LeanLayer(nn.Module):
         *,
         products: tuple[nn.Module, nn.Module, nn.Module, nn.Module],
         norms: tuple[Tensor, Tensor],
-        eps: tuple[float, float, float],
+        post_norms: tuple[Tensor, Tensor],
+        eps: tuple[float, float],
         bias: Tensor,
         qk_weight: Tensor,
         scaling: float,
@@ -85,7 +87,8 @@ class LeanLayer(nn.Module):
         super().__init__()
         self.qkv, self.o, self.gate_up, self.down = products
         self.norm_1, self.norm_2 = norms
-        self.eps_1, self.eps_2, self.qk_eps = (torch.tensor(each) for each in eps)
+        self.post_1, self.post_2 = post_norms
+        self.eps, self.qk_eps = (torch.tensor(each) for each in eps)
         self.bias = bias
         self.qk_weight = qk_weight
         self.inverse_size = 1.0 / len(norms[0])
@@ -102,7 +105,7 @@ class LeanLayer(nn.Module):
         attention: list[Attention],
     ) -> Tensor:
         """Change the hidden states `x`, `[n, H]`, in place. y, out: workspaces of the product and the attention."""
-        rows, sizes = self._normed(x, self.norm_1, self.eps_1)
+        rows, sizes = self._normed(x, self.norm_1)
         if self.bias.numel() > 0:
             torch.addcmul(self.bias, self.qkv(rows), sizes, out=y)
         else:
@@ -132,8 +135,8 @@ class LeanLayer(nn.Module):
             part.attended.div_(total)
             part.target.copy_(part.result)
         sizes = out.abs().amax(-1, True).clamp_min_(1e-12)
-        x.addcmul_(self.o(out / sizes), sizes)
-        rows, sizes = self._normed(x, self.norm_2, self.eps_2)
+        self._add(x, self.o(out / sizes), sizes, self.post_1)
+        rows, sizes = self._normed(x, self.norm_2)
         product = self.gate_up(rows).mul_(sizes)
         num_inner = product.size(1) // 2
         gate = product[:, :num_inner]
@@ -145,12 +148,23 @@ class LeanLayer(nn.Module):
             gate = nn.functional.gelu(gate)
         inner = gate.mul_(product[:, num_inner:])
         sizes = inner.abs().amax(-1, True).clamp_min_(1e-12)
-        return x.addcmul_(self.down(inner / sizes), sizes)
+        self._add(x, self.down(inner / sizes), sizes, self.post_2)
+        return x
 
-    def _normed(self, x: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def _add(self, x: Tensor, product: Tensor, sizes: Tensor, post_norm: Tensor) -> None:
+        """Add a product, scaled and normed, to the hidden states."""
+        if post_norm.numel() == 0:
+            x.addcmul_(product, sizes)
+        else:
+            product = product.mul_(sizes)
+            root = torch.linalg.vector_norm(product, 2, [-1], True)
+            factor = torch.addcmul(self.eps, root, root, value=self.inverse_size).rsqrt_()
+            x.addcmul_(product.mul_(post_norm), factor)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return normed rows divided by their largest magnitude, and what the product has to be multiplied with."""
         rows = x * weight
         sizes = rows.abs().amax(-1, True).clamp_min_(1e-12)
         root = torch.linalg.vector_norm(x, 2, [-1], True)
-        factor = torch.addcmul(eps, root, root, value=self.inverse_size).rsqrt_()
+        factor = torch.addcmul(self.eps, root, root, value=self.inverse_size).rsqrt_()
         return rows.div_(sizes), sizes.mul_(factor)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.errors import ModelError
-from dsd_p2p.models.lean.build import norm_of
+from dsd_p2p.models.lean.build import mlp_norm, norm_of
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import TokenId
 
@@ -48,7 +48,7 @@ def _smooth(stock: SpanModel, prompts: Sequence[Sequence[TokenId]], strength: fl
     layers = getattr(stock.model.base_model, stock.loaded.parts.layers)
     largest: dict[Any, Tensor] = {}
     try:
-        watched = [layer.post_attention_layernorm for layer in layers]
+        watched = [mlp_norm(layer) for layer in layers]
         hooks = [each.register_forward_hook(_note(largest)) for each in watched]
         hooks += [layer.mlp.down_proj.register_forward_pre_hook(_note_input(largest)) for layer in layers]
     except AttributeError as exc:
@@ -61,7 +61,7 @@ def _smooth(stock: SpanModel, prompts: Sequence[Sequence[TokenId]], strength: fl
             hook.remove()
     for layer in layers:
         mlp = layer.mlp
-        _move(layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], largest, strength)
+        _move(mlp_norm(layer), [mlp.gate_proj, mlp.up_proj], largest, strength)
         scales = _scales(largest[mlp.down_proj], [mlp.down_proj.weight], strength)
         mlp.up_proj.weight.div_(scales[:, None])
         mlp.down_proj.weight.mul_(scales)
