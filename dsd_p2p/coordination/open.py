@@ -35,7 +35,7 @@ def load_coordinator_model(
     draft: str,
     progress: Progress,
     *,
-    draft_dtype: str = "float32",
+    draft_dtype: str = "auto",
     device: str = "cpu",
     learns: bool = False,
 ) -> CoordinatorModel:

@@ -73,7 +73,7 @@ class DrafterChoice:
         target: ModelSource,
         *,
         model: str = "",
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str = "cpu",
         room_bytes: int = 1 << 62,
         progress: Progress | None = None,

@@ -1,28 +1,33 @@
 """Makes drafters by name."""
 
+from contextlib import suppress
+
+import torch
+
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.drafting.siblings import check_vocabulary
-from dsd_p2p.errors import ConfigError
+from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import read_shape
-from dsd_p2p.models.open import open_span
+from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
-from dsd_p2p.types import Span
+from dsd_p2p.types import INT8, Span
 
 LOOKUP = NgramDrafter()
 """Prompt lookup, which is always there."""
 
 
 def make_drafter(
-    name: str, target: ModelSource, progress: Progress, *, dtype: str = "float32", device: str = "cpu"
+    name: str, target: ModelSource, progress: Progress, *, dtype: str = "auto", device: str = "cpu"
 ) -> Drafter:
     """Return the named drafter with its model loaded.
 
-    name: "ngram", "shadow" or a model, the latter two also with "+ngram".
+    name: "ngram", "shadow" or a model, the latter two also with "+ngram". dtype: of a drafting model: see `open_span`;
+        "auto": int8 if it can be.
 
     Raises:
         ConfigError: the drafter's tokenizer differs from the target's, or something other than "+ngram" was added.
@@ -55,5 +60,16 @@ def _model_drafter(name: str, target: ModelSource, progress: Progress, dtype: st
     source = find_model(name, progress)
     progress.step(f"load drafter {name}", 0, 0)
     check_vocabulary(target.folder, source.folder, name)
-    model = open_span(source, Span(0, read_shape(source.folder).num_layers), dtype=dtype, device=device)
-    return ModelDrafter(model, name, shape.vocab_size)
+    return ModelDrafter(_open_whole(source, dtype, device), name, shape.vocab_size)
+
+
+def _open_whole(source: ModelSource, dtype: str, device: str) -> OpenSpan:
+    """Open a whole drafting model. "auto" is int8 on a CPU where the model allows it: no draft changes the text."""
+    whole = Span(0, read_shape(source.folder).num_layers)
+    if dtype != "auto":
+        return open_span(source, whole, dtype=dtype, device=device)
+    if torch.device(device).type != "cpu":
+        return open_span(source, whole, dtype="bfloat16", device=device)
+    with suppress(ModelError):
+        return open_span(source, whole, dtype=INT8)
+    return open_span(source, whole)

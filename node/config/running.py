@@ -224,7 +224,9 @@ class DrafterFlags(ModelFlags, frozen=True, kw_only=True):
         str,
         Help("drafter: ngram, shadow, or a model; +ngram adds prompt lookup; auto: the fastest for the target"),
     ] = "auto"
-    draft_dtype: Annotated[str, Help("number format that a drafting model computes with")] = "float32"
+    draft_dtype: Annotated[
+        str, Help("format of a drafting model: a number format or int8; auto: int8 on a CPU where the model allows it")
+    ] = "auto"
 
 
 class SwarmFlags(DrafterFlags, frozen=True, kw_only=True):

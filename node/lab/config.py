@@ -142,7 +142,7 @@ class WanConfig(Settings, frozen=True, kw_only=True):
     device: Annotated[str, Help("torch device to compute on")] = "cpu"
     threads: Annotated[Positive, Help("torch threads of each process")] = 1
     draft: Annotated[str, Help("drafter; auto: the one that measured fastest for each target")] = "auto"
-    draft_dtype: Annotated[str, Help("number format that a drafting model computes in; by default the target's")] = ""
+    draft_dtype: Annotated[str, Help("format of a drafting model: a number format, int8 or auto")] = "auto"
     max_tokens: Annotated[Positive, Help("tokens of each answer")] = 64
     plain_tokens: Annotated[Positive, Help("tokens of each plain answer")] = 16
     temperature: Annotated[float, Meta(ge=0, le=100), Help("temperature of the sampler; 0 is greedy")] = 0.0

@@ -74,9 +74,10 @@ async def _plain(swarm: InvitedSwarm, config: DoorConfig) -> float:
     """Return the tokens/s of an answer that is decoded plainly by a client beside the first member."""
     output = await swarm.programs.run(
         *("generate", "--swarm", f"{swarm.programs.folder}/member0/", "--mode", "plain", "--coordinator", "self"),
-        *("--prompt", PROMPTS[0], "--max-tokens", "24", "--link", config.link, "--json"),
+        *("--prompt", PROMPTS[0], "--max-tokens", str(config.max_tokens), "--link", config.link, "--json"),
     )
-    return float(msgspec.json.decode(output.encode().splitlines()[-1])["stats"]["tokens_per_s"])
+    stats = msgspec.json.decode(output.encode().splitlines()[-1])["stats"]
+    return float(stats["num_tokens"]) / float(stats["total_s"])
 
 
 async def _restarts(swarm: InvitedSwarm, config: DoorConfig, progress: Progress) -> dict[str, object]:

@@ -111,7 +111,7 @@ def _cell_config(config: WanConfig, model: str, stages: int, link: str) -> Gener
         device=config.device,
         threads=config.threads,
         draft=config.draft,
-        draft_dtype=config.draft_dtype or config.dtype,
+        draft_dtype=config.draft_dtype,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         seed=config.seed,
