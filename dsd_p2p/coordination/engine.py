@@ -14,10 +14,10 @@ import trio
 from dsd_p2p.coordination.directory import NO_DETOUR, Directory, StageList
 from dsd_p2p.coordination.draft_places import DraftPlaces
 from dsd_p2p.coordination.driver import RequestDriver, Told
-from dsd_p2p.coordination.experience_file import ExperienceFile
 from dsd_p2p.coordination.far_drafts import FarDrafts
 from dsd_p2p.coordination.generation import Generation
 from dsd_p2p.coordination.guessing import Elsewhere, Guesses
+from dsd_p2p.coordination.hints import SharedExperience
 from dsd_p2p.coordination.own_drafter import OwnDrafter
 from dsd_p2p.coordination.prefixes import PrefixIndex, scope_of
 from dsd_p2p.coordination.trust import Trust
@@ -96,7 +96,7 @@ class Engine:
     """A coordinator's requests: it finds routes, drafts and streams tokens. A service of `dsd_p2p.peers.services`.
 
     tell: receives the telemetry events of the requests, if set. places: where else requests may be drafted, if set.
-    experience: where measurements of routes outlive this process, if set.
+    experience: where measurements of routes outlive this process and reach other members, if set.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Engine:
         self._prefixes = PrefixIndex()
         self._far = FarDrafts(links, vocab_size)
         self.places: DraftPlaces | None = None
-        self.experience: ExperienceFile | None = None
+        self.experience: SharedExperience | None = None
 
     @property
     def drafter(self) -> Drafter:
@@ -142,9 +142,8 @@ class Engine:
     def _tracker(self, name: tuple[str, ...]) -> Tracker:
         if name not in self._trackers:
             self._trackers[name] = Tracker()
-            kept = self.experience.of(name) if self.experience is not None else None
-            if kept is not None:
-                self._trackers[name].begin(kept)
+            if self.experience is not None:
+                self.experience.begin(name, self._trackers[name], self._nursery)
         self._last_tracker = self._trackers[name]
         return self._last_tracker
 

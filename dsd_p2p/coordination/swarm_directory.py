@@ -136,6 +136,11 @@ class SwarmDirectory:
             if member.round_trip_s is not None and member.peer != self._membership.registry.me
         }
 
+    def hint_givers(self) -> list[PeerId]:
+        """Return the members that coordinate and draft, the nearest first."""
+        offers = self.draft_offers()
+        return sorted(offers, key=lambda peer: (offers[peer].round_trip_s, peer))
+
     def _drafting(self) -> list[Member]:
         """Return the living members that have a drafter."""
         return [

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -37,6 +38,9 @@ The bounds keep a run of odd outcomes from making the drafter look certain (3) o
 _SHARPENING_STEP = 0.02
 """Greatest change of the exponent for one outcome: from the first value to a bound takes at least 40 outcomes."""
 
+_HINT_WEIGHT, _MAX_OUTCOMES_BEFORE_HINTS = 0.25, 16
+"""Weight of what another coordinator measured, and the own outcomes after which it is not taken any more."""
+
 _KEPT_WEIGHT, _KEPT_VERDICTS = 0.5, 10
 """What an earlier tracker left counts half, and its links as much as ten verdicts: about ten windows outweigh it."""
 
@@ -46,6 +50,20 @@ _SLOPE_PRIOR = 64.0
 
 Sums = tuple[float, float, float, float, float]
 """The weighted sums of a `LineFit`: weight, n, n squared, seconds, n times seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """How often a drafter was right for another coordinator.
+
+    confidence: the probability that it gave its first candidates. exponent: what its probabilities have to be raised to.
+    hits, tries: of each rank of its candidates, fading.
+    """
+
+    confidence: float
+    exponent: float
+    hits: Sequence[float]
+    tries: Sequence[float]
 
 
 class KeptRate(msgspec.Struct, frozen=True, array_like=True):
@@ -278,6 +296,17 @@ class Tracker:
             num_outcomes=self._num_outcomes,
             rates=tuple(rate.kept() for rate in self._rates.values()),
         )
+
+    def calibrate(self, hint: Calibration) -> None:
+        """Begin with how often the drafter was right for another coordinator, unless it was tried here already."""
+        if self._num_outcomes > _MAX_OUTCOMES_BEFORE_HINTS:
+            return
+        for rank, (hits, tries) in enumerate(zip(hint.hits, hint.tries, strict=False)):
+            if rank < len(self._tries_by_rank) and hits <= tries:
+                self._hits_by_rank[rank] += _HINT_WEIGHT * hits
+                self._tries_by_rank[rank] += _HINT_WEIGHT * tries
+        self._confidence = hint.confidence
+        self._sharpening.exponent = max(_LEAST_SHARPENING, min(_MOST_SHARPENING, hint.exponent))
 
     def begin(self, kept: Kept) -> None:
         """Begin with what an earlier tracker of this route and drafter left; new measurements soon outweigh it."""

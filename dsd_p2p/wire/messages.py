@@ -27,6 +27,7 @@ from dsd_p2p.types import (
     TokenLogprobs,
 )
 from dsd_p2p.wire.drafts import AskDraft, Drafted, EndDrafts, OpenDrafts
+from dsd_p2p.wire.hints import AskHint, Hint
 from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members
 
 MAX_WINDOW_NODES = 1024
@@ -369,4 +370,6 @@ Message = (
     | AskDraft
     | Drafted
     | EndDrafts
+    | AskHint
+    | Hint
 )

@@ -13,8 +13,8 @@ import trio
 
 from dsd_p2p.coordination.draft_places import DraftPlaces
 from dsd_p2p.coordination.engine import Engine
-from dsd_p2p.coordination.experience_file import ExperienceFile
 from dsd_p2p.coordination.for_others import ThinClient
+from dsd_p2p.coordination.hints import SharedExperience
 from dsd_p2p.coordination.own_drafter import OwnDrafter
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.drafting.base import Drafter
@@ -103,11 +103,11 @@ async def open_swarm_client(
                 coverage_timeout_s=coverage_timeout_s,
             )
             engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
-            engine.experience = ExperienceFile(state.experience)
+            engine.experience = SharedExperience(state.experience, links, directory.hint_givers)
             if engine.drafter is not LOOKUP:
                 engine.places = DraftPlaces(directory.draft_offers)
             thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
-            nursery.start_soon(run_services, links, [membership, engine, thin])
+            nursery.start_soon(run_services, links, [membership, engine, engine.experience, thin])
             await membership.announce(me, MemberState.SERVING)
             await _meet(membership, meet_timeout_s)
             yield SwarmClient(engine=engine, thin=thin, membership=membership, directory=directory, transport=inner)

@@ -21,8 +21,8 @@ from dsd_p2p import units
 from dsd_p2p.coordination.draft_places import DraftPlaces
 from dsd_p2p.coordination.draft_service import DraftService
 from dsd_p2p.coordination.engine import Engine
-from dsd_p2p.coordination.experience_file import ExperienceFile
 from dsd_p2p.coordination.for_others import CoordinatorService, ThinClient
+from dsd_p2p.coordination.hints import SharedExperience
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
@@ -140,10 +140,10 @@ class SwarmPeer:
         engine = None if choice is None else Engine(links, choice, shape.vocab_size, nursery, directory)
         coordinating: list[Service] = []
         if engine is not None:
-            engine.experience = ExperienceFile(settings.state.experience)
+            engine.experience = SharedExperience(settings.state.experience, links, directory.hint_givers)
             engine.places = DraftPlaces(partial(drafts.offers, directory))
             drafting = DraftService(links, engine.own_drafter.open_for_peer, settings.source.key(stored.dtype))
-            coordinating = [engine, drafting]
+            coordinating = [engine, drafting, engine.experience]
             if config.role == "stage":
                 coordinating.append(CoordinatorService(engine, coordinating_policy))
         return PeerParts(

@@ -12,6 +12,7 @@ from toy_swarm import toy_swarm
 
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.coordination.experience_file import ExperienceFile
+from dsd_p2p.coordination.hints import SharedExperience
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.types import StageCost, TextRequest
 from dsd_p2p.window.base import Mode
@@ -95,13 +96,13 @@ async def test_the_first_answer_after_a_restart_begins_where_the_last_ended(tmp_
     modes = []
     for _ in range(2):
         async with toy_swarm(link=LinkModel(latency_s=0.02)) as swarm:
-            swarm.engine.experience = ExperienceFile(tmp_path / "experience")
+            swarm.engine.experience = SharedExperience(tmp_path / "experience", swarm.engine.links, list)
             policy = adaptive_policy("learned", frozenset({Mode.CONTINUOUS}))
             options = GenerateOptions(text=TextRequest(max_tokens=120))
             with trio.fail_after(60):
                 async with swarm.engine.generate(PROMPT, options, policy) as generation:
                     modes.append(generation.decision.mode)
                     assert [token async for token in generation] == plain_text(PROMPT, 120)
-                while swarm.engine.experience.of(next(iter(swarm.engine._trackers))) is None:  # noqa: ASYNC110 - a file
+                while not (tmp_path / "experience").exists():  # noqa: ASYNC110 - a file
                     await trio.sleep(0.01)
     assert modes == [Mode.PLAIN, Mode.CONTINUOUS]

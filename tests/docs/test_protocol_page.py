@@ -9,6 +9,7 @@ import pytest
 
 from dsd_p2p.types import Endpoint, ModelKey, PeerInfo, Relaxation, Sampling, Span, TextRequest
 from dsd_p2p.wire import membership, messages
+from dsd_p2p.wire.hints import Hits
 from dsd_p2p.wire.messages import Message
 from dsd_p2p.wire.version import PROTOCOL_ID, PROTOCOL_VERSION
 
@@ -18,7 +19,7 @@ MESSAGES = {struct.__name__: struct for struct in get_args(Message)}
 STRUCTURES = {
     struct.__name__: struct
     for struct in (
-        Endpoint, ModelKey, TextRequest, PeerInfo, Span, Sampling, Relaxation,
+        Endpoint, ModelKey, TextRequest, PeerInfo, Span, Sampling, Relaxation, Hits,
         *(each for module in (messages, membership) for each in vars(module).values()),
     )
     if isinstance(struct, type) and issubclass(struct, msgspec.Struct) and struct.__name__ not in MESSAGES
