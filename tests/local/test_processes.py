@@ -142,6 +142,37 @@ def test_generate_prints_the_promised_json(smollm, mode):
     assert stats["verification"] == "exact"
 
 
+def test_int8_writes_one_text_in_every_mode_and_split(smollm):
+    """Over real processes: plain in one stage, a synchronous tree in two, and a learned policy in three."""
+    question = ["--prompt", "Name three rivers of Europe.", "--max-tokens", "40", "--json", "--weights", "int8"]
+    texts = []
+    for flags in (
+        "--stages 1 --mode plain",
+        "--stages 2 --mode sync --width 2 --window-nodes 12 --draft shadow",
+        "--stages 3 --mode continuous --draft shadow+ngram",
+    ):
+        result = dsd("generate", "--model", "smollm2-135m", *flags.split(), *question)
+        assert result.returncode == 0, result.stderr
+        texts.append(json.loads(result.stdout.strip().splitlines()[-1])["token_ids"])
+    assert len(texts[0]) == 40
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--dtype bfloat16", "--weights int8 computes in float32, not in bfloat16"),
+        ("--model {gpt2}", "has no int8 form"),
+    ],
+)
+def test_int8_that_cannot_be_is_refused_in_a_sentence(tiny, flags, says):
+    given = flags.format(gpt2=tiny("gpt2")).split()
+    result = dsd("generate", "--weights", "int8", "--prompt-ids", "1,2", "--stages", "1", *given)
+    assert result.returncode != 0
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="namespaces need root and TUN")
 def test_real_links_between_namespaces_carry_the_same_text_and_nothing_stays(tiny):
     before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
