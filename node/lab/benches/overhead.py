@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import torch
 
-from dsd_p2p.errors import LocalProtocolError
+from dsd_p2p.errors import ConfigError, LocalProtocolError
 from dsd_p2p.models.source import find_model
-from dsd_p2p.types import TokenId
+from dsd_p2p.types import INT8, TokenId
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from node.client.client import open_client
 from node.config import GenerateConfig
@@ -21,7 +21,13 @@ _MIB = 2**20
 
 
 async def run_overhead(config: GenerateConfig, rounds: int) -> dict[str, object]:
-    """Measure plain decoding with the unsplit model in this process and through the stage processes, in turns."""
+    """Measure plain decoding with the unsplit model in this process and through the stage processes, in turns.
+
+    Raises:
+        ConfigError: the weights are int8.
+    """
+    if config.dtype == INT8:
+        raise ConfigError("--weights int8: transformers has none to compare with; dsd bench peers measures int8")
     config = msgspec.structs.replace(config, draft="ngram")
     unsplit_s, split_s, hop_s = [], [], []
     with ConsoleProgress() as progress:
