@@ -8,6 +8,7 @@ A wrong hint costs a little speed, because it counts less than own measurements;
 """
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_ASKED = 3
 _TIMEOUT_S = 2.0
+_CHECK_S = 0.05
+_SEND_TIMEOUT_S, _MAX_ANSWERING = 1.0, 16
 _MAX_KNOWN = 64
 _MAX_NAME, _MAX_RANKS = 16384, 64
 
@@ -43,6 +46,9 @@ class SharedExperience:
         self._known: OrderedDict[str, Hits] = OrderedDict()
         self._waiting: dict[tuple[PeerId, int], Tracker] = {}
         self._next_number = 0
+        self._known_lock = threading.Lock()
+        self._nursery: trio.Nursery | None = None
+        self._num_answering = 0
 
     def begin(self, name: tuple[str, ...], tracker: Tracker, nursery: trio.Nursery) -> None:
         """Let a new tracker begin with what is known; ask others in the background if that is nothing."""
@@ -54,12 +60,14 @@ class SharedExperience:
 
     def keep(self, name: tuple[str, ...], kept: Kept) -> None:
         """Keep what a tracker measured."""
-        joined = "\n".join(name)
         if kept.num_outcomes:
-            self._known[joined] = _hits_of(kept)
-            self._known.move_to_end(joined)
-            while len(self._known) > _MAX_KNOWN:
-                self._known.popitem(last=False)
+            joined = "\n".join(name)
+            # Requests that end at the same time keep in threads of their own.
+            with self._known_lock:
+                self._known.pop(joined, None)
+                self._known[joined] = _hits_of(kept)
+                while len(self._known) > _MAX_KNOWN:
+                    self._known.popitem(last=False)
         self._file.keep(name, kept)
 
     async def _ask(self, name: str, tracker: Tracker) -> None:
@@ -67,14 +75,16 @@ class SharedExperience:
         if len(name) > _MAX_NAME:
             return
         try:
-            for peer in self._peers()[:_MAX_ASKED]:
-                self._next_number = (self._next_number + 1) % (1 << 31)
-                self._waiting[peer, self._next_number] = tracker
-                asked.append((peer, self._next_number))
-                with suppress(PeerError):
-                    await self._links.send(peer, AskHint(number=self._next_number, name=name))
-            if asked:
-                await trio.sleep(_TIMEOUT_S)
+            with trio.move_on_after(_TIMEOUT_S):
+                for peer in self._peers()[:_MAX_ASKED]:
+                    self._next_number = (self._next_number + 1) % (1 << 31)
+                    self._waiting[peer, self._next_number] = tracker
+                    asked.append((peer, self._next_number))
+                    with suppress(PeerError):
+                        await self._links.send(peer, AskHint(number=self._next_number, name=name))
+                # The first answer is taken, and the others are not waited for.
+                while any(each in self._waiting for each in asked):  # noqa: ASYNC110 - a state
+                    await trio.sleep(_CHECK_S)
         finally:
             for each in asked:
                 self._waiting.pop(each, None)
@@ -82,7 +92,8 @@ class SharedExperience:
     # The service
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Do nothing: questions run in the nursery of the engine that asks."""
+        """Answer in the background as long as the nursery is open."""
+        self._nursery = nursery
 
     @property
     def handlers(self) -> Mapping[type[Message], Handler]:
@@ -95,14 +106,25 @@ class SharedExperience:
             del self._waiting[each]
 
     async def _answer(self, event: Arrived, message: AskHint) -> None:
-        with suppress(PeerError):
-            await self._links.send(event.sender, Hint(number=message.number, known=self._known.get(message.name)))
+        # A peer that does not read must not hold up the messages of others.
+        if self._nursery is not None and self._num_answering < _MAX_ANSWERING:
+            hint = Hint(number=message.number, known=self._known.get(message.name))
+            self._nursery.start_soon(self._send, event.sender, hint)
+
+    async def _send(self, peer: PeerId, hint: Hint) -> None:
+        self._num_answering += 1
+        try:
+            with suppress(PeerError), trio.move_on_after(_SEND_TIMEOUT_S):
+                await self._links.send(peer, hint)
+        finally:
+            self._num_answering -= 1
 
     async def _hear(self, event: Arrived, message: Hint) -> None:
         tracker = self._waiting.pop((event.sender, message.number), None)
         if tracker is None or (known := message.known) is None:
             return
         logger.info("hint taken from=%s", event.sender)
+        self._waiting = {asked: other for asked, other in self._waiting.items() if other is not tracker}
         tracker.calibrate(
             Calibration(
                 confidence=known.confidence / 1000,

@@ -12,10 +12,11 @@ from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.drafting.siblings import check_vocabulary
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.lean.open import open_lean_span
 from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
-from dsd_p2p.types import INT8, Span
+from dsd_p2p.types import Span
 
 LOOKUP = NgramDrafter()
 """Prompt lookup, which is always there."""
@@ -71,5 +72,5 @@ def _open_whole(source: ModelSource, dtype: str, device: str) -> OpenSpan:
     if torch.device(device).type != "cpu":
         return open_span(source, whole, dtype="bfloat16", device=device)
     with suppress(ModelError):
-        return open_span(source, whole, dtype=INT8)
+        return open_lean_span(source, whole, is_exact=False)
     return open_span(source, whole)

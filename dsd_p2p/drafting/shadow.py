@@ -1,5 +1,7 @@
 """Makes the shadow: a drafter of the target's own weights in int8, for targets that have no small sibling."""
 
+from contextlib import suppress
+
 import torch
 
 from dsd_p2p.drafting.model import ModelDrafter
@@ -24,13 +26,11 @@ def make_shadow(target: ModelSource, num_layers: int) -> ModelDrafter:
         ModelError: the weights cannot be loaded.
     """
     whole = Span(0, num_layers)
-    try:
-        return ModelDrafter(open_lean_span(target, whole), "shadow")
-    except ModelError:
-        order = pass_order(read_model_config(target.folder))
-        model = SpanModel(load_span(target, whole, torch.float32, "cpu"), order)
-        round_linear_layers(model.model)
-        return ModelDrafter(model, "shadow")
+    with suppress(ModelError):
+        return ModelDrafter(open_lean_span(target, whole, is_exact=False), "shadow")
+    model = SpanModel(load_span(target, whole, torch.float32, "cpu"), pass_order(read_model_config(target.folder)))
+    round_linear_layers(model.model)
+    return ModelDrafter(model, "shadow")
 
 
 def shadow_bytes(target: ModelSource) -> int:

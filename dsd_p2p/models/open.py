@@ -37,7 +37,7 @@ def open_span(
     """
     if dtype == INT8:
         if torch.device(device).type != "cpu":
-            raise ConfigError(f"weights in int8 run on the CPU, not on {device}: use --weights float")
+            raise ConfigError(f"weights in int8 run on the CPU, not on {device}: use --device cpu")
         return open_lean_span(
             source, span, cache_bytes=cache_bytes, donor=donor if isinstance(donor, LeanSpan) else None
         )

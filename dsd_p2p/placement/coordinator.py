@@ -51,13 +51,17 @@ def choose_coordinator(
     ]
     between_s = _USUAL_TRAVERSAL_S if own is None else own.traversal_s
     others.sort(key=lambda peer: seconds_per_token(between_s + 2 * _usual_link_s(view, peer), 0.0, capable[peer]))
-    for peer in others[:_MAX_CANDIDATES]:
+    num_searched = 0
+    for peer in others:
         plan = choose_route(view, peer, capable[peer])
         if plan is None:
             continue
+        num_searched += 1
         bar = float("inf") if best is None else best[1].s_per_token / (_MIN_GAIN if best[0] == client else 1.0)
         if plan.s_per_token < bar:
             best = peer, plan
+        if num_searched == _MAX_CANDIDATES:
+            break
     return best
 
 

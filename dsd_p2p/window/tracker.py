@@ -41,6 +41,9 @@ _SHARPENING_STEP = 0.02
 _HINT_WEIGHT, _MAX_OUTCOMES_BEFORE_HINTS = 0.25, 16
 """Weight of what another coordinator measured, and the own outcomes after which it is not taken any more."""
 
+_REMEMBERED_OUTCOMES = 1 / (1 - _OUTCOME_DECAY)
+"""The most that tries can add up to."""
+
 _KEPT_WEIGHT, _KEPT_VERDICTS = 0.5, 10
 """What an earlier tracker left counts half, and its links as much as ten verdicts: about ten windows outweigh it."""
 
@@ -212,6 +215,7 @@ class Tracker:
         self._rates: dict[str, _Rate] = {}
         self._num_tokens = 0
         self._num_outcomes = 0
+        self._hinted: list[tuple[int, float, float]] = []
 
     def verdict(self, *, traversal_s: float, costs: Sequence[StageCost], waited_s: float) -> None:
         """Add the first verdict of a window, received `traversal_s` after sending, and its cost at each stage.
@@ -261,6 +265,10 @@ class Tracker:
         for tried in range(min(num_tried, len(self._tries_by_rank))):
             self._tries_by_rank[tried] = self._tries_by_rank[tried] * _OUTCOME_DECAY + 1
             self._hits_by_rank[tried] = self._hits_by_rank[tried] * _OUTCOME_DECAY + (tried == rank)
+        self._hinted = [
+            (each, _OUTCOME_DECAY * hits, _OUTCOME_DECAY * tries) if each < num_tried else (each, hits, tries)
+            for each, hits, tries in self._hinted
+        ]
         self._num_outcomes += 1
 
     def progress(self, decision: Decision, num_tokens: int, seconds: float) -> None:
@@ -282,7 +290,12 @@ class Tracker:
         self._draft.add(1, step_s)
 
     def kept(self) -> Kept:
-        """Return what the next tracker of this route and drafter may begin with."""
+        """Return what the next tracker of this route and drafter may begin with: what was measured here, without hints."""
+        hits, tries = list(self._hits_by_rank), list(self._tries_by_rank)
+        for rank, hinted_hits, hinted_tries in self._hinted:
+            # Hints fade with each outcome that their rank had.
+            hits[rank] = max(0.0, hits[rank] - hinted_hits)
+            tries[rank] = max(hits[rank], tries[rank] - hinted_tries)
         return Kept(
             stages=tuple(fit.sums() for fit in self._stages),
             links_s=self._links_s,
@@ -290,8 +303,8 @@ class Tracker:
             num_sharing=self._num_sharing,
             confidence=self._confidence,
             draft=self._draft.sums(),
-            hits_by_rank=tuple(self._hits_by_rank),
-            tries_by_rank=tuple(self._tries_by_rank),
+            hits_by_rank=tuple(hits),
+            tries_by_rank=tuple(tries),
             exponent=self._sharpening.exponent,
             num_outcomes=self._num_outcomes,
             rates=tuple(rate.kept() for rate in self._rates.values()),
@@ -302,9 +315,12 @@ class Tracker:
         if self._num_outcomes > _MAX_OUTCOMES_BEFORE_HINTS:
             return
         for rank, (hits, tries) in enumerate(zip(hint.hits, hint.tries, strict=False)):
-            if rank < len(self._tries_by_rank) and hits <= tries:
-                self._hits_by_rank[rank] += _HINT_WEIGHT * hits
-                self._tries_by_rank[rank] += _HINT_WEIGHT * tries
+            if rank < len(self._tries_by_rank) and tries > 0 and hits <= tries:
+                # However much another claims to have tried, it counts no more than our own memory would.
+                weight = _HINT_WEIGHT * min(1.0, _REMEMBERED_OUTCOMES / tries)
+                self._hinted.append((rank, weight * hits, weight * tries))
+                self._hits_by_rank[rank] += weight * hits
+                self._tries_by_rank[rank] += weight * tries
         self._confidence = hint.confidence
         self._sharpening.exponent = max(_LEAST_SHARPENING, min(_MOST_SHARPENING, hint.exponent))
 

@@ -17,7 +17,7 @@ class Hits(msgspec.Struct, frozen=True, array_like=True):
     """How often a drafter was right.
 
     confidence: the probability that it gave its first candidates, in thousandths. exponent: what its probabilities have to
-    be raised to, in thousandths. hits, tries: of each rank of its candidates, in tenths, fading. num_outcomes: in all.
+    be raised to, in thousandths. hits, tries: of each rank of its candidates, in tenths, fading.
     """
 
     confidence: _Permille

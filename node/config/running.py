@@ -104,6 +104,8 @@ def _format_of(weights: str, dtype: str) -> str:
     Raises:
         ConfigError: int8 computes in float32 only.
     """
+    if weights == "float" and dtype == INT8:
+        raise ConfigError("--weights float computes in float32, bfloat16 or float16: change --dtype")
     if weights != INT8:
         return dtype
     if dtype not in ("float32", INT8):

@@ -3,18 +3,19 @@
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
+import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsd_p2p.coordination.hints import SharedExperience, _hits_of
+from dsd_p2p.coordination.hints import _MAX_ANSWERING, SharedExperience, _hits_of
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import PeerInfo
 from dsd_p2p.window.tracker import Calibration, Tracker
 from dsd_p2p.wire.codec import decode, encode
-from dsd_p2p.wire.hints import Hint, Hits
+from dsd_p2p.wire.hints import AskHint, Hint, Hits
 
 NAME = ("learned", "shadow+ngram", "model", "stage [0, 3)")
 
@@ -136,3 +137,40 @@ def test_more_hits_than_tries_are_not_taken():
     tracker, fresh = Tracker(), Tracker()
     tracker.calibrate(Calibration(confidence=0.7, exponent=1.3, hits=[100.0], tries=[1.0]))
     assert tracker.observe().hit_rate_by_rank == fresh.observe().hit_rate_by_rank
+
+
+def test_however_much_a_hint_claims_it_is_soon_outweighed_and_not_passed_on():
+    lied_to, fresh = Tracker(), Tracker()
+    lied_to.calibrate(Calibration(confidence=0.7, exponent=1.3, hits=[0.0] * 3, tries=[100_000.0] * 3))
+    for _ in range(60):
+        lied_to.outcome(0, [-0.1])
+        fresh.outcome(0, [-0.1])
+    assert rate(lied_to) > 0.7
+    ours, honest = lied_to.kept(), fresh.kept()
+    assert ours.hits_by_rank == pytest.approx(honest.hits_by_rank)
+    assert ours.tries_by_rank == pytest.approx(honest.tries_by_rank)
+
+
+async def test_a_member_that_does_not_read_holds_up_nobody(tmp_path, autojump_clock):
+    async with members(tmp_path, "mute", "busy", "other") as (mute, busy, other, nursery):
+        send = busy._links.send
+
+        async def stuck(to, message, payload=b""):
+            if to == "mute":
+                await trio.sleep_forever()
+            await send(to, message, payload)
+
+        busy._links.send = stuck
+        busy.keep(NAME, kept())
+        for number in range(100):
+            await mute._links.send("busy", AskHint(number=number, name="\n".join(NAME)))
+        await trio.sleep(0.1)
+        assert busy._num_answering == _MAX_ANSWERING
+        await trio.sleep(2)
+        assert busy._num_answering == 0
+        await other._links.connect("memory:busy", 5)
+        tracker = Tracker()
+        other._peers = lambda: ["busy"]
+        other.begin(NAME, tracker, nursery)
+        await trio.sleep(1)
+        assert rate(tracker) > rate(Tracker())

@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES, NUM_LAYERS, VOCAB, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from dsd_p2p.cache.passes import SpanPass, views_of
 from dsd_p2p.cache.slots import SlotTable
@@ -275,3 +276,22 @@ def test_no_bit_depends_on_many_windows_in_flight(opened, seed):
     found = np.concatenate(logits)
     for index in [*rng.sample(range(len(names)), 3), positions.index(max(positions)), len(names) - 1]:
         assert np.array_equal(found[index], alone([model], prompt, path_of(tree, index))[-1])
+
+
+def test_threads_that_part_a_wide_row_change_no_bit(tmp_path):
+    """torch parts more than 32,768 elements among its threads, in the middle of a row."""
+    config = FAMILIES["llama"]()
+    config.intermediate_size = 4864
+    torch.manual_seed(0)
+    folder = tmp_path / "wide"
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().save_pretrained(folder)
+    model = open_lean_span(find_model(str(folder), NoProgress()), WHOLE)
+    gate = torch.randn(32, 4864)
+    layer = model.layers[0].run
+    torch.set_num_threads(3)
+    try:
+        together = layer._activated(gate)
+        alone = torch.cat([layer._activated(row[None]) for row in gate])
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(together, alone)

@@ -98,7 +98,7 @@ def test_dsd_quantize_writes_a_model_that_loses_less(with_outliers, tmp_path):
     assert set(report["fitted_on"]["documentation_of"]).isdisjoint(report["judged_on"]["documentation_of"])
     smoothed = find_model(str(output), NoProgress())
     assert smoothed.key("int8") != with_outliers.key("int8")
-    assert not (tmp_path / "smoothed.partial").exists()
+    assert {each.name for each in tmp_path.iterdir()} == {"model", "smoothed"}
     # What the report says is what anybody finds who judges the folder.
     expected = [log_probabilities(stock_of(with_outliers), text) for text in texts(3)]
     again = judge(open_lean_span(smoothed, WHOLE), texts(3), expected)

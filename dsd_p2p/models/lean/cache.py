@@ -46,6 +46,8 @@ class LeanCache:
             raise LocalProtocolError(f"cannot keep {edit.num_slots} slots: only {self.num_slots} are filled")
         if len(edit.gathered):
             self.kv[:, :, :, edit.num_kept : edit.num_slots] = self.path(torch.from_numpy(edit.gathered))
+        # What a bad window left there may be no number, and would turn up again in the padding.
+        self.kv[:, :, :, edit.num_slots : self.num_slots] = 0
         self.num_slots = edit.num_slots
 
     def path(self, slots: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dsd_p2p.types import Span
 logger = logging.getLogger(__name__)
 
 _NUM_ROWS, _TOLERANCE = 12, 1e-3
-_CONTEXTS, _WINDOW = (1, 37, 130), 9
+_CONTEXTS, _WINDOW = (1, 37, 130), 16
 
 Values = NDArray[Any]
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 CHUNK, LONGEST_SUM = 128, 192
 SLOT_PAD = 32
 FEWEST_HEAD_ROWS = 6
+UNPARTED = 32768
 
 SILU, GELU_TANH, GELU = 0, 1, 2
 
@@ -91,7 +92,7 @@ class LeanLayer(nn.Module):
         self.eps, self.qk_eps = (torch.tensor(each) for each in eps)
         self.bias = bias
         self.qk_weight = qk_weight
-        self.inverse_size = 1.0 / len(norms[0])
+        self.unparted = UNPARTED
         self.scaling = scaling
         self.activation = activation
 
@@ -139,17 +140,26 @@ class LeanLayer(nn.Module):
         rows, sizes = self._normed(x, self.norm_2)
         product = self.gate_up(rows).mul_(sizes)
         num_inner = product.size(1) // 2
-        gate = product[:, :num_inner]
-        if self.activation == 0:
-            gate = nn.functional.silu(gate, inplace=True)
-        elif self.activation == 1:
-            gate = nn.functional.gelu(gate, approximate="tanh")
-        else:
-            gate = nn.functional.gelu(gate)
-        inner = gate.mul_(product[:, num_inner:])
+        inner = self._activated(product[:, :num_inner]).mul_(product[:, num_inner:])
         sizes = inner.abs().amax(-1, True).clamp_min_(1e-12)
         self._add(x, self.down(inner / sizes), sizes, self.post_2)
         return x
+
+    def _activated(self, gate: Tensor) -> Tensor:
+        """Return the gate's activation.
+
+        torch parts more than `UNPARTED` elements among its threads, in the middle of rows, and an element at a cut is
+        computed in another way. So only as many rows are taken at once as one thread takes.
+        """
+        pieces: list[Tensor] = []
+        for piece in torch.split(gate, max(1, self.unparted // gate.size(1))):
+            if self.activation == 0:
+                pieces.append(nn.functional.silu(piece))
+            elif self.activation == 1:
+                pieces.append(nn.functional.gelu(piece, approximate="tanh"))
+            else:
+                pieces.append(nn.functional.gelu(piece))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _add(self, x: Tensor, product: Tensor, sizes: Tensor, post_norm: Tensor) -> None:
         """Add a product, scaled and normed, to the hidden states."""
@@ -158,7 +168,7 @@ class LeanLayer(nn.Module):
         else:
             product = product.mul_(sizes)
             root = torch.linalg.vector_norm(product, 2, [-1], True)
-            factor = torch.addcmul(self.eps, root, root, value=self.inverse_size).rsqrt_()
+            factor = torch.addcmul(self.eps, root, root, value=1.0 / x.size(1)).rsqrt_()
             x.addcmul_(product.mul_(post_norm), factor)
 
     def _normed(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,5 +176,5 @@ class LeanLayer(nn.Module):
         rows = x * weight
         sizes = rows.abs().amax(-1, True).clamp_min_(1e-12)
         root = torch.linalg.vector_norm(x, 2, [-1], True)
-        factor = torch.addcmul(self.eps, root, root, value=self.inverse_size).rsqrt_()
+        factor = torch.addcmul(self.eps, root, root, value=1.0 / x.size(1)).rsqrt_()
         return rows.div_(sizes), sizes.mul_(factor)

@@ -21,16 +21,24 @@ _LAYERS_AT_ONCE = 4
 
 
 def open_lean_span(
-    source: ModelSource, span: Span, *, cache_bytes: int = 1 << 30, donor: LeanSpan | None = None
+    source: ModelSource,
+    span: Span,
+    *,
+    cache_bytes: int = 1 << 30,
+    donor: LeanSpan | None = None,
+    is_exact: bool = True,
 ) -> LeanSpan:
     """Load the layers of `span` in int8, ready to run.
 
-    donor: a model whose layers and ends are taken over where the spans overlap.
+    donor: a model whose layers and ends are taken over where the spans overlap. is_exact: make sure that windows change no
+        bit, even if that costs speed; drafters need not.
 
     Raises:
         ConfigError: the span does not exist.
         ModelError: the family has no int8 form, or the weights cannot be loaded.
     """
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ModelError("this CPU has no fast int8 products: use --weights float")
     config = read_model_config(source.folder)
     order, shape = pass_order(config), shape_of(config)
     if not 0 <= span.first < span.last <= shape.num_layers:
@@ -54,6 +62,8 @@ def open_lean_span(
                 norm=its_ends.norm or ends.norm,
                 head=its_ends.head or ends.head,
             )
+        # The next floats are read only when these are gone.
+        del stock
     assert rotary is not None
     held = [layers[index] for index in range(span.first, span.last)]
     if len({each.heads for each in held}) > 1:
@@ -66,7 +76,8 @@ def open_lean_span(
         rotary=rotary,
         cache_bytes=cache_bytes,
     )
-    settle_exactness(model)
+    if is_exact:
+        settle_exactness(model)
     return model
 
 

@@ -51,6 +51,7 @@ def _smooth(stock: SpanModel, prompts: Sequence[Sequence[TokenId]], strength: fl
         watched = [mlp_norm(layer) for layer in layers]
         hooks = [each.register_forward_hook(_note(largest)) for each in watched]
         hooks += [layer.mlp.down_proj.register_forward_pre_hook(_note_input(largest)) for layer in layers]
+        mlps = [(layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj) for layer in layers]
     except AttributeError as exc:
         raise ModelError(f"a layer of another build, at {exc}") from exc
     try:
@@ -59,12 +60,11 @@ def _smooth(stock: SpanModel, prompts: Sequence[Sequence[TokenId]], strength: fl
     finally:
         for hook in hooks:
             hook.remove()
-    for layer in layers:
-        mlp = layer.mlp
-        _move(mlp_norm(layer), [mlp.gate_proj, mlp.up_proj], largest, strength)
-        scales = _scales(largest[mlp.down_proj], [mlp.down_proj.weight], strength)
-        mlp.up_proj.weight.div_(scales[:, None])
-        mlp.down_proj.weight.mul_(scales)
+    for layer, (gate, up, down) in zip(layers, mlps, strict=True):
+        _move(mlp_norm(layer), [gate, up], largest, strength)
+        scales = _scales(largest[down], [down.weight], strength)
+        up.weight.div_(scales[:, None])
+        down.weight.mul_(scales)
 
 
 def _note(largest: dict[Any, Tensor]) -> Any:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,7 @@ from node.console import ConsoleProgress
 
 REPORT = "quantize.json"
 _WEIGHTS = "model.safetensors"
+_COPIED = (".json", ".jinja", ".model", ".txt")
 
 _FITTED_PROMPTS = (
     "What is the capital of Japan?",
@@ -80,6 +82,8 @@ def quantize(source: ModelSource, output: Path, progress: Progress) -> dict[str,
         ModelError: the family has no int8 form.
     """
     whole = Span(0, read_shape(source.folder).num_layers)
+    # A family without an int8 form is refused before minutes are spent on it.
+    open_lean_span(source, Span(0, 1))
     stock = SpanModel(
         load_span(source, whole, torch.float32, "cpu"),
         pass_order(read_model_config(source.folder)),
@@ -92,34 +96,38 @@ def quantize(source: ModelSource, output: Path, progress: Progress) -> dict[str,
     fitted = _texts(stock, codec, _FITTED_PROMPTS, _FITTED_MODULES)
     progress.step("smooth", 0, 0)
     smooth(stock, fitted)
-    scratch = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    _write(stock, source, scratch)
-    del stock
-    reports = {}
-    for name, each in (("before", source), ("after", find_model(str(scratch), progress))):
-        progress.step(f"int8 {name} smoothing", 0, 0)
-        reports[name] = judge(open_lean_span(each, whole, cache_bytes=1 << 40), judged, expected)
-    report: dict[str, object] = {
-        "model": source.name,
-        "digest": source.digest(),
-        "strength": STRENGTH,
-        "fitted_on": {"prompts": _FITTED_PROMPTS, "documentation_of": _FITTED_MODULES},
-        "judged_on": {"prompts": _JUDGED_PROMPTS, "documentation_of": _JUDGED_MODULES},
-        "int8_before": msgspec.to_builtins(reports["before"]),
-        "int8": msgspec.to_builtins(reports["after"]),
-    }
-    (scratch / REPORT).write_text(json.dumps(report, indent=1))
-    scratch.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        folder = Path(scratch) / output.name
+        _write(stock, source, folder)
+        del stock
+        reports = {}
+        for name, each in (("before", source), ("after", find_model(str(folder), progress))):
+            progress.step(f"int8 {name} smoothing", 0, 0)
+            reports[name] = judge(open_lean_span(each, whole, cache_bytes=1 << 40), judged, expected)
+        report: dict[str, object] = {
+            "model": source.name,
+            "digest": source.digest(),
+            "strength": STRENGTH,
+            "fitted_on": {"prompts": _FITTED_PROMPTS, "documentation_of": _FITTED_MODULES},
+            "judged_on": {"prompts": _JUDGED_PROMPTS, "documentation_of": _JUDGED_MODULES},
+            "int8_before": msgspec.to_builtins(reports["before"]),
+            "int8": msgspec.to_builtins(reports["after"]),
+        }
+        (folder / REPORT).write_text(json.dumps(report, indent=1))
+        folder.rename(output)
     return report
 
 
 def _write(stock: SpanModel, source: ModelSource, folder: Path) -> None:
-    """Write the model's weights, and the other files of its checkpoint as they are."""
+    """Write the model's weights in float32, its config, and what belongs to its tokenizer as it is."""
     folder.mkdir(parents=True)
     for file in source.folder.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+        if file.suffix in _COPIED and not file.name.endswith(".index.json"):
             shutil.copy2(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
     state = {name: tensor.contiguous() for name, tensor in stock.model.state_dict().items()}
     if stock.model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

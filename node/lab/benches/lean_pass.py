@@ -48,7 +48,7 @@ async def run_peers(config: PeersConfig, rounds: int, progress: Progress) -> dic
     async with serving_swarm(config, source, shape.num_layers, shape.vocab_size, progress) as engine:
         for number in range(-1, rounds):
             progress.step("llama.cpp, one process, stages on loopback", max(0, number), rounds)
-            taken = {rows: whole.window_ms(rows) for rows in _WINDOWS}
+            taken = {rows: await trio.to_thread.run_sync(whole.window_ms, rows) for rows in _WINDOWS}
             theirs = await trio.to_thread.run_sync(llama.token_ms, config.max_tokens)
             run = await write_together(engine, config, [prompt], lambda: StaticPolicy(PLAIN))
             # Round -1 warms up.

@@ -32,10 +32,10 @@ class Program:
     process: trio.Process
     url: str = ""
 
-    async def stop(self, number: signal.Signals = signal.SIGINT) -> None:
+    async def stop(self) -> None:
         """End the command and wait until it has ended."""
         if self.process.poll() is None:
-            self.process.send_signal(number)
+            self.process.send_signal(signal.SIGINT)
         with trio.move_on_after(_STOP_TIMEOUT_S):
             await self.process.wait()
             return
@@ -88,9 +88,12 @@ class Programs:
         Raises:
             ModelError: it failed; says why.
         """
-        done = await trio.run_process(
-            [*_COMMAND, *arguments], stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False
-        )
+        with trio.move_on_after(_ANSWER_TIMEOUT_S) as scope:
+            done = await trio.run_process(
+                [*_COMMAND, *arguments], stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False
+            )
+        if scope.cancelled_caught:
+            raise ModelError(f"`dsd {' '.join(arguments)}` took more than {_ANSWER_TIMEOUT_S:g} s")
         if done.returncode:
             raise ModelError(f"`dsd {' '.join(arguments)}` failed: {done.stderr.decode().strip()[-500:]}")
         return done.stdout.decode()
