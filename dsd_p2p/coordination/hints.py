@@ -109,10 +109,10 @@ class SharedExperience:
         # A peer that does not read must not hold up the messages of others.
         if self._nursery is not None and self._num_answering < _MAX_ANSWERING:
             hint = Hint(number=message.number, known=self._known.get(message.name))
+            self._num_answering += 1
             self._nursery.start_soon(self._send, event.sender, hint)
 
     async def _send(self, peer: PeerId, hint: Hint) -> None:
-        self._num_answering += 1
         try:
             with suppress(PeerError), trio.move_on_after(_SEND_TIMEOUT_S):
                 await self._links.send(peer, hint)

@@ -6,12 +6,12 @@ SmolLM2-135M: 0.945 against 0.879, docs/benchmarks.md).
 """
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from dsd_p2p.models.lean.products import full_range, pack
 from dsd_p2p.models.linear import swap_linear_layers
 
 _ONE_SCALE_ROWS = 16
@@ -25,18 +25,11 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-        rounded = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
-        zeros = torch.zeros(len(scales), dtype=torch.int64)
-        with warnings.catch_warnings():
-            # torch deprecates its quantized tensors but offers no other int8 kernels for the CPU.
-            warnings.simplefilter("ignore")
-            quantized = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
-            self._packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
+        self._packed: Any = pack(weight)
         self._bias = bias
         # One byte per weight; a double and an integer per row.
         self.num_bytes = weight.numel() + 16 * len(weight) + (0 if bias is None else bias.numel() * bias.element_size())
-        self._reduce_range = not _has_vnni()
+        self._reduce_range = full_range() < 127
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map `[..., in]` to `[..., out]`."""
@@ -56,12 +49,4 @@ class Int8Linear(nn.Module):
 
 def round_linear_layers(model: Any) -> None:
     """Replace every linear layer of a float32 CPU model, including the LM head, with an `Int8Linear`."""
-    engines = torch.backends.quantized.supported_engines
-    torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else "qnnpack"
     swap_linear_layers(model, Int8Linear, with_conv1d=True)
-
-
-def _has_vnni() -> bool:
-    """Return whether the CPU has VNNI. Without it, fbgemm's products of two full 8-bit numbers overflow."""
-    check = getattr(torch.cpu, "_is_vnni_supported", None)
-    return bool(check is not None and check())

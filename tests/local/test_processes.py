@@ -143,19 +143,18 @@ def test_generate_prints_the_promised_json(smollm, mode):
 
 
 def test_int8_writes_one_text_in_every_mode_and_split(smollm):
-    """Over real processes: plain in one stage, a synchronous tree in two, and a learned policy in three."""
-    question = ["--prompt", "Name three rivers of Europe.", "--max-tokens", "40", "--json", "--weights", "int8"]
+    """Over real processes: plain in one stage, and a learned policy in three."""
+    question = ["--prompt", "Name three rivers of Europe.", "--max-tokens", "24", "--json", "--weights", "int8"]
     texts = []
     for flags in (
         "--stages 1 --mode plain",
-        "--stages 2 --mode sync --width 2 --window-nodes 12 --draft shadow",
         "--stages 3 --mode continuous --draft shadow+ngram",
     ):
         result = dsd("generate", "--model", "smollm2-135m", *flags.split(), *question)
         assert result.returncode == 0, result.stderr
         texts.append(json.loads(result.stdout.strip().splitlines()[-1])["token_ids"])
-    assert len(texts[0]) == 40
-    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 24
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(

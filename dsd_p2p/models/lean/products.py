@@ -35,7 +35,7 @@ class Int8Product(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.packed = _packed(weight)
+        self.packed = pack(weight)
         self.steps = full_range()
         # One byte for each weight; a double and an integer for each row.
         self.num_bytes = weight.numel() + 16 * len(weight)
@@ -125,11 +125,13 @@ def _rounded(weight: Tensor, scales: Tensor) -> Tensor:
     return (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
 
 
-def _packed(weight: Tensor) -> Any:
+def pack(weight: Tensor) -> Any:
+    """Return float32 weights `[out, in]` in int8, one scale for each output channel, in the engine's order."""
     scales = _scales_of(weight)
     rounded = _rounded(weight, scales)
     zeros = torch.zeros(len(scales), dtype=torch.int64)
-    torch.backends.quantized.engine = "fbgemm"
+    engines = torch.backends.quantized.supported_engines
+    torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else "qnnpack"
     with warnings.catch_warnings():
         # torch deprecates its quantized tensors but offers no other int8 kernels for the CPU.
         warnings.simplefilter("ignore")
