@@ -9,7 +9,7 @@ from dsd_p2p.coordination.directory import NO_DETOUR
 from dsd_p2p.coordination.draft_places import Offer
 from dsd_p2p.errors import CoverageLost
 from dsd_p2p.peers.membership import Membership
-from dsd_p2p.placement.coordinator import speculation_of
+from dsd_p2p.placement.coordinator import USUAL_TRAVERSAL_S, speculation_of
 from dsd_p2p.placement.route import Detour, choose_route
 from dsd_p2p.placement.view import PeerView, Plan, Speculation, SwarmView, seconds_per_token
 from dsd_p2p.session.request import Route
@@ -23,9 +23,6 @@ _BELIEVED_BEATS = 2
 
 _MIN_PLANNING_INTERVAL_S = 0.1
 """Planning ahead rests this long after each plan, so that a swarm in which much happens costs no core."""
-
-_USUAL_TRAVERSAL_S = 0.2
-"""The traversal for which drafters are compared before a route is known."""
 
 
 class SwarmDirectory:
@@ -205,7 +202,7 @@ def _best_speculation(member: Member, drafting: Sequence[Member]) -> Speculation
             profile = other.record.profile
             offer = Offer(drafter=profile.drafter, step_s=profile.draft_us / 1e6, round_trip_s=round_trip_s)
             found.append(speculation_of(offer.drafter, offer.level_s))
-    return min(found, key=lambda each: seconds_per_token(_USUAL_TRAVERSAL_S, 0.0, each))
+    return min(found, key=lambda each: seconds_per_token(USUAL_TRAVERSAL_S, 0.0, each))
 
 
 def _ranges(layers: Sequence[int]) -> str:

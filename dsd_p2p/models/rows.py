@@ -1,14 +1,15 @@
 """Reads the rows of a pass and splits its results: what every way to run a span does before and after the layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dsd_p2p.cache.passes import SpanOutput, SpanPass
+from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import Forward
-from dsd_p2p.errors import ModelError, RemoteProtocolError
+from dsd_p2p.errors import DsdError, ModelError, RemoteProtocolError
 from dsd_p2p.models.architecture import LayerShape, ModelShape
 from dsd_p2p.types import TokenId
 
@@ -82,3 +83,64 @@ def split_views(logits: torch.Tensor, counts: Sequence[int]) -> list[SpanOutput]
         )
         start = end
     return outputs
+
+
+class RunnableSpan:
+    """What every way to run a span shares: inputs are checked pass by pass, and each pass gets an output or an error.
+
+    A subclass sets `shape` and implements `_run`.
+    """
+
+    shape: ModelShape
+    torch_dtype: torch.dtype = torch.float32
+    _device = "cpu"
+
+    @torch.inference_mode()
+    def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
+        """Run the span over the nodes of several sessions at once, and return one output per pass, in order.
+
+        Each cache occurs once. The error of an invalid pass is its output.
+        """
+        outputs: list[SpanOutput] = []
+        inputs: dict[int, torch.Tensor] = {}
+        for index, each in enumerate(passes):
+            outputs.append(b"")
+            try:
+                inputs[index] = read_inputs(each, self.shape, self.torch_dtype, self._device)
+            except DsdError as exc:
+                outputs[index] = exc
+        for group in self._groups([*inputs]) if inputs else []:
+            results = self._run([passes[index] for index in group], [inputs[index] for index in group])
+            for index, result in zip(group, results, strict=True):
+                outputs[index] = result
+        return outputs
+
+    def hidden(self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
+        """Return the hidden states `[n, H]` after the span, row-major in the model's dtype.
+
+        inputs: token ids at the head, else the hidden states from the stage before, in the same format.
+
+        Raises:
+            RemoteProtocolError: a token outside the vocabulary, a wrong number of bytes, values that are not finite.
+        """
+        return hidden_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
+
+    def views(
+        self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
+    ) -> list[LogitsRow]:
+        """Run the span and return the target's view after each of `rows`. Only the tail can do this.
+
+        Raises:
+            RemoteProtocolError: see `hidden`.
+            ModelError: the logits are not finite.
+        """
+        views = views_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=rows)])[0])
+        return [view for view in views if isinstance(view, LogitsRow)]
+
+    def _groups(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Return which passes run together."""
+        return [indices]
+
+    def _run(self, passes: Sequence[SpanPass], inputs: Sequence[torch.Tensor]) -> Sequence[SpanOutput]:
+        """Run passes whose inputs, `[1, n]` or `[1, n, H]`, are valid."""
+        raise NotImplementedError

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
+from dsd_p2p.cache.passes import SpanOutput, SpanPass
 from dsd_p2p.cache.slots import Forward
-from dsd_p2p.errors import DsdError
 from dsd_p2p.models.cache import CacheBudget, KvCache
 from dsd_p2p.models.int8 import Int8Linear
 from dsd_p2p.models.layer_masks import layer_masks
 from dsd_p2p.models.loader import LoadedSpan
 from dsd_p2p.models.packed import PackedLinear
 from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
-from dsd_p2p.models.rows import LogitsRow, attends_by_kind, read_inputs, split_hidden, split_views
-from dsd_p2p.types import ComputeFormat, Span, TokenId
+from dsd_p2p.models.rows import RunnableSpan, attends_by_kind, split_hidden, split_views
+from dsd_p2p.types import ComputeFormat, Span
 
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
@@ -37,7 +36,7 @@ class PassOrder(StrEnum):
     ALONE = "alone"
 
 
-class SpanModel:
+class SpanModel(RunnableSpan):
     """A span of a model in memory, with the memory budget that its sessions' caches share.
 
     loaded: the layers, in the memory order that `PassOrder` and device allow. order: whether the layers can take
@@ -117,50 +116,9 @@ class SpanModel:
             budget=self.budget,
         )
 
-    @torch.inference_mode()
-    def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
-        """Run the span over the nodes of several sessions at once, and return one output per pass, in order.
-
-        Each cache occurs once. The error of an invalid pass is its output. Families that have only eager attention run
-        one session after the other.
-        """
-        outputs: list[SpanOutput] = []
-        inputs: dict[int, torch.Tensor] = {}
-        for index, each in enumerate(passes):
-            outputs.append(b"")
-            try:
-                inputs[index] = read_inputs(each, self.shape, self.torch_dtype, self._device)
-            except DsdError as exc:
-                outputs[index] = exc
-        groups = [[*inputs]] if self._is_ragged else [[index] for index in inputs]
-        for group in groups:
-            if group:
-                results = self._run([passes[index] for index in group], [inputs[index] for index in group])
-                for index, result in zip(group, results, strict=True):
-                    outputs[index] = result
-        return outputs
-
-    def hidden(self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
-        """Return the hidden states `[n, H]` after the span, row-major in the model's dtype.
-
-        inputs: token ids at the head, else the hidden states from the stage before, in the same format.
-
-        Raises:
-            RemoteProtocolError: a token outside the vocabulary, a wrong number of bytes, values that are not finite.
-        """
-        return hidden_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
-
-    def views(
-        self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
-    ) -> list[LogitsRow]:
-        """Run the span and return the target's view after each of `rows`. Only the tail can do this.
-
-        Raises:
-            RemoteProtocolError: see `hidden`.
-            ModelError: the logits are not finite.
-        """
-        views = views_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=rows)])[0])
-        return [view for view in views if isinstance(view, LogitsRow)]
+    def _groups(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Families that have only eager attention run one session after the other."""
+        return [indices] if self._is_ragged else [[index] for index in indices]
 
     def _run(self, passes: Sequence[SpanPass], inputs: Sequence[torch.Tensor]) -> Sequence[SpanOutput]:
         ends = list(itertools.accumulate(each.num_rows for each in passes))

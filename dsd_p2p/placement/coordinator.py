@@ -13,8 +13,8 @@ _MIN_GAIN = 1.1
 _MAX_CANDIDATES = 6
 """Peers whose routes are searched: those that seem fastest by their drafters and by their links to all others."""
 
-_USUAL_TRAVERSAL_S = 0.2
-"""The traversal by which peers are compared while no route is known."""
+USUAL_TRAVERSAL_S = 0.2
+"""The traversal by which peers and drafters are compared while no route is known."""
 
 _NGRAM_COVERAGE, MODEL_COVERAGE, _SHADOW_COVERAGE = 0.5, 0.9, 0.97
 """How often a level of the draft tree holds the target's token: for prompt lookup on novel text, for a model, and for the
@@ -49,7 +49,7 @@ def choose_coordinator(
         for peer in sorted(capable)
         if peer != client and peer not in avoid and view.link_s(client, peer) is not None
     ]
-    between_s = _USUAL_TRAVERSAL_S if own is None else own.traversal_s
+    between_s = USUAL_TRAVERSAL_S if own is None else own.traversal_s
     others.sort(key=lambda peer: seconds_per_token(between_s + 2 * _usual_link_s(view, peer), 0.0, capable[peer]))
     num_searched = 0
     for peer in others:

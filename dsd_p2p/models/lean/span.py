@@ -4,14 +4,13 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
+from dsd_p2p.cache.passes import SpanOutput, SpanPass
 from dsd_p2p.cache.slots import Forward
-from dsd_p2p.errors import ConfigError, DsdError
+from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import ModelShape
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.models.lean.build import Built, Norm
@@ -20,8 +19,8 @@ from dsd_p2p.models.lean.layer import SLOT_PAD
 from dsd_p2p.models.lean.products import num_bytes_of
 from dsd_p2p.models.lean.rotary import Rotary
 from dsd_p2p.models.lean.views import Segment, SessionViews
-from dsd_p2p.models.rows import LogitsRow, attends_by_kind, read_inputs, split_hidden, split_views
-from dsd_p2p.types import Span, TokenId
+from dsd_p2p.models.rows import RunnableSpan, attends_by_kind, split_hidden, split_views
+from dsd_p2p.types import Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +46,11 @@ class Ends:
         return embedding + (0 if self.head is None else num_bytes_of(self.head))
 
 
-class LeanSpan:
+class LeanSpan(RunnableSpan):
     """The layers of a span and the ends that belong to it, in memory, with the budget that the caches share.
 
     is_by_row: run each row alone over its own ancestors: exact on any machine, and slow.
     """
-
-    torch_dtype = torch.float32
 
     def __init__(
         self,
@@ -123,48 +120,8 @@ class LeanSpan:
             budget=self.budget,
         )
 
-    @torch.inference_mode()
-    def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
-        """Run the span over the nodes of several sessions at once, and return one output per pass, in order.
-
-        Each cache occurs once. The error of an invalid pass is its output.
-        """
-        outputs: list[SpanOutput] = []
-        inputs: dict[int, Tensor] = {}
-        for index, each in enumerate(passes):
-            outputs.append(b"")
-            try:
-                inputs[index] = read_inputs(each, self.shape, torch.float32, "cpu")[0]
-            except DsdError as exc:
-                outputs[index] = exc
-        if inputs:
-            results = self._run([passes[index] for index in inputs], list(inputs.values()))
-            for index, result in zip(inputs, results, strict=True):
-                outputs[index] = result
-        return outputs
-
-    def hidden(self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes) -> bytes:
-        """Return the hidden states `[n, H]` after the span, row-major in float32.
-
-        Raises:
-            RemoteProtocolError: a token outside the vocabulary, a wrong number of bytes, values that are not finite.
-        """
-        return hidden_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
-
-    def views(
-        self, cache: Any, forward: Forward, inputs: Sequence[TokenId] | bytes, rows: Sequence[int]
-    ) -> list[LogitsRow]:
-        """Run the span and return the target's view after each of `rows`. Only the tail can do this.
-
-        Raises:
-            RemoteProtocolError: see `hidden`.
-            ModelError: the logits are not finite.
-        """
-        views = views_of(self.run([SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=rows)])[0])
-        return [view for view in views if isinstance(view, LogitsRow)]
-
     def _run(self, passes: Sequence[SpanPass], inputs: Sequence[Tensor]) -> list[SpanOutput]:
-        x = self._embedded(torch.cat(list(inputs)))
+        x = self._embedded(torch.cat(list(inputs), dim=1)[0])
         if self.is_by_row:
             x = torch.cat([self._run_by_row(each, rows) for each, rows in _paired(passes, x)])
         else:

@@ -5,17 +5,13 @@ member. `dsd up` answers the same prompts in turns. Then everything restarts, an
 the third ones.
 """
 
-import tempfile
-from pathlib import Path
 from statistics import median
 
 import msgspec
 
-from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import find_model
-from node.lab.benches.invited import PROMPTS, InvitedSwarm, print_results
-from node.lab.benches.programs import Answer, ask, free_ports, open_programs
+from node.lab.benches.invited import PROMPTS, InvitedSwarm, open_invited, print_results
+from node.lab.benches.programs import Answer, ask
 from node.lab.config import DoorConfig
 from node.lab.receipt import sample
 
@@ -26,13 +22,10 @@ async def run_door(config: DoorConfig, rounds: int, progress: Progress) -> dict[
     Raises:
         ModelError: a command did not start or a gateway did not answer.
     """
-    num_layers = read_shape(find_model(config.model, progress).folder).num_layers
-    with tempfile.TemporaryDirectory(prefix="dsd-door-") as folder:
-        async with open_programs(Path(folder)) as programs:
-            swarm = InvitedSwarm(programs, config, num_layers, free_ports(config.members))
-            results = await _beside_up(swarm, config, rounds, progress)
-            if config.restarts:
-                results["restart"] = await _restarts(swarm, config, progress)
+    async with open_invited(config, 0, progress) as swarm:
+        results = await _beside_up(swarm, config, rounds, progress)
+        if config.restarts:
+            results["restart"] = await _restarts(swarm, config, progress)
     print_results(results)
     return {"config": {name: getattr(config, name) for name in config.__struct_fields__}, **results}
 

@@ -1,15 +1,10 @@
 """Implements `dsd bench drafts`: a gateway on a slowed core, which drafts at home and then with a member nearby."""
 
-import tempfile
-from pathlib import Path
-
 import trio
 
-from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import find_model
-from node.lab.benches.invited import PROMPTS, SETTLE_S, InvitedSwarm, print_results
-from node.lab.benches.programs import Answer, ask, free_ports, open_programs, slowed
+from node.lab.benches.invited import PROMPTS, SETTLE_S, InvitedSwarm, open_invited, print_results
+from node.lab.benches.programs import Answer, ask, slowed
 from node.lab.config import DraftsConfig
 from node.lab.receipt import sample
 
@@ -22,11 +17,8 @@ async def run_drafts(config: DraftsConfig, rounds: int, progress: Progress) -> d
     Raises:
         ModelError: a command did not start or a gateway did not answer.
     """
-    num_layers = read_shape(find_model(config.model, progress).folder).num_layers
-    with tempfile.TemporaryDirectory(prefix="dsd-drafts-") as folder:
-        async with open_programs(Path(folder)) as programs:
-            swarm = InvitedSwarm(programs, config, num_layers, free_ports(config.members + 2))
-            results = await _compare(swarm, config, rounds, progress)
+    async with open_invited(config, 2, progress) as swarm:
+        results = await _compare(swarm, config, rounds, progress)
     print_results(results)
     return {"config": {name: getattr(config, name) for name in config.__struct_fields__}, **results}
 

@@ -1,10 +1,16 @@
 """A swarm of `dsd` commands that were invited one by one, and the prompts that it is asked."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 
-from node.lab.benches.programs import Program, Programs
+from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.progress import Progress
+from dsd_p2p.models.source import find_model
+from node.lab.benches.programs import Program, Programs, free_ports, open_programs
 from node.lab.config import InvitedConfig
 from node.lab.receipt import Sample, print_table
 
@@ -55,6 +61,19 @@ class InvitedSwarm:
 
     def _folder(self, index: int) -> str:
         return f"{self.programs.folder}/member{index}/"
+
+
+@asynccontextmanager
+async def open_invited(config: InvitedConfig, num_more: int, progress: Progress) -> AsyncIterator[InvitedSwarm]:
+    """Open a swarm that is not started yet. num_more: members besides those that serve layers. Everything ends with it.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    num_layers = read_shape(find_model(config.model, progress).folder).num_layers
+    with tempfile.TemporaryDirectory(prefix="dsd-invited-") as folder:
+        async with open_programs(Path(folder)) as programs:
+            yield InvitedSwarm(programs, config, num_layers, free_ports(config.members + num_more))
 
 
 def print_results(results: dict[str, object]) -> None:
