@@ -9,10 +9,12 @@ import torch
 from families import FAMILIES, NUM_LAYERS, VOCAB, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dsd_p2p.cache.passes import SpanPass, views_of
 from dsd_p2p.cache.slots import SlotTable
+from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.lean import check, products
 from dsd_p2p.models.lean.open import open_lean_span
@@ -295,3 +297,15 @@ def test_threads_that_part_a_wide_row_change_no_bit(tmp_path):
     finally:
         torch.set_num_threads(1)
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_in_a_sentence(tmp_path, value):
+    folder = save_tiny_model("llama", tmp_path / "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"][0, 0] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    source = find_model(str(folder), NoProgress())
+    for opens in (lambda: open_lean_span(source, WHOLE), lambda: make_shadow(source, NUM_LAYERS)):
+        with pytest.raises(ModelError, match="weights are not finite: fetch them again"):
+            opens()

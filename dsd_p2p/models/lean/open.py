@@ -9,12 +9,19 @@ from dsd_p2p.models.architecture import read_model_config, shape_of
 from dsd_p2p.models.families import pass_order
 from dsd_p2p.models.lean.build import Built, Products, build_layer, norm_of
 from dsd_p2p.models.lean.check import check_structure, settle_exactness
-from dsd_p2p.models.lean.products import FloatProduct, Int8Product, Int8TwiceProduct, MakeProduct, RefinedHead
+from dsd_p2p.models.lean.products import (
+    FloatProduct,
+    Int8Product,
+    Int8TwiceProduct,
+    MakeProduct,
+    RefinedHead,
+    check_finite,
+)
 from dsd_p2p.models.lean.rotary import Rotary
 from dsd_p2p.models.lean.span import Ends, LeanSpan
 from dsd_p2p.models.loader import LoadedSpan, load_span
 from dsd_p2p.models.source import ModelSource
-from dsd_p2p.models.span import SpanModel
+from dsd_p2p.models.span import PassOrder, SpanModel
 from dsd_p2p.types import Span
 
 _LAYERS_AT_ONCE = 4
@@ -50,7 +57,7 @@ def open_lean_span(
         layers = {donor.span.first + index: layer for index, layer in enumerate(donor.layers)}
         ends, rotary = donor.ends, donor.rotary
     for piece in _missing(span, layers, ends, shape.num_layers):
-        stock = SpanModel(load_span(source, piece, torch.float32, "cpu"), order)
+        stock = _load(source, piece, order)
         for index in range(piece.first, piece.last):
             try:
                 built, its_ends, rotary = _rounded(stock.narrow(Span(index, index + 1)), rotary)
@@ -79,6 +86,14 @@ def open_lean_span(
     if is_exact:
         settle_exactness(model)
     return model
+
+
+def _load(source: ModelSource, piece: Span, order: PassOrder) -> SpanModel:
+    """Return a few layers in float32, whose weights are all finite."""
+    stock = SpanModel(load_span(source, piece, torch.float32, "cpu"), order)
+    for parameter in stock.model.parameters():
+        check_finite(parameter)
+    return stock
 
 
 def _missing(span: Span, given: Mapping[int, Built], ends: Ends, num_layers: int) -> Iterator[Span]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsd_p2p.errors import ModelError
+
 _NUM_REFINED, _NUM_GROUPS, _GROUP = 32, 16, 64
 
 _FULL_RANGE, _REDUCED_RANGE = 127, 63
@@ -111,6 +113,16 @@ class RefinedHead(Int8Product):
 MakeProduct = Callable[[Tensor], nn.Module]
 
 
+def check_finite(weight: Tensor) -> None:
+    """Check weights, which int8 kernels do not.
+
+    Raises:
+        ModelError: one is not finite.
+    """
+    if not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
+        raise ModelError("the model's weights are not finite: fetch them again, or take another checkpoint")
+
+
 def full_range() -> int:
     """Return the steps between zero and the largest magnitude of a row on this CPU."""
     check = getattr(torch.cpu, "_is_vnni_supported", None)
@@ -126,8 +138,13 @@ def _rounded(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor) -> Any:
-    """Return float32 weights `[out, in]` in int8, one scale for each output channel, in the engine's order."""
+    """Return float32 weights `[out, in]` in int8, one scale for each output channel, in the engine's order.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
     scales = _scales_of(weight)
+    check_finite(scales)
     rounded = _rounded(weight, scales)
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     engines = torch.backends.quantized.supported_engines
