@@ -11,13 +11,18 @@ from dsd_p2p.window.static import continuous_tree
 
 
 def drafter(accuracy: float, rng: random.Random):
-    """Candidates that hold the target's own token first with this probability, else anywhere or nowhere."""
+    """Candidates that hold the target's own token first with this probability, else anywhere or nowhere.
+
+    With accuracy 0 they never hold it.
+    """
 
     def drafts(text: Sequence[int], width: int) -> list[Candidate]:
         tokens = rng.sample(range(VOCAB), k=min(width, VOCAB))
         truth = next_token(text)
         if rng.random() < accuracy:
             tokens = [truth, *(t for t in tokens if t != truth)][:width]
+        elif accuracy == 0:
+            tokens = [t for t in tokens if t != truth]
         return [Candidate(token=t, logprob=math.log(0.6 * 0.5**i)) for i, t in enumerate(tokens)]
 
     return drafts

@@ -104,6 +104,7 @@ class Guesses:
         if self._elsewhere is not None:
             self._count_hits(draft, self._elsewhere.places)
         self.look_around(draft.tokens, nursery)
+        asked = None if self._is_lost else (self._place, self._offer)
         if self._far is not None:
             found = await self._ask_far(self._far, draft)
         elif self._is_lost:
@@ -115,8 +116,8 @@ class Guesses:
                 now_s = trio.current_time()
                 self._elsewhere.places.took(HOME, self._home_offer, now_s - started_s, now_s)
             self._home_is_used = True
-        if self._elsewhere is not None:
-            self._outcomes.remember(draft, found)
+        if asked == (self._place, self._offer) and not self._is_lost:
+            self._outcomes.remember(*asked, draft, found)
         return found
 
     async def close(self) -> None:
@@ -226,35 +227,36 @@ class Guesses:
         return [[] for _ in draft.stems]
 
     def _count_hits(self, draft: Draft, places: DraftPlaces) -> None:
-        """Count for the present place how often the next token was among its first guesses."""
-        for is_hit in self._outcomes.of(draft):
-            if not self._is_lost:
-                places.outcome(self._place, self._offer, is_hit=is_hit)
+        """Count for each place how often the next token was among its first guesses."""
+        for place, offer, is_hit in self._outcomes.of(draft):
+            places.outcome(place, offer, is_hit=is_hit)
 
 
 class _Outcomes:
     """Remembers the first guesses after each node, and tells which were right once the text has grown."""
 
     def __init__(self) -> None:
-        self._guessed: dict[int, tuple[TokenId, ...]] = {}
+        self._guessed: dict[int, tuple[PeerId, Offer, tuple[TokenId, ...]]] = {}
         self._num_told = 1
 
-    def of(self, draft: Draft) -> list[bool]:
-        """Return for each new token of the text that was guessed whether it was among the guesses."""
-        hits = []
+    def of(self, draft: Draft) -> list[tuple[PeerId, Offer, bool]]:
+        """Return who guessed each new token of the text, and whether it was among the guesses."""
+        outcomes = []
         for index in range(self._num_told, len(draft.tokens)):
             guessed = self._guessed.pop(draft.keys[index - 1], None)
             if guessed is not None:
-                hits.append(draft.tokens[index] in guessed)
+                place, offer, tokens = guessed
+                outcomes.append((place, offer, draft.tokens[index] in tokens))
         self._num_told = max(1, len(draft.tokens))
-        return hits
+        return outcomes
 
-    def remember(self, draft: Draft, found: list[list[Candidate]]) -> None:
-        """Remember the answers to `draft`."""
+    def remember(self, place: PeerId, offer: Offer, draft: Draft, found: list[list[Candidate]]) -> None:
+        """Remember the answers of `place` to `draft`."""
         if len(self._guessed) > _MAX_REMEMBERED:
             self._guessed.clear()
         for stem, candidates in zip(draft.stems, found, strict=True):
-            self._guessed[stem.key] = tuple(candidate.token for candidate in candidates[:_COVERED])
+            tokens = tuple(candidate.token for candidate in candidates[:_COVERED])
+            self._guessed[stem.key] = (place, offer, tokens)
 
 
 def _open_home(drafter: Drafter, max_length: int, sampling: Sampling) -> tuple[Drafter, DraftSession]:

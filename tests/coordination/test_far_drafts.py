@@ -29,7 +29,7 @@ from dsd_p2p.types import ComputeFormat, ModelKey, PeerInfo, Sampling, TextReque
 from dsd_p2p.window.static import StaticPolicy
 from dsd_p2p.wire.drafts import AskDraft, Drafted, EndDrafts, OpenDrafts
 
-NUM_TOKENS = 200
+NUM_TOKENS = 140
 PROMPT = [1, 2, 3]
 OFFER = Offer(drafter="shadow+ngram", step_s=0.002, round_trip_s=0.002)
 
@@ -67,6 +67,18 @@ class CountingDrafter(ToyDrafter):
         self.num_open -= 1
 
 
+class NotedPlaces(DraftPlaces):
+    """Places that keep a list of the outcomes they are told."""
+
+    def __init__(self, offers):
+        super().__init__(offers)
+        self.outcomes = []
+
+    def outcome(self, place, offer, *, is_hit):
+        self.outcomes.append((place, is_hit))
+        super().outcome(place, offer, is_hit=is_hit)
+
+
 @asynccontextmanager
 async def far_swarm(far_drafter, *, change=None, offer=OFFER):
     """A swarm whose coordinator has a slow drafter and a peer with another one. change: what the peer's answers become."""
@@ -89,7 +101,7 @@ async def far_swarm(far_drafter, *, change=None, offer=OFFER):
         engine = swarm.engine
         engine.own_drafter.current = SlowDrafter()
         await engine.links.connect("memory:drafter", 5)
-        engine.places = DraftPlaces(lambda: {"drafter": offer} if engine.links.is_connected("drafter") else {})
+        engine.places = NotedPlaces(lambda: {"drafter": offer} if engine.links.is_connected("drafter") else {})
         yield swarm, service, transport
         nursery.cancel_scope.cancel()
 
@@ -153,14 +165,25 @@ async def test_a_peer_that_lies_or_is_silent_costs_only_guesses(how):
                 assert generation.driver.drafter in ("shadow+ngram", "ngram")
 
 
-async def test_a_peer_with_wrong_guesses_is_left():
+async def test_wrong_guesses_of_a_peer_are_held_against_it():
     """Its answers are well formed and its tokens are never the target's."""
     far = CountingDrafter(accuracy=0.0)
     async with far_swarm(far) as (swarm, _, _):
-        for _ in range(2):
-            generation = await write(swarm, 300)
-        assert far.num_asked > 1
-        assert generation.driver.drafter == "shadow+ngram"
+        await write(swarm, 300)
+        of_the_peer = [is_hit for place, is_hit in swarm.engine.places.outcomes if place == "drafter"]
+    assert far.num_asked > 1
+    assert of_the_peer
+    assert not any(of_the_peer)
+
+
+def test_a_place_with_wrong_guesses_is_left():
+    places = DraftPlaces(lambda: {"drafter": OFFER})
+    home = Offer(drafter="shadow+ngram", step_s=0.012, round_trip_s=0)
+    loop = Loop(traversal_s=0.03, slowest_s=0.005)
+    assert places.best(home, loop, HOME, 0.0) == "drafter"
+    for _ in range(60):
+        places.outcome("drafter", OFFER, is_hit=False)
+    assert places.best(home, loop, "drafter", 0.0) == HOME
 
 
 async def test_a_peer_that_is_lost_in_mid_answer_is_left():
@@ -172,7 +195,7 @@ async def test_a_peer_that_is_lost_in_mid_answer_is_left():
             async with swarm.engine.generate(PROMPT, options, StaticPolicy(TREE)) as generation:
                 async for token in generation:
                     tokens.append(token)
-                    if len(tokens) == 100:
+                    if len(tokens) == 80:
                         await transport.disconnect("coordinator", "killed")
         assert tokens == truth(PROMPT, NUM_TOKENS)
         assert far.num_asked > 1
