@@ -50,7 +50,7 @@ class SyncSwarm:
     """A coordinator on a running swarm, for programs without an event loop.
 
     connect: the address of any of the swarm's peers, or several. model: the target, for its tokenizer and drafter.
-    draft: a drafter's name (`dsd_p2p.drafting.named`). dtype: the stages' number format.
+    draft: a drafter's name (`dsd_p2p.drafting.named`). dtype: the stages' weights format; "auto": whatever they have.
 
     Use it in a `with` block. Several threads may generate at the same time.
     """
@@ -61,7 +61,7 @@ class SyncSwarm:
         *,
         model: str = "smollm2-135m",
         draft: str = "auto",
-        dtype: str = "float32",
+        dtype: str = "auto",
         progress: Progress | None = None,
     ) -> None:
         self._addresses = [connect] if isinstance(connect, str) else list(connect)
@@ -248,7 +248,7 @@ class Swarm:
         *,
         model: str = "smollm2-135m",
         draft: str = "auto",
-        dtype: str = "float32",
+        dtype: str = "auto",
         progress: Progress | None = None,
     ) -> None:
         self._swarm = SyncSwarm(connect, model=model, draft=draft, dtype=dtype, progress=progress)

@@ -158,15 +158,18 @@ class HiddenFormat(StrEnum):
     INT8 = "int8"
 
 
-INT8 = "int8"
-"""The weights format of `dsd_p2p.models.lean`, which computes in float32 between its int8 products."""
+INT8, STORED = "int8", "stored"
+"""The weights formats of `dsd_p2p.models.lean`: rounded to int8, or a checkpoint's own 4-bit numbers where it has some.
+
+Both compute in float32 between their products.
+"""
 
 
 class ModelKey(msgspec.Struct, frozen=True, array_like=True):
     """The exact identity of a model. Two peers can share a route only if their keys are equal.
 
     digest: a hash of the checkpoint (`dsd_p2p.models.source`).
-    weights: the format of the weights in memory, for example "float32", or "q4_k" from a peer that supports it.
+    weights: the format of the weights in memory: a number format, "int8" or "stored".
     compute: the number format of the arithmetic.
     """
 

@@ -16,7 +16,7 @@ import numpy as np
 from dsd_p2p.coordination.signed import SignedWindows
 from dsd_p2p.errors import DishonestPeer, PeerError
 from dsd_p2p.peers.links import Arrived
-from dsd_p2p.types import INT8, ModelKey, PeerId, SessionId, Span, TextRequest, TokenId
+from dsd_p2p.types import INT8, STORED, ModelKey, PeerId, SessionId, Span, TextRequest, TokenId
 from dsd_p2p.wire.attest import hash_rows, row_hash
 from dsd_p2p.wire.hidden import to_float32
 from dsd_p2p.wire.messages import (
@@ -38,14 +38,14 @@ The last check ends before the next turn is due. With three or more stages that 
 window 32.
 """
 
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, INT8: 0.15}
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, INT8: 0.15, STORED: 0.15}
 """Largest relative error of a row, in the Euclidean norm, by the format of the weights.
 
 Other window sizes and machines change only the last bits; a lie changes the first. int8 products of a CPU without VNNI
 round to half as many steps: ten layers of SmolLM2-135M then differ by up to 0.08.
 """
 
-_MAX_GAP_MILLI = {"float32": 50, "bfloat16": 1500, "float16": 300, INT8: 2000}
+_MAX_GAP_MILLI = {"float32": 50, "bfloat16": 1500, "float16": 300, INT8: 2000, STORED: 2000}
 """Thousandths of a logit by which a greedy token may fall short of the replica's pick and still count as a near-tie."""
 
 _MAX_LAG = 64

@@ -9,6 +9,7 @@ from dsd_p2p.coordination.engine import Engine, open_engine
 from dsd_p2p.drafting.choice import DrafterChoice
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import ModelShape, read_shape
+from dsd_p2p.models.formats import AUTO
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.text import TextCodec
@@ -62,7 +63,8 @@ async def open_coordinator(
 ) -> AsyncIterator[tuple[Engine, StageList]]:
     """Connect to the stages at `addresses` and to those that they know, until the end of the block.
 
-    dtype: the stages' dtype of the model. link: emulated for everything we send. host: our listening address.
+    dtype: the weights format that the stages must have, or "auto". link: emulated for everything we send. host: our
+        listening address.
 
     Raises:
         PeerError: one of the addresses cannot be reached.
@@ -74,7 +76,9 @@ async def open_coordinator(
     ):
         await stages.add(addresses)
         try:
-            check_same_model(stages.stages()[0].model, model.source.key(dtype))
+            held = stages.stages()[0].model
+            wanted = held.weights if dtype == AUTO and held is not None else dtype
+            check_same_model(held, model.source.key(wanted))
         except ModelError as exc:
-            raise ConfigError(f"{exc}: use the same --model and --dtype as the stages") from exc
+            raise ConfigError(f"{exc}: use the same --model, --dtype and --weights as the stages") from exc
         yield engine, stages

@@ -5,12 +5,13 @@ A name promises nothing: a sibling drafts only if its tokenizer gives the same t
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import read_model_config, read_shape
-from dsd_p2p.models.source import ModelSource
+from dsd_p2p.models.progress import NoProgress
+from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.text import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,21 +54,33 @@ def published_siblings(target: ModelSource) -> Sequence[str]:
 
 
 def siblings_beside(target: ModelSource) -> Sequence[str]:
-    """Return the folders beside `target` that hold a smaller model, those of a tenth of its size and its family first."""
+    """Return the folders and GGUF files beside `target` that hold a smaller model.
+
+    Those of a tenth of its size and of its family come first.
+    """
     size, family = target.num_params(), read_model_config(target.folder).model_type
     found = []
-    for folder in sorted(target.folder.parent.iterdir())[:_MAX_FOLDERS]:
-        if folder == target.folder or not (folder / "config.json").is_file():
-            continue
+    for path in _beside(target.path):
         try:
-            share = ModelSource(str(folder), folder).num_params() / max(1, size)
-            is_stranger = read_model_config(folder).model_type != family
+            other = find_model(str(path), NoProgress())
+            share = other.num_params() / max(1, size)
+            is_stranger = read_model_config(other.folder).model_type != family
         except ModelError as exc:
-            logger.info("no sibling folder=%s error=%s", folder, exc)
+            logger.info("no sibling path=%s error=%s", path, exc)
             continue
         if 0 < share <= _MAX_SHARE:
-            found.append((is_stranger, abs(math.log(share / _USUAL_SHARE)), str(folder)))
+            found.append((is_stranger, abs(math.log(share / _USUAL_SHARE)), str(path)))
     return [name for _, _, name in sorted(found)]
+
+
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield folders with models and, if the model is a GGUF file, smaller files of the kind."""
+    for each in sorted(path.parent.iterdir())[:_MAX_FOLDERS]:
+        if each == path:
+            continue
+        is_smaller_file = path.is_file() and each.suffix == ".gguf" and each.stat().st_size < path.stat().st_size
+        if is_smaller_file or (each / "config.json").is_file():
+            yield each
 
 
 def check_vocabulary(target: Path, sibling: Path, name: str) -> None:

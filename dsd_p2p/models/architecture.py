@@ -3,12 +3,14 @@
 Other modules ask here what a config means. `.shrink` copies its fields, and `.loader` changes a few for a span.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.errors
+import msgspec
 from transformers import AutoConfig
 
 from dsd_p2p.errors import ModelError
@@ -23,6 +25,12 @@ _MAX_LAYERS, _MAX_WIDTH, _MAX_VOCAB, _MAX_POSITIONS = 4096, 1 << 20, 1 << 24, 1 
 
 _MAX_REASON = 200
 """Characters of transformers' reason that an error shows."""
+
+
+class _QuantisedConfig(msgspec.Struct):
+    quantization_config: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    text_config: "_QuantisedConfig | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,21 +78,35 @@ def read_model_config(folder: Path) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        quantised = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
         config = config.get_text_config(decoder=True)
     except Exception as exc:  # transformers' classes can fail in any way on what a file can hold.
         raise ModelError(f"{folder}: transformers cannot read its config.json: {_first_line(exc)}") from exc
-    if quantised:
-        raise ModelError(
-            f"{folder}: its weights are quantised ({_format_of(quantised)}), which is not supported: take the checkpoint "
-            "with float weights"
-        )
+    # It tells how the weights are stored; the model itself is built with floats.
+    config.__dict__.pop("quantization_config", None)
     try:
         check_config(config)
         shape_of(config)
     except ModelError as exc:
         raise ModelError(f"{folder}: {exc}") from exc
     return config
+
+
+def quantization_of(folder: Path) -> Mapping[str, Any] | None:
+    """Return what the config in `folder` says of quantised weights, or None if they are floats.
+
+    Raises:
+        ModelError: there is no config, or the weights are MLX's.
+    """
+    try:
+        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=_QuantisedConfig)
+    except (OSError, msgspec.DecodeError) as exc:
+        raise ModelError(f"{folder / 'config.json'}: {exc}: fetch the model again") from exc
+    if config.quantization and not config.quantization_config:
+        raise ModelError(
+            f"{folder}: its weights are quantised for MLX, which is not supported: take a GGUF file or another checkpoint"
+        )
+    inner = config.text_config or _QuantisedConfig()
+    return config.quantization_config or inner.quantization_config or None
 
 
 def check_config(config: Any) -> None:
@@ -202,13 +224,6 @@ def _number(config: Any, names: str | tuple[str, ...], greatest: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= greatest:
         raise ModelError(f"{config.model_type}: its config says {names[0]} is {value}: expected 1 to {greatest}")
     return value
-
-
-def _format_of(quantised: Any) -> str:
-    """Return the name of a checkpoint's quantisation. Only MLX writes none."""
-    fields = quantised if isinstance(quantised, dict) else vars(quantised)
-    bits = fields.get("bits")
-    return f"{fields.get('quant_method', 'MLX')}{f', {bits} bits' if bits else ''}"
 
 
 def _first_line(exc: Exception) -> str:

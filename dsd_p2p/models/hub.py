@@ -4,6 +4,7 @@ How it works. The first use asks the hub for the newest commit, the model's file
 down. From then on this commit is used without asking, with or without a network, until the model is pulled again.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class HubFile(msgspec.Struct, frozen=True):
 
 
 class HubModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model at one commit. weights: its safetensors files by name."""
+    """A model at one commit. weights: its safetensors and GGUF files by name."""
 
     hub_id: str
     revision: str
@@ -82,6 +83,37 @@ class HubModel(msgspec.Struct, frozen=True, kw_only=True):
             progress.step(what, 1, 1)
 
 
+def fetch_hub_gguf(hub_id: str, wanted: str, progress: Progress) -> Path:
+    """Return a GGUF file of the hub, or the first of its parts; fetch it if it is not cached.
+
+    wanted: its format, such as "Q4_K_M", or its name.
+
+    Raises:
+        ModelError: there is no such file, or several, or it cannot be fetched.
+    """
+    model = find_hub_model(hub_id, progress)
+    names = [name for name in model.weights if name.endswith(".gguf")]
+    found = [name for name in names if name == wanted] or [name for name in names if _is_in_format(name, wanted)]
+    if not found:
+        offered = ", ".join(names[:_MAX_NAMED]) or "none"
+        raise ModelError(f"{hub_id} has no GGUF file of format {wanted}; its GGUF files: {offered}")
+    if len({_PART.sub("", name) for name in found}) > 1:
+        raise ModelError(f"{hub_id} has several GGUF files of format {wanted}: name one of {', '.join(found)}")
+    model.fetch_all(sorted(found), progress)
+    return model.fetch(min(found))
+
+
+_MAX_NAMED = 20
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+
+
+def _is_in_format(name: str, wanted: str) -> bool:
+    """Return whether a file's name says that it is in a format: `model-Q4_K_M.gguf`, `model.q4_k_m-00001-of-00002.gguf`."""
+    return bool(
+        re.search(rf"(?:^|[-._]){re.escape(wanted)}$", _PART.sub("", name).removesuffix(".gguf"), re.IGNORECASE)
+    )
+
+
 def find_hub_model(hub_id: str, progress: Progress, *, is_newest: bool = False) -> HubModel:
     """Return the model at the commit that was used before, or at the newest one.
 
@@ -118,7 +150,7 @@ def _ask(hub_id: str) -> HubModel:
     weights = {
         file.rfilename: HubFile(num_bytes=file.size or 0, sha256=file.lfs.sha256 if file.lfs else "")
         for file in info.siblings or ()
-        if file.rfilename.endswith(".safetensors") and "/" not in file.rfilename
+        if file.rfilename.endswith((".safetensors", ".gguf")) and "/" not in file.rfilename
     }
     return HubModel(hub_id=hub_id, revision=info.sha or "main", weights=weights)
 

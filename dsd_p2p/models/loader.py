@@ -8,13 +8,13 @@ and missing prefixes.
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -73,13 +73,26 @@ class _Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedSpan:
-    """transformers' causal language model, in evaluation mode, holding only `span`."""
+    """transformers' causal language model, in evaluation mode, holding only `span`.
+
+    stored_as: the checkpoint's name of each tensor that was read, by the whole model's name of it.
+    """
 
     model: Any
     span: Span
     shape: ModelShape
     dtype: torch.dtype
     parts: _Parts
+    stored_as: Mapping[str, str]
+
+    def layer_name(self, index: int) -> str:
+        """Return the whole model's name of layer `index`, with a dot at its end."""
+        return f"{self.parts.prefix}.{self.parts.layers}.{index}."
+
+    @property
+    def embedding_name(self) -> str:
+        """The whole model's name of the embedding's weight."""
+        return f"{self.parts.prefix}.{self.parts.embedding}.weight"
 
     def narrow(self, span: Span) -> "LoadedSpan":
         """Return a model of part of the layers that shares every tensor with this one.
@@ -100,7 +113,7 @@ class LoadedSpan:
         if span.first > 0:
             setattr(base, self.parts.embedding, _PassThrough())
         _name_layers(model.config, span, self.shape)
-        return LoadedSpan(model=model, span=span, shape=self.shape, dtype=self.dtype, parts=self.parts)
+        return replace(self, model=model, span=span)
 
 
 def load_span(
@@ -122,7 +135,8 @@ def load_span(
     parts = _find_parts(model, num_layers)
     mapping = get_model_conversion_mapping(model, key_mapping=_TEXT_TOWER_NAMES)
     given = range(max(span.first, donor.span.first), min(span.last, donor.span.last)) if donor else range(0)
-    wanted = _wanted_tensors(source, model, parts, span, mapping, given)
+    target_of = _wanted_tensors(source, model, parts, span, mapping, given)
+    wanted = list(target_of)
     source.check(wanted)
     _drop_what_others_own(model, parts, span, num_layers)
     for index in given:
@@ -141,7 +155,17 @@ def load_span(
     if shape.has_slot_masks:
         mask_by_layer(getattr(model.base_model, parts.layers), shape.kinds[span.first : span.last])
     model.requires_grad_(False)
-    return LoadedSpan(model=model, span=span, shape=shape, dtype=dtype, parts=parts)
+    return LoadedSpan(model=model, span=span, shape=shape, dtype=dtype, parts=parts, stored_as=_inverted(target_of))
+
+
+def load_whole(source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """Return transformers' own unsplit model, in evaluation mode.
+
+    Raises:
+        ModelError: see `load_span`.
+    """
+    num_layers = shape_of(read_model_config(source.folder)).num_layers
+    return load_span(source, Span(0, num_layers), dtype, device).model
 
 
 def tensors_of(source: ModelSource, span: Span) -> list[str]:
@@ -157,7 +181,13 @@ def tensors_of(source: ModelSource, span: Span) -> list[str]:
         raise ConfigError(f"span {span} is outside the model's layers [0, {num_layers})")
     model = _build(config, torch.float32)
     mapping = get_model_conversion_mapping(model, key_mapping=_TEXT_TOWER_NAMES)
-    return _wanted_tensors(source, model, _find_parts(model, num_layers), span, mapping, range(0))
+    return list(_wanted_tensors(source, model, _find_parts(model, num_layers), span, mapping, range(0)))
+
+
+def _inverted(target_of: Mapping[str, str]) -> dict[str, str]:
+    """Return the only tensor that each target is made of; experts are made of many and left out."""
+    count = Counter(target_of.values())
+    return {target: name for name, target in target_of.items() if count[target] == 1}
 
 
 def _build(config: Any, dtype: torch.dtype) -> Any:
@@ -201,8 +231,11 @@ def _find_parts(model: Any, num_layers: int) -> _Parts:
 
 def _wanted_tensors(
     source: ModelSource, model: Any, parts: _Parts, span: Span, mapping: Any, given: range
-) -> list[str]:
-    """Return the checkpoint names of the tensors that this span needs, except those of the `given` layers."""
+) -> dict[str, str]:
+    """Return the checkpoint names of the tensors that this span needs, except those of the `given` layers.
+
+    Each with the name of the model's tensor that it belongs to.
+    """
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     state = model.state_dict()
@@ -213,8 +246,8 @@ def _wanted_tensors(
     is_head, is_tail = span.first == 0, span.last == num_layers
     owners = {name.rpartition(".")[0] for name in state} | {f"{layers_prefix}{layer}" for layer in range(num_layers)}
     ignored = [*_IGNORED_TENSORS, *(model._keys_to_ignore_on_load_unexpected or ())]
-    wanted = []
-    for name in source.file_of_tensor:
+    wanted = {}
+    for name in source.weights.names:
         target, _ = rename_source_key(name, renamings, converters, parts.prefix, state)
         if target not in state:
             if not any(re.search(pattern, each) for pattern in ignored for each in (name, target)):
@@ -228,7 +261,7 @@ def _wanted_tensors(
         else:
             is_wanted = is_tail
         if is_wanted:
-            wanted.append(name)
+            wanted[name] = target
     return wanted
 
 
@@ -242,8 +275,8 @@ def _refuse_of_ours(source: ModelSource, name: str, target: str, owners: set[str
         owner = owner.rpartition(".")[0]
         if owner in owners:
             raise ModelError(
-                f"weights of {source.name}: the model has no place for {name}; if the checkpoint is quantised, use the "
-                "one that is not"
+                f"weights of {source.name}: the model has no place for {name}; if the checkpoint is quantised, its config "
+                "does not say how: take another one"
             )
 
 
@@ -278,8 +311,9 @@ def _load(model: Any, source: ModelSource, wanted: list[str], mapping: Any, dtyp
     """Fill the model from the checkpoint; return transformers' list of missing keys."""
     settings = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping, device_map={"": device})
     try:
-        with _lazy_tensors(source, wanted) as tensors:
-            info, _ = convert_and_load_state_dict_in_model(model, tensors, settings, None)
+        with source.weights.opened(wanted) as tensors:
+            _refuse_8_bits(source, tensors)
+            info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings, None)
     except (SafetensorError, OSError, RuntimeError) as exc:
         raise ModelError(f"weights of {source.name}: {exc}") from exc
     problems = [f"{name} is not expected" for name in info.unexpected_keys]
@@ -293,18 +327,12 @@ def _load(model: Any, source: ModelSource, wanted: list[str], mapping: Any, dtyp
     return info.missing_keys
 
 
-@contextmanager
-def _lazy_tensors(source: ModelSource, wanted: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield slices of memory-mapped files, which are read when they are used."""
-    with ExitStack() as stack:
-        files: dict[str, Any] = {}
-        tensors = {}
-        for name in wanted:
-            file = source.file_of_tensor[name]
-            if file not in files:
-                files[file] = stack.enter_context(safe_open(source.file(file), "pt"))
-            tensors[name] = files[file].get_slice(name)
-        yield tensors
+def _refuse_8_bits(source: ModelSource, tensors: Mapping[str, Any]) -> None:
+    """Raise ModelError for numbers of 8 bits that stand alone: they mean nothing without a scale."""
+    for name, tensor in tensors.items():
+        dtype = tensor.get_dtype() if hasattr(tensor, "get_dtype") else ""
+        if dtype.startswith("F8"):
+            raise ModelError(f"weights of {source.name}: {name} is in {dtype} without a scale: take another checkpoint")
 
 
 def _fill_buffers(model: Any, device: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,20 @@ import msgspec
 
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.cache_dir import default_cache_dir
+from dsd_p2p.models.checkpoints.base import Checkpoint
 
-_FORMAT = 2
+_FORMAT = 3
 """Raise it when the manifest changes."""
-
-_MAX_HEADER_BYTES = 100_000_000
-"""The limit of safetensors itself."""
-
-
-class _TensorHeader(msgspec.Struct):
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
 
 
 class Manifest(msgspec.Struct, frozen=True):
     """The digests of a model's config, files and tensors.
 
-    digest: of the whole content (`content_digest`). tensors: by name, dtype, shape and the sha256 of the bytes.
+    digest: of the whole content (`content_digest`). parts: by file and name, what `Checkpoint.hashes` says.
     """
 
     digest: str
-    tensors: dict[str, str]
+    parts: dict[str, str]
 
 
 def content_digest(config: Path, file_hashes: Iterable[str]) -> str:
@@ -51,23 +43,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder: Path, weight_files: Iterable[str]) -> Manifest:
-    """Hash the model in `folder`, or return the stored manifest if path, size and time of change of its files match.
+def read_manifest(config: Path, files: Mapping[str, Path], weights: Checkpoint) -> Manifest:
+    """Hash a model, or return the stored manifest if path, size and time of change of its files match.
+
+    files: the paths of its weight files by name.
 
     Raises:
         ModelError: a file cannot be read.
     """
-    files = [folder / "config.json", *(folder / name for name in sorted(weight_files))]
+    named = {"config.json": config, **dict(sorted(files.items()))}
     try:
-        stats = [(path.name, path.stat()) for path in files if path.exists()]
-        state = repr([_FORMAT, str(folder.resolve()), *((name, s.st_size, s.st_mtime_ns) for name, s in stats)])
+        stats = [(name, str(path.resolve()), path.stat()) for name, path in named.items() if path.exists()]
+        state = repr([_FORMAT, *((name, path, s.st_size, s.st_mtime_ns) for name, path, s in stats)])
         stored = default_cache_dir() / "manifests" / hashlib.sha256(state.encode()).hexdigest()
         if stored.exists():
             return msgspec.json.decode(stored.read_bytes(), type=Manifest)
-        tensors = {name: entry for path in files[1:] for name, entry in _hash_tensors(path)}
-        manifest = Manifest(digest=content_digest(files[0], map(file_sha256, files[1:])), tensors=tensors)
+        parts = {f"{file}/{name}": line for file in files for name, line in weights.hashes(file)}
+        manifest = Manifest(digest=content_digest(config, map(file_sha256, files.values())), parts=parts)
     except (OSError, msgspec.DecodeError) as exc:
-        raise ModelError(f"{folder}: {exc}: fetch the model again") from exc
+        raise ModelError(f"{config.parent}: {exc}: fetch the model again") from exc
     _store(stored, manifest)
     return manifest
 
@@ -82,45 +76,23 @@ def _store(path: Path, manifest: Manifest) -> None:
         scratch.replace(path)
 
 
-def check_tensors(manifest: Manifest, folder: Path, file_of_tensor: Mapping[str, str], names: Iterable[str]) -> None:
-    """Hash these tensors as they are on disk now, and compare them with the manifest.
+def check_parts(
+    manifest: Manifest, weights: Checkpoint, path_of: Callable[[str], Path], tensors: Iterable[str]
+) -> None:
+    """Hash what these tensors are made of, as it is on disk now, and compare it with the manifest.
 
     Raises:
-        ModelError: a tensor is missing or differs.
+        ModelError: a part is missing or differs.
     """
     wanted: dict[str, set[str]] = {}
-    for name in names:
-        wanted.setdefault(file_of_tensor[name], set()).add(name)
-    for file, tensors in wanted.items():
-        found = dict(_hash_tensors(folder / file, tensors))
-        for name in sorted(tensors):
-            if name not in found or manifest.tensors.get(name) != found[name]:
-                raise ModelError(f"{folder / file}: tensor {name} has changed on disk: fetch the model again")
-
-
-def _hash_tensors(file: Path, wanted: set[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yield each tensor's name and manifest entry, reading the file in order without torch or a memory map.
-
-    Raises:
-        ModelError: `file` is not a safetensors file.
-    """
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        if not 0 < header_bytes <= _MAX_HEADER_BYTES:
-            raise ModelError(f"{file} is not a safetensors file: fetch the model again")
-        try:
-            header = msgspec.json.decode(stream.read(header_bytes), type=dict[str, msgspec.Raw])
-        except msgspec.DecodeError as exc:
-            raise ModelError(f"{file} is not a safetensors file ({exc}): fetch the model again") from exc
-        header.pop("__metadata__", None)
-        for name, raw in header.items():
-            if wanted is not None and name not in wanted:
-                continue
-            tensor = msgspec.json.decode(raw, type=_TensorHeader)
-            start, end = tensor.data_offsets
-            stream.seek(8 + header_bytes + start)
-            digest = hashlib.sha256(stream.read(end - start)).hexdigest()
-            yield name, f"{tensor.dtype} {tensor.shape} {digest}"
+    for tensor in tensors:
+        for file, name in weights.parts(tensor):
+            wanted.setdefault(file, set()).add(name)
+    for file, names in wanted.items():
+        found = dict(weights.hashes(file, names))
+        for name in sorted(names):
+            if name not in found or manifest.parts.get(f"{file}/{name}") != found[name]:
+                raise ModelError(f"{path_of(file)}: tensor {name} has changed on disk: fetch the model again")
 
 
 def _canonical_config(path: Path) -> bytes:

@@ -11,10 +11,10 @@ from dsd_p2p.models.loader import load_span
 from dsd_p2p.models.packed import can_pack, pack_linear_layers
 from dsd_p2p.models.source import ModelSource, compute_format
 from dsd_p2p.models.span import TORCH_DTYPES, SpanModel
-from dsd_p2p.types import INT8, Span
+from dsd_p2p.types import INT8, STORED, Span
 
 OpenSpan = SpanModel | LeanSpan
-"""A span that is ready to run: transformers' own layers, or lean ones in int8."""
+"""A span that is ready to run: transformers' own layers, or lean ones."""
 
 
 def open_span(
@@ -28,18 +28,22 @@ def open_span(
 ) -> OpenSpan:
     """Load the layers of `span`, ready to run.
 
-    dtype: a name of `ComputeFormat`, or "int8". device: a torch device.
+    dtype: a name of `ComputeFormat`, "int8" or "stored". device: a torch device.
     donor: a model whose layers are taken over where the spans overlap, not loaded again.
 
     Raises:
-        ConfigError: the span or dtype does not exist, or the device has no int8.
+        ConfigError: the span or dtype does not exist, or the device has no such form.
         ModelError: the family is not supported, or the weights cannot be loaded.
     """
-    if dtype == INT8:
+    if dtype in (INT8, STORED):
         if torch.device(device).type != "cpu":
-            raise ConfigError(f"weights in int8 run on the CPU, not on {device}: use --device cpu")
+            raise ConfigError(f"--weights {dtype} runs on the CPU, not on {device}: use --device cpu")
         return open_lean_span(
-            source, span, cache_bytes=cache_bytes, donor=donor if isinstance(donor, LeanSpan) else None
+            source,
+            span,
+            cache_bytes=cache_bytes,
+            donor=donor if isinstance(donor, LeanSpan) else None,
+            is_stored=dtype == STORED,
         )
     return _open_float_span(source, span, dtype, device, cache_bytes, donor if isinstance(donor, SpanModel) else None)
 

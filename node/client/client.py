@@ -24,6 +24,7 @@ from dsd_p2p.types import PeerId, Relaxation, Span, TextRequest, TokenId
 from dsd_p2p.window.base import Mode, WindowPolicy
 from node.client.choices import make_relaxation
 from node.config import GenerateConfig, NodeConfig
+from node.local.formats import with_format
 from node.local.local_swarm import LocalStage, local_swarm, stage_processes
 from node.local.netlab import address, namespace, netlab
 from node.local.stage_processes import StageProcess
@@ -147,7 +148,8 @@ async def open_client(config: GenerateConfig, progress: Progress) -> AsyncIterat
             engine = client.engine
         else:
             if not config.connect:
-                model.source.fetch(model.source.file_of_tensor, progress)
+                model.source.fetch(model.source.weights.names, progress)
+                config = with_format(config, model.source)
             started, addresses, link, host = await _stages(config, model.shape.num_layers, progress, stack)
             engine, _ = await stack.enter_async_context(open_coordinator(model, config.dtype, addresses, link, host))
         yield Client(

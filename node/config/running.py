@@ -9,7 +9,7 @@ from dsd_p2p import units
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.catalog import DEFAULT_MODEL
 from dsd_p2p.netmodel import LinkModel
-from dsd_p2p.types import INT8
+from dsd_p2p.types import INT8, STORED
 from dsd_p2p.wire.membership import Role
 from node.config.fields import FILE, POSITIONAL, URL, Help, Positive, Settings, Shape
 from node.config.machine import auto_device, auto_threads
@@ -71,25 +71,37 @@ class ComputeFlags(LinkFlags, frozen=True, kw_only=True):
         if not self.threads:
             msgspec.structs.force_setattr(self, "threads", auto_threads(getattr(self, "stages", 0) + 1))
 
-    def compute_line(self) -> str:
-        """Return in one line what this process and those it starts compute with."""
-        return f"computing on {self.device}, threads a process: {self.threads}, KV cache a stage: {self.cache_memory}"
+    def compute_line(self, weights: str) -> str:
+        """Return in one line what this process and those it starts compute with. weights: their format."""
+        where = f"computing on {self.device}, weights: {weights}, threads a process: {self.threads}"
+        return f"{where}, KV cache a stage: {self.cache_memory}"
 
+
+_NAMES = "a catalog name, a folder, a GGUF file or a Hugging Face id (owner/name, owner/name:Q4_K_M)"
 
 Weights = Annotated[
-    Literal["auto", "float", "int8"],
-    Help("format of the target's weights; float: numbers of --dtype; int8: faster on a CPU; auto: float"),
+    Literal["auto", "float", "int8", "stored"],
+    Help(
+        "format of the target's weights; float: numbers of --dtype; int8: rounded, faster on a CPU; stored: the 4-bit "
+        "numbers of a quantised checkpoint; auto: stored if it has some, int8 if dsd quantize found it good, else float"
+    ),
 ]
 
 
-Dtype = Annotated[str, Help("number format to compute with: float32 (exact in every mode), bfloat16 or float16")]
+Dtype = Annotated[
+    str,
+    Help(
+        "number format of floats: float32 (exact in every mode, transformers' own tokens), bfloat16 or float16; "
+        "auto: float32 unless --weights takes another form"
+    ),
+]
 
 
 class ModelFlags(ComputeFlags, frozen=True, kw_only=True):
-    """A model and the format of its weights. Afterwards `dtype` names it: a number format or "int8"."""
+    """A model and the format of its weights. Afterwards `dtype` names it: a number format, "int8", "stored" or "auto"."""
 
-    model: Annotated[str, Help("target model: a catalog name, a folder or a Hugging Face id")] = DEFAULT_MODEL
-    dtype: Dtype = "float32"
+    model: Annotated[str, Help(f"target model: {_NAMES}")] = DEFAULT_MODEL
+    dtype: Dtype = "auto"
     weights: Weights = "auto"
 
     def __post_init__(self) -> None:
@@ -99,18 +111,20 @@ class ModelFlags(ComputeFlags, frozen=True, kw_only=True):
 
 
 def _format_of(weights: str, dtype: str) -> str:
-    """Return the weights format that the flags ask for.
+    """Return the weights format that the flags ask for; "auto" if the model is to decide (`node.local.formats`).
 
     Raises:
-        ConfigError: int8 computes in float32 only.
+        ConfigError: the flags contradict each other.
     """
-    if weights == "float" and dtype == INT8:
-        raise ConfigError("--weights float computes in float32, bfloat16 or float16: change --dtype")
-    if weights != INT8:
+    if weights == "float":
+        if dtype in (INT8, STORED):
+            raise ConfigError("--weights float computes in float32, bfloat16 or float16: change --dtype")
+        return "float32" if dtype == "auto" else dtype
+    if weights == "auto":
         return dtype
-    if dtype not in ("float32", INT8):
-        raise ConfigError(f"--weights int8 computes in float32, not in {dtype}: leave --dtype out")
-    return INT8
+    if dtype not in ("auto", "float32", weights):
+        raise ConfigError(f"--weights {weights} computes in float32, not in {dtype}: leave --dtype out")
+    return weights
 
 
 class ServeFlags(ComputeFlags, frozen=True, kw_only=True):
@@ -177,8 +191,8 @@ class CreateConfig(ServeFlags, frozen=True, kw_only=True):
         str,
         Help("the swarm's drafter, which members get with the invite: auto, ngram, shadow or a model"),
     ] = "auto"
-    model: Annotated[str, Help("the swarm's model: a catalog name, a folder or a Hugging Face id")] = DEFAULT_MODEL
-    dtype: Dtype = "float32"
+    model: Annotated[str, Help(f"the swarm's model: {_NAMES}")] = DEFAULT_MODEL
+    dtype: Dtype = "auto"
     weights: Weights = "auto"
 
     def __post_init__(self) -> None:
@@ -211,8 +225,8 @@ class NodeCommand(ServeFlags, frozen=True, kw_only=True):
     listen: Annotated[
         str, Help("multiaddr to listen on; default: port 4001 with --swarm, otherwise a free local port")
     ] = ""
-    model: Annotated[str, Help("without --swarm: target model: a catalog name, a folder or a Hugging Face id")] = ""
-    dtype: Annotated[str, Help("without --swarm: number format to compute with; default: float32")] = ""
+    model: Annotated[str, Help(f"without --swarm: target model: {_NAMES}")] = ""
+    dtype: Annotated[str, Help("without --swarm: format of the weights, see dsd up; default: auto")] = ""
     span: Annotated[str, Help("without --swarm: layers of the stage as FIRST:LAST, LAST excluded; default: all")] = ""
     peers: Annotated[tuple[str, ...], Help("without --swarm: multiaddrs of other stages, separated by commas")] = ()
     identity: Annotated[str, Help("without --swarm: file with the peer's secret key, created on first use"), FILE] = ""
@@ -324,7 +338,7 @@ class ModelsConfig(Settings, frozen=True, kw_only=True):
     ]
     name: Annotated[
         str,
-        Help("with pull, path: a catalog name, a folder or a Hugging Face id; with families: only this family"),
+        Help(f"with pull, path: {_NAMES}; with families: only this family"),
         POSITIONAL,
     ] = ""
     json: Annotated[bool, Help("with families: print a JSON object as the last line")] = False

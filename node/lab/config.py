@@ -9,7 +9,7 @@ from dsd_p2p.types import HiddenFormat
 from dsd_p2p.wire.messages import MAX_STAGES
 from node.config.asking import GenerateConfig
 from node.config.fields import FILE, POSITIONAL, Help, Positive, Settings, Shape
-from node.config.running import LinkFlags, SwarmFlags, Weights
+from node.config.running import Dtype, LinkFlags, SwarmFlags, Weights
 
 REPEATED = Shape(is_repeated=True)
 Texts = Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -39,10 +39,13 @@ class OverheadConfig(GenerateConfig, frozen=True, kw_only=True):
     """`dsd bench overhead`."""
 
     max_tokens: Annotated[Positive, Help("tokens of each answer")] = 64
+    dtype: Dtype = "float32"
 
 
 class SplitConfig(SwarmFlags, frozen=True, kw_only=True):
     """`dsd bench formats` and `attest`."""
+
+    dtype: Dtype = "float32"
 
 
 class UsersConfig(SplitConfig, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import PeerInfo, Span
 from node.config import ComputeFlags, NodeConfig
+from node.local.formats import with_format
 
 _WARM_UP_NODES = (1, 8)
 
@@ -24,6 +25,7 @@ def load_span_of(
     Raises:
         ConfigError, ModelError: the layers do not exist or cannot be loaded.
     """
+    config = with_format(config, source)
     num_layers = read_shape(source.folder).num_layers
     span = units.span(config.span) if config.span else Span(0, num_layers)
     model = load_span(source, span, config, config.dtype)

@@ -10,21 +10,22 @@ from node.member.state import StoredMembership
 
 def absolute_model(name: str) -> str:
     """Return the model's name as it means the same from every folder."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def find_member_model(stored: StoredMembership, progress: Progress) -> ModelSource:
     """Return the model that this machine has for the swarm.
 
     Raises:
-        ConfigError: it is a folder that this machine does not have.
+        ConfigError: it is a folder or file that this machine does not have.
         ModelError: it cannot be read, or its content differs from the swarm's.
     """
     path = Path(stored.model)
-    if path.is_absolute() and not path.is_dir():
+    if path.is_absolute() and not path.exists():
+        what = "file" if path.suffix == ".gguf" else "folder"
         raise ConfigError(
-            f"the swarm's model is the folder {path} of the machine that created the swarm: copy it to this machine and "
-            f"join again with --model FOLDER{_named(stored.digest)}"
+            f"the swarm's model is the {what} {path} of the machine that created the swarm: copy it to this machine and "
+            f"join again with --model {what.upper()}{_named(stored.digest)}"
         )
     source = find_model(stored.model, progress)
     if stored.digest and source.digest() != stored.digest:

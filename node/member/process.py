@@ -44,7 +44,7 @@ def serve_swarm(
         stored = state.membership()
         with ConsoleProgress() as progress:
             source = find_member_model(stored, progress)
-        report(Loading(what=config.compute_line()))
+        report(Loading(what=config.compute_line(stored.dtype)))
         profile = PeerProfile()
         if config.role == "stage":
             report(Loading(what="measure this machine"))

@@ -169,12 +169,12 @@ def test_two_who_pull_at_once_fetch_once(tmp_path, monkeypatch):
     def fetch(model, folder, _progress):
         fetched.append(model.name)
         time.sleep(0.3)
-        file = folder / "model.gguf"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{model.name}.gguf"
         file.write_bytes(b"x")
         return file
 
     monkeypatch.setattr(source, "fetch_gguf", fetch)
-    monkeypatch.setattr(source, "convert_gguf", lambda _gguf, folder, _progress: folder.mkdir())
     with ThreadPoolExecutor() as pool:
         folders = list(pool.map(lambda _: source.pull("smollm2-135m", NoProgress(), tmp_path), range(3)))
     assert fetched == ["smollm2-135m"]

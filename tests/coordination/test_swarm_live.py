@@ -38,6 +38,8 @@ INTERVAL_S = 0.25
 NUM_LAYERS = 3
 PROMPT = [1, 2, 3, 4, 5]
 RETRY = RetryPolicy(max_attempts=8, first_delay_s=0.05, max_delay_s=0.5)
+SHORT = RetryPolicy(max_attempts=2, first_delay_s=0.05)
+"""For what cannot come back: each attempt waits for coverage for 5 s."""
 LINK = LinkModel(latency_s=0.004)
 
 
@@ -104,10 +106,10 @@ async def toy_swarm(*spans, **options):
         nursery.cancel_scope.cancel()
 
 
-async def write(client, num_tokens, decision=TREE, after=None, sampling=None):
+async def write(client, num_tokens, decision=TREE, after=None, sampling=None, retry=RETRY):
     """Return the tokens and statistics; `after` maps a number of tokens to what is done once so many have come."""
     options = GenerateOptions(
-        text=TextRequest(max_tokens=num_tokens, sampling=sampling or Sampling()), stall_timeout_s=5, retry=RETRY
+        text=TextRequest(max_tokens=num_tokens, sampling=sampling or Sampling()), stall_timeout_s=5, retry=retry
     )
     after = dict(after or {})
     tokens = []
@@ -244,7 +246,7 @@ async def test_a_cut_between_two_stages_is_routed_around():
 async def test_lost_coverage_is_a_typed_error_that_names_the_layers():
     async with toy_swarm(Span(0, 1), Span(1, 2), Span(2, 3)) as (_, _, nodes, client):
         with pytest.raises(CoverageLost, match=r"\[1, 2\)"):
-            await write(client, 60, TREE, {10: nodes[1].scope.cancel})
+            await write(client, 60, TREE, {10: nodes[1].scope.cancel}, retry=SHORT)
         await all_free([nodes[0], nodes[2]])
 
 
@@ -270,7 +272,7 @@ async def test_what_waits_for_another_route_is_freed_when_none_comes():
     limits = StageLimits(dials_routes=False, orphan_s=0.5)
     async with toy_swarm(Span(0, 1), Span(1, 2), Span(2, 3), limits=limits) as (_, _, nodes, client):
         with pytest.raises(CoverageLost):
-            await write(client, 60, TREE, {10: nodes[2].scope.cancel})
+            await write(client, 60, TREE, {10: nodes[2].scope.cancel}, retry=SHORT)
         await all_free(nodes[:2])
 
 

@@ -132,7 +132,7 @@ def test_the_shadow_is_a_quarter_of_the_bytes_and_mostly_of_one_mind_with_the_ta
 
     tokenizer = AutoTokenizer.from_pretrained(smollm.folder)
     prompt = tokenizer("Once upon a time, in a small village by the sea, there lived").input_ids
-    truth = reference.greedy(smollm.folder, prompt, 60)
+    truth = reference.greedy(smollm.path, prompt, 60)
     session = shadow.open(200)
     hits = 0
     for length in range(len(truth)):

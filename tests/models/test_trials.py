@@ -1,6 +1,5 @@
 """Families are exact or refused before their weights are read, and what is refused says why."""
 
-import json
 import re
 from pathlib import Path
 
@@ -167,23 +166,6 @@ def test_a_tensor_that_the_model_has_no_place_for_is_an_error(tiny, tmp_path, na
     for span in (Span(0, 2), Span(2, 4)):
         with pytest.raises(ModelError, match=rf"no place for {re.escape(name)}"):
             open_span(source, span)
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq, 4 bits"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX, 4 bits"),
-    ],
-)
-def test_quantised_checkpoints_are_refused_by_format(tiny, tmp_path, settings, reason):
-    for file in tiny("llama").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | settings))
-    with pytest.raises(ModelError, match=rf"quantised \({reason}\)"):
-        read_shape(tmp_path)
 
 
 def test_the_table_of_the_families_replaces_the_old_one():

@@ -1,15 +1,27 @@
 """Builds lean layers from transformers' own modules, and refuses what they cannot compute."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsd_p2p.errors import ModelError
+from dsd_p2p.models.checkpoints.base import Groups
 from dsd_p2p.models.lean.layer import GELU, GELU_TANH, SILU, LeanLayer
-from dsd_p2p.models.lean.products import MakeProduct, num_bytes_of
+from dsd_p2p.models.lean.products import (
+    FloatProduct,
+    Int4Product,
+    Int8Product,
+    Int8TwiceProduct,
+    MakeProduct,
+    Weight,
+    has_int4,
+    num_bytes_of,
+)
 from dsd_p2p.models.lean.rotary import NO_ROTATION
 
 _ACTIVATIONS = {
@@ -38,7 +50,7 @@ class Heads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Products:
-    """What makes a layer's products from float32 weights."""
+    """What makes a layer's products from its weights."""
 
     qkv: MakeProduct
     o: MakeProduct
@@ -49,6 +61,38 @@ class Products:
     def all(cls, make: MakeProduct) -> "Products":
         """Return one way for all."""
         return cls(qkv=make, o=make, gate_up=make, down=make)
+
+
+GroupsOf = Callable[[str], Groups | None]
+"""Returns a matrix's 4-bit numbers by its name in the layer, such as `mlp.up_proj.weight`."""
+
+
+def no_groups(name: str) -> None:
+    """Return nothing: all matrices are floats."""
+    del name
+
+
+IN_FLOAT = Products.all(lambda weight: FloatProduct(weight.floats))
+
+IN_INT8 = Products(
+    qkv=lambda weight: Int8TwiceProduct(weight.floats),
+    o=lambda weight: Int8TwiceProduct(weight.floats),
+    gate_up=lambda weight: Int8Product(weight.floats),
+    down=lambda weight: Int8TwiceProduct(weight.floats),
+)
+
+
+def _stored_or(make: MakeProduct) -> MakeProduct:
+    """Return what computes with a matrix's own 4-bit numbers where it can, else with what `make` makes."""
+    return lambda weight: Int4Product(weight.groups) if weight.groups and has_int4(weight) else make(weight)
+
+
+AS_STORED = Products(
+    qkv=_stored_or(IN_INT8.qkv),
+    o=_stored_or(IN_INT8.o),
+    gate_up=_stored_or(IN_INT8.gate_up),
+    down=_stored_or(IN_INT8.down),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +125,9 @@ class Norms:
 
 
 @torch.inference_mode()
-def build_layer(layer: nn.Module, kind: str, make: Products, *, is_scripted: bool = True) -> Built:
+def build_layer(
+    layer: nn.Module, kind: str, make: Products, groups_of: GroupsOf = no_groups, *, is_scripted: bool = True
+) -> Built:
     """Return the lean form of one of transformers' decoder layers.
 
     Raises:
@@ -99,19 +145,21 @@ def build_layer(layer: nn.Module, kind: str, make: Products, *, is_scripted: boo
         raise ModelError(f"a layer of another build, at {exc}") from exc
     if any(each.bias is not None for each in (o, gate, up, down)):
         raise ModelError("a bias in the output of attention or MLP")
-    weights = [each.weight.float() for each in projections]
-    heads = Heads(num_q=len(weights[0]) // head_dim, num_kv=len(weights[1]) // head_dim, head_dim=head_dim)
-    qkv = torch.cat([_interleaved(weights[0], head_dim), _interleaved(weights[1], head_dim), weights[2]])
+    q, k, v = (
+        _weight(each, f"self_attn.{name}_proj", groups_of) for name, each in zip("qkv", projections, strict=True)
+    )
+    heads = Heads(num_q=len(q.floats) // head_dim, num_kv=len(k.floats) // head_dim, head_dim=head_dim)
+    interleaved = partial(_interleaved, head_dim=head_dim)
     bias = torch.empty(0)
     if projections[0].bias is not None:
         parts = [each.bias.float() for each in projections]
         bias = torch.cat([_interleaved(parts[0], head_dim), _interleaved(parts[1], head_dim), parts[2]])
     qk_weight, qk_eps = _qk_norm(attention, heads)
     products = (
-        make.qkv(qkv),
-        make.o(o.weight.float()),
-        make.gate_up(torch.cat([gate.weight.float(), up.weight.float()])),
-        make.down(down.weight.float()),
+        make.qkv(Weight.cat([q.map(interleaved), k.map(interleaved), v])),
+        make.o(_weight(o, "self_attn.o_proj", groups_of)),
+        make.gate_up(Weight.cat([_weight(gate, "mlp.gate_proj", groups_of), _weight(up, "mlp.up_proj", groups_of)])),
+        make.down(_weight(down, "mlp.down_proj", groups_of)),
     )
     built = LeanLayer(
         products=products,
@@ -132,6 +180,10 @@ def build_layer(layer: nn.Module, kind: str, make: Products, *, is_scripted: boo
         rotation=kind if rotates else NO_ROTATION,
         num_bytes=sum(num_bytes_of(each) for each in products),
     )
+
+
+def _weight(module: Any, name: str, groups_of: GroupsOf) -> Weight:
+    return Weight(floats=module.weight.float(), groups=groups_of(f"{name}.weight"))
 
 
 def norms_of(layer: Any) -> Norms:

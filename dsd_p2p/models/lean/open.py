@@ -1,20 +1,24 @@
-"""Opens a span in int8: reads a few layers at a time, checks them, rounds them, and lets go of the floats."""
+"""Opens a lean span: reads a few layers at a time, checks them, packs them, and lets go of the floats."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
+from torch import nn
 
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import read_model_config, shape_of
+from dsd_p2p.models.checkpoints.base import Groups
 from dsd_p2p.models.families import pass_order
-from dsd_p2p.models.lean.build import Built, Products, build_layer, norm_of
+from dsd_p2p.models.lean.build import AS_STORED, IN_FLOAT, IN_INT8, Built, build_layer, norm_of
 from dsd_p2p.models.lean.check import check_structure, settle_exactness
+from dsd_p2p.models.lean.embedding import Rows, RowsOnDisk
 from dsd_p2p.models.lean.products import (
     FloatProduct,
-    Int8Product,
     Int8TwiceProduct,
     MakeProduct,
     RefinedHead,
+    Weight,
     check_finite,
 )
 from dsd_p2p.models.lean.rotary import Rotary
@@ -34,9 +38,11 @@ def open_lean_span(
     cache_bytes: int = 1 << 30,
     donor: LeanSpan | None = None,
     is_exact: bool = True,
+    is_stored: bool = False,
 ) -> LeanSpan:
-    """Load the layers of `span` in int8, ready to run.
+    """Load the layers of `span` in int8 or as they are stored, ready to run.
 
+    is_stored: keep matrices in the 4-bit numbers that the checkpoint has, and its embedding on disk, where that can be.
     donor: a model whose layers and ends are taken over where the spans overlap. is_exact: make sure that windows change no
         bit, even if that costs speed; drafters need not.
 
@@ -57,20 +63,17 @@ def open_lean_span(
         layers = {donor.span.first + index: layer for index, layer in enumerate(donor.layers)}
         ends, rotary = donor.ends, donor.rotary
     for piece in _missing(span, layers, ends, shape.num_layers):
+        # The next floats are read only when these are gone.
         stock = _load(source, piece, order)
         for index in range(piece.first, piece.last):
             try:
-                built, its_ends, rotary = _rounded(stock.narrow(Span(index, index + 1)), rotary)
+                layer = stock.narrow(Span(index, index + 1))
+                rotary = _checked(layer, rotary)
+                layers[index], its_ends = _as_stored(layer, source) if is_stored else _rounded(layer)
             except ModelError as exc:
                 raise ModelError(f"{config.model_type} has no int8 form: {exc}; use --weights float") from exc
-            layers[index] = built
-            ends = Ends(
-                embedding=ends.embedding if its_ends.embedding is None else its_ends.embedding,
-                norm=its_ends.norm or ends.norm,
-                head=its_ends.head or ends.head,
-            )
-        # The next floats are read only when these are gone.
-        del stock
+            ends = ends.with_those_of(its_ends)
+        del stock, layer
     assert rotary is not None
     held = [layers[index] for index in range(span.first, span.last)]
     if len({each.heads for each in held}) > 1:
@@ -113,30 +116,54 @@ def _missing(span: Span, given: Mapping[int, Built], ends: Ends, num_layers: int
         wanted = wanted[len(piece) :]
 
 
-def _rounded(stock: SpanModel, rotary: Rotary | None) -> tuple[Built, Ends, Rotary]:
-    """Return the int8 form of one layer, after comparing its float form with transformers' own."""
+def _checked(stock: SpanModel, rotary: Rotary | None) -> Rotary:
+    """Compare one layer's lean form in float32 with transformers' own, and return the rotary embedding."""
     loaded = stock.loaded
-    base, kind = loaded.model.base_model, stock.shape.kinds[stock.span.first]
-    layer = getattr(base, loaded.parts.layers)[0]
-    in_float = build_layer(layer, kind, Products.all(FloatProduct), is_scripted=False)
+    in_float = build_layer(_layer(loaded), _kind(stock), IN_FLOAT, is_scripted=False)
     if rotary is None:
-        if getattr(base, "rotary_emb", None) is None:
+        if getattr(loaded.model.base_model, "rotary_emb", None) is None:
             raise ModelError("no rotary embedding")
-        rotary = Rotary(base.rotary_emb, loaded.model.config, in_float.heads.head_dim)
-    check_structure(
-        LeanSpan(
-            shape=stock.shape,
-            span=stock.span,
-            layers=[in_float],
-            ends=_ends(loaded, FloatProduct, torch.float32),
-            rotary=rotary,
-        ),
-        stock,
+        rotary = Rotary(loaded.model.base_model.rotary_emb, loaded.model.config, in_float.heads.head_dim)
+    lean = LeanSpan(
+        shape=stock.shape,
+        span=stock.span,
+        layers=[in_float],
+        ends=_ends(loaded, lambda weight: FloatProduct(weight.floats), torch.float32),
+        rotary=rotary,
     )
-    built = build_layer(
-        layer, kind, Products(qkv=Int8TwiceProduct, o=Int8TwiceProduct, gate_up=Int8Product, down=Int8TwiceProduct)
-    )
-    return built, _ends(loaded, RefinedHead, torch.bfloat16), rotary
+    check_structure(lean, stock)
+    return rotary
+
+
+def _rounded(stock: SpanModel) -> tuple[Built, Ends]:
+    """Return the int8 form of one layer."""
+    ends = _ends(stock.loaded, lambda weight: RefinedHead(weight.floats), torch.bfloat16)
+    return build_layer(_layer(stock.loaded), _kind(stock), IN_INT8), ends
+
+
+def _as_stored(stock: SpanModel, source: ModelSource) -> tuple[Built, Ends]:
+    """Return one layer in the checkpoint's own 4-bit numbers where it has some, and in int8 where it has not."""
+    loaded, weights = stock.loaded, source.weights
+
+    def groups_of(name: str) -> Groups | None:
+        stored_as = loaded.stored_as.get(f"{loaded.layer_name(stock.span.first)}{name}")
+        return weights.groups(stored_as) if stored_as else None
+
+    ends = _ends(loaded, lambda weight: Int8TwiceProduct(weight.floats), torch.bfloat16)
+    rows = weights.rows(loaded.stored_as.get(loaded.embedding_name, ""))
+    if ends.embedding is not None and rows is not None:
+        scale = float(getattr(loaded.model.get_input_embeddings(), "embed_scale", 1.0))
+        ends = replace(ends, embedding=RowsOnDisk(rows, scale))
+    return build_layer(_layer(loaded), _kind(stock), AS_STORED, groups_of), ends
+
+
+def _layer(loaded: LoadedSpan) -> nn.Module:
+    layer: nn.Module = getattr(loaded.model.base_model, loaded.parts.layers)[0]
+    return layer
+
+
+def _kind(stock: SpanModel) -> str:
+    return stock.shape.kinds[stock.span.first]
 
 
 @torch.inference_mode()
@@ -146,12 +173,12 @@ def _ends(loaded: LoadedSpan, make_head: MakeProduct, dtype: torch.dtype) -> End
     embedding = None
     if is_head:
         # Some families scale their embeddings.
-        embedding = base.get_input_embeddings()(torch.arange(loaded.shape.vocab_size)).to(dtype)
+        embedding = Rows(base.get_input_embeddings()(torch.arange(loaded.shape.vocab_size)).to(dtype))
     head = model.get_output_embeddings() if is_tail else None
     if head is not None and head.bias is not None:
         raise ModelError("a head with a bias")
     return Ends(
         embedding=embedding,
         norm=norm_of(getattr(base, loaded.parts.norm)) if is_tail else None,
-        head=None if head is None else make_head(head.weight.float()),
+        head=None if head is None else make_head(Weight(floats=head.weight.float())),
     )

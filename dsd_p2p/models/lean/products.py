@@ -1,22 +1,53 @@
-"""Multiplies rows with a weight matrix: in int8, in int8 with a second row for the rest, or in float32 to check the layers.
+"""Multiplies rows with a weight matrix: in int8, in the 4-bit groups of a checkpoint, or in float32 to check the layers.
 
-All take rows that are divided by their largest magnitude. The int8 products round with a fixed scale, so a row's result
-has the same bits whatever rows are in the call.
+All take rows that are divided by their largest magnitude. The int8 products round with a fixed scale, and the 4-bit ones
+to bfloat16, so a row's result has the same bits whatever rows are in the call.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsd_p2p.errors import ModelError
+from dsd_p2p.models.checkpoints.base import Groups
 
 _NUM_REFINED, _NUM_GROUPS, _GROUP = 32, 16, 64
 
 _FULL_RANGE, _REDUCED_RANGE = 127, 63
 """Steps from zero to the largest magnitude. Without VNNI, fbgemm's products of two full 8-bit numbers overflow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A matrix. floats: `[out, in]`, float32. groups: the same in 4-bit numbers, where the checkpoint has them."""
+
+    floats: Tensor
+    groups: Groups | None = None
+
+    def map(self, rows: Callable[[Tensor], Tensor]) -> "Weight":
+        """Return the matrix after an operation on its rows."""
+        return Weight(floats=rows(self.floats), groups=None if self.groups is None else self.groups.map(rows))
+
+    @staticmethod
+    def cat(weights: Sequence["Weight"]) -> "Weight":
+        """Return the matrix of all rows. It has groups if all have groups of one size."""
+        groups = [each.groups for each in weights if each.groups is not None]
+        is_grouped = len(groups) == len(weights) and len({each.size for each in groups}) == 1
+        return Weight(
+            floats=torch.cat([each.floats for each in weights]),
+            groups=Groups(
+                numbers=torch.cat([each.numbers for each in groups]),
+                scales=torch.cat([each.scales for each in groups]),
+                offsets=torch.cat([each.offsets for each in groups]),
+                size=groups[0].size,
+            )
+            if is_grouped
+            else None,
+        )
 
 
 class FloatProduct(nn.Module):
@@ -48,6 +79,36 @@ class Int8Product(nn.Module):
             rows, 1.0 / self.steps, self.steps + 1, self.packed
         )
         return product
+
+
+class Int4Product(nn.Module):
+    """A product with weights in 4-bit groups; scales, offsets and results are rounded to bfloat16, sums are float32."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(groups.numbers.int(), 1)
+        # torch's kernel takes numbers from -8 to 7.
+        offsets = groups.offsets + 8 * groups.scales
+        self.scales = torch.stack([groups.scales.T, offsets.T], dim=-1).bfloat16().contiguous()
+        self.size = groups.size
+        self.num_bytes = self.packed.nbytes + self.scales.nbytes
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map `[n, in]`, between -1 and 1, to `[n, out]`."""
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows.to(torch.bfloat16), self.packed, self.size, self.scales
+        )
+        return product.float()
+
+
+_INT4_ROWS = 16
+_INT4_SIZES = (32, 64, 128, 256)
+
+
+def has_int4(weight: Weight) -> bool:
+    """Return whether torch's kernel computes with the matrix's own 4-bit numbers."""
+    groups = weight.groups
+    return groups is not None and len(groups.numbers) % _INT4_ROWS == 0 and groups.size in _INT4_SIZES
 
 
 class Int8TwiceProduct(Int8Product):
@@ -83,7 +144,7 @@ def _likeliest(logits: Tensor, count: int) -> Tensor:
 
 def num_bytes_of(product: nn.Module) -> int:
     """Return the size of a product's weights."""
-    assert isinstance(product, FloatProduct | Int8Product)
+    assert isinstance(product, FloatProduct | Int4Product | Int8Product)
     return product.num_bytes
 
 
@@ -110,7 +171,7 @@ class RefinedHead(Int8Product):
         return logits.scatter_(1, likeliest, exact)
 
 
-MakeProduct = Callable[[Tensor], nn.Module]
+MakeProduct = Callable[[Weight], nn.Module]
 
 
 def check_finite(weight: Tensor) -> None:

@@ -15,6 +15,7 @@ from dsd_p2p.models.architecture import ModelShape
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.models.lean.build import Built, Norm
 from dsd_p2p.models.lean.cache import LeanCache
+from dsd_p2p.models.lean.embedding import Rows, RowsOnDisk
 from dsd_p2p.models.lean.layer import SLOT_PAD
 from dsd_p2p.models.lean.products import num_bytes_of
 from dsd_p2p.models.lean.rotary import Rotary
@@ -25,9 +26,9 @@ from dsd_p2p.types import Span
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
-    """What comes before the first and after the last layer. embedding: `[V, H]`. norm, head: of the tail."""
+    """What comes before the first and after the last layer. norm, head: of the tail."""
 
-    embedding: Tensor | None = None
+    embedding: Rows | RowsOnDisk | None = None
     norm: Norm | None = None
     head: nn.Module | None = None
 
@@ -39,10 +40,18 @@ class Ends:
             head=self.head if is_tail else None,
         )
 
+    def with_those_of(self, other: "Ends") -> "Ends":
+        """Return these and those of another part of the model."""
+        return Ends(
+            embedding=self.embedding or other.embedding,
+            norm=self.norm or other.norm,
+            head=self.head or other.head,
+        )
+
     @property
     def num_bytes(self) -> int:
         """The size of the weights."""
-        embedding = 0 if self.embedding is None else self.embedding.nbytes
+        embedding = 0 if self.embedding is None else self.embedding.num_bytes
         return embedding + (0 if self.head is None else num_bytes_of(self.head))
 
 
@@ -145,7 +154,7 @@ class LeanSpan(RunnableSpan):
         if inputs.is_floating_point():
             return inputs
         assert self.ends.embedding is not None, "only the head takes tokens"
-        return nn.functional.embedding(inputs, self.ends.embedding).float()
+        return self.ends.embedding(inputs)
 
     def _run_layers(self, segments: Sequence[Segment], x: Tensor) -> Tensor:
         """Return the hidden states after the layers; `x` may be changed."""

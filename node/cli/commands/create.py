@@ -14,6 +14,7 @@ def run(config: CreateConfig, gateway: GatewayConfig) -> int:
     """Create the swarm and serve until stopped. A swarm whose first peer cannot start is not left behind."""
     from dsd_p2p.models.architecture import read_shape
     from dsd_p2p.models.source import find_model
+    from node.local.formats import with_format
     from node.member.model import absolute_model
 
     check_swarm_drafter(config.draft)
@@ -22,6 +23,7 @@ def run(config: CreateConfig, gateway: GatewayConfig) -> int:
     with ConsoleProgress() as progress:
         source = find_model(config.model, progress)
         read_shape(source.folder)
+        config = with_format(config, source)
         digest = source.digest()
     model = absolute_model(config.model)
     state.create(model=model, dtype=config.dtype, digest=digest, draft=config.draft)

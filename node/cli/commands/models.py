@@ -23,7 +23,9 @@ def run(config: ModelsConfig) -> int:
         case "families":
             _families(config)
         case action if not name:
-            raise ConfigError(f"dsd models {action} needs a model: one of {', '.join(CATALOG)}, a folder or a hub id")
+            raise ConfigError(
+                f"dsd models {action} needs a model: one of {', '.join(CATALOG)}, a folder, a GGUF file or a hub id"
+            )
         case "pull":
             _pull(config)
             console.print(f"{name} is ready")
@@ -36,7 +38,7 @@ def _find(name: str) -> str:
     from dsd_p2p.models.source import find_model
 
     with ConsoleProgress() as progress:
-        return str(find_model(name, progress).folder)
+        return str(find_model(name, progress).path)
 
 
 def _pull(config: ModelsConfig) -> None:
@@ -45,11 +47,11 @@ def _pull(config: ModelsConfig) -> None:
 
     with ConsoleProgress() as progress:
         source = pull_model(config.name, progress)
-        tensors = source.file_of_tensor
+        tensors = source.weights.names
         if config.span:
             from dsd_p2p.models.loader import tensors_of
 
-            tensors = dict.fromkeys(tensors_of(source, units.span(config.span)), "")
+            tensors = tensors_of(source, units.span(config.span))
         source.fetch(tensors, progress)
 
 

@@ -9,6 +9,7 @@ from dsd_p2p.models.source import find_model
 from dsd_p2p.types import Span
 from node.console import ConsoleProgress
 from node.lab.config import ProfileConfig
+from node.local.formats import with_format
 from node.member.measure import describe_machine, pass_s
 
 _NODES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -18,6 +19,7 @@ def run(config: ProfileConfig) -> int:
     """Measure one middle layer and the last one, and print a `[[targets]]` table."""
     with ConsoleProgress() as progress:
         source = find_model(config.model, progress)
+        config = with_format(config, source)
         num_layers = read_shape(source.folder).num_layers
         curves = []
         for what, first in (("a middle layer", num_layers // 2), ("the tail", num_layers - 1)):

@@ -16,6 +16,7 @@ from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import read_model_config, read_shape
 from dsd_p2p.models.families import pass_order
+from dsd_p2p.models.formats import REPORT
 from dsd_p2p.models.lean.open import open_lean_span
 from dsd_p2p.models.lean.quality import judge, log_probabilities
 from dsd_p2p.models.lean.smoothing import STRENGTH, smooth
@@ -28,7 +29,6 @@ from dsd_p2p.types import Span, TokenId
 from node.config import QuantizeConfig
 from node.console import ConsoleProgress
 
-REPORT = "quantize.json"
 _WEIGHTS = "model.safetensors"
 _COPIED = (".json", ".jinja", ".model", ".txt")
 
@@ -68,7 +68,7 @@ def run(config: QuantizeConfig) -> int:
         raise ConfigError(f"--output {output}: it exists; choose a new folder")
     with ConsoleProgress() as progress:
         source = find_model(config.model, progress)
-        source.fetch(source.file_of_tensor, progress)
+        source.fetch(source.weights.names, progress)
         report = quantize(source, output, progress)
     print(json.dumps(report, indent=1))
     print(f"run it: dsd up --model {output} --weights int8")
@@ -123,7 +123,7 @@ def _write(stock: SpanModel, source: ModelSource, folder: Path) -> None:
     """Write the model's weights in float32, its config, and what belongs to its tokenizer as it is."""
     folder.mkdir(parents=True)
     for file in source.folder.iterdir():
-        if file.suffix in _COPIED and not file.name.endswith(".index.json"):
+        if file.suffix in _COPIED and not file.name.endswith("index.json"):
             shutil.copy2(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)

@@ -23,6 +23,7 @@ from node.gateway.app import Served
 from node.gateway.backend import EngineBackend
 from node.gateway.server import serve_gateway
 from node.gateway.setup import default_sampling, make_gateway, read_clients
+from node.local.formats import with_format
 from node.local.local_swarm import LocalStage, local_swarm, stage_processes
 from node.watch.broker import embedded_broker
 from node.watch.hub import EventHub
@@ -44,13 +45,14 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
     broker_of(config.mqtt, config.mqtt_ca, TOPICS)
     check_collector(config.otlp)
     torch.set_num_threads(config.threads)
-    console.print(config.compute_line())
     async with AsyncExitStack() as stack:
         progress = stack.enter_context(ConsoleProgress())
         model = load_coordinator_model(
             config.model, config.draft, progress, draft_dtype=config.draft_dtype, device=config.device, learns=True
         )
-        model.source.fetch(model.source.file_of_tensor, progress)
+        model.source.fetch(model.source.weights.names, progress)
+        config = with_format(config, model.source)
+        console.print(config.compute_line(config.dtype))
         if not config.mqtt:
             config = msgspec.structs.replace(config, mqtt=await stack.enter_async_context(embedded_broker()))
         spans = [Span(*bounds) for bounds in even_spans(model.shape.num_layers, config.stages)]

@@ -9,7 +9,9 @@ import msgspec
 import torch
 
 from dsd_p2p.errors import ConfigError, LocalProtocolError
-from dsd_p2p.models.source import find_model
+from dsd_p2p.models.loader import load_whole
+from dsd_p2p.models.source import compute_format, find_model
+from dsd_p2p.models.span import TORCH_DTYPES
 from dsd_p2p.types import INT8, TokenId
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from node.client.client import open_client
@@ -73,12 +75,9 @@ async def run_overhead(config: GenerateConfig, rounds: int) -> dict[str, object]
 
 
 def _load_unsplit(config: GenerateConfig) -> Any:
-    from transformers import AutoModelForCausalLM
-
     torch.set_num_threads(config.threads)
     with ConsoleProgress() as progress:
-        folder = find_model(config.model, progress).folder
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype).eval()
+        return load_whole(find_model(config.model, progress), TORCH_DTYPES[compute_format(config.dtype)])
 
 
 def _write_unsplit(model: Any, prompt: Sequence[TokenId], num_tokens: int) -> tuple[list[TokenId], float]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsd_p2p.models.loader import load_whole
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.rows import LogitsRow
 from dsd_p2p.models.source import compute_format, find_model
@@ -47,13 +48,8 @@ class _Model:
     """One model with its cache for a left-padded batch."""
 
     def __init__(self, name: str, dtype: str, device: str, progress: Progress) -> None:
-        from transformers import AutoModelForCausalLM
-
         progress.step(f"load {name}", 0, 0)
-        folder = find_model(name, progress).folder
-        self._model: Any = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=TORCH_DTYPES[compute_format(dtype)]).to(device).eval()
-        )
+        self._model = load_whole(find_model(name, progress), TORCH_DTYPES[compute_format(dtype)], device)
         self._cache: Any = None
 
     def start(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from dsd_p2p.models.loader import load_whole
 from dsd_p2p.models.progress import Progress
-from dsd_p2p.models.source import find_model
+from dsd_p2p.models.source import compute_format, find_model
+from dsd_p2p.models.span import TORCH_DTYPES
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.session.effects import NUM_CANDIDATES
 from dsd_p2p.sim.agreement import Agreement, RecordedText
@@ -54,10 +56,8 @@ def record_agreement(config: RecordConfig, progress: Progress) -> Agreement:
 
 
 def _load(name: str, dtype: str, device: str, progress: Progress) -> Any:
-    from transformers import AutoModelForCausalLM
-
     progress.step(f"load {name}", 0, 0)
-    return AutoModelForCausalLM.from_pretrained(find_model(name, progress).folder, dtype=dtype).to(device).eval()
+    return load_whole(find_model(name, progress), TORCH_DTYPES[compute_format(dtype)], device)
 
 
 @torch.inference_mode()

@@ -156,13 +156,13 @@ _COMMANDS = {"up": _up, "chaos": _chaos, "siege": _siege, "place": _place}
 def _reference(num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
     """Return the prompts and the unsplit model's answer to each."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from dsd_p2p.models.loader import load_whole
     from dsd_p2p.models.text import TextCodec
 
     source = find_model(_MODEL, NoProgress())
     text = TextCodec(source.folder)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    model = load_whole(source, torch.float32)
     # Go on past the end of the text, so that all answers have the same length and more tokens can be wrong.
     model.generation_config.eos_token_id = None
     prompts, answers = [], []
