@@ -168,6 +168,20 @@ def load_whole(source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> 
     return load_span(source, Span(0, num_layers), dtype, device).model
 
 
+def head_layers(source: ModelSource) -> float:
+    """Return how many layers have as many weights as the LM head.
+
+    Raises:
+        ModelError: the family is not supported.
+    """
+    config = read_model_config(source.folder)
+    num_layers = shape_of(config).num_layers
+    model = _build(config, torch.float32)
+    layers = getattr(model.base_model, _find_parts(model, num_layers).layers)
+    size = sum(each.numel() for each in layers.parameters()) / num_layers
+    return float(model.get_output_embeddings().weight.numel() / max(1.0, size))
+
+
 def tensors_of(source: ModelSource, span: Span) -> list[str]:
     """Return the checkpoint's names of the tensors that `span` needs.
 

@@ -5,6 +5,7 @@ import torch
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.families import pass_order
+from dsd_p2p.models.heap import give_back
 from dsd_p2p.models.lean.open import open_lean_span
 from dsd_p2p.models.lean.span import LeanSpan
 from dsd_p2p.models.loader import load_span
@@ -35,6 +36,14 @@ def open_span(
         ConfigError: the span or dtype does not exist, or the device has no such form.
         ModelError: the family is not supported, or the weights cannot be loaded.
     """
+    model = _open(source, span, dtype, device, cache_bytes, donor)
+    give_back()
+    return model
+
+
+def _open(
+    source: ModelSource, span: Span, dtype: str, device: str, cache_bytes: int, donor: OpenSpan | None
+) -> OpenSpan:
     if dtype in (INT8, STORED):
         if torch.device(device).type != "cpu":
             raise ConfigError(f"--weights {dtype} runs on the CPU, not on {device}: use --device cpu")

@@ -19,6 +19,24 @@ def even_spans(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
+def balanced_spans(num_layers: int, num_stages: int, head_layers: float) -> list[tuple[int, int]]:
+    """Split `num_layers` into `num_stages` half-open spans such that the largest share of the work is smallest.
+
+    head_layers: as many layers are as much work as the LM head, which the last stage has besides its layers.
+
+    Raises:
+        ConfigError: there are fewer layers than stages.
+    """
+    if num_stages < 2 or num_layers <= num_stages:
+        return even_spans(num_layers, num_stages)
+    others = num_stages - 1
+    last = min(
+        range(1, num_layers - others + 1),
+        key=lambda count: (max(-(-(num_layers - count) // others), count + head_layers), -count),
+    )
+    return [*even_spans(num_layers - last, others), (num_layers - last, num_layers)]
+
+
 def choose_listed_route(peers: Iterable[PeerInfo]) -> list[PeerInfo]:
     """Return the route with the fewest stages that covers all layers of one model.
 

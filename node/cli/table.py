@@ -85,6 +85,9 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ),
                 "wan": _bench("speed of real models on emulated wide-area links, arm by arm", "WanConfig", run="wan"),
                 "peers": _bench("speed of the int8 pass beside llama.cpp's", "PeersConfig", run="peers"),
+                "forms": _bench(
+                    "how near int8 and the stored form are to floats", "FormsConfig", "ReceiptFlags", "forms"
+                ),
                 "door": _bench(
                     "speed of a swarm joined by invites, through its gateway, beside `dsd up`", "DoorConfig", run="door"
                 ),

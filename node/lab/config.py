@@ -103,6 +103,13 @@ class PeersConfig(UsersConfig, frozen=True, kw_only=True):
     max_tokens: Annotated[Positive, Help("tokens of each answer")] = 32
 
 
+class FormsConfig(Settings, frozen=True, kw_only=True):
+    """`dsd bench forms`."""
+
+    model: Annotated[str, Help("the model")] = DEFAULT_MODEL
+    threads: Annotated[Positive, Help("torch threads")] = 1
+
+
 class PlacementConfig(Settings, frozen=True, kw_only=True):
     """`dsd bench placement`."""
 

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsd_p2p.errors import ConfigError
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
+from dsd_p2p.placement.listed import balanced_spans, even_spans
 from dsd_p2p.placement.route import Detour, choose_route
 from dsd_p2p.placement.span import choose_move, choose_span
 from dsd_p2p.placement.view import PeerView, Plan, PlannedStage, Speculation, SwarmView, seconds_per_token
@@ -218,3 +220,20 @@ def test_the_coordinator_is_where_the_loop_is_shortest():
         "not worth a dependency"
     )
     assert choose_coordinator(view(), "client", {"client": lookup}) is None
+
+
+@given(st.integers(1, 100), st.integers(1, 12), st.floats(0, 20))
+def test_the_stage_with_the_head_gets_fewer_layers(num_layers, num_stages, head_layers):
+    if num_stages > num_layers:
+        with pytest.raises(ConfigError, match="one per layer at most"):
+            balanced_spans(num_layers, num_stages, head_layers)
+        return
+
+    def largest(spans):
+        return max(last - first + (head_layers if last == num_layers else 0) for first, last in spans)
+
+    spans = balanced_spans(num_layers, num_stages, head_layers)
+    assert len(spans) == num_stages
+    assert [bound for span in spans for bound in range(*span)] == list(range(num_layers))
+    assert all(first < last for first, last in spans)
+    assert largest(spans) <= largest(even_spans(num_layers, num_stages))

@@ -129,7 +129,11 @@ class GgufCheckpoint:
         return mapped.reshape(*part.shape[:-1], -1)
 
     def _dequantised(self, part: GgufTensor) -> Tensor:
-        numbers = _dequantised(self._bytes(part), gguf.GGMLQuantizationType(part.kind))
+        raw = self._bytes(part)
+        # For the commonest formats this takes a third of the library's time and gives the same bits.
+        groups = groups_of(part.kind, raw)
+        kind = gguf.GGMLQuantizationType(part.kind)
+        numbers = _dequantised(raw, kind) if groups is None else groups.floats().numpy()
         return torch.from_numpy(np.ascontiguousarray(self._as_in_transformers(numbers, part.name)))
 
     def _as_in_transformers(self, weights: NDArray[Any], name: str) -> NDArray[Any]:

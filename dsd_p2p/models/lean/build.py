@@ -76,7 +76,7 @@ IN_FLOAT = Products.all(lambda weight: FloatProduct(weight.floats))
 
 IN_INT8 = Products(
     qkv=lambda weight: Int8TwiceProduct(weight.floats),
-    o=lambda weight: Int8TwiceProduct(weight.floats),
+    o=lambda weight: Int8Product(weight.floats),
     gate_up=lambda weight: Int8Product(weight.floats),
     down=lambda weight: Int8TwiceProduct(weight.floats),
 )

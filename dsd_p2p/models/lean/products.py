@@ -157,8 +157,7 @@ class RefinedHead(Int8Product):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
-        self._scales = _scales_of(weight)
-        self._rounded = _rounded(weight, self._scales)
+        self._rounded, self._scales = round_channels(weight)
         self.num_bytes += self._rounded.nbytes + self._scales.nbytes
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -180,7 +179,8 @@ def check_finite(weight: Tensor) -> None:
     Raises:
         ModelError: one is not finite.
     """
-    if not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
+    # A number that is not finite is the smallest or the largest.
+    if not all(bool(torch.isfinite(each)) for each in torch.aminmax(weight)):
         raise ModelError("the model's weights are not finite: fetch them again, or take another checkpoint")
 
 
@@ -198,15 +198,24 @@ def _rounded(weight: Tensor, scales: Tensor) -> Tensor:
     return (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8).contiguous()
 
 
-def pack(weight: Tensor) -> Any:
-    """Return float32 weights `[out, in]` in int8, one scale for each output channel, in the engine's order.
+def round_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 weights `[out, in]` in int8, and the scale of each output channel.
 
     Raises:
         ModelError: a weight is not finite.
     """
     scales = _scales_of(weight)
     check_finite(scales)
-    rounded = _rounded(weight, scales)
+    return _rounded(weight, scales), scales
+
+
+def pack(weight: Tensor) -> Any:
+    """Return float32 weights `[out, in]` in int8, one scale for each output channel, in the engine's order.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
+    rounded, scales = round_channels(weight)
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     engines = torch.backends.quantized.supported_engines
     torch.backends.quantized.engine = "fbgemm" if "fbgemm" in engines else "qnnpack"

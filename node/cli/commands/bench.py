@@ -13,6 +13,7 @@ from node.lab.config import (
     BrokersConfig,
     DoorConfig,
     DraftsConfig,
+    FormsConfig,
     OneRound,
     OverheadConfig,
     PassesConfig,
@@ -78,6 +79,13 @@ def peers(config: PeersConfig, flags: RoundFlags) -> int:
     from node.lab.benches.lean_pass import run_peers
 
     return _measure("peers", flags, lambda progress: trio.run(run_peers, config, flags.rounds, progress))
+
+
+def forms(config: FormsConfig, flags: ReceiptFlags) -> int:
+    """Judge int8 and the stored form by the floats."""
+    from node.lab.benches.forms import run_forms
+
+    return _measure("forms", flags, lambda progress: run_forms(config, progress))
 
 
 def passes(config: PassesConfig, flags: RoundFlags) -> int:

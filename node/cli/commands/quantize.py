@@ -1,23 +1,21 @@
 """Implements `dsd quantize`: write a copy of a model whose int8 form is close to the model."""
 
-import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 import msgspec
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from dsd_p2p.cache.slots import SlotTable
-from dsd_p2p.errors import ConfigError, ModelError
+from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_model_config, read_shape
 from dsd_p2p.models.families import pass_order
 from dsd_p2p.models.formats import REPORT
 from dsd_p2p.models.lean.open import open_lean_span
+from dsd_p2p.models.lean.products import round_channels
 from dsd_p2p.models.lean.quality import judge, log_probabilities
 from dsd_p2p.models.lean.smoothing import STRENGTH, smooth
 from dsd_p2p.models.loader import load_span
@@ -25,38 +23,28 @@ from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.span import SpanModel
 from dsd_p2p.models.text import TextCodec
-from dsd_p2p.types import Span, TokenId
+from dsd_p2p.types import Span
 from node.config import QuantizeConfig
 from node.console import ConsoleProgress
+from node.lab.quality.texts import FITTED, JUDGED, texts_of
 
 _WEIGHTS = "model.safetensors"
+_MATRIX = 2
+_COMPRESSED = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
+            }
+        },
+    }
+}
 _COPIED = (".json", ".jinja", ".model", ".txt")
-
-_FITTED_PROMPTS = (
-    "What is the capital of Japan?",
-    "Write a short poem about rain.",
-    "How do I sort a list in Python?",
-    "Explain photosynthesis in simple words.",
-    "What is 15 times 12? Show your work.",
-    "Translate 'good morning' into French, German and Spanish.",
-    "Why do cats purr?",
-    "Give me three tips for a job interview.",
-)
-_JUDGED_PROMPTS = (
-    "Why is the sky blue?",
-    "Write a haiku about the sea.",
-    "Write a Python function that reverses a string.",
-    "What happens when water freezes?",
-    "A train travels 60 km in 45 minutes. How fast is it?",
-    "Name three rivers of Europe and the countries they cross.",
-    "What does a compiler do?",
-    "Tell me a story about an old clock.",
-)
-_FITTED_MODULES = ("argparse", "calendar", "configparser", "csv", "textwrap", "threading")
-_JUDGED_MODULES = ("datetime", "difflib", "fractions", "heapq", "ipaddress", "statistics")
-"""Modules of Python's library whose documentation serves as prose."""
-
-_ANSWER_TOKENS, _DOCUMENT_TOKENS = 40, 300
 
 
 def run(config: QuantizeConfig) -> int:
@@ -91,9 +79,9 @@ def quantize(source: ModelSource, output: Path, progress: Progress) -> dict[str,
     )
     codec = TextCodec(source.folder)
     progress.step("what the float32 model says", 0, 0)
-    judged = _texts(stock, codec, _JUDGED_PROMPTS, _JUDGED_MODULES)
+    judged = texts_of(stock, codec, JUDGED)
     expected = [log_probabilities(stock, text) for text in judged]
-    fitted = _texts(stock, codec, _FITTED_PROMPTS, _FITTED_MODULES)
+    fitted = texts_of(stock, codec, FITTED)
     progress.step("smooth", 0, 0)
     smooth(stock, fitted)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,8 +97,8 @@ def quantize(source: ModelSource, output: Path, progress: Progress) -> dict[str,
             "model": source.name,
             "digest": source.digest(),
             "strength": STRENGTH,
-            "fitted_on": {"prompts": _FITTED_PROMPTS, "documentation_of": _FITTED_MODULES},
-            "judged_on": {"prompts": _JUDGED_PROMPTS, "documentation_of": _JUDGED_MODULES},
+            "fitted_on": msgspec.to_builtins(FITTED),
+            "judged_on": msgspec.to_builtins(JUDGED),
             "int8_before": msgspec.to_builtins(reports["before"]),
             "int8": msgspec.to_builtins(reports["after"]),
         }
@@ -120,49 +108,25 @@ def quantize(source: ModelSource, output: Path, progress: Progress) -> dict[str,
 
 
 def _write(stock: SpanModel, source: ModelSource, folder: Path) -> None:
-    """Write the model's weights in float32, its config, and what belongs to its tokenizer as it is."""
+    """Write the model in the format of compressed-tensors, and what belongs to its tokenizer as it is.
+
+    The layers' matrices are int8 with a scale for each output channel, as they are in memory. The embedding and the head
+    are bfloat16.
+    """
     folder.mkdir(parents=True)
     for file in source.folder.iterdir():
         if file.suffix in _COPIED and not file.name.endswith("index.json"):
             shutil.copy2(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=1))
-    state = {name: tensor.contiguous() for name, tensor in stock.model.state_dict().items()}
-    if stock.model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32", **_COMPRESSED}, indent=1))
+    state: dict[str, Tensor] = {}
+    for name, tensor in stock.model.state_dict().items():
+        if tensor.ndim < _MATRIX:
+            state[name] = tensor.contiguous()
+        elif ".layers." in name:
+            state[name], scales = round_channels(tensor)
+            state[f"{name}_scale"] = scales[:, None].contiguous()
+        elif name != "lm_head.weight" or not stock.model.config.tie_word_embeddings:
+            state[name] = tensor.to(torch.bfloat16).contiguous()
     save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
-
-
-def _texts(stock: SpanModel, codec: TextCodec, prompts: Sequence[str], modules: Sequence[str]) -> list[list[TokenId]]:
-    """Return the prompts with the model's own answers, and documentation."""
-    answers = [_answered(stock, _encoded(codec, prompt)) for prompt in prompts]
-    documents = [codec.encode(_documentation(name), is_raw=True)[:_DOCUMENT_TOKENS] for name in modules]
-    return [*answers, *documents]
-
-
-def _encoded(codec: TextCodec, prompt: str) -> list[TokenId]:
-    """Return the prompt as a question, or as it is for a model that takes no questions."""
-    try:
-        return codec.encode(prompt, is_raw=False)
-    except ModelError:
-        return codec.encode(prompt, is_raw=True)
-
-
-def _answered(stock: SpanModel, prompt: Sequence[TokenId]) -> list[TokenId]:
-    tokens = list(prompt)
-    cache, slots = stock.new_cache(len(prompt) + _ANSWER_TOKENS), SlotTable()
-    forward, given = slots.chain(len(prompt)), tokens
-    for _ in range(_ANSWER_TOKENS):
-        (view,) = stock.views(cache, forward, given, [len(given) - 1])
-        tokens = [*tokens, view.argmax()]
-        forward = slots.append([len(tokens) - 1], [len(tokens) - 2], [len(tokens) - 1])
-        given = tokens[-1:]
-    cache.free()
-    return tokens
-
-
-def _documentation(name: str) -> str:
-    module = import_module(name)
-    members = [module, *(each for _, each in inspect.getmembers(module) if getattr(each, "__module__", "") == name)]
-    return "\n\n".join(text for each in members if (text := inspect.getdoc(each)))

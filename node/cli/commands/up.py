@@ -13,7 +13,8 @@ from dsd_p2p.coordination.directory import StageList
 from dsd_p2p.coordination.engine import Engine
 from dsd_p2p.coordination.open import load_coordinator_model, open_coordinator
 from dsd_p2p.errors import ConfigError
-from dsd_p2p.placement.listed import even_spans
+from dsd_p2p.models.loader import head_layers
+from dsd_p2p.placement.listed import balanced_spans
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import PeerId, Span
 from dsd_p2p.window.named import adaptive_policy
@@ -55,7 +56,8 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
         console.print(config.compute_line(config.dtype))
         if not config.mqtt:
             config = msgspec.structs.replace(config, mqtt=await stack.enter_async_context(embedded_broker()))
-        spans = [Span(*bounds) for bounds in even_spans(model.shape.num_layers, config.stages)]
+        num_layers = model.shape.num_layers
+        spans = [Span(*bounds) for bounds in balanced_spans(num_layers, config.stages, head_layers(model.source))]
         started = await stack.enter_async_context(local_swarm(stage_processes(config, spans), progress))
         addresses = [stage.address for stage in started]
         engine, stages = await stack.enter_async_context(

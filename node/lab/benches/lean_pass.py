@@ -9,12 +9,9 @@ import trio
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_shape
-from dsd_p2p.models.cache_dir import default_cache_dir
-from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
-from dsd_p2p.models.wheels import fetch_gguf
 from dsd_p2p.types import Span
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from node.lab.benches.serving import serving_swarm, write_together
@@ -29,16 +26,15 @@ async def run_peers(config: PeersConfig, rounds: int, progress: Progress) -> dic
     """Time a token of llama.cpp, windows of the whole model, and a token over stage processes, in turns.
 
     Raises:
-        ConfigError: llama.cpp's wheel is not installed, or the model has no GGUF file.
+        ConfigError: llama.cpp's wheel is not installed, or the model is no GGUF file.
         ModelError: the model cannot be loaded.
     """
-    if config.model not in CATALOG:
-        raise ConfigError(f"--model {config.model}: only the catalog's models come as GGUF files for llama.cpp")
     torch.set_num_threads(config.threads)
     source = find_model(config.model, progress)
+    if source.path.suffix != ".gguf":
+        raise ConfigError(f"--model {config.model}: llama.cpp needs a GGUF file")
     shape = read_shape(source.folder)
-    gguf = fetch_gguf(CATALOG[config.model], default_cache_dir() / "gguf" / config.model, progress)
-    llama = _Llama(str(gguf), config.threads)
+    llama = _Llama(str(source.path), config.threads)
     model = open_span(source, Span(0, shape.num_layers), dtype=config.dtype)
     prompt = [(7 * index) % min(40_000, shape.vocab_size) for index in range(_CONTEXT)]
     whole = _Whole(model, prompt)
