@@ -26,6 +26,14 @@ def num_bytes(text: str) -> int:
     return int(_quantity(text, _BYTES, "2GB"))
 
 
+def duration(seconds: float) -> str:
+    """Return seconds as a person would say them, in one unit: "3 h"."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def span(text: str) -> Span:
     """Return `0:10` as the half-open span [0, 10)."""
     first, separator, last = text.partition(":")

@@ -28,7 +28,7 @@ from dsd_p2p.session.machine import RequestMachine
 from dsd_p2p.session.request import Route
 from dsd_p2p.telemetry.watch import RequestWatch
 from dsd_p2p.transport.base import Lost
-from dsd_p2p.types import PeerId
+from dsd_p2p.types import PeerId, short_peer
 from dsd_p2p.wire.messages import CloseSession, Failure, OpenSession, Verdict
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,13 @@ class RequestDriver:
             elif not isinstance(error, PeerDisconnected | PeerTimeout | PrefixLost):
                 self._avoided.peer(sender, error, now_s)
             return self._machine.failed(message.epoch, error, now_s)
+        if sender != self._machine.route.hops[-1].peer:
+            # A late verdict of a route that this request has left, or a lie.
+            if message.epoch < self._machine.opening.epoch:
+                return []
+            lie = RemoteProtocolError("verdict", f"one by {short_peer(sender)}", "verdicts of the route's tail only")
+            self._avoided.peer(sender, lie, now_s)
+            return self._machine.lost(lie, now_s)
         try:
             if self.checks is not None:
                 self.checks.heard(message)

@@ -27,10 +27,13 @@ class SignedWindows:
         self._at: dict[tuple[int, int], tuple[int, int]] = {}
         self._path: dict[int, tuple[int, int]] = {}
         self._num_complete = 0
+        self._first_epoch: int | None = None
 
     def sent(self, window: Window, num_committed: int) -> None:
         """Note that a window is sent; its nodes at positions below `num_committed` are committed."""
         self._sent[window.window] = _Sent(window=window)
+        if self._first_epoch is None:
+            self._first_epoch = window.epoch
         while len(self._sent) > _MAX_WINDOWS_KNOWN:
             del self._sent[next(iter(self._sent))]
         for offset, position in enumerate(window.positions):
@@ -39,18 +42,24 @@ class SignedWindows:
                 self._path[position] = (window.window, offset)
 
     def heard(self, verdict: Verdict) -> None:
-        """Check and store the stages' signatures that a verdict carries.
+        """Check and store the stages' signatures that a verdict of the tail carries.
 
         Raises:
-            DishonestPeer: names the stage whose signed rows differ from its neighbour's, or that did not sign.
+            DishonestPeer: names the stage whose signed rows differ from its neighbour's, that did not sign, or that
+                gave a verdict on a window that was not sent.
         """
+        if self._first_epoch is None or verdict.epoch < self._first_epoch:
+            # It answers a window of the route before.
+            return
         for attested in verdict.attestations:
             sent = self._sent.get(attested.window)
             if sent is not None and not sent.stages:
                 self._check_stages(sent.window, attested.stages)
                 self._sent[attested.window] = _Sent(window=sent.window, stages=attested.stages)
         known = self._sent.get(verdict.window)
-        if known is not None and not known.stages:
+        if known is None:
+            raise DishonestPeer(self.hops[-1].peer, f"its verdict is on window {verdict.window}, which was not sent")
+        if not known.stages:
             raise DishonestPeer(self.hops[-1].peer, "its verdict lacks the stages' signatures")
 
     def committed(self, position: int, epoch: int, node: int) -> None:

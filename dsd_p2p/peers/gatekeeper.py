@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import trio
 
-from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.errors import CapacityError, RemoteProtocolError
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.types import PeerId
 from dsd_p2p.wire.membership import Grant, Role
@@ -48,8 +48,13 @@ class SwarmGatekeeper:
         Raises:
             RemoteProtocolError: the peer is not a member, or holds layers with a client's invite.
         """
-        role = self.registry.admit(peer, hello.grants, self._unix())
+        admission = self.registry.admission
+        try:
+            role = admission.admit(peer, hello.grants, self._unix())
+        except CapacityError as exc:
+            raise RemoteProtocolError("invite", "one that cannot be noted as used", str(exc)) from exc
         if role is Role.CLIENT and hello.sender.span is not None:
             raise RemoteProtocolError("span", str(hello.sender.span), "none, because its invite is for clients")
+        admission.connected(peer, hello.grants)
         logger.info("member let in peer=%s role=%s", peer, role)
         self.met.ring()

@@ -18,7 +18,8 @@ from dsd_p2p.peers.links import Arrived, PeerLinks
 from dsd_p2p.peers.own_record import OwnRecord
 from dsd_p2p.peers.services import Handler
 from dsd_p2p.swarm.keys import SigningKey
-from dsd_p2p.swarm.registry import DEAF_BEATS, REFRESH_S
+from dsd_p2p.swarm.records import check_record
+from dsd_p2p.swarm.registry import DEAF_BEATS, REFRESH_S, check_age
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, PeerInfo, UniformRng, short_peer
 from dsd_p2p.wire.membership import (
@@ -100,7 +101,7 @@ class Membership:
             RemoteProtocolError: the owner did not sign it.
             CapacityError: there are too many revocations.
         """
-        if self.registry.revoke(revocation):
+        if self.registry.admission.revoke(revocation):
             await self._tell_all(Members(revocations=(revocation,)))
             self._sweep()
 
@@ -194,15 +195,21 @@ class Membership:
 
     def _take_in(self, revocation: Revocation) -> bool:
         try:
-            return self.registry.revoke(revocation)
+            return self.registry.admission.revoke(revocation)
         except CapacityError as exc:
             logger.warning("revocation not kept error=%s", exc)
             return False
 
     def _refute(self, record: MemberRecord) -> None:
-        """Outdate a record of ours from an earlier incarnation that somebody knows and that looks newer than ours."""
+        """Outdate a record of ours from an earlier incarnation that somebody knows and that looks newer than ours.
+
+        Raises:
+            RemoteProtocolError: we never signed it, or its time is far ahead.
+        """
         mine = self.registry.record_of(PeerId(self.links.me.peer))
         if mine is not None and record.age > mine.age:
+            check_age(record, self._unix())
+            check_record(record)
             self._own.incarnation = record.incarnation + 1
             self._pass_on(Members(records=(self._renew(),)), but=PeerId(""))
 
@@ -286,7 +293,7 @@ class Membership:
         self._synced_at_s[peer] = now_s
         message = Members(
             records=self.registry.records[:MAX_MEMBERS],
-            revocations=self.registry.revocations,
+            revocations=self.registry.admission.revocations,
             choice=self.registry.choice,
         )
         self._start(self._send, peer, message)

@@ -2,17 +2,26 @@
 
 import msgspec
 
-from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.errors import LocalProtocolError, RemoteProtocolError
 from dsd_p2p.swarm.keys import SigningKey, is_signed_by, public_of
 from dsd_p2p.wire.membership import MemberRecord
 
 _DOMAIN = b"dsd-p2p record 1\0"
 _encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(MemberRecord)
 
 
 def sign_record(record: MemberRecord, key: SigningKey) -> MemberRecord:
-    """Return the record with its peer's signature."""
-    return msgspec.structs.replace(record, signature=key.sign(_signed_part(record)))
+    """Return the record with its peer's signature.
+
+    Raises:
+        LocalProtocolError: a field is outside what members accept: they would drop us for it.
+    """
+    signed = msgspec.structs.replace(record, signature=key.sign(_signed_part(record)))
+    try:
+        return _decoder.decode(_encoder.encode(signed))
+    except msgspec.DecodeError as exc:
+        raise LocalProtocolError("record", str(exc), "what other members accept") from exc
 
 
 def check_record(record: MemberRecord) -> None:

@@ -6,25 +6,20 @@ it.
 """
 
 import hashlib
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dsd_p2p.errors import CapacityError, RemoteProtocolError
-from dsd_p2p.swarm.grants import check_grants, is_choice_valid, is_revocation_valid
-from dsd_p2p.swarm.keys import peer_of
+from dsd_p2p.swarm.admission import Admission
+from dsd_p2p.swarm.grants import is_choice_valid
 from dsd_p2p.swarm.records import check_record
 from dsd_p2p.types import PeerId
 from dsd_p2p.wire.membership import (
     MAX_MEMBERS,
-    MAX_REVOCATIONS,
-    Grant,
     Heard,
     Heartbeat,
     MemberRecord,
     MemberState,
     OwnerChoice,
-    Revocation,
     Role,
 )
 
@@ -39,6 +34,8 @@ REFRESH_S = 600.0
 
 _FORGET_AFTER_S = 3600.0
 _MAX_CLOCK_SKEW_S = 3600.0
+"""Times of signed words may be so much ahead of our clock."""
+
 _MAX_BEATS_REMEMBERED = 64
 
 
@@ -70,64 +67,37 @@ class Member:
         return PeerId(self.record.info.peer)
 
 
+def check_age(record: MemberRecord, unix_s: float) -> None:
+    """Check that neither time of a record is far ahead of our clock.
+
+    Raises:
+        RemoteProtocolError: one is.
+    """
+    ahead_s = max(record.age) / 1e3 - unix_s
+    if ahead_s > _MAX_CLOCK_SKEW_S:
+        raise RemoteProtocolError(
+            "record time", f"{ahead_s:.0f} s ahead", "a time near our clock (synchronise the clocks by NTP)"
+        )
+
+
 class Registry:
     """The members of a swarm as one of them sees it.
 
     swarm: the owner's public key. interval_s: time between our heartbeats; other members' heartbeats state their own.
+    admission: decides who belongs to the swarm.
     """
 
-    def __init__(self, *, me: PeerId, swarm: bytes, interval_s: float) -> None:
+    def __init__(self, *, me: PeerId, swarm: bytes, interval_s: float, admission: Admission | None = None) -> None:
         self.me = me
         self.swarm = swarm
         self.interval_s = interval_s
         self._records: dict[PeerId, MemberRecord] = {}
         self._alive: dict[PeerId, _Liveness] = {}
-        self._revocations: dict[bytes, Revocation] = {}
+        self.admission = admission or Admission(swarm)
         self.choice: OwnerChoice | None = None
-        self._used: dict[bytes, set[bytes]] = {}
         self._sent_at_s: dict[int, float] = {}
         self._digest: bytes | None = None
-
-    # Admission
-
-    def admit(self, peer: PeerId, grants: Sequence[Grant], unix_s: float) -> Role:
-        """Return the role of `peer`, and note the use of its invite.
-
-        Raises:
-            RemoteProtocolError: the invite is missing, foreign, forged, expired, revoked or used up; says which.
-        """
-        role = check_grants(grants, swarm=self.swarm, peer=peer, now_s=unix_s)
-        for grant in grants:
-            if grant.subject in self._revocations:
-                raise RemoteProtocolError(
-                    "invite", f"{peer_of(grant.subject)} was revoked", "an invite that is not revoked"
-                )
-        for before, grant in itertools.pairwise(grants):
-            used = self._used.setdefault(before.subject, set())
-            if grant.subject not in used and len(used) >= before.max_uses:
-                raise RemoteProtocolError(
-                    "invite", f"used by {len(used)} others", f"at most {before.max_uses} uses (ask for a new one)"
-                )
-        for before, grant in itertools.pairwise(grants):
-            self._used[before.subject].add(grant.subject)
-        return role
-
-    def revoke(self, revocation: Revocation) -> bool:
-        """Add a revocation; return whether it is new.
-
-        Raises:
-            RemoteProtocolError: the owner did not sign it.
-            CapacityError: there are too many revocations.
-        """
-        if revocation.subject in self._revocations:
-            return False
-        if not is_revocation_valid(revocation, self.swarm):
-            raise RemoteProtocolError("revocation signature", revocation.signature.hex()[:12], "the swarm owner's")
-        if len(self._revocations) >= MAX_REVOCATIONS:
-            raise CapacityError(f"the swarm has {MAX_REVOCATIONS} revocations, which is the limit: make a new swarm")
-        self._revocations[revocation.subject] = revocation
-        self._digest = None
-        return True
+        self._num_revocations = 0
 
     def choose(self, choice: OwnerChoice, unix_s: float) -> bool:
         """Take the owner's choice for all members; return whether it replaces an older one.
@@ -147,11 +117,6 @@ class Registry:
         self._digest = None
         return True
 
-    @property
-    def revocations(self) -> tuple[Revocation, ...]:
-        """All known revocations."""
-        return tuple(self._revocations.values())
-
     # Records
 
     def merge(self, record: MemberRecord, unix_s: float) -> bool:
@@ -166,14 +131,9 @@ class Registry:
         made_at_s = record.sequence / 1e3
         if (known is not None and record.age <= known.age) or made_at_s < unix_s - _FORGET_AFTER_S:
             return False
-        if made_at_s > unix_s + _MAX_CLOCK_SKEW_S:
-            raise RemoteProtocolError(
-                "record time",
-                f"{made_at_s - unix_s:.0f} s ahead",
-                "a time near our clock (synchronise the clocks by NTP)",
-            )
+        check_age(record, unix_s)
         check_record(record)
-        role = self.admit(peer, record.grants, unix_s)
+        role = self.admission.admit(peer, record.grants, unix_s)
         if role is Role.CLIENT and record.info.span is not None:
             raise RemoteProtocolError("span", str(record.info.span), "none, because its invite is for clients")
         if known is None and len(self._records) >= MAX_MEMBERS and not self._evict():
@@ -196,9 +156,10 @@ class Registry:
     @property
     def view(self) -> bytes:
         """An eight-byte hash of all known records, revocations and the owner's choice, equal for peers that know the same."""
-        if self._digest is None:
+        if self._digest is None or self._num_revocations != len(self.admission.revocations):
+            self._num_revocations = len(self.admission.revocations)
             lines = sorted(repr((peer, *record.age)) for peer, record in self._records.items())
-            lines += sorted(subject.hex() for subject in self._revocations)
+            lines += sorted(each.subject.hex() for each in self.admission.revocations)
             lines.append(str(self.choice.made_at_ms if self.choice else 0))
             self._digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
         return self._digest
@@ -242,6 +203,7 @@ class Registry:
     def lost(self, peer: PeerId) -> None:
         """Note that the connection is gone: the peer is dead to us until we hear it again."""
         self._alive.pop(peer, None)
+        self.admission.lost(peer)
 
     def forgive(self, seconds: float) -> None:
         """Do not count `seconds`, in which we could not hear anybody, as silence."""
@@ -252,7 +214,7 @@ class Registry:
 
     def sweep(self, now_s: float, unix_s: float) -> list[tuple[PeerId, str]]:
         """Forget members that are silent or may not be here any more; return each with the reason."""
-        gone: list[tuple[PeerId, str]] = []
+        gone = self.admission.overdue(unix_s)
         for peer, liveness in list(self._alive.items()):
             silent_s = now_s - liveness.heard_at_s
             theirs_s = liveness.heartbeat.interval_ms / 1e3
@@ -264,17 +226,16 @@ class Registry:
         for peer, record in list(self._records.items()):
             if peer == self.me:
                 continue
-            if any(grant.subject in self._revocations for grant in record.grants):
-                gone.append((peer, "revoked"))
-            elif any(unix_s >= grant.expires_at_s for grant in record.grants):
-                gone.append((peer, "its invite expired"))
+            if why := self.admission.why_not(record.grants, unix_s):
+                gone.append((peer, why))
             elif peer in self._alive or unix_s - record.sequence / 1e3 < _FORGET_AFTER_S:
                 continue
             del self._records[peer]
             self._digest = None
-        for peer, _ in gone:
+        reasons = dict(gone)
+        for peer in reasons:
             self._alive.pop(peer, None)
-        return gone
+        return list(reasons.items())
 
     def heartbeat(self, beat: int, now_s: float, *, num_sessions: int, cache_bytes: int) -> Heartbeat:
         """Return our next heartbeat."""

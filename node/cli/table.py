@@ -66,7 +66,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         "plan": _command("plan", "show which route a request would use, and why", f"{_CONFIG}:SwarmQuestion"),
         "doctor": _command("doctor", "find problems and print their fixes", f"{_CONFIG}:SwarmQuestion"),
         "draft": _command("draft", "choose the drafter of the whole swarm", f"{_CONFIG}:DraftConfig"),
-        "revoke": _command("revoke", "remove a member from the swarm", f"{_CONFIG}:RevokeConfig"),
+        "invites": _command("invites", "list the invites made here, and who used them", f"{_CONFIG}:SwarmQuestion"),
+        "revoke": _command("revoke", "remove a member or an invite from the swarm", f"{_CONFIG}:RevokeConfig"),
     },
     "ask": {
         "generate": _command("generate", "write an answer", f"{_CONFIG}:GenerateConfig"),

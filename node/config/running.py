@@ -304,7 +304,7 @@ class InviteConfig(Settings, frozen=True, kw_only=True):
 
 
 class SwarmQuestion(Settings, frozen=True, kw_only=True):
-    """Settings of `dsd members`, `dsd plan` and `dsd doctor`."""
+    """Settings of `dsd members`, `dsd invites`, `dsd plan` and `dsd doctor`."""
 
     swarm: SwarmName = DEFAULT_SWARM
     json: Json = False
@@ -313,7 +313,8 @@ class SwarmQuestion(Settings, frozen=True, kw_only=True):
 class RevokeConfig(Settings, frozen=True, kw_only=True):
     """Settings of `dsd revoke`."""
 
-    peer: Annotated[str, Help("peer id of the member to remove, or the last characters of it"), POSITIONAL]
+    peer: Annotated[str, Help("id of a member or an invite, or the last characters of it"), POSITIONAL]
+    keep_invite: Annotated[bool, Help("let the member's invite stay valid, and those who came with it stay")] = False
     swarm: SwarmName = DEFAULT_SWARM
 
 

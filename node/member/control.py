@@ -48,7 +48,7 @@ Ask = Status | Stop | Revoke | Choose
 
 
 class MemberStatus(msgspec.Struct):
-    """One member as the daemon sees it. Times are in seconds."""
+    """One member as the daemon sees it. Times are in seconds. invite: the id of the invite that let it in, if any."""
 
     peer: str
     state: str
@@ -66,10 +66,14 @@ class MemberStatus(msgspec.Struct):
     age_s: float
     drafter: str
     draft_s: float
+    invite: str
 
 
 class PeerReport(msgspec.Struct, tag="node"):
-    """The daemon's report on itself and its swarm."""
+    """The daemon's report on itself and its swarm.
+
+    uses: for the id of each invite and member, the ids of those that it let in. revoked: ids of invites and members.
+    """
 
     peer: str
     pid: int
@@ -87,6 +91,8 @@ class PeerReport(msgspec.Struct, tag="node"):
     uncovered: list[int]
     draft: str
     refused_drafters: list[str]
+    uses: dict[str, list[str]]
+    revoked: list[str]
 
 
 class Done(msgspec.Struct, tag="done"):

@@ -31,6 +31,7 @@ from dsd_p2p.peers.membership import MembershipSettings, open_membership
 from dsd_p2p.peers.services import Service, run_services
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.server import StageServer
+from dsd_p2p.swarm.admission import Admission
 from dsd_p2p.swarm.grants import check_grants
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.transport.base import Transport
@@ -120,7 +121,11 @@ class SwarmPeer:
     ) -> PeerParts:
         settings, config, stored = self._settings, self._settings.config, self._settings.stored
         key, shape = settings.state.node_key(), settings.shape
-        registry = Registry(me=key.peer, swarm=stored.swarm, interval_s=units.seconds(config.heartbeat))
+        admission = Admission(stored.swarm, settings.state.note)
+        admission.recall(settings.state.authority())
+        registry = Registry(
+            me=key.peer, swarm=stored.swarm, interval_s=units.seconds(config.heartbeat), admission=admission
+        )
         _recall(registry, settings.state.known(), settings.state.choice())
         gatekeeper = SwarmGatekeeper(registry, stored.grants, time.time)
         links = PeerLinks(transport, settings.describe(None, inner.addresses), gatekeeper)
@@ -257,9 +262,7 @@ class SwarmPeer:
 
     def _remember(self, parts: PeerParts) -> None:
         registry = parts.membership.registry
-        self._settings.state.remember(
-            Known(records=registry.records, revocations=registry.revocations, choice=registry.choice)
-        )
+        self._settings.state.remember(Known(records=registry.records, choice=registry.choice))
 
 
 def _report_url(settings: PeerSettings, url: str) -> None:
@@ -267,11 +270,9 @@ def _report_url(settings: PeerSettings, url: str) -> None:
 
 
 def _recall(registry: Registry, known: Known, choice: OwnerChoice | None) -> None:
-    """Restore records, revocations and the owner's choice from before the restart, without records that have expired."""
+    """Restore records and the owner's choice from before the restart, without records that have expired."""
     if choice is not None:
         registry.choose(choice, time.time())
-    for revocation in known.revocations:
-        registry.revoke(revocation)
     for record in known.records:
         try:
             registry.merge(record, time.time())

@@ -4,7 +4,9 @@ identity      the peer's secret key
 owner.key     the swarm owner's secret key, only on the machine that created the swarm
 client-N      secret keys of commands; each is used by one command at a time
 membership    network key, grants, bootstrap addresses, model
-known         records, revocations and the owner's choice heard so far
+known         records and the owner's choice heard so far
+authority     revocations and uses of invites, which must not be lost
+invites       the invites that the owner has made, without their secrets
 experience    measurements of routes and drafters, with which the next answer begins
 control.sock  the socket at which the node daemon takes commands
 """
@@ -20,13 +22,14 @@ from typing import TypeVar
 import msgspec
 from filelock import FileLock, Timeout
 
-from dsd_p2p.errors import ConfigError
+from dsd_p2p.errors import CapacityError, ConfigError
+from dsd_p2p.swarm.admission import Authority
 from dsd_p2p.swarm.grants import check_grants, choose, issue
 from dsd_p2p.swarm.invite import Invite
 from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.transport.identity import load_or_create_seed
 from dsd_p2p.types import Address, Digest, ModelName, Name
-from dsd_p2p.wire.membership import Grant, KeyBytes, MemberRecord, OwnerChoice, Revocation, Role
+from dsd_p2p.wire.membership import Grant, KeyBytes, MemberRecord, OwnerChoice, Role
 from node.paths import state_dir
 
 Stored = TypeVar("Stored")
@@ -50,14 +53,19 @@ class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Known(msgspec.Struct, frozen=True, array_like=True):
-    """Records and revocations heard so far.
-
-    With them, a restarted peer finds other members without the bootstrap list and forgets no revocation.
-    """
+    """Records heard so far. With them, a restarted peer finds other members without the bootstrap list."""
 
     records: tuple[MemberRecord, ...] = ()
-    revocations: tuple[Revocation, ...] = ()
     choice: OwnerChoice | None = None
+
+
+class IssuedInvite(msgspec.Struct, frozen=True, array_like=True):
+    """An invite that the owner has made, without its secret. subject: its public key."""
+
+    subject: KeyBytes
+    role: Role
+    expires_at_s: int
+    max_uses: int
 
 
 class SwarmState:
@@ -140,7 +148,7 @@ class SwarmState:
 
     def discard(self) -> None:
         """Leave a swarm that has just been created and never ran."""
-        for name in ("membership", "owner.key", "known"):
+        for name in ("membership", "owner.key", "known", "authority"):
             (self.folder / name).unlink(missing_ok=True)
 
     def join(self, invite: Invite, model: str = "") -> StoredMembership:
@@ -211,15 +219,55 @@ class SwarmState:
         return max(heard, key=lambda each: each.made_at_ms, default=None)
 
     def known(self) -> Known:
-        """Return the stored records and revocations; empty if they cannot be read."""
+        """Return the stored records; empty if they cannot be read."""
         try:
             return self._read("known", Known)
         except ConfigError:
             return Known()
 
     def remember(self, known: Known) -> None:
-        """Store records and revocations of other members."""
+        """Store records of other members."""
         self._write("known", known)
+
+    def issued(self) -> tuple[IssuedInvite, ...]:
+        """Return the invites that were made here.
+
+        Raises:
+            ConfigError: they cannot be read.
+        """
+        return self._read("invites", tuple[IssuedInvite, ...]) if (self.folder / "invites").exists() else ()
+
+    def issue(self, invite: IssuedInvite) -> None:
+        """Remember an invite, without those that have expired."""
+        valid = (each for each in self.issued() if each.expires_at_s > time.time())
+        self._write("invites", (*valid, invite))
+
+    def authority(self) -> Authority:
+        """Return who was revoked and which invites were used.
+
+        Raises:
+            ConfigError: it cannot be read. Then nobody may be let in.
+        """
+        if not (self.folder / "authority").exists():
+            return Authority()
+        try:
+            return msgspec.msgpack.decode((self.folder / "authority").read_bytes(), type=Authority)
+        except (OSError, msgspec.DecodeError) as exc:
+            raise ConfigError(
+                f"{self.folder / 'authority'}: {exc}; without it, this machine would let revoked members in: restore the "
+                "file, or delete it if another member can tell who was revoked"
+            ) from exc
+
+    def note(self, authority: Authority) -> None:
+        """Store who was revoked and which invites were used.
+
+        Raises:
+            CapacityError: it cannot be written.
+        """
+        try:
+            self._write("authority", authority)
+        except OSError as exc:
+            raise CapacityError(f"{self.folder / 'authority'}: {exc.strerror}: nobody new is let in") from exc
 
     def _made(self) -> "SwarmState":
         self._make_folder()
@@ -239,7 +287,7 @@ class SwarmState:
         self._write("membership", membership)
         return membership
 
-    def _write(self, name: str, value: msgspec.Struct) -> None:
+    def _write(self, name: str, value: msgspec.Struct | tuple[msgspec.Struct, ...]) -> None:
         scratch = self.folder / f".{name}.{os.getpid()}"
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:

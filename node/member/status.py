@@ -4,6 +4,7 @@ import os
 import time
 
 from dsd_p2p.peers.membership import Membership
+from dsd_p2p.swarm.keys import peer_of
 from dsd_p2p.transport.libp2p import Libp2pTransport
 from node.member.control import MemberStatus, PeerReport
 from node.member.parts import PeerParts
@@ -11,6 +12,7 @@ from node.member.parts import PeerParts
 
 def node_status(parts: PeerParts) -> PeerReport:
     """Return the report on this peer for `dsd node status` and other commands."""
+    admission = parts.membership.registry.admission
     links, load, stored = parts.membership.links, parts.placed.load(), parts.settings.stored
     return PeerReport(
         peer=links.me.peer,
@@ -29,6 +31,8 @@ def node_status(parts: PeerParts) -> PeerReport:
         uncovered=parts.directory.view().uncovered(),
         draft=parts.drafts.wanted,
         refused_drafters=parts.engine.own_drafter.refusals if parts.engine else [],
+        uses={peer_of(issuer): [peer_of(key) for key in keys] for issuer, keys in admission.stored.uses},
+        revoked=[peer_of(each.subject) for each in admission.revocations],
     )
 
 
@@ -51,6 +55,7 @@ def _member_statuses(membership: Membership, transport: Libp2pTransport) -> list
             version=member.record.version,
             drafter=member.record.profile.drafter,
             draft_s=member.record.profile.draft_us / 1e6,
+            invite=peer_of(member.record.grants[-2].subject) if len(member.record.grants) > 1 else "",
             age_s=max(0.0, time.time() - member.record.incarnation / 1e3),
         )
         for member in membership.registry.members()

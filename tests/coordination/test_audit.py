@@ -14,6 +14,7 @@ from swarms import TEST_MODEL
 
 from dsd_p2p.coordination.directory import StageList
 from dsd_p2p.coordination.engine import Engine, GenerateOptions
+from dsd_p2p.coordination.signed import SignedWindows
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.errors import DishonestPeer
 from dsd_p2p.models.open import open_span
@@ -26,7 +27,7 @@ from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import PeerInfo, Sampling, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree
-from dsd_p2p.wire.messages import Window
+from dsd_p2p.wire.messages import Hop, Verdict, Window
 
 SPANS = [Span(0, 1), Span(1, 3), Span(3, 4)]
 CHAIN = continuous_tree(depth=8, width=1, window_nodes=2, max_in_flight=3)
@@ -264,3 +265,20 @@ async def test_without_replicas_nothing_is_claimed(tiny):
         assert len(tokens) == NUM_TOKENS
         assert generation.driver.checks.num_checks == 0
         assert generation.driver.checks.num_unchecked > 0
+
+
+def test_a_verdict_on_a_window_that_was_not_sent_is_a_lie():
+    hops = (Hop(peer="tail", address="memory:tail", span=Span(0, 2)),)
+    window = Window(
+        session=bytes(16), epoch=3, window=7, root=(0, -1), first_node=0, tokens=(1,), parents=(-1,), positions=(0,)
+    )
+    signed = SignedWindows(hops)
+    verdict = Verdict(session=bytes(16), epoch=3, window=9, start_pos=1, tokens=(5,), settled=(-1,))
+    signed.heard(verdict)
+    signed.sent(window, 0)
+    with pytest.raises(DishonestPeer, match="window 9, which was not sent"):
+        signed.heard(verdict)
+    with pytest.raises(DishonestPeer, match="lacks the stages' signatures"):
+        signed.heard(replace(verdict, window=7))
+    # It answers a window of the route before.
+    signed.heard(replace(verdict, epoch=2))

@@ -136,6 +136,7 @@ def test_two_machines(dsd):
                     wait_until(lambda: gone in alive(a))
                     dsd("dsd node stop", "--swarm", b)
                     assert second.wait(timeout=30) == 0
+            assert gone[-6:] in dsd("dsd invites", "--swarm", a)
             dsd("dsd revoke PEER", "--swarm", a, PEER=gone[-10:])
 
 

@@ -155,7 +155,11 @@ def test_who_is_not_wanted_gets_a_clear_word_and_nothing_else(tiny, tmp_path):
             assert "used by 1 others" in result.stderr
             # Thrown out: gone at once, and it may not come back.
             (victim,) = alive(a) - {status(a).peer}
-            dsd("revoke", victim[-10:], "--swarm", a)
+            (issued, expired_one) = json.loads(dsd("invites", "--swarm", a, "--json").stdout)
+            assert (issued["uses"], issued["max_uses"], issued["is_revoked"]) == ([victim], 1, False)
+            assert expired_one["uses"] == []
+            said = dsd("revoke", victim[-10:], "--swarm", a).stdout
+            assert f"the invite …{issued['id'][-6:]} is revoked" in said
             wait_until(lambda: len(alive(a)) == 1)
         again = dsd("node", "--swarm", c, *SERVE, check=False)
         assert again.returncode != 0

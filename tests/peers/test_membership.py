@@ -13,9 +13,10 @@ from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.errors import CoverageLost, PeerDisconnected
 from dsd_p2p.placement.route import Detour
 from dsd_p2p.swarm.grants import revoke
+from dsd_p2p.swarm.records import sign_record
 from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import Span
-from dsd_p2p.wire.membership import MemberState, Role
+from dsd_p2p.wire.membership import Members, MemberState, Role
 
 
 @asynccontextmanager
@@ -142,7 +143,38 @@ async def test_a_revoked_member_is_thrown_out_everywhere(autojump_clock):
                 await trio.sleep(0.05)
         with pytest.raises(PeerDisconnected, match="revoked"):
             await nodes[2].links.connect(f"memory:{nodes[1].peer}", 5)
-        assert nodes[1].registry.revocations, "the one who was not told by the owner knows too"
+        assert nodes[1].registry.admission.revocations, "the one who was not told by the owner knows too"
+
+
+async def test_nobody_can_outdate_our_record_in_our_name(autojump_clock):
+    """A forged record of ours with an absurd age made every member drop us."""
+    async with swarm(Span(0, 15), Span(15, 30)) as (_, _, nodes):
+        victim, liar = nodes
+        mine = victim.registry.record_of(victim.peer)
+        for age in ((1 << 50) - 1, mine.incarnation + 5):
+            forged = replace(mine, incarnation=age, signature=b"x" * 64)
+            await liar.links.send(victim.peer, Members(records=(forged,)))
+        await trio.sleep(3 * INTERVAL_S)
+        assert victim.registry.record_of(victim.peer).incarnation == mine.incarnation
+        assert liar.alive == {victim.peer, liar.peer}
+        # A record that we did sign, before a restart with a clock that was ahead, is outdated.
+        signed = sign_record(replace(mine, incarnation=mine.incarnation + 60_000, signature=b""), victim.key)
+        await liar.links.send(victim.peer, Members(records=(signed,)))
+        await trio.sleep(3 * INTERVAL_S)
+        assert victim.registry.record_of(victim.peer).incarnation == mine.incarnation + 60_001
+        await settled(nodes)
+
+
+async def test_a_revoked_peer_that_hides_its_record_is_thrown_out(autojump_clock):
+    async with swarm(Span(0, 15)) as (network, nursery, (node,)):
+        hidden = await nursery.start(Node(network, 5, belongs=False).run)
+        await hidden.links.connect(f"memory:{node.peer}", 5)
+        assert hidden.peer in node.links.connected
+        assert node.registry.record_of(hidden.peer) is None
+        await node.membership.revoke(revoke(OWNER, OWNER.public, hidden.key.public))
+        with trio.fail_after(3):
+            while hidden.peer in node.links.connected:  # noqa: ASYNC110 - any of many changes
+                await trio.sleep(0.05)
 
 
 async def test_chains_follow_the_members(autojump_clock):

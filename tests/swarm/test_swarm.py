@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from membership_keys import NOW_S, OWNER, STRANGER, invite, key
 from msgspec.structs import replace
 
-from dsd_p2p.errors import ConfigError, RemoteProtocolError
+from dsd_p2p.errors import CapacityError, ConfigError, LocalProtocolError, RemoteProtocolError
+from dsd_p2p.swarm.admission import Admission, Authority
 from dsd_p2p.swarm.grants import check_grants, issue, revoke
 from dsd_p2p.swarm.invite import parse_invite
 from dsd_p2p.swarm.keys import SigningKey, is_signed_by, peer_of, public_of
@@ -15,7 +16,7 @@ from dsd_p2p.swarm.records import check_record, sign_record
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.types import PeerInfo, Span
 from dsd_p2p.wire.codec import decode, encode
-from dsd_p2p.wire.membership import Grant, Heard, Heartbeat, MemberRecord, Members, MemberState, Role
+from dsd_p2p.wire.membership import Grant, Heard, Heartbeat, MemberRecord, Members, MemberState, PeerProfile, Role
 
 
 def record(member: SigningKey, *, grants=None, age=(NOW_S * 1000, NOW_S * 1000), span=None, **changes) -> MemberRecord:
@@ -128,13 +129,13 @@ def test_no_field_of_a_grant_can_be_changed(index, field, data):
 
 def test_an_invite_is_used_as_often_as_it_says():
     known = registry()
-    known.admit(key(1).peer, invite().admit(key(1).public), NOW_S)
-    known.admit(key(2).peer, invite().admit(key(2).public), NOW_S)
-    known.admit(key(1).peer, invite().admit(key(1).public), NOW_S)
+    known.admission.admit(key(1).peer, invite().admit(key(1).public), NOW_S)
+    known.admission.admit(key(2).peer, invite().admit(key(2).public), NOW_S)
+    known.admission.admit(key(1).peer, invite().admit(key(1).public), NOW_S)
     with pytest.raises(RemoteProtocolError, match="used by 2 others"):
-        known.admit(key(3).peer, invite().admit(key(3).public), NOW_S)
+        known.admission.admit(key(3).peer, invite().admit(key(3).public), NOW_S)
     other = invite(seed=b"j" * 32)
-    known.admit(key(3).peer, other.admit(key(3).public), NOW_S)
+    known.admission.admit(key(3).peer, other.admit(key(3).public), NOW_S)
 
 
 def test_a_revoked_peer_or_invite_is_out_at_once():
@@ -142,16 +143,16 @@ def test_a_revoked_peer_or_invite_is_out_at_once():
         known = registry()
         known.merge(record(key(1)), NOW_S)
         known.heard(key(1).peer, beat(1), 0.0)
-        assert known.revoke(revoke(OWNER, OWNER.public, subject))
-        assert not known.revoke(revoke(OWNER, OWNER.public, subject)), "no news"
+        assert known.admission.revoke(revoke(OWNER, OWNER.public, subject))
+        assert not known.admission.revoke(revoke(OWNER, OWNER.public, subject)), "no news"
         assert known.sweep(0.1, NOW_S) == [(key(1).peer, "revoked")]
         assert not known.is_alive(key(1).peer)
         with pytest.raises(RemoteProtocolError, match="revoked"):
             known.merge(record(key(1), age=(NOW_S * 1000, NOW_S * 1000 + 1)), NOW_S)
     with pytest.raises(RemoteProtocolError, match="owner's"):
-        registry().revoke(revoke(STRANGER, OWNER.public, key(1).public))
+        registry().admission.revoke(revoke(STRANGER, OWNER.public, key(1).public))
     with pytest.raises(RemoteProtocolError, match="owner's"):
-        registry().revoke(revoke(OWNER, STRANGER.public, key(1).public))
+        registry().admission.revoke(revoke(OWNER, STRANGER.public, key(1).public))
 
 
 def test_members_go_when_their_invite_expires():
@@ -237,7 +238,7 @@ def test_two_that_know_the_same_have_the_same_view():
     assert a.view != b.view
     b.merge(record(key(1)), NOW_S)
     assert a.view == b.view
-    a.revoke(revoke(OWNER, OWNER.public, key(1).public))
+    a.admission.revoke(revoke(OWNER, OWNER.public, key(1).public))
     assert a.view != b.view
 
 
@@ -246,3 +247,89 @@ def test_the_messages_of_a_swarm_pass_the_codec():
         assert decode(encode(message)).message == message
     with pytest.raises(RemoteProtocolError):
         decode(encode(msgspec.structs.replace(beat(1), view=b"short")))
+
+
+# Authority
+
+
+@pytest.mark.parametrize("age", [(1 << 50, NOW_S * 1000), (NOW_S * 1000 + 3_700_000, NOW_S * 1000)])
+def test_an_incarnation_far_ahead_is_refused(age):
+    with pytest.raises(RemoteProtocolError, match="record time"):
+        registry().merge(record(key(1), age=age), NOW_S)
+
+
+def test_uses_and_revocations_outlive_a_restart():
+    stored = []
+    grants = [invite(max_uses=1).admit(key(number).public) for number in (1, 2)]
+    before = Admission(OWNER.public, stored.append)
+    before.admit(key(1).peer, grants[0], NOW_S)
+    before.admit(key(1).peer, grants[0], NOW_S)
+    assert len(stored) == 1, "only news is stored"
+    before.revoke(revoke(OWNER, OWNER.public, key(3).public))
+    after = Admission(OWNER.public)
+    after.recall(msgspec.msgpack.decode(msgspec.msgpack.encode(stored[-1]), type=Authority))
+    with pytest.raises(RemoteProtocolError, match="used by 1 others"):
+        after.admit(key(2).peer, grants[1], NOW_S)
+    assert after.admit(key(1).peer, grants[0], NOW_S) is Role.STAGE
+    with pytest.raises(RemoteProtocolError, match="revoked"):
+        after.admit(key(3).peer, invite(seed=b"j" * 32).admit(key(3).public), NOW_S)
+
+
+def test_a_use_that_cannot_be_stored_lets_nobody_in():
+    def full(_authority):
+        raise CapacityError("no space")
+
+    admission = Admission(OWNER.public, full)
+    for _ in range(2):
+        with pytest.raises(CapacityError):
+            admission.admit(key(1).peer, invite(max_uses=1).admit(key(1).public), NOW_S)
+    assert admission.uses_of(invite().grants[0].subject) == ()
+
+
+def test_stored_revocations_of_another_swarm_are_refused():
+    foreign = Authority(revocations=(revoke(STRANGER, STRANGER.public, key(1).public),))
+    with pytest.raises(RemoteProtocolError, match="revocation signature"):
+        Admission(OWNER.public).recall(foreign)
+
+
+def test_who_never_publishes_a_record_is_swept_too():
+    mine = registry()
+    for number in (1, 2):
+        grants = invite(seed=bytes([number]) * 32, expires_at_s=NOW_S + 50 * number).admit(key(number).public)
+        mine.admission.admit(key(number).peer, grants, NOW_S)
+        mine.admission.connected(key(number).peer, grants)
+    assert mine.sweep(0.0, NOW_S) == []
+    mine.admission.revoke(revoke(OWNER, OWNER.public, key(2).public))
+    assert mine.sweep(1.0, NOW_S + 60) == [(key(1).peer, "its invite expired"), (key(2).peer, "revoked")]
+    mine.lost(key(1).peer)
+    assert [peer for peer, _ in mine.sweep(2.0, NOW_S + 60)] == [key(2).peer]
+
+
+_small = st.integers(0, 1 << 20)
+
+
+@given(
+    incarnation=st.integers(-5, 1 << 52),
+    profile=st.builds(
+        PeerProfile, layer_us=_small | st.just(1 << 60), max_layers=_small, drafter=st.text(max_size=400)
+    ),
+    addresses=st.lists(st.text(max_size=300), max_size=40),
+    version=st.text(max_size=400),
+)
+def test_nothing_that_we_sign_is_outside_what_others_read(incarnation, profile, addresses, version):
+    mine = key(1)
+    made = MemberRecord(
+        info=PeerInfo(peer=mine.peer, addresses=tuple(addresses)),
+        incarnation=incarnation,
+        sequence=NOW_S * 1000,
+        state=MemberState.SERVING,
+        grants=invite().admit(mine.public),
+        profile=profile,
+        version=version,
+    )
+    try:
+        signed = sign_record(made, mine)
+    except LocalProtocolError:
+        return
+    assert decode(encode(Members(records=(signed,))))[0].records == (signed,)
+    check_record(signed)

@@ -10,10 +10,12 @@ import trio
 from dsd_p2p import units
 from dsd_p2p.errors import ConfigError, PeerTimeout
 from dsd_p2p.swarm.invite import InviteTerms, SwarmSettings, new_invite
+from dsd_p2p.swarm.keys import peer_of
+from dsd_p2p.types import short_peer
 from node.config import InviteConfig
 from node.console import console
 from node.member.control import PeerReport, Status, ask_node
-from node.member.state import SwarmState
+from node.member.state import IssuedInvite, SwarmState
 
 _MAX_BOOTSTRAP = 4
 
@@ -38,11 +40,20 @@ def run(config: InviteConfig) -> int:
             choice=state.choice(),
         ),
     )
+    state.issue(
+        IssuedInvite(
+            subject=invite.grants[-1].subject,
+            role=config.role,
+            expires_at_s=invite.grants[-1].expires_at_s,
+            max_uses=config.uses,
+        )
+    )
     if config.qr and sys.stderr.isatty():
         segno.make(str(invite), error="l").terminal(out=sys.stderr, compact=True)
     console.print(
         f"for {config.uses} member(s) with role {config.role}, valid for {config.expires}; anyone who has it can join:"
     )
+    console.print(f"its id is {short_peer(peer_of(invite.grants[-1].subject))}; `dsd invites` tells who has used it")
     print(f"{invite}", flush=True)
     return 0
 

@@ -5,6 +5,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
+from dsd_p2p import units
 from dsd_p2p.types import short_peer
 from node.config import SwarmQuestion
 from node.member.control import MemberStatus, PeerReport, Status, ask_node
@@ -41,11 +42,4 @@ def _row(member: MemberStatus, me: str) -> tuple[str, ...]:
     layer = f"{member.layer_s * 1e3:.2f}" if member.max_layers else ""
     span = member.span or ("client" if not member.max_layers else "")
     address = member.addresses[0].partition("/p2p/")[0] if member.addresses else ""
-    return (name, state, span, layer, trip, str(member.num_sessions), _age(member.age_s), address)
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return (name, state, span, layer, trip, str(member.num_sessions), units.duration(member.age_s), address)
