@@ -1,7 +1,7 @@
 """Shared by several tests."""
 
+from dsd_p2p.keys import SigningKey
 from dsd_p2p.swarm.invite import Invite, InviteTerms, SwarmSettings, new_invite
-from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.wire.membership import Role
 
 NOW_S = 1_800_000_000

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from dsd_p2p.coordination.avoided import Avoided
@@ -30,6 +31,7 @@ from dsd_p2p.telemetry.watch import RequestWatch
 from dsd_p2p.transport.base import Lost
 from dsd_p2p.types import PeerId, short_peer
 from dsd_p2p.wire.messages import CloseSession, Failure, OpenSession, Verdict
+from dsd_p2p.wire.opening import signed_opening
 
 logger = logging.getLogger(__name__)
 
@@ -222,8 +224,11 @@ class RequestDriver:
                 case Send(to=to, message=message):
                     if self.checks is not None:
                         self.checks.follow(message, len(self._machine.tokens))
-                    if self._watch is not None and isinstance(message, OpenSession):
-                        self._watch.opened(message)
+                    if isinstance(message, OpenSession):
+                        signature = self._links.transport.sign(signed_opening(message))
+                        message = msgspec.structs.replace(message, signature=signature)
+                        if self._watch is not None:
+                            self._watch.opened(message)
                     try:
                         await self._links.send(to, message)
                     except PeerError as exc:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsd_p2p.errors import DishonestPeer
-from dsd_p2p.swarm.keys import is_signed_by, public_of
+from dsd_p2p.keys import is_signed_by, public_of
 from dsd_p2p.wire.attest import hash_tokens, signed_text
 from dsd_p2p.wire.messages import ROW_HASH_BYTES, Attestation, Hop, Verdict, Window
 

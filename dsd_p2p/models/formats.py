@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.loader import num_weights
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import INT8, STORED
 
@@ -20,13 +21,14 @@ MIN_AGREEMENT = 0.955
 LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 """The families whose lean layers the tests compare with transformers' own."""
 
-_JUDGED = ("self_attn.o_proj", "mlp.up_proj")
+_MEMORY_SHARE = 0.5
+"""Share of the free memory that a model in int8 may take."""
 
 
-def choose_format(source: ModelSource, device: str) -> str:
-    """Return the weights format for a model on a device.
+def choose_format(source: ModelSource, device: str, free_bytes: int) -> str:
+    """Return the weights format for a model on a device. free_bytes: memory that is free on this machine.
 
-    A checkpoint in 4-bit numbers stays in them: that is the smallest form, and the nearest to its floats after them. A
+    A quantised checkpoint runs in int8 where that fits into the memory, and in its own 4-bit numbers where it does not. A
     model that `dsd quantize` found good in int8 runs in int8. Others run in float32, and so does everything on a GPU.
 
     Raises:
@@ -37,15 +39,12 @@ def choose_format(source: ModelSource, device: str) -> str:
         and "fbgemm" in torch.backends.quantized.supported_engines
         and read_model_config(source.folder).model_type in LEAN_FAMILIES
     )
-    if is_lean and _has_4_bits(source):
-        return STORED
-    return INT8 if is_lean and _agreement(source.folder) >= MIN_AGREEMENT else "float32"
-
-
-def _has_4_bits(source: ModelSource) -> bool:
-    names = set(source.weights.names)
-    judged = [name for name in (f"model.layers.0.{part}.weight" for part in _JUDGED) if name in names]
-    return bool(judged) and all(source.weights.has_groups(name) for name in judged)
+    if not is_lean:
+        return "float32"
+    if source.weights.is_quantised:
+        # One byte for each weight.
+        return INT8 if num_weights(source) <= _MEMORY_SHARE * free_bytes else STORED
+    return INT8 if _agreement(source.folder) >= MIN_AGREEMENT else "float32"
 
 
 def _agreement(folder: Path) -> float:

@@ -168,6 +168,16 @@ def load_whole(source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> 
     return load_span(source, Span(0, num_layers), dtype, device).model
 
 
+def num_weights(source: ModelSource) -> int:
+    """Return how many weights the model has, whatever format they are stored in.
+
+    Raises:
+        ModelError: the family is not supported.
+    """
+    model = _build(read_model_config(source.folder), torch.float32)
+    return sum(each.numel() for each in model.parameters())
+
+
 def head_layers(source: ModelSource) -> float:
     """Return how many layers have as many weights as the LM head.
 

@@ -20,6 +20,12 @@ _YIELD_S = 3.0
 
 _MAX_FOUND = 8
 
+_MAX_ADDRESSES = 4
+"""Addresses of one member that are tried, of those that it names."""
+
+_MAX_DIALS = 8
+"""Members that are dialled at once. So nobody's records make us open a hundred connections."""
+
 
 class Dialer:
     """The dialer of one member.
@@ -68,13 +74,13 @@ class Dialer:
 
     def _try(self, name: str, addresses: Sequence[str], nursery: trio.Nursery) -> None:
         is_due = trio.current_time() >= self._next_dial_s.get(name, 0.0)
-        if addresses and name not in self._dialing and is_due:
+        if addresses and name not in self._dialing and is_due and len(self._dialing) < _MAX_DIALS:
             self._dialing.add(name)
             nursery.start_soon(self._connect, name, addresses)
 
     async def _connect(self, name: str, addresses: Sequence[str]) -> None:
         try:
-            for address in addresses:
+            for address in addresses[:_MAX_ADDRESSES]:
                 try:
                     await self._links.connect(address, _DIAL_TIMEOUT_S)
                 except (PeerError, ConfigError) as exc:

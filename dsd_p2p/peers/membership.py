@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import trio
 
 from dsd_p2p.errors import CapacityError, PeerError, RemoteProtocolError
+from dsd_p2p.keys import SigningKey
 from dsd_p2p.peers.dialer import Dialer
 from dsd_p2p.peers.gatekeeper import Bell, SwarmGatekeeper
 from dsd_p2p.peers.links import Arrived, PeerLinks
 from dsd_p2p.peers.own_record import OwnRecord
 from dsd_p2p.peers.services import Handler
-from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.swarm.records import check_record
 from dsd_p2p.swarm.registry import DEAF_BEATS, REFRESH_S, check_age
 from dsd_p2p.transport.base import Lost

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dsd_p2p.swarm.keys import SigningKey
+from dsd_p2p.keys import SigningKey
 from dsd_p2p.swarm.records import sign_record
 from dsd_p2p.types import PeerInfo
 from dsd_p2p.wire.membership import Grant, MemberRecord, MemberState, PeerProfile

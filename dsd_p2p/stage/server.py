@@ -45,6 +45,7 @@ from dsd_p2p.wire.messages import (
     Revealed,
     Window,
 )
+from dsd_p2p.wire.opening import signed_opening
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,9 @@ class StageServer:
     async def _open(self, event: Arrived, opened: OpenSession) -> None:
         assert self._nursery is not None, "start first"
         index = index_in_route(opened, self.links.me.peer, event.sender)
+        coordinator = PeerId(opened.coordinator.peer)
+        if not self.links.transport.is_signed(coordinator, opened.signature, signed_opening(opened)):
+            raise RemoteProtocolError("opening signature", opened.signature.hex()[:12], f"that of {coordinator}")
         if self._closed.is_closed(opened):
             return
         try:

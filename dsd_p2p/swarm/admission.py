@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from dsd_p2p.errors import CapacityError, RemoteProtocolError
+from dsd_p2p.keys import peer_of
 from dsd_p2p.swarm.grants import check_grants, is_revocation_valid
-from dsd_p2p.swarm.keys import peer_of
 from dsd_p2p.types import PeerId
 from dsd_p2p.wire.membership import MAX_REVOCATIONS, Grant, Revocation, Role
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from dsd_p2p.errors import RemoteProtocolError
-from dsd_p2p.swarm.keys import SigningKey, is_signed_by, public_of
+from dsd_p2p.keys import SigningKey, is_signed_by, public_of
 from dsd_p2p.types import PeerId
 from dsd_p2p.wire.membership import Grant, OwnerChoice, Revocation, Role
 

@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from dsd_p2p.errors import ConfigError
+from dsd_p2p.keys import SigningKey
 from dsd_p2p.swarm.grants import issue
-from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.types import Address, Digest, ModelName, Name
 from dsd_p2p.wire.membership import MAX_GRANTS, Grant, KeyBytes, OwnerChoice, Role
 

@@ -3,7 +3,7 @@
 import msgspec
 
 from dsd_p2p.errors import LocalProtocolError, RemoteProtocolError
-from dsd_p2p.swarm.keys import SigningKey, is_signed_by, public_of
+from dsd_p2p.keys import SigningKey, is_signed_by, public_of
 from dsd_p2p.wire.membership import MemberRecord
 
 _DOMAIN = b"dsd-p2p record 1\0"

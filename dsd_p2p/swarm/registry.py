@@ -80,6 +80,18 @@ def check_age(record: MemberRecord, unix_s: float) -> None:
         )
 
 
+def _check_client(record: MemberRecord) -> None:
+    """Refuse a client that offers more than requests: nobody may plan with it, dial it or hand it a request."""
+    offers = {
+        "span": record.info.span,
+        "max_layers": record.profile.max_layers,
+        "drafter": record.profile.drafter,
+    }
+    for name, offered in offers.items():
+        if offered:
+            raise RemoteProtocolError(name, str(offered), "none, because its invite is for clients")
+
+
 class Registry:
     """The members of a swarm as one of them sees it.
 
@@ -134,8 +146,8 @@ class Registry:
         check_age(record, unix_s)
         check_record(record)
         role = self.admission.admit(peer, record.grants, unix_s)
-        if role is Role.CLIENT and record.info.span is not None:
-            raise RemoteProtocolError("span", str(record.info.span), "none, because its invite is for clients")
+        if role is Role.CLIENT:
+            _check_client(record)
         if known is None and len(self._records) >= MAX_MEMBERS and not self._evict():
             raise CapacityError(f"the swarm is full: it has {MAX_MEMBERS} members")
         self._records[peer] = record

@@ -1,5 +1,6 @@
 """Emits the events of one request, live or simulated: both run the same `RequestMachine` and emit the same events."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 from dsd_p2p.session.machine import RequestMachine
@@ -21,6 +22,11 @@ Sink = Callable[[Event], None]
 
 _INTERVAL_S = 0.1
 """Minimum time between two window events of a request; the next event's totals include the skipped windows."""
+
+
+def _name_of(session: bytes) -> str:
+    """Return what tells sessions apart. The id itself stays between the peers of the session."""
+    return hashlib.blake2b(session, digest_size=8).hexdigest()
 
 
 class RequestWatch:
@@ -62,7 +68,7 @@ class RequestWatch:
                 )
             )
             return
-        self._session, self._coordinator = message.session.hex(), message.coordinator.peer
+        self._session, self._coordinator = _name_of(message.session), message.coordinator.peer
         self._sink(
             SessionStarted(
                 at_s=now_s,

@@ -35,6 +35,14 @@ class Transport(Protocol):
         """The addresses at which others can reach this end; empty if it does not listen."""
         ...
 
+    def sign(self, data: bytes) -> bytes:
+        """Return the signature of this end's identity."""
+        ...
+
+    def is_signed(self, peer: PeerId, signature: bytes, data: bytes) -> bool:
+        """Return whether the identity of `peer` made the signature. It need not be connected."""
+        ...
+
     async def connect(self, address: str, timeout_s: float) -> PeerId:
         """Connect to `address` and return its peer; retry with backoff until `timeout_s` have passed.
 

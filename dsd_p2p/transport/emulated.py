@@ -37,6 +37,14 @@ class EmulatedTransport:
         """The inner transport's addresses."""
         return self._inner.addresses
 
+    def sign(self, data: bytes) -> bytes:
+        """Sign with the inner transport's identity."""
+        return self._inner.sign(data)
+
+    def is_signed(self, peer: PeerId, signature: bytes, data: bytes) -> bool:
+        """Ask the inner transport."""
+        return self._inner.is_signed(peer, signature, data)
+
     async def connect(self, address: str, timeout_s: float) -> PeerId:
         """Connect without delay."""
         return await self._inner.connect(address, timeout_s)

@@ -1,5 +1,6 @@
 """A transport between peers in one process, for tests and experiments; `emulated` adds link delays."""
 
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -49,6 +50,14 @@ class MemoryTransport:
         self.connected: set[PeerId] = set()
         self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_FRAMES)
 
+    def sign(self, data: bytes) -> bytes:
+        """Return a hash of the name and the data. In memory, nobody forges it but a test."""
+        return _signature(self.peer, data)
+
+    def is_signed(self, peer: PeerId, signature: bytes, data: bytes) -> bool:
+        """Return whether the signature is that of `peer`."""
+        return signature == _signature(peer, data)
+
     async def connect(self, address: str, timeout_s: float) -> PeerId:
         """Connect in both directions; wait for a peer that has not joined yet."""
         name = address.removeprefix(_SCHEME)
@@ -90,3 +99,7 @@ class MemoryTransport:
         if other is not None and self.peer in other.connected:
             other.connected.discard(self.peer)
             other._deliver.send_nowait(Lost(peer=self.peer, reason=reason))
+
+
+def _signature(peer: PeerId, data: bytes) -> bytes:
+    return hashlib.blake2b(data, key=hashlib.sha256(peer.encode()).digest()).digest()

@@ -28,7 +28,7 @@ from dsd_p2p.types import (
 )
 from dsd_p2p.wire.drafts import AskDraft, Drafted, EndDrafts, OpenDrafts
 from dsd_p2p.wire.hints import AskHint, Hint
-from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members
+from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members, SignatureBytes
 
 MAX_WINDOW_NODES = 1024
 MAX_STAGES = 64
@@ -112,6 +112,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
         keeps anything.
     attest: every stage signs hashes of its inputs and outputs.
     prefix: parked text with which the prompt begins. The windows carry only the rest.
+    signature: the coordinator's, over all other fields (`signed_opening`).
     """
 
     session: SessionBytes
@@ -128,6 +129,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     resume: tuple[Epoch, NodeNumber] = (0, BASE)
     attest: bool = False
     prefix: Prefix | None = None
+    signature: SignatureBytes = b""
 
     @property
     def max_length(self) -> int:

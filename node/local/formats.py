@@ -7,6 +7,7 @@ import msgspec
 from dsd_p2p.models.formats import AUTO, choose_format
 from dsd_p2p.models.source import ModelSource
 from node.config import CreateConfig, ModelFlags
+from node.config.machine import available_bytes
 
 Config = TypeVar("Config", bound=ModelFlags | CreateConfig)
 
@@ -19,4 +20,4 @@ def with_format(config: Config, source: ModelSource) -> Config:
     """
     if config.dtype != AUTO:
         return config
-    return msgspec.structs.replace(config, dtype=choose_format(source, config.device))
+    return msgspec.structs.replace(config, dtype=choose_format(source, config.device, available_bytes()))

@@ -23,10 +23,10 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from dsd_p2p.errors import CapacityError, ConfigError
+from dsd_p2p.keys import SigningKey
 from dsd_p2p.swarm.admission import Authority
 from dsd_p2p.swarm.grants import check_grants, choose, issue
 from dsd_p2p.swarm.invite import Invite
-from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.transport.identity import load_or_create_seed
 from dsd_p2p.types import Address, Digest, ModelName, Name
 from dsd_p2p.wire.membership import Grant, KeyBytes, MemberRecord, OwnerChoice, Role

@@ -3,8 +3,8 @@
 import os
 import time
 
+from dsd_p2p.keys import peer_of
 from dsd_p2p.peers.membership import Membership
-from dsd_p2p.swarm.keys import peer_of
 from dsd_p2p.transport.libp2p import Libp2pTransport
 from node.member.control import MemberStatus, PeerReport
 from node.member.parts import PeerParts

@@ -14,9 +14,9 @@ from member_processes import SERVE, alive, dsd, running, status, wait_until
 from msgspec.structs import replace
 from prompting import prompt_of
 
+from dsd_p2p.keys import SigningKey
 from dsd_p2p.swarm.grants import issue
 from dsd_p2p.swarm.invite import parse_invite
-from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.wire.membership import Role
 
 NUM_TOKENS = 24

@@ -69,7 +69,9 @@ def test_stored_keeps_the_4_bits_and_is_near_the_floats(packed):
         assert stored.weight_bytes < 0.8 * as_int8.weight_bytes
         # What the kernel rounds to bfloat16 is all that separates them.
         assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
-    assert choose_format(source, "cpu") == ("stored" if name in HAS_4_BITS else "float32")
+    assert choose_format(source, "cpu", 1 << 40) == "int8"
+    assert choose_format(source, "cpu", 1000) == "stored"
+    assert choose_format(plain, "cpu", 1 << 40) == "float32"
 
 
 def test_stored_is_exact_in_every_window_tree_and_split(tiny, tmp_path):

@@ -57,8 +57,10 @@ def test_every_format_gives_the_logits_of_its_dequantised_weights(kind, tmp_path
     near = logits(source, "stored")
     assert np.abs(near - expected).max() < 0.05 * np.abs(expected).max()
     assert (stored.weight_bytes < 0.8 * rounded.weight_bytes) == (kind in HAS_4_BITS)
-    assert choose_format(source, "cpu") == ("stored" if kind in HAS_4_BITS else "float32")
-    assert choose_format(source, "cuda") == "float32"
+    is_float = kind in ("F32", "F16", "BF16")
+    assert choose_format(source, "cpu", 1 << 40) == ("float32" if is_float else "int8")
+    assert choose_format(source, "cpu", 1000) == ("float32" if is_float else "stored")
+    assert choose_format(source, "cuda", 1 << 40) == "float32"
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -10,13 +10,13 @@ from msgspec.structs import replace
 from swarms import TEST_MODEL
 
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
-from dsd_p2p.errors import CoverageLost, PeerDisconnected
+from dsd_p2p.errors import CoverageLost, PeerDisconnected, PeerTimeout
 from dsd_p2p.placement.route import Detour
 from dsd_p2p.swarm.grants import revoke
 from dsd_p2p.swarm.records import sign_record
 from dsd_p2p.transport.memory import MemoryNetwork
-from dsd_p2p.types import Span
-from dsd_p2p.wire.membership import Members, MemberState, Role
+from dsd_p2p.types import PeerInfo, Span
+from dsd_p2p.wire.membership import MemberRecord, Members, MemberState, PeerProfile, Role
 
 
 @asynccontextmanager
@@ -175,6 +175,38 @@ async def test_a_revoked_peer_that_hides_its_record_is_thrown_out(autojump_clock
         with trio.fail_after(3):
             while hidden.peer in node.links.connected:  # noqa: ASYNC110 - any of many changes
                 await trio.sleep(0.05)
+
+
+async def test_records_do_not_make_a_member_dial_everywhere_at_once(autojump_clock, monkeypatch):
+    async with swarm(Span(0, 15)) as (_, nursery, (node,)):
+        dialled, most = [], 0
+        num_open = 0
+
+        async def connect(address, _timeout_s):
+            nonlocal num_open, most
+            num_open += 1
+            most = max(most, num_open)
+            dialled.append(address)
+            await trio.sleep(5)
+            num_open -= 1
+            raise PeerTimeout("nobody there")
+
+        monkeypatch.setattr(node.links, "connect", connect)
+        for number in range(20, 70):
+            info = PeerInfo(peer=key(number).peer, addresses=tuple(f"memory:{number}-{i}" for i in range(8)))
+            made = MemberRecord(
+                info=info,
+                incarnation=NOW_S * 1000,
+                sequence=NOW_S * 1000,
+                state=MemberState.SERVING,
+                grants=invite(seed=bytes([number]) * 32).admit(key(number).public),
+                profile=PeerProfile(max_layers=3),
+            )
+            node.registry.merge(sign_record(made, key(number)), NOW_S)
+        await trio.sleep(20)
+        assert 8 <= len(dialled) <= 40
+        assert most <= 8
+        nursery.cancel_scope.cancel()
 
 
 async def test_chains_follow_the_members(autojump_clock):

@@ -22,7 +22,7 @@ from dsd_p2p.errors import CapacityError, ConfigError, ModelError, PeerError, Re
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.transport.base import Lost, Received
-from dsd_p2p.transport.memory import MemoryNetwork
+from dsd_p2p.transport.memory import MemoryNetwork, MemoryTransport
 from dsd_p2p.types import ComputeFormat, Endpoint, PeerInfo, Sampling, StageCost, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.wire.codec import decode, encode
@@ -38,6 +38,7 @@ from dsd_p2p.wire.messages import (
     Verdict,
     Window,
 )
+from dsd_p2p.wire.opening import signed_opening
 from dsd_p2p.wire.version import PROTOCOL_VERSION
 
 
@@ -233,7 +234,14 @@ def open_message(**changes):
         "num_given": 1,
         "idle_timeout_s": 1.0,
     }
-    return OpenSession(**{**values, **changes})
+    return signed(OpenSession(**{**values, **changes}))
+
+
+def signed(opened, by=None):
+    """Sign as `by` would; by default as the coordinator that the opening names."""
+    name = by or opened.coordinator.peer
+    signature = MemoryTransport(MemoryNetwork(), name).sign(signed_opening(opened))
+    return replace(opened, signature=signature)
 
 
 def first_window(**changes):
@@ -289,6 +297,26 @@ async def test_a_broken_rule_is_named(messages, words):
             frame = encode(*message) if isinstance(message, tuple) else encode(message)
             await mallory.send("stage0", frame)
         assert words in await answer(mallory)
+        tokens, _ = await swarm.write(PROMPT, 10, TREE)
+        assert tokens == plain_text(PROMPT, 10)
+
+
+@pytest.mark.parametrize("forge", ["unsigned", "its own signature", "another opening's signature"])
+async def test_nobody_opens_a_session_in_anothers_name(forge):
+    """As the stage before, a peer could take over a session whose id it knows, and fill its coordinator's quota."""
+    network = MemoryNetwork()
+    async with toy_swarm(network=network) as swarm, stranger(network) as mallory:
+        honest = open_message(coordinator=Endpoint("coordinator", "memory:coordinator"))
+        before = Hop(peer="mallory", address="memory:mallory", span=SPANS[0])
+        opened = replace(honest, route=(before, *honest.route[1:]), epoch=7)
+        match forge:
+            case "unsigned":
+                opened = replace(opened, signature=b"")
+            case "its own signature":
+                opened = signed(opened, by="mallory")
+        await mallory.send("stage1", encode(opened))
+        assert "opening signature" in await answer(mallory)
+        assert not any(server.num_sessions for server in swarm.servers)
         tokens, _ = await swarm.write(PROMPT, 10, TREE)
         assert tokens == plain_text(PROMPT, 10)
 
@@ -349,7 +377,7 @@ async def test_another_version_is_refused_by_name():
     network = MemoryNetwork()
     async with toy_swarm(network=network), stranger(network, says_hello=False) as mallory:
         frame = bytearray(encode(Ping(nonce=1)))
-        frame[0] = 9
+        frame[0] = PROTOCOL_VERSION + 1
         await mallory.send("stage0", bytes(frame))
         assert "protocol version: expected" in await answer(mallory)
 

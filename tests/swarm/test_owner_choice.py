@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.keys import SigningKey, peer_of
 from dsd_p2p.swarm.grants import choose
-from dsd_p2p.swarm.keys import SigningKey, peer_of
 from dsd_p2p.swarm.registry import Registry
 from node.member.state import SwarmState
 

@@ -8,10 +8,10 @@ from membership_keys import NOW_S, OWNER, STRANGER, invite, key
 from msgspec.structs import replace
 
 from dsd_p2p.errors import CapacityError, ConfigError, LocalProtocolError, RemoteProtocolError
+from dsd_p2p.keys import SigningKey, is_signed_by, peer_of, public_of
 from dsd_p2p.swarm.admission import Admission, Authority
 from dsd_p2p.swarm.grants import check_grants, issue, revoke
 from dsd_p2p.swarm.invite import parse_invite
-from dsd_p2p.swarm.keys import SigningKey, is_signed_by, peer_of, public_of
 from dsd_p2p.swarm.records import check_record, sign_record
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.types import PeerInfo, Span
@@ -333,3 +333,19 @@ def test_nothing_that_we_sign_is_outside_what_others_read(incarnation, profile, 
         return
     assert decode(encode(Members(records=(signed,))))[0].records == (signed,)
     check_record(signed)
+
+
+@pytest.mark.parametrize(
+    ("offer", "words"),
+    [
+        ({"profile": PeerProfile(max_layers=3)}, "max_layers"),
+        ({"profile": PeerProfile(drafter="ngram")}, "drafter"),
+        ({"info": PeerInfo(peer=key(1).peer, addresses=(), span=Span(0, 2), num_layers=2)}, "span"),
+    ],
+)
+def test_a_client_offers_nothing(offer, words):
+    """A client that called itself a coordinator was chosen over honest ones, and read prompts."""
+    grants = invite(role=Role.CLIENT).admit(key(1).public)
+    with pytest.raises(RemoteProtocolError, match=f"{words}: expected none, because its invite is for clients"):
+        registry().merge(record(key(1), grants=grants, **offer), NOW_S)
+    assert registry().merge(record(key(1), grants=grants), NOW_S)

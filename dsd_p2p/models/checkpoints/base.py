@@ -64,8 +64,9 @@ class Checkpoint(Protocol):
         """Return the tensors by name, each a `LazyTensor`, which can be read until the context ends."""
         ...
 
-    def has_groups(self, name: str) -> bool:
-        """Return whether the checkpoint says that it stores this tensor in 4-bit numbers."""
+    @property
+    def is_quantised(self) -> bool:
+        """True if its matrices are not floats."""
         ...
 
     def groups(self, name: str) -> Groups | None:

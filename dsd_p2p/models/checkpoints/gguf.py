@@ -23,11 +23,13 @@ from torch import Tensor
 
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.checkpoints.base import Groups, Part
-from dsd_p2p.models.checkpoints.gguf_groups import groups_of, has_groups
+from dsd_p2p.models.checkpoints.gguf_groups import groups_of
 
 INDEX = "gguf-index.json"
 
 Bytes = NDArray[np.uint8]
+
+_FLOATS = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16)
 
 
 class GgufTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,10 +93,11 @@ class GgufCheckpoint:
         # Fused experts: what goes in is split over the files' tensors.
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def has_groups(self, name: str) -> bool:
-        """Return whether a tensor is stored in 4-bit numbers."""
-        parts = self._index.tensors[name]
-        return len(parts) == 1 and has_groups(parts[0].kind)
+    @property
+    def is_quantised(self) -> bool:
+        """True if most of its weights are not floats."""
+        sizes = [(math.prod(part.shape), part.kind) for parts in self._index.tensors.values() for part in parts]
+        return sum(size for size, kind in sizes if kind not in _FLOATS) > sum(size for size, _ in sizes) / 2
 
     def groups(self, name: str) -> Groups | None:
         """Return the tensor's 4-bit numbers, or None if it is stored in another way."""

@@ -19,11 +19,6 @@ _SIZE = 32
 Blocks = NDArray[np.uint8]
 
 
-def has_groups(kind: int) -> bool:
-    """Return whether a format of GGUF has 4-bit numbers in groups."""
-    return gguf.GGMLQuantizationType(kind) in _TAKE
-
-
 def groups_of(kind: int, rows: Blocks) -> Groups | None:
     """Return the groups of a tensor, or None if its format has no 4-bit numbers. rows: `[out, bytes of a row]`."""
     take = _TAKE.get(gguf.GGMLQuantizationType(kind))

@@ -31,7 +31,6 @@ class Method:
     name: for messages. parts: the suffixes of the tensors that each weight has; the first is the packed one.
     separator: before a suffix. target: what replaces them in the weight's name. optional: suffixes of parts that a weight
         may have. ignored: suffixes of tensors that change nothing here.
-    has_groups: its numbers have 4 bits, in runs of columns.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Method:
     separator = "."
     target = ".weight"
     optional: tuple[str, ...] = ()
-    has_groups = False
     ignored: tuple[str, ...] = ()
 
     @property
@@ -131,7 +129,6 @@ class _Gptq(_InGroups):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._bits = int(config.get("bits", 4))
-        self.has_groups = self._bits == _NUM_BITS and not config.get("desc_act")
         # The first version of the format stores zeros less one.
         self._shift = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
 
@@ -150,7 +147,6 @@ class _Gptq(_InGroups):
 class _Awq(_InGroups):
     name = "AWQ"
     parts = ("qweight", "qzeros", "scales")
-    has_groups = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         version = str(config.get("version", "gemm")).lower()
@@ -172,7 +168,7 @@ class _CompressedPacked(_InGroups):
     optional = ("weight_zero_point", "weight_g_idx")
 
     def __init__(self, bits: int) -> None:
-        self._bits, self.has_groups = bits, bits == _NUM_BITS
+        self._bits = bits
 
     def _taken(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         num_rows, num_columns = parts["weight_shape"].tolist()

@@ -76,9 +76,9 @@ class PlainCheckpoint:
                 tensors[name] = files[file].get_slice(name)
             yield tensors
 
-    def has_groups(self, name: str) -> bool:
-        """Return False: every number stands for itself."""
-        del name
+    @property
+    def is_quantised(self) -> bool:
+        """False: every number stands for itself."""
         return False
 
     def groups(self, name: str) -> None:

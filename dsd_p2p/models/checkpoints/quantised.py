@@ -70,9 +70,10 @@ class QuantisedCheckpoint:
         except (RuntimeError, ValueError, IndexError) as exc:
             raise ModelError(f"{name} is not a weight in {self._method.name}: {exc}") from exc
 
-    def has_groups(self, name: str) -> bool:
-        """Return whether the checkpoint says that it stores this tensor in 4-bit numbers."""
-        return name in self._owners and self._method.has_groups
+    @property
+    def is_quantised(self) -> bool:
+        """True."""
+        return True
 
     def groups(self, name: str) -> Groups | None:
         """Return the weight's 4-bit numbers, or None if it is stored in another way."""

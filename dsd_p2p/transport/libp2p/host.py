@@ -14,7 +14,8 @@ from libp2p.peer.peerinfo import InvalidAddrError, info_from_p2p_addr
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
-from dsd_p2p.errors import ConfigError, PeerDisconnected, PeerTimeout
+from dsd_p2p.errors import ConfigError, PeerDisconnected, PeerTimeout, RemoteProtocolError
+from dsd_p2p.keys import is_signed_by, public_of
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.libp2p import relay
 from dsd_p2p.transport.libp2p.guard import (
@@ -73,6 +74,18 @@ class Libp2pTransport:
     def close(self) -> None:
         """Stop reporting losses, because this end is leaving."""
         self._is_closing = True
+
+    def sign(self, data: bytes) -> bytes:
+        """Sign with the host's private key."""
+        signature: bytes = self._host.get_private_key().sign(data)
+        return signature
+
+    def is_signed(self, peer: PeerId, signature: bytes, data: bytes) -> bool:
+        """Check the signature with the public key in the peer's id."""
+        try:
+            return is_signed_by(public_of(peer), signature, data)
+        except RemoteProtocolError:
+            return False
 
     async def connect(self, address: str, timeout_s: float) -> PeerId:
         """Dial until it works or the time is up."""

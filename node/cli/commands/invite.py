@@ -9,8 +9,8 @@ import trio
 
 from dsd_p2p import units
 from dsd_p2p.errors import ConfigError, PeerTimeout
+from dsd_p2p.keys import peer_of
 from dsd_p2p.swarm.invite import InviteTerms, SwarmSettings, new_invite
-from dsd_p2p.swarm.keys import peer_of
 from dsd_p2p.types import short_peer
 from node.config import InviteConfig
 from node.console import console

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsd_p2p import units
-from dsd_p2p.swarm.keys import peer_of
+from dsd_p2p.keys import peer_of
 from dsd_p2p.types import short_peer
 from node.config import SwarmQuestion
 from node.member.control import PeerReport, Status, ask_node

@@ -3,8 +3,8 @@
 import trio
 
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
+from dsd_p2p.keys import peer_of, public_of
 from dsd_p2p.swarm.grants import revoke
-from dsd_p2p.swarm.keys import peer_of, public_of
 from dsd_p2p.types import short_peer
 from node.config import RevokeConfig
 from node.member.control import PeerReport, Revoke, Status, ask_node

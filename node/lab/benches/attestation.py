@@ -5,12 +5,12 @@ import time
 import torch
 
 from dsd_p2p.cache.slots import SlotTable
+from dsd_p2p.keys import SigningKey
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.placement.listed import even_spans
-from dsd_p2p.swarm.keys import SigningKey
 from dsd_p2p.types import Span
 from dsd_p2p.wire.attest import hash_rows, signed_text
 from dsd_p2p.wire.messages import Window
