@@ -3,14 +3,16 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import trio
 
 from dsd_p2p.errors import PeerDisconnected, PeerError, PeerTimeout, RemoteProtocolError
+from dsd_p2p.peers.aside import Aside
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import PeerId, PeerInfo
 from dsd_p2p.wire.codec import decode, encode
@@ -83,8 +85,13 @@ class PeerLinks:
         self._refusals: dict[PeerId, tuple[float, str]] = {}
         self._pongs: dict[int, trio.Event] = {}
         self._next_nonce = 0
+        self._aside = Aside()
         self.num_refused = 0
         self.num_frames = 0
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Answer pings and refuse peers in `nursery`, so that a peer that reads nothing holds up nobody."""
+        self._aside.start(nursery)
 
     async def connect(self, address: str, timeout_s: float) -> PeerInfo:
         """Connect to the peer at `address` and return what it says about itself.
@@ -173,6 +180,8 @@ class PeerLinks:
             if isinstance(event, Lost):
                 self._forget(event.peer)
                 return event
+            if self._aside.is_leaving(event.sender):
+                continue
             self.num_frames += 1
             try:
                 message, payload = decode(event.frame)
@@ -186,9 +195,12 @@ class PeerLinks:
             return Arrived(sender=event.sender, message=message, payload=payload, num_bytes=len(event.frame))
 
     async def refuse(self, peer: PeerId, error: RemoteProtocolError) -> None:
-        """Tell the peer what it did wrong and drop it."""
+        """Tell the peer what it did wrong and drop it. Nothing more is heard of it until it comes back."""
         logger.warning("peer dropped peer=%s error=%s", peer, error)
         self.num_refused += 1
+        await self._aside.dismiss(peer, partial(self._dismiss, peer, error))
+
+    async def _dismiss(self, peer: PeerId, error: RemoteProtocolError) -> None:
         with suppress(PeerError), trio.move_on_after(1):
             await self.send(
                 peer, Failure(session=NO_SESSION, epoch=0, kind=FailureKind.PROTOCOL, text=str(error)[:512])
@@ -199,9 +211,11 @@ class PeerLinks:
         match message:
             case Hello():
                 self._meet(sender, message)
-                await self._reply(sender, self.greet(sender))
+                # Not in the background: it must be the first that the peer hears of us.
+                await self._reply(sender, partial(self.greet, sender))
             case Ping(nonce=nonce) if sender in self.connected:
-                await self._reply(sender, self.send(sender, Pong(nonce=nonce)))
+                pong = partial(self.send, sender, Pong(nonce=nonce))
+                await self._aside.answer(sender, partial(self._reply, sender, pong))
             case Pong(nonce=nonce):
                 if nonce in self._pongs:
                     self._pongs[nonce].set()
@@ -215,10 +229,10 @@ class PeerLinks:
                 return False
         return True
 
-    async def _reply(self, peer: PeerId, sending: Awaitable[None]) -> None:
-        """Answer from within the receive loop; drop a peer that reads nothing before it holds up the others."""
+    async def _reply(self, peer: PeerId, send: Callable[[], Awaitable[None]]) -> None:
+        """Send an answer; drop a peer that does not read it."""
         with trio.move_on_after(_REPLY_TIMEOUT_S) as scope, suppress(PeerError):
-            await sending
+            await send()
         if scope.cancelled_caught:
             await self.transport.disconnect(peer, "does not read our answers")
 
@@ -245,6 +259,7 @@ class PeerLinks:
     def _forget(self, peer: PeerId) -> None:
         self.connected.discard(peer)
         self._greeted.discard(peer)
+        self._aside.forget(peer)
         if (info := self.known.get(peer)) is not None and info.span is None:
             del self.known[peer]
         if (waiting := self._hello_from.pop(peer, None)) is not None:

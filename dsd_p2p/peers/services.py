@@ -46,6 +46,7 @@ async def run_services(links: PeerLinks, services: Sequence[Service]) -> None:
         for kind, handler in service.handlers.items():
             handlers.setdefault(kind, []).append(handler)
     async with trio.open_nursery() as nursery:
+        links.start(nursery)
         for service in services:
             service.start(nursery)
         while True:

@@ -29,6 +29,8 @@ class StageLimits:
     max_boundary_bytes: hidden states that all sessions together keep to refill a neighbour.
     dials_routes: dial the next stage at the address in the route; if False (in a swarm), use only open connections.
     orphan_s: how long a session waits for another route after a neighbour was lost.
+    first_window_s: how long a session waits for its first window, for each stage of the route up to this one. It holds
+    cache from the start.
     max_parked: texts of closed sessions to park while nobody needs the room. parked_s: the longest time to park one.
     """
 
@@ -40,6 +42,7 @@ class StageLimits:
     max_boundary_bytes: int = 256 << 20
     dials_routes: bool = True
     orphan_s: float = 15.0
+    first_window_s: float = 30.0
     max_parked: int = 256
     parked_s: float = PARKED_S
 

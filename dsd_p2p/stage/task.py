@@ -58,17 +58,21 @@ class SessionTasks:
         """
         name = session.opened.session
         logger.info("session opened session=%s span=%s", name.hex(), session.place.span)
+        # The stages before this one need time for the first window too.
+        num_before, idle_s = session.place.index, session.opened.idle_timeout_s
+        wait_s = min(idle_s, self._limits.first_window_s * (1 + num_before))
         try:
             with session.scope, session.inbox.take:
                 await self._take_over(session)
                 session.phase = Phase.SERVING
                 await self._open_onward(session)
                 while True:
-                    with trio.fail_after(session.opened.idle_timeout_s):
+                    with trio.fail_after(wait_s):
                         queued = await session.inbox.next()
+                    wait_s = idle_s
                     await self._compute(session, queued)
         except trio.TooSlowError:
-            session.error = PeerTimeout(f"the stage received no window for {session.opened.idle_timeout_s:g} s")
+            session.error = PeerTimeout(f"the stage received no window for {wait_s:g} s")
         except DsdError as exc:
             session.error = exc
         except Exception as exc:  # task boundary: one session's failed pass must not end the others

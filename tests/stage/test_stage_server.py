@@ -373,6 +373,33 @@ async def test_nothing_is_heard_before_a_hello():
         assert "Hello" in await answer(mallory)
 
 
+async def test_a_peer_that_reads_no_answer_holds_up_nobody(autojump_clock):
+    """A pong, or a refusal, to such a peer blocked the receive loop for up to a second."""
+    network = MemoryNetwork()
+    async with toy_swarm(network=network) as swarm, stranger(network) as mallory, stranger(network, "honest") as honest:
+        stage = network.transports["stage0"]
+        original = stage.send
+
+        async def send(to, frame):
+            if to == "mallory":
+                await trio.sleep_forever()
+            await original(to, frame)
+
+        stage.send = send
+        for nonce in range(20):
+            await mallory.send("stage0", encode(Ping(nonce=nonce)))
+        await mallory.send("stage0", encode(open_message(coordinator=Endpoint("honest"))))
+        await honest.send("stage0", encode(Ping(nonce=7)))
+        start_s = trio.current_time()
+        while True:
+            event = await honest.receive()
+            if not isinstance(event, Lost) and isinstance(decode(event.frame).message, Pong):
+                break
+        assert trio.current_time() - start_s < 0.1
+        while "mallory" in swarm.servers[0].links.connected:  # noqa: ASYNC110 - a state of another peer
+            await trio.sleep(0.1)
+
+
 async def test_another_version_is_refused_by_name():
     network = MemoryNetwork()
     async with toy_swarm(network=network), stranger(network, says_hello=False) as mallory:
@@ -388,6 +415,26 @@ async def test_a_session_nobody_feeds_is_closed(autojump_clock):
     async with toy_swarm(network=network, stages=stages) as swarm, stranger(network) as mallory:
         await mallory.send("stage0", encode(open_message()))
         assert "received no window for 1 s" in await answer(mallory)
+        await swarm.all_closed()
+        assert [stage.num_caches for stage in stages] == [0, 0, 0]
+
+
+async def test_a_session_without_a_first_window_frees_its_cache_soon(autojump_clock):
+    """A session that only holds cache could do so for an hour."""
+    network = MemoryNetwork()
+    stages = toys()
+    async with toy_swarm(network=network, stages=stages) as swarm, stranger(network) as mallory:
+        await mallory.send("stage0", encode(open_message(idle_timeout_s=3600.0)))
+        start_s = trio.current_time()
+        said = set()
+        while len(said) < 3:
+            with trio.fail_after(200):
+                event = await mallory.receive()
+            message = decode(event.frame).message
+            if isinstance(message, Failure):
+                said.add(message.text)
+        assert said == {f"the stage received no window for {seconds} s" for seconds in (30, 60, 90)}
+        assert trio.current_time() - start_s < 100
         await swarm.all_closed()
         assert [stage.num_caches for stage in stages] == [0, 0, 0]
 

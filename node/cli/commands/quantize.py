@@ -39,6 +39,7 @@ _COMPRESSED = {
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
+                "format": "int-quantized",
                 "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
             }
         },
