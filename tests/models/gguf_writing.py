@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 VOCAB, HIDDEN, NUM_LAYERS = 160, 256, 2
 
@@ -25,6 +25,8 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=128),
     "gemma3": lambda: Gemma3TextConfig(**_SHAPE, head_dim=64, query_pre_attn_scalar=64, sliding_window=512),
 }
+MOE = "qwen3moe"
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
 _ADD_ONE = ("gemma3",)
 _BLOCKS = 256
 
@@ -47,7 +49,7 @@ def quantised(weight: np.ndarray, kind: gguf.GGMLQuantizationType, rng: np.rando
 
 def write_gguf(path: Path, family: str, kind: gguf.GGMLQuantizationType, seed: int = 0, **fields: object) -> Path:
     """Write a random model whose matrices are in `kind`. fields: more numbers and words of the header."""
-    config = CONFIGS[family]()
+    config = Qwen3MoeConfig(**_SHAPE, head_dim=128, **_EXPERTS) if family == MOE else CONFIGS[family]()
     config.initializer_range = 0.08
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -68,6 +70,10 @@ def write_gguf(path: Path, family: str, kind: gguf.GGMLQuantizationType, seed: i
     writer.add_rope_dimension_count(head_dim)
     if family == "gemma3":
         writer.add_sliding_window(config.sliding_window)
+    if family == MOE:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     for name, value in fields.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         add(f"{family}.{name.replace('__', '.')}", value)
@@ -75,6 +81,9 @@ def write_gguf(path: Path, family: str, kind: gguf.GGMLQuantizationType, seed: i
     names = gguf.get_tensor_name_map(arch, NUM_LAYERS)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if ".experts." in name:
+            _add_experts(writer, name, tensor.numpy(), kind, rng)
             continue
         stem, _, suffix = name.rpartition(".")
         weight = tensor.numpy().copy()
@@ -94,3 +103,14 @@ def write_gguf(path: Path, family: str, kind: gguf.GGMLQuantizationType, seed: i
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_experts(
+    writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: gguf.GGMLQuantizationType, rng: np.random.Generator
+) -> None:
+    """Write fused experts as llama.cpp has them: the gate and the up projection apart."""
+    layer = name.split(".")[2]
+    halves = np.split(weight, 2, axis=1) if "gate_up" in name else [weight]
+    for part, values in zip(("gate", "up") if "gate_up" in name else ("down",), halves, strict=True):
+        data = quantised(np.ascontiguousarray(values).reshape(-1, values.shape[-1]), kind, rng)
+        writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", data.reshape(*values.shape[:2], -1), raw_dtype=kind)

@@ -24,7 +24,7 @@ def hub(folder: Path, hub_id: str = "owner/model") -> Iterator[tuple[str, list[s
             "size": len(data),
             "blobId": hashlib.sha256(data).hexdigest()[:40],
         }
-        if path.suffix == ".safetensors":
+        if path.suffix in (".safetensors", ".gguf"):
             known["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return known
 

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_writing import CONFIGS, NUM_LAYERS, VOCAB, write_gguf
+from gguf_writing import CONFIGS, MOE, NUM_LAYERS, VOCAB, write_gguf
 from lean_text import Text
 from transformers import AutoModelForCausalLM
 
@@ -74,6 +74,17 @@ def test_families_are_split_without_a_conversion(family, tmp_path):
     assert np.array_equal(logits(source, "stored"), logits(source, "stored", Span(0, 1), Span(1, 2)))
     written = [each for each in default_cache_dir().rglob("*") if each.is_file()]
     assert not [each for each in written if each.suffix in (".safetensors", ".gguf")], "nothing is converted on disk"
+
+
+def test_experts_are_fused_as_transformers_fuses_them(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", MOE, Kind.Q8_0)
+    source = find_model(str(path), NoProgress())
+    reference, expected = as_transformers_reads(path)
+    for name, weight in load_whole(source, torch.float32).state_dict().items():
+        assert torch.equal(weight, reference.state_dict()[name]), name
+    found = logits(source, "float32", Span(0, 1), Span(1, 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert choose_format(source, "cpu", 1 << 40) == "float32"
 
 
 @pytest.mark.parametrize("kind", HAS_4_BITS)

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 
+import gguf
 import pytest
+from gguf_writing import write_gguf
 from hub_server import COMMIT, hub
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +21,8 @@ from dsd_p2p.models.source import find_model, pull_model
 from dsd_p2p.types import Span
 class Tell:
     def step(self, what, done, total): print(what)
-source = (pull_model if sys.argv[1] == "pull" else find_model)("owner/model", Tell())
+name = sys.argv.pop() if ":Q" in sys.argv[-1] else "owner/model"
+source = (pull_model if sys.argv[1] == "pull" else find_model)(name, Tell())
 for span in sys.argv[2:]:
     open_span(source, Span(*map(int, span.split(":"))))
 print(source.digest())
@@ -104,3 +107,17 @@ def test_pulling_fetches_a_span_or_everything_with_a_line_for_each_file(model, t
         assert {name for name in asked if name.endswith(".safetensors")} == {"a.safetensors", "b.safetensors"}
         assert lines[-1] == "owner/model is ready"
         assert len(lines) < 10
+
+
+def test_a_gguf_file_is_named_by_its_format(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for kind in ("Q4_0", "Q8_0"):
+        write_gguf(folder / f"tiny-{kind}.gguf", "llama", gguf.GGMLQuantizationType[kind])
+    (folder / "README.md").write_text("two files")
+    with hub(folder) as (endpoint, asked):
+        output = run(tmp_path, endpoint, "find", "0:1", "owner/model:Q4_0")
+        assert [name for name in asked if name.endswith(".gguf")] == ["tiny-Q4_0.gguf"]
+        assert output.splitlines()[-1] == find_model(str(folder / "tiny-Q4_0.gguf"), NoProgress()).digest()
+        said = run(tmp_path, endpoint, "find", "owner/model:Q5_K", code=1)
+        assert "no GGUF file of format Q5_K; its GGUF files: tiny-Q4_0.gguf, tiny-Q8_0.gguf" in said

@@ -24,6 +24,9 @@ _FORMAT = 1
 _PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
 
 _TOKENS = "tokenizer.ggml.tokens"
+_LEFT_OUT = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
+"""Fields of a header, and what transformers' config calls them, that its reader leaves out."""
+
 _FREQUENCIES = "rope_freqs.weight"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -99,9 +102,10 @@ def _write(files: Sequence[Path], folder: Path) -> None:
     tensors: dict[str, tuple[GgufTensor, ...]] = {}
     for file, reader in zip(files, readers, strict=True):
         for each in reader.tensors:
-            if each.name in names:
-                of_name = tensors.setdefault(names[each.name], ())
-                tensors[names[each.name]] = tuple(sorted((*of_name, _tensor(file, each)), key=_order))
+            # transformers' fused experts have no ".weight" at the end of their names.
+            name = names.get(each.name) or names.get(each.name.removesuffix(".weight"))
+            if name:
+                tensors[name] = tuple(sorted((*tensors.get(name, ()), _tensor(file, each)), key=_order))
     index = GgufIndex(
         architecture=architecture,
         config={name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")},
@@ -144,9 +148,10 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: set[str]) -> Any:
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     config.tie_word_embeddings = "output.weight" not in tensors
     architecture = fields["general.architecture"]
-    head_dim = fields.get(f"{architecture}.attention.key_length")
-    if head_dim is not None and getattr(config, "head_dim", head_dim) != head_dim:
-        config.head_dim = head_dim
+    for field, name in _LEFT_OUT.items():
+        told = fields.get(f"{architecture}.{field}")
+        if told is not None and getattr(config, name, told) != told:
+            setattr(config, name, told)
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
     if scaling not in ("none", "") and architecture != "gpt-oss":
         raise ModelError(f"{path}: it scales its positions ({scaling}), which is not supported in GGUF files")
