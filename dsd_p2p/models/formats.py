@@ -1,11 +1,11 @@
 """Chooses the format of a model's weights in memory, where the user leaves it to us."""
 
 import json
-from pathlib import Path
 
 import torch
 
 from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.loader import num_weights
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import INT8, STORED
@@ -28,8 +28,8 @@ _MEMORY_SHARE = 0.5
 def choose_format(source: ModelSource, device: str, free_bytes: int) -> str:
     """Return the weights format for a model on a device. free_bytes: memory that is free on this machine.
 
-    A quantised checkpoint runs in int8 where that fits into the memory, and in its own 4-bit numbers where it does not. A
-    model that `dsd quantize` found good in int8 runs in int8. Others run in float32, and so does everything on a GPU.
+    int8 is fastest, so a model that was judged good in int8 runs in it where it fits into the memory. Another quantised
+    checkpoint runs as it is stored. Models in floats run in float32, and so does everything on a GPU.
 
     Raises:
         ModelError: the model's files cannot be read.
@@ -41,14 +41,17 @@ def choose_format(source: ModelSource, device: str, free_bytes: int) -> str:
     )
     if not is_lean:
         return "float32"
-    if source.weights.is_quantised:
-        # One byte for each weight.
-        return INT8 if num_weights(source) <= _MEMORY_SHARE * free_bytes else STORED
-    return INT8 if _agreement(source.folder) >= MIN_AGREEMENT else "float32"
+    # One byte for each weight.
+    if _agreement(source) >= MIN_AGREEMENT and num_weights(source) <= _MEMORY_SHARE * free_bytes:
+        return INT8
+    return STORED if source.weights.is_quantised else "float32"
 
 
-def _agreement(folder: Path) -> float:
+def _agreement(source: ModelSource) -> float:
+    """Return how often the int8 form chose the floats' token when it was judged; 0 if it never was."""
+    if source.name in CATALOG:
+        return CATALOG[source.name].int8_agreement
     try:
-        return float(json.loads((folder / REPORT).read_text())["int8"]["agreement"])
+        return float(json.loads((source.folder / REPORT).read_text())["int8"]["agreement"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0

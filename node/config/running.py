@@ -83,7 +83,7 @@ Weights = Annotated[
     Literal["auto", "float", "int8", "stored"],
     Help(
         "format of the target's weights; float: numbers of --dtype; int8: rounded, faster on a CPU; stored: the 4-bit "
-        "numbers of a quantised checkpoint; auto: int8 for one if it fits, else stored; float for other models"
+        "numbers of a quantised checkpoint; auto: int8 if it was judged good and fits, else stored; float for checkpoints in floats"
     ),
 ]
 

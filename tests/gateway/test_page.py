@@ -47,7 +47,7 @@ def test_type_and_read_an_answer_as_it_is_written(page):
 def test_the_swarm_is_drawn(page):
     expect(page.locator("#peers tr")).to_have_count(3, timeout=20_000)
     expect(page.locator("#ring circle")).to_have_count(3)
-    assert "0:15" in page.locator("#peers").text_content()
+    assert "0:19" in page.locator("#peers").text_content()
 
 
 def test_stop_with_the_escape_key_keeps_what_was_written(page):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.checkpoints.methods import unpacked
-from dsd_p2p.models.formats import choose_format
+from dsd_p2p.models.formats import REPORT, choose_format
 from dsd_p2p.models.loader import load_whole
 from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
@@ -69,9 +69,14 @@ def test_stored_keeps_the_4_bits_and_is_near_the_floats(packed):
         assert stored.weight_bytes < 0.8 * as_int8.weight_bytes
         # What the kernel rounds to bfloat16 is all that separates them.
         assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
-    assert choose_format(source, "cpu", 1 << 40) == "int8"
-    assert choose_format(source, "cpu", 1000) == "stored"
+    assert choose_format(source, "cpu", 1 << 40) == "stored"
     assert choose_format(plain, "cpu", 1 << 40) == "float32"
+    # Once dsd quantize has judged a folder, int8 counts where it fits.
+    for agreement, form in ((0.97, "int8"), (0.9, "stored")):
+        (source.folder / REPORT).write_text(json.dumps({"int8": {"agreement": agreement}}))
+        assert choose_format(source, "cpu", 1 << 40) == form
+        assert choose_format(source, "cpu", 1000) == "stored"
+    (source.folder / REPORT).unlink()
 
 
 def test_stored_is_exact_in_every_window_tree_and_split(tiny, tmp_path):

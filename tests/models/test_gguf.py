@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.cache_dir import default_cache_dir
+from dsd_p2p.models.catalog import CATALOG
 from dsd_p2p.models.checkpoints.gguf_groups import groups_of
 from dsd_p2p.models.formats import choose_format
 from dsd_p2p.models.loader import load_whole
@@ -58,8 +60,7 @@ def test_every_format_gives_the_logits_of_its_dequantised_weights(kind, tmp_path
     assert np.abs(near - expected).max() < 0.05 * np.abs(expected).max()
     assert (stored.weight_bytes < 0.8 * rounded.weight_bytes) == (kind in HAS_4_BITS)
     is_float = kind in ("F32", "F16", "BF16")
-    assert choose_format(source, "cpu", 1 << 40) == ("float32" if is_float else "int8")
-    assert choose_format(source, "cpu", 1000) == ("float32" if is_float else "stored")
+    assert choose_format(source, "cpu", 1 << 40) == ("float32" if is_float else "stored")
     assert choose_format(source, "cuda", 1 << 40) == "float32"
 
 
@@ -161,6 +162,14 @@ def test_positions_that_are_scaled_are_refused(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", "qwen2", Kind.Q4_0, rope__scaling__type="yarn", rope__scaling__factor=4.0)
     with pytest.raises(ModelError, match=r"scales its positions \(yarn\)"):
         find_model(str(path), NoProgress())
+
+
+def test_a_catalog_model_runs_in_int8_only_if_that_was_judged_good(smollm, monkeypatch):
+    assert choose_format(smollm, "cpu", 1 << 40) == "stored"
+    judged = replace(CATALOG["smollm2-135m"], int8_agreement=0.96)
+    monkeypatch.setitem(CATALOG, "smollm2-135m", judged)
+    assert choose_format(smollm, "cpu", 1 << 40) == "int8"
+    assert choose_format(smollm, "cpu", 100 << 20) == "stored"
 
 
 def test_the_default_model_is_read_as_transformers_reads_it(smollm):
