@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import msgspec
 import trio
 import trio.testing
 
@@ -25,6 +26,8 @@ from dsd_p2p.transport.memory import MemoryNetwork, MemoryTransport
 from dsd_p2p.types import ComputeFormat, ModelKey, PeerInfo, Sampling, Span, TextRequest
 from dsd_p2p.window.base import Decision
 from dsd_p2p.window.static import StaticPolicy
+from dsd_p2p.wire.messages import OpenSession
+from dsd_p2p.wire.opening import signed_opening
 
 NO_LINK = LinkModel()
 
@@ -127,3 +130,9 @@ async def model_swarm(
         max_positions=shape.max_positions,
     ) as swarm:
         yield swarm
+
+
+def signed(opened: OpenSession, by: str | None = None) -> OpenSession:
+    """Sign an opening as `by` would; by default as the coordinator that it names."""
+    signature = MemoryTransport(MemoryNetwork(), by or opened.coordinator.peer).sign(signed_opening(opened))
+    return msgspec.structs.replace(opened, signature=signature)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import trio
 from msgspec.structs import replace
-from swarms import load_stages, model_swarm
+from swarms import load_stages, model_swarm, signed
 from toy import plain_text, toy_route
 from toy_drafts import TREE
 from toy_model import ToySpanModel
@@ -202,7 +202,7 @@ async def test_a_prefix_that_cannot_be_is_refused(change, kind):
         await write(swarm, PROMPT, 8)
         opened = first(network, OpenSession)
         network.log.clear()
-        await swarm.engine.links.send("stage0", replace(opened, session=b"new-sess", **change))
+        await swarm.engine.links.send("stage0", signed(replace(opened, session=b"new-sess", **change)))
         await until(lambda: failures(network))
         assert failures(network)[0].kind is kind
         assert swarm.servers[0].num_sessions == 0
@@ -216,7 +216,9 @@ async def test_another_coordinators_text_is_not_there_for_us():
         server = swarm.servers[0]
         thief = replace(opened.coordinator, peer="thief")
         stolen = Prefix(session=opened.session, num_tokens=20)
-        theirs = replace(opened, session=b"new-sess", coordinator=thief, prefix=stolen, num_prompt=22, num_given=22)
+        theirs = signed(
+            replace(opened, session=b"new-sess", coordinator=thief, prefix=stolen, num_prompt=22, num_given=22)
+        )
         arrived = Arrived(sender="thief", message=theirs, payload=memoryview(b""), num_bytes=0)
         await server.handlers[OpenSession](arrived, theirs)
         session = server.sessions[b"new-sess"]
@@ -250,7 +252,7 @@ async def test_one_name_parked_twice_is_held_once():
         closed = first(network, CloseSession)
         prefix = Prefix(session=opened.session, num_tokens=20)
         for epoch in range(1, 5):
-            again = replace(opened, epoch=closed.epoch + epoch, prefix=prefix, num_prompt=22, num_given=22)
+            again = signed(replace(opened, epoch=closed.epoch + epoch, prefix=prefix, num_prompt=22, num_given=22))
             park = Park(at=(again.epoch, 19), num_tokens=20)
             await swarm.engine.links.send("stage0", again)
             await until(lambda: swarm.servers[0].sessions and swarm.servers[0].sessions[opened.session].held.cache)
@@ -260,7 +262,9 @@ async def test_one_name_parked_twice_is_held_once():
             await swarm.all_closed()
         assert num_parked(swarm)[0] == 1
         # Without `park` a close ends both, the text that is held and the session that goes on from it.
-        await swarm.engine.links.send("stage0", replace(opened, epoch=99, prefix=prefix, num_prompt=22, num_given=22))
+        await swarm.engine.links.send(
+            "stage0", signed(replace(opened, epoch=99, prefix=prefix, num_prompt=22, num_given=22))
+        )
         await until(lambda: swarm.servers[0].sessions)
         for name in ("stage0", "stage1", "stage2"):
             await swarm.engine.links.send(name, CloseSession(session=opened.session, epoch=99))
@@ -310,7 +314,7 @@ async def test_a_close_that_never_comes_is_not_waited_for_for_long(monkeypatch):
             opened = first(network, OpenSession)
             prefix = Prefix(session=opened.session, num_tokens=20)
             await swarm.engine.links.send(
-                "stage0", replace(opened, session=b"new-sess", prefix=prefix, num_prompt=22, num_given=22)
+                "stage0", signed(replace(opened, session=b"new-sess", prefix=prefix, num_prompt=22, num_given=22))
             )
             await until(lambda: failures(network))
             assert failures(network)[0].kind is FailureKind.PREFIX
@@ -326,7 +330,7 @@ async def test_what_was_never_copied_is_not_parked():
         async with server.work.model_in_use:
             prefix = Prefix(session=opened.session, num_tokens=20)
             await swarm.engine.links.send(
-                "stage0", replace(opened, session=b"new-sess", prefix=prefix, num_prompt=22, num_given=22)
+                "stage0", signed(replace(opened, session=b"new-sess", prefix=prefix, num_prompt=22, num_given=22))
             )
             await until(lambda: server.sessions)
             park = Park(at=(opened.epoch, 19), num_tokens=20)

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 from msgspec.structs import replace
-from swarms import TEST_MODEL, memory_swarm
+from swarms import TEST_MODEL, memory_swarm, signed
 from toy import VOCAB, plain_text
 from toy_drafts import TREE, drafter
 from toy_model import ROW, ToyDrafter, ToySpanModel
@@ -22,7 +22,7 @@ from dsd_p2p.errors import CapacityError, ConfigError, ModelError, PeerError, Re
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.transport.base import Lost, Received
-from dsd_p2p.transport.memory import MemoryNetwork, MemoryTransport
+from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import ComputeFormat, Endpoint, PeerInfo, Sampling, StageCost, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.wire.codec import decode, encode
@@ -38,7 +38,6 @@ from dsd_p2p.wire.messages import (
     Verdict,
     Window,
 )
-from dsd_p2p.wire.opening import signed_opening
 from dsd_p2p.wire.version import PROTOCOL_VERSION
 
 
@@ -235,13 +234,6 @@ def open_message(**changes):
         "idle_timeout_s": 1.0,
     }
     return signed(OpenSession(**{**values, **changes}))
-
-
-def signed(opened, by=None):
-    """Sign as `by` would; by default as the coordinator that the opening names."""
-    name = by or opened.coordinator.peer
-    signature = MemoryTransport(MemoryNetwork(), name).sign(signed_opening(opened))
-    return replace(opened, signature=signature)
 
 
 def first_window(**changes):
