@@ -38,6 +38,7 @@ from dsd_p2p.wire.messages import (
     Verdict,
     Window,
 )
+from dsd_p2p.wire.opening import signed_opening
 from dsd_p2p.wire.version import PROTOCOL_VERSION
 
 
@@ -643,3 +644,9 @@ async def test_a_hundred_thousand_fuzzed_frames_leave_a_live_stage_sound():
 def test_an_oversize_header_is_refused_without_reading_it(error):
     with pytest.raises(error, match="header length"):
         decode(bytes([PROTOCOL_VERSION]) + (1 << 23).to_bytes(3, "little") + bytes(100))
+
+
+def test_an_opening_is_signed_as_it_is_read():
+    """A whole number of seconds is read as a fraction."""
+    opened = open_message(idle_timeout_s=5)
+    assert signed_opening(decode(encode(opened)).message) == signed_opening(opened)
