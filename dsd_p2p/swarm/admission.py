@@ -45,11 +45,9 @@ class Admission:
         Raises:
             RemoteProtocolError, CapacityError: it is not this swarm's.
         """
-        note, self._note = self._note, lambda _authority: None
         for revocation in authority.revocations:
-            self.revoke(revocation)
+            self._add(revocation)
         self._used = {issuer: dict.fromkeys(keys) for issuer, keys in authority.uses}
-        self._note = note
 
     def admit(self, peer: PeerId, grants: Sequence[Grant], unix_s: float) -> Role:
         """Return the role of `peer`, and note the use of its invite.
@@ -96,6 +94,12 @@ class Admission:
             RemoteProtocolError: the owner did not sign it.
             CapacityError: there are too many revocations, or it cannot be noted. It holds until the restart.
         """
+        is_new = self._add(revocation)
+        if is_new:
+            self._note(self.stored)
+        return is_new
+
+    def _add(self, revocation: Revocation) -> bool:
         if revocation.subject in self._revocations:
             return False
         if not is_revocation_valid(revocation, self._swarm):
@@ -103,7 +107,6 @@ class Admission:
         if len(self._revocations) >= MAX_REVOCATIONS:
             raise CapacityError(f"the swarm has {MAX_REVOCATIONS} revocations, which is the limit: make a new swarm")
         self._revocations[revocation.subject] = revocation
-        self._note(self.stored)
         return True
 
     @property
@@ -117,10 +120,6 @@ class Admission:
         return Authority(
             revocations=self.revocations, uses=tuple((issuer, tuple(keys)) for issuer, keys in self._used.items())
         )
-
-    def uses_of(self, issuer: bytes) -> tuple[bytes, ...]:
-        """Return the keys that an issuer, such as an invite, has let in."""
-        return tuple(self._used.get(issuer, ()))
 
     # Connections
 

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lean_text import Text, alone, path_of, random_tree
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from dsd_p2p.cache.passes import SpanPass, views_of
 from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.errors import ModelError
+from dsd_p2p.models.formats import LEAN_FAMILIES
 from dsd_p2p.models.lean import check, products
 from dsd_p2p.models.lean.open import open_lean_span
 from dsd_p2p.models.open import open_span
@@ -243,3 +244,17 @@ def test_weights_that_are_not_finite_are_refused_in_a_sentence(tmp_path, value):
     for opens in (lambda: open_lean_span(source, WHOLE), lambda: make_shadow(source, NUM_LAYERS)):
         with pytest.raises(ModelError, match="weights are not finite: fetch them again"):
             opens()
+
+
+def test_every_family_that_is_chosen_unasked_has_a_lean_form(tmp_path):
+    seen = set()
+    shape = FAMILIES["llama"]().to_dict() | {"model_type": "mistral", "sliding_window": 8}
+    configs = {name: FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "gemma3")}
+    configs["mistral"] = lambda: MistralConfig.from_dict(shape)
+    for name, make in configs.items():
+        config = make()
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / name)
+        open_lean_span(find_model(str(tmp_path / name), NoProgress()), Span(0, 1))
+        seen.add(config.model_type)
+    assert seen == set(LEAN_FAMILIES)

@@ -37,10 +37,14 @@ class Groups:
         return (numbers * self.scales[..., None]).add_(self.offsets[..., None]).flatten(1)
 
 
-class LazyTensor(Protocol):
-    """A tensor of a checkpoint, read by `tensor[...]`, as transformers' loader does it."""
+class LazyTensor:
+    """A tensor that is read by `tensor[...]`, as transformers' loader does it. read: returns all of it."""
 
-    def __getitem__(self, index: Any, /) -> Tensor: ...
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._read()[index]
 
 
 class Checkpoint(Protocol):
@@ -61,7 +65,7 @@ class Checkpoint(Protocol):
         ...
 
     def opened(self, names: Iterable[str]) -> AbstractContextManager[Mapping[str, Any]]:
-        """Return the tensors by name, each a `LazyTensor`, which can be read until the context ends."""
+        """Return the tensors by name, each a `LazyTensor` or a slice of safetensors, readable until the context ends."""
         ...
 
     @property

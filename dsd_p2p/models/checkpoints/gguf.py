@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsd_p2p.errors import ModelError
-from dsd_p2p.models.checkpoints.base import Groups, Part
+from dsd_p2p.models.checkpoints.base import Groups, LazyTensor, Part
 from dsd_p2p.models.checkpoints.gguf_groups import groups_of
 
 INDEX = "gguf-index.json"
@@ -85,10 +85,10 @@ class GgufCheckpoint:
     @contextmanager
     def opened(self, names: Iterable[str]) -> Iterator[Mapping[str, Any]]:
         """Yield tensors that are dequantised when they are used."""
-        yield {name: _Lazy(self, name) for name in names}
+        yield {name: LazyTensor(partial(self.floats, name)) for name in names}
 
     def floats(self, name: str) -> Tensor:
-        """Return a tensor in float32, or in the half precision in which it is stored."""
+        """Return a tensor in float32."""
         parts = [self._dequantised(part) for part in self._index.tensors[name]]
         # Fused experts: what goes in is split over the files' tensors.
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -149,16 +149,6 @@ class GgufCheckpoint:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         return TENSOR_PROCESSORS.get(self._index.architecture, TensorProcessor)(config=self._index.config)
-
-
-class _Lazy:
-    """A tensor that is dequantised when it is used."""
-
-    def __init__(self, checkpoint: GgufCheckpoint, name: str) -> None:
-        self._checkpoint, self._name = checkpoint, name
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._checkpoint.floats(self._name)[index]
 
 
 def _dequantised(raw: Bytes, kind: gguf.GGMLQuantizationType) -> NDArray[Any]:

@@ -118,8 +118,12 @@ class _InGroups(Method):
         raise NotImplementedError
 
 
-def _in_order(group_of: Tensor | None, size: int) -> bool:
-    return group_of is None or torch.equal(group_of.long(), torch.arange(len(group_of)) // size)
+def _order_of(group_of: Tensor | None, num_groups: int) -> Tensor | None:
+    """Return the group of each column, or None if groups are runs of columns or unsaid."""
+    if group_of is None or bool((group_of < 0).all()):
+        return None
+    runs = torch.arange(len(group_of)) // (len(group_of) // num_groups)
+    return None if torch.equal(group_of.long(), runs) else group_of.long()
 
 
 class _Gptq(_InGroups):
@@ -135,13 +139,9 @@ class _Gptq(_InGroups):
     def _taken(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         numbers = unpacked(parts["qweight"], self._bits, dim=0).T.contiguous()
         mask = (1 << self._bits) - 1
-        zeros = (unpacked(parts["qzeros"], self._bits, dim=1) + self._shift) & mask if self._shift else None
-        if zeros is None:
-            zeros = unpacked(parts["qzeros"], self._bits, dim=1)
+        zeros = (unpacked(parts["qzeros"], self._bits, dim=1) + self._shift) & mask
         scales = parts["scales"].float().T.contiguous()
-        group_of, size = parts.get("g_idx"), numbers.shape[1] // scales.shape[1]
-        is_plain = _in_order(group_of, size)
-        return numbers, zeros.float().T.contiguous(), scales, None if is_plain or group_of is None else group_of.long()
+        return numbers, zeros.float().T.contiguous(), scales, _order_of(parts.get("g_idx"), scales.shape[1])
 
 
 class _Awq(_InGroups):
@@ -178,9 +178,7 @@ class _CompressedPacked(_InGroups):
             zeros = unpacked(parts["weight_zero_point"], self._bits, dim=0)[:num_rows].float()
         else:
             zeros = torch.full_like(scales, 1 << (self._bits - 1))
-        group_of, size = parts.get("weight_g_idx"), num_columns // scales.shape[1]
-        is_plain = _in_order(group_of, size) or bool((parts["weight_g_idx"] < 0).all())
-        return numbers, zeros, scales, None if is_plain or group_of is None else group_of.long()
+        return numbers, zeros, scales, _order_of(parts.get("weight_g_idx"), scales.shape[1])
 
 
 class _Scaled(Method):

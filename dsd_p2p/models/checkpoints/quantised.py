@@ -7,12 +7,13 @@ instead of parts, and puts a weight together when it is used.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from dsd_p2p.errors import ModelError
-from dsd_p2p.models.checkpoints.base import Groups, Part
+from dsd_p2p.models.checkpoints.base import Groups, LazyTensor, Part
 from dsd_p2p.models.checkpoints.methods import Method
 from dsd_p2p.models.checkpoints.plain import PlainCheckpoint
 
@@ -61,7 +62,10 @@ class QuantisedCheckpoint:
         """Yield tensors that are put together when they are used."""
         wanted = list(names)
         with self._plain.opened(each for name in wanted for each in self._stored(name)) as tensors:
-            yield {name: _Lazy(self, name, tensors) if name in self._owners else tensors[name] for name in wanted}
+            yield {
+                name: LazyTensor(partial(self.floats, name, tensors)) if name in self._owners else tensors[name]
+                for name in wanted
+            }
 
     def floats(self, name: str, tensors: Mapping[str, Any]) -> Tensor:
         """Return a weight in float32."""
@@ -101,13 +105,3 @@ class QuantisedCheckpoint:
     def _read(self, name: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         prefix = f"{self._owners[name]}{self._method.separator}"
         return {each.removeprefix(prefix): tensors[each][...] for each in self._stored(name)}
-
-
-class _Lazy:
-    """A weight that is put together when it is used."""
-
-    def __init__(self, checkpoint: QuantisedCheckpoint, name: str, tensors: Mapping[str, Any]) -> None:
-        self._checkpoint, self._name, self._tensors = checkpoint, name, tensors
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._checkpoint.floats(self._name, self._tensors)[index]

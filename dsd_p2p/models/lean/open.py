@@ -1,7 +1,6 @@
 """Opens a lean span: reads a few layers at a time, checks them, packs them, and lets go of the floats."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -149,11 +148,12 @@ def _as_stored(stock: SpanModel, source: ModelSource) -> tuple[Built, Ends]:
         stored_as = loaded.stored_as.get(f"{loaded.layer_name(stock.span.first)}{name}")
         return weights.groups(stored_as) if stored_as else None
 
-    ends = _ends(loaded, lambda weight: Int8TwiceProduct(weight.floats), torch.bfloat16)
+    embedding = None
     rows = weights.rows(loaded.stored_as.get(loaded.embedding_name, ""))
-    if ends.embedding is not None and rows is not None:
+    if rows is not None:
         scale = float(getattr(loaded.model.get_input_embeddings(), "embed_scale", 1.0))
-        ends = replace(ends, embedding=RowsOnDisk(rows, scale))
+        embedding = RowsOnDisk(rows, scale)
+    ends = _ends(loaded, lambda weight: Int8TwiceProduct(weight.floats), torch.bfloat16, embedding)
     return build_layer(_layer(loaded), _kind(stock), AS_STORED, groups_of), ends
 
 
@@ -167,18 +167,19 @@ def _kind(stock: SpanModel) -> str:
 
 
 @torch.inference_mode()
-def _ends(loaded: LoadedSpan, make_head: MakeProduct, dtype: torch.dtype) -> Ends:
+def _ends(loaded: LoadedSpan, make_head: MakeProduct, dtype: torch.dtype, embedding: RowsOnDisk | None = None) -> Ends:
+    """Return what the span has of the model's ends. dtype: of an embedding in memory. embedding: the one to use instead."""
     model, base = loaded.model, loaded.model.base_model
     is_head, is_tail = loaded.span.first == 0, loaded.span.last == loaded.shape.num_layers
-    embedding = None
-    if is_head:
+    held: Rows | RowsOnDisk | None = embedding if is_head else None
+    if is_head and held is None:
         # Some families scale their embeddings.
-        embedding = Rows(base.get_input_embeddings()(torch.arange(loaded.shape.vocab_size)).to(dtype))
+        held = Rows(base.get_input_embeddings()(torch.arange(loaded.shape.vocab_size)).to(dtype))
     head = model.get_output_embeddings() if is_tail else None
     if head is not None and head.bias is not None:
         raise ModelError("a head with a bias")
     return Ends(
-        embedding=embedding,
+        embedding=held,
         norm=norm_of(getattr(base, loaded.parts.norm)) if is_tail else None,
         head=None if head is None else make_head(Weight(floats=head.weight.float())),
     )
