@@ -115,6 +115,10 @@ def test_a_changed_part_is_noticed(tiny, tmp_path):
         ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}, "several formats"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "no tensor is called"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 0}}, "in 0 bits"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": "x"}}, "is broken"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": 7}}, "is broken"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}}, "is broken"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(tiny, tmp_path, settings, reason):

@@ -74,7 +74,10 @@ def method_of(config: Mapping[str, Any]) -> Method:
     if make is None:
         known = ", ".join(_METHODS)
         raise ModelError(f"weights quantised by {name or 'an unnamed method'} are not supported; these are: {known}")
-    return make(config)
+    try:
+        return make(config)
+    except (AttributeError, TypeError, ValueError) as exc:
+        raise ModelError(f"the config's quantization_config for {name} is broken ({exc}): fetch it again") from exc
 
 
 def unpacked(packed: Tensor, bits: int, *, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
@@ -133,6 +136,8 @@ class _Gptq(_InGroups):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._bits = int(config.get("bits", 4))
+        if self._bits not in (2, 4, 8):
+            raise ModelError(f"GPTQ weights in {self._bits} bits are not supported: take those in 2, 4 or 8")
         # The first version of the format stores zeros less one.
         self._shift = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
 

@@ -71,7 +71,7 @@ class QuantisedCheckpoint:
         """Return a weight in float32."""
         try:
             return self._method.floats(self._read(name, tensors))
-        except (RuntimeError, ValueError, IndexError) as exc:
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as exc:
             raise ModelError(f"{name} is not a weight in {self._method.name}: {exc}") from exc
 
     @property
