@@ -2,8 +2,6 @@
 
 from contextlib import suppress
 
-import torch
-
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.combined import CombinedDrafter
 from dsd_p2p.drafting.model import ModelDrafter
@@ -12,6 +10,7 @@ from dsd_p2p.drafting.shadow import make_shadow
 from dsd_p2p.drafting.siblings import check_vocabulary
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.device import device_type
 from dsd_p2p.models.lean.open import open_lean_span
 from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.progress import Progress
@@ -69,7 +68,7 @@ def _open_whole(source: ModelSource, dtype: str, device: str) -> OpenSpan:
     whole = Span(0, read_shape(source.folder).num_layers)
     if dtype != "auto":
         return open_span(source, whole, dtype=dtype, device=device)
-    if torch.device(device).type != "cpu":
+    if device_type(device) != "cpu":
         return open_span(source, whole, dtype="bfloat16", device=device)
     with suppress(ModelError):
         return open_lean_span(source, whole, is_exact=False)

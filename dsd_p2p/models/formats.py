@@ -6,6 +6,7 @@ import torch
 
 from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.catalog import CATALOG
+from dsd_p2p.models.device import device_type
 from dsd_p2p.models.loader import num_weights
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import INT8, STORED
@@ -35,7 +36,7 @@ def choose_format(source: ModelSource, device: str, free_bytes: int) -> str:
         ModelError: the model's files cannot be read.
     """
     is_lean = (
-        torch.device(device).type == "cpu"
+        device_type(device) == "cpu"
         and "fbgemm" in torch.backends.quantized.supported_engines
         and read_model_config(source.folder).model_type in LEAN_FAMILIES
     )

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import ModelShape, read_model_config, shape_of
+from dsd_p2p.models.device import check_device
 from dsd_p2p.models.layer_masks import mask_by_layer
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.types import Span
@@ -122,9 +123,10 @@ def load_span(
     """Load the tensors of `span`; take layers that `donor` holds from it, without reading them again.
 
     Raises:
-        ConfigError: the span is outside the model.
+        ConfigError: the span is outside the model, or torch has no such device.
         ModelError: the checkpoint lacks tensors, does not fit the architecture, or is not what its manifest says.
     """
+    check_device(device)
     transformers_logging.disable_progress_bar()
     config = read_model_config(source.folder)
     shape = shape_of(config)

@@ -1,9 +1,9 @@
 """Opens a span of a model: checks its family, loads the layers and chooses the memory order for the device."""
 
-import torch
-
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.captured.span import CapturedSpan
+from dsd_p2p.models.device import device_type
 from dsd_p2p.models.families import pass_order
 from dsd_p2p.models.heap import give_back
 from dsd_p2p.models.lean.open import open_lean_span
@@ -11,11 +11,12 @@ from dsd_p2p.models.lean.span import LeanSpan
 from dsd_p2p.models.loader import load_span
 from dsd_p2p.models.packed import can_pack, pack_linear_layers
 from dsd_p2p.models.source import ModelSource, compute_format
-from dsd_p2p.models.span import TORCH_DTYPES, SpanModel
+from dsd_p2p.models.span import TORCH_DTYPES, PassOrder, SpanModel
+from dsd_p2p.models.stock import StockSpan
 from dsd_p2p.types import INT8, STORED, Span
 
-OpenSpan = SpanModel | LeanSpan
-"""A span that is ready to run: transformers' own layers, or lean ones."""
+OpenSpan = SpanModel | CapturedSpan | LeanSpan
+"""A span that is ready to run: transformers' own layers, on a GPU as graphs, or lean layers."""
 
 
 def open_span(
@@ -45,7 +46,7 @@ def _open(
     source: ModelSource, span: Span, dtype: str, device: str, cache_bytes: int, donor: OpenSpan | None
 ) -> OpenSpan:
     if dtype in (INT8, STORED):
-        if torch.device(device).type != "cpu":
+        if device_type(device) != "cpu":
             raise ConfigError(f"--weights {dtype} runs on the CPU, not on {device}: use --device cpu")
         return open_lean_span(
             source,
@@ -54,15 +55,17 @@ def _open(
             donor=donor if isinstance(donor, LeanSpan) else None,
             is_stored=dtype == STORED,
         )
-    return _open_float_span(source, span, dtype, device, cache_bytes, donor if isinstance(donor, SpanModel) else None)
+    return _open_float_span(source, span, dtype, device, cache_bytes, donor if isinstance(donor, StockSpan) else None)
 
 
 def _open_float_span(
-    source: ModelSource, span: Span, dtype: str, device: str, cache_bytes: int, donor: SpanModel | None
-) -> SpanModel:
+    source: ModelSource, span: Span, dtype: str, device: str, cache_bytes: int, donor: StockSpan | None
+) -> SpanModel | CapturedSpan:
     torch_dtype = TORCH_DTYPES[compute_format(dtype)]
     order = pass_order(read_model_config(source.folder))
     loaded = load_span(source, span, torch_dtype, device, donor.loaded if donor else None)
     if can_pack(torch_dtype, device):
         pack_linear_layers(loaded.model)
+    if order is PassOrder.TOGETHER and device_type(device) == "cuda":
+        return CapturedSpan(loaded, device=device, cache_bytes=cache_bytes)
     return SpanModel(loaded, order, device=device, cache_bytes=cache_bytes)

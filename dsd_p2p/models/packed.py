@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsd_p2p.models.device import device_type
 from dsd_p2p.models.linear import swap_linear_layers
 
 _FEWEST_ROWS = 4
@@ -50,7 +51,7 @@ class PackedLinear(nn.Module):
 def can_pack(dtype: torch.dtype, device: str) -> bool:
     """Return whether torch and the CPU have the kernels for `dtype` on `device`."""
     has_kernels = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    if torch.device(device).type != "cpu" or not has_kernels:
+    if device_type(device) != "cpu" or not has_kernels:
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

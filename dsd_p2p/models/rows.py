@@ -71,15 +71,23 @@ def split_hidden(hidden: torch.Tensor, ends: Sequence[int]) -> list[SpanOutput]:
 
 def split_views(logits: torch.Tensor, counts: Sequence[int]) -> list[SpanOutput]:
     """Split `[sum of counts, V]` into one output per pass. Values that are not finite fail only their own pass."""
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-    rows = [LogitsRow(row, token) for row, token in zip(logits, logits.argmax(dim=-1).tolist(), strict=True)]
+    is_finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+    return split_judged(logits, logits.argmax(dim=-1).tolist(), is_finite, counts)
+
+
+def split_judged(
+    logits: torch.Tensor, best: Sequence[TokenId], is_finite: Sequence[bool], counts: Sequence[int]
+) -> list[SpanOutput]:
+    """Split `[sum of counts, V]`. best: the likeliest token of each row. is_finite: whether its logits are."""
+    rows = [LogitsRow(row, token) for row, token in zip(logits, best, strict=True)]
     outputs: list[SpanOutput] = []
     start = 0
     for count in counts:
         end = start + count
-        is_finite = all(finite[start:end])
         outputs.append(
-            rows[start:end] if is_finite else ModelError("the target's logits are not finite: check weights and dtype")
+            rows[start:end]
+            if all(is_finite[start:end])
+            else ModelError("the target's logits are not finite: check weights and dtype")
         )
         start = end
     return outputs

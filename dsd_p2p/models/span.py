@@ -1,8 +1,7 @@
 """Runs the layers of one span over nodes, with our masks, positions and cache and transformers' arithmetic."""
 
-import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -11,14 +10,13 @@ import torch
 
 from dsd_p2p.cache.passes import SpanOutput, SpanPass
 from dsd_p2p.cache.slots import Forward
-from dsd_p2p.models.cache import CacheBudget, KvCache
-from dsd_p2p.models.int8 import Int8Linear
+from dsd_p2p.models.cache import KvCache
 from dsd_p2p.models.layer_masks import layer_masks
 from dsd_p2p.models.loader import LoadedSpan
-from dsd_p2p.models.packed import PackedLinear
 from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
-from dsd_p2p.models.rows import RunnableSpan, attends_by_kind, split_hidden, split_views
-from dsd_p2p.types import ComputeFormat, Span
+from dsd_p2p.models.rows import attends_by_kind, split_hidden, split_views
+from dsd_p2p.models.stock import StockSpan
+from dsd_p2p.types import ComputeFormat
 
 _NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
@@ -36,8 +34,8 @@ class PassOrder(StrEnum):
     ALONE = "alone"
 
 
-class SpanModel(RunnableSpan):
-    """A span of a model in memory, with the memory budget that its sessions' caches share.
+class SpanModel(StockSpan):
+    """A span of a model whose sessions have a cache each.
 
     loaded: the layers, in the memory order that `PassOrder` and device allow. order: whether the layers can take
     several sessions in one pass.
@@ -46,60 +44,11 @@ class SpanModel(RunnableSpan):
     def __init__(
         self, loaded: LoadedSpan, order: PassOrder, *, device: str = "cpu", cache_bytes: int = 1 << 30
     ) -> None:
-        self._loaded = loaded
-        self._model: Any = loaded.model
-        self.shape = loaded.shape
-        self.span = loaded.span
-        self.is_head = self.span.first == 0
-        self.is_tail = self.span.last == self.shape.num_layers
-        self.budget = CacheBudget(cache_bytes)
-        self.torch_dtype: torch.dtype = loaded.dtype
-        self._device = device
-        self._layers = self.shape.layers[self.span.first : self.span.last]
+        super().__init__(loaded, device=device, cache_bytes=cache_bytes)
         self._plain_layers: set[int] = set()
         self._is_ragged = order is PassOrder.TOGETHER
         if self._is_ragged:
             self._model.config._attn_implementation = RAGGED
-
-    def narrow(self, span: Span) -> "SpanModel":
-        """Return a model of part of the layers that shares tensors and cache budget with this one.
-
-        Raises:
-            ConfigError: the part is not inside this span.
-        """
-        if span == self.span:
-            return self
-        part = copy.copy(self)
-        part._loaded = self._loaded.narrow(span)
-        part._model = part._loaded.model
-        part.span, part.is_head, part.is_tail = span, span.first == 0, span.last == self.shape.num_layers
-        part._layers = self.shape.layers[span.first : span.last]
-        return part
-
-    @property
-    def loaded(self) -> LoadedSpan:
-        """The layers, for another model to take over."""
-        return self._loaded
-
-    @property
-    def model(self) -> Any:
-        """transformers' own module."""
-        return self._model
-
-    @property
-    def row_bytes(self) -> int:
-        """The size in bytes of one node's hidden state."""
-        return self.shape.hidden_size * self.torch_dtype.itemsize
-
-    @property
-    def weight_bytes(self) -> int:
-        """The total size in bytes of the span's tensors; a shared tensor counts once."""
-        tensors = {parameter.data_ptr(): parameter for parameter in self._model.parameters()}
-        packed_bytes = sum(
-            each.num_bytes for each in self._model.modules() if isinstance(each, PackedLinear | Int8Linear)
-        )
-        num_bytes: int = packed_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return num_bytes
 
     def new_cache(self, max_slots: int) -> KvCache:
         """Return an empty cache for up to `max_slots` slots.
@@ -107,12 +56,11 @@ class SpanModel(RunnableSpan):
         Raises:
             CapacityError: the budget is full.
         """
-        slot_bytes = sum(layer.kv_values for layer in self._layers) * self.torch_dtype.itemsize
         return KvCache(
             first_layer=self.span.first,
             num_layers=self.span.num_layers,
             max_slots=max_slots,
-            num_bytes=max_slots * slot_bytes,
+            num_bytes=max_slots * self.slot_bytes,
             budget=self.budget,
         )
 
@@ -138,14 +86,14 @@ class SpanModel(RunnableSpan):
                 for each, start, end in zip(passes, starts, ends, strict=True)
             ]
             # Attention uses the segments' masks. This one only keeps transformers from making its own.
-            arguments["attention_mask"] = self._by_kind(lambda _layer: _NO_MASK.to(self._device))
+            arguments["attention_mask"] = self.by_kind(lambda _layer: _NO_MASK.to(self._device))
             cache = RaggedCache(segments, self.shape.kinds, self._plain_layers)
             result = cache.run(model, arguments)[0][0]
         else:
             (only,) = passes
             masks = {kind: self._additive(mask, only.forward) for kind, mask in self._masks(only.forward).items()}
             with layer_masks(masks):
-                by_kind = next(iter(masks.values())) if self.shape.has_slot_masks else self._by_kind(masks.__getitem__)
+                by_kind = next(iter(masks.values())) if self.shape.has_slot_masks else self.by_kind(masks.__getitem__)
                 arguments["attention_mask"] = by_kind
                 result = model(**arguments, past_key_values=only.cache, use_cache=True)[0][0]
             only.cache.grow(only.num_rows)
@@ -163,11 +111,6 @@ class SpanModel(RunnableSpan):
             kind: None if mask.all() else torch.from_numpy(mask)[None, None].to(self._device)
             for kind, mask in attends.items()
         }
-
-    def _by_kind(self, mask: Callable[[str], torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Return the masks in the form that every family accepts: one mask, or one per kind if a model mixes kinds."""
-        masks = {kind: mask(kind) for kind in sorted({layer.kind for layer in self._layers})}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _additive(self, mask: torch.Tensor | None, forward: Forward) -> torch.Tensor:
         """Return the mask in additive form: eager attention adds it to the scores and would misread a bool mask."""

@@ -103,6 +103,17 @@ class PeersConfig(UsersConfig, frozen=True, kw_only=True):
     max_tokens: Annotated[Positive, Help("tokens of each answer")] = 32
 
 
+class GraphsConfig(Settings, frozen=True, kw_only=True):
+    """`dsd bench graphs`."""
+
+    model: Annotated[str, Help("target model")] = "qwen2.5-coder-1.5b"
+    draft: Annotated[str, Help("the model that drafts")] = "qwen2.5-coder-0.5b"
+    dtype: Annotated[str, Help("number format that the models compute in")] = "bfloat16"
+    device: Annotated[str, Help("torch device; only cuda has graphs, others run the same passes without")] = "cuda"
+    stages: Annotated[Positive, Help("number of stages that share the layers; one of them is measured")] = 4
+    threads: Annotated[Positive, Help("torch threads")] = 1
+
+
 class FormsConfig(Settings, frozen=True, kw_only=True):
     """`dsd bench forms`."""
 

@@ -15,6 +15,7 @@ from dsd_p2p import units
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.cache_dir import default_cache_dir
+from dsd_p2p.models.device import check_device, device_type
 from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.placement.view import WIDE_WINDOW_NODES
@@ -139,8 +140,13 @@ def _read(file: Path) -> _Measured | None:
 
 
 def _free_bytes(device: str) -> int:
-    """Return the memory that is free for layers and caches, on the card if they are there."""
-    if torch.device(device).type == "cuda":
+    """Return the memory that is free for layers and caches, on the card if they are there.
+
+    Raises:
+        ConfigError: torch has no such device.
+    """
+    if device_type(device) == "cuda":
+        check_device(device)
         return min(available_bytes(), int(torch.cuda.mem_get_info(device)[0]))
     return available_bytes()
 

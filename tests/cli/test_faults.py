@@ -148,6 +148,7 @@ def test_addresses_of_both_families_are_announced():
 
 def test_memory_is_that_of_the_card_if_layers_go_there(monkeypatch):
     monkeypatch.setattr(measure, "available_bytes", lambda: 8 << 30)
+    monkeypatch.setattr(measure, "check_device", lambda _device: None)
     monkeypatch.setattr(measure.torch.cuda, "mem_get_info", lambda _device: (3 << 30, 16 << 30))
     assert measure._free_bytes("cuda") == 3 << 30
     assert measure._free_bytes("cpu") == 8 << 30

@@ -14,6 +14,7 @@ from node.lab.config import (
     DoorConfig,
     DraftsConfig,
     FormsConfig,
+    GraphsConfig,
     OneRound,
     OverheadConfig,
     PassesConfig,
@@ -93,6 +94,13 @@ def passes(config: PassesConfig, flags: RoundFlags) -> int:
     from node.lab.benches.passes import run_passes
 
     return _measure("passes", flags, lambda progress: run_passes(config, flags.rounds, progress))
+
+
+def graphs(config: GraphsConfig, flags: RoundFlags) -> int:
+    """Measure passes that a GPU replays as graphs."""
+    from node.lab.benches.graphs import run_graphs
+
+    return _measure("graphs", flags, lambda progress: run_graphs(config, flags.rounds, progress))
 
 
 def formats(config: SplitConfig, flags: RoundFlags) -> int:
