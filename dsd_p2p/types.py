@@ -24,6 +24,12 @@ MAX_TOP_LOGPROBS = 20
 """The most alternatives that a request may ask for with each token."""
 
 MAX_STOP_TOKENS = 64
+MAX_CONSTRAINT = 1 << 16
+"""The longest constraint, in characters."""
+
+MAX_SEEN = 1 << 15
+"""The most different tokens of a prompt that a repetition penalty can name."""
+
 MAX_TOKEN = (1 << 31) - 1
 
 Token = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
@@ -98,14 +104,49 @@ class Relaxation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     max_margin: Annotated[float, Meta(ge=0, le=1e9)] = 0.3
 
 
+class ConstraintKind(StrEnum):
+    """The language in which a constraint is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+
+
+class Constraint(msgspec.Struct, frozen=True, array_like=True):
+    """A set of texts, of which the answer must be one (`dsd_p2p.verification.grammar`).
+
+    source: a JSON schema, a regular expression, or a context-free grammar in Lark's notation or GBNF.
+    """
+
+    kind: ConstraintKind
+    source: Annotated[str, Meta(min_length=1, max_length=MAX_CONSTRAINT)]
+
+
+class Shaping(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Changes to the target's logits before it picks (`dsd_p2p.verification.shaped`).
+
+    bias: what is added to the logits of some tokens. presence: subtracted from those that the answer already has.
+    frequency: the same, for each time. repetition: divides the positive and multiplies the negative logits of tokens
+    that the answer has or that are in `seen`, the prompt's. min_p: cuts tokens that are less likely than this share of
+    the likeliest. min_tokens: no stop token before the answer has so many.
+    """
+
+    bias: Annotated[tuple[tuple[Token, Annotated[float, Meta(ge=-100, le=100)]], ...], Meta(max_length=1024)] = ()
+    presence: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    repetition: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    seen: Annotated[tuple[Token, ...], Meta(max_length=MAX_SEEN)] = ()
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_POSITIONS)] = 0
+
+
 class TextRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """A description of the text to generate, given to the engine, to stages, to other coordinators and to auditors.
 
     max_tokens: the most new tokens. stop_tokens: the text ends after the first of these.
     top_logprobs: how many alternatives to report beside each token's own log probability; -1 reports neither.
     relaxation: the thresholds of relaxed mode; None means exact mode.
-    constraint: the source of a grammar for the text, or empty. No verifier enforces one yet, so each stage refuses it
-        (`dsd_p2p.verification.choice`).
+    shaping: changes to the logits. constraint: what the answer must be. Both are exact: relaxed mode does not apply.
     """
 
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
@@ -113,7 +154,8 @@ class TextRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     stop_tokens: Annotated[tuple[Token, ...], Meta(max_length=MAX_STOP_TOKENS)] = ()
     top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] = -1
     relaxation: Relaxation | None = None
-    constraint: Annotated[str, Meta(max_length=1 << 16)] = ""
+    shaping: Shaping | None = None
+    constraint: Constraint | None = None
 
 
 def check_text_request(request: TextRequest) -> None:

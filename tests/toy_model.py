@@ -57,6 +57,7 @@ class ToySpanModel:
         self.is_head = span.first == 0
         self.is_tail = span.last == num_layers
         self.row_bytes = ROW.size
+        self.grammars = None
         self.num_caches = 0
         self.num_opened = 0
         self.num_passes = 0

@@ -23,6 +23,7 @@ from dsd_p2p.coordination.prefixes import PrefixIndex, scope_of
 from dsd_p2p.coordination.trust import Trust
 from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.choice import DrafterChoice, Loop
+from dsd_p2p.drafting.guided import Guide
 from dsd_p2p.errors import (
     ConfigError,
     PeerDisconnected,
@@ -221,7 +222,14 @@ class Engine:
                 places=self.places, far=self._far, model=route.model, loop=loop, moved=tracker.drafter_moved
             )
         step_s = self.own_drafter.step_s
-        return Guesses(self.drafter, request.max_length, request.text.sampling, step_s, elsewhere)
+        return Guesses(self.drafter, request.max_length, request.text.sampling, step_s, elsewhere, self._guide(request))
+
+    def _guide(self, request: Request) -> Guide | None:
+        constraint, grammars = request.text.constraint, self.own_drafter.grammars
+        if constraint is None or grammars is None:
+            return None
+        grammar = grammars.grammar(constraint, request.text.stop_tokens)
+        return Guide(grammar, len(request.prompt) - request.num_written)
 
     def _request(self, prompt: Sequence[TokenId], options: GenerateOptions, route: Route) -> Request:
         is_parked = bool(options.owner) and not options.audit

@@ -4,22 +4,23 @@ How it works. While a request runs, `DraftPlaces` rates this process's own draft
 request starts here if that promises most, otherwise with prompt lookup. When another place promises clearly more, the
 request opens a session there and lets it read the text. Only when the new place has answered does the request move, so
 the reading holds up nothing. A place that is late, lost or lies is left at once: prompt lookup answers until the next
-place is ready. All methods run in the request's task, except `_at_home`, which runs in a worker thread.
+place is ready. All methods run in the request's task.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import trio
 
+from dsd_p2p.coordination.at_home import AtHome
 from dsd_p2p.coordination.draft_places import HOME, DraftPlaces, Offer
 from dsd_p2p.coordination.far_drafts import FarDrafts, FarSession
-from dsd_p2p.drafting.base import Drafter, DraftSession
+from dsd_p2p.drafting.base import Drafter
 from dsd_p2p.drafting.choice import Loop
+from dsd_p2p.drafting.guided import Guide
 from dsd_p2p.drafting.named import LOOKUP
-from dsd_p2p.errors import CapacityError, PeerError, RemoteProtocolError
+from dsd_p2p.errors import PeerError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate, Draft, Stem
 from dsd_p2p.types import ModelKey, PeerId, Sampling, TokenId, short_peer
 
@@ -58,6 +59,7 @@ class Guesses:
     """The drafts of one request.
 
     home: this process's drafter. step_s: the usual seconds of one of its steps. elsewhere: None: draft only here.
+    guide: keeps the drafts within the request's constraint, if it has one.
     """
 
     def __init__(
@@ -67,17 +69,15 @@ class Guesses:
         sampling: Sampling,
         step_s: float = 0.0,
         elsewhere: Elsewhere | None = None,
+        guide: Guide | None = None,
     ) -> None:
-        home, self._home = _open_home(home, max_length, sampling)
-        self._home_is_instant = home.is_instant
-        self._home_offer = Offer(drafter=home.name, step_s=0.0 if home.is_instant else step_s, round_trip_s=0.0)
-        self._home_is_broken = self._home_is_used = False
-        self._home_lock = trio.Lock()
+        self._guide = guide
+        self._home = AtHome(home, max_length, sampling, step_s)
         self._lookup = LOOKUP.open(max_length, sampling)
         self._opening = (max_length, sampling)
         self._elsewhere = elsewhere
         self._far: FarSession | None = None
-        self._offer = self._home_offer
+        self._offer = self._home.offer
         self._warming: trio.CancelScope | None = None
         self._is_lost = elsewhere is not None and self._best(elsewhere, None) != HOME
         self._looked_at_s = 0.0
@@ -88,16 +88,17 @@ class Guesses:
         """The name of the drafter in use, with its peer if that is another one."""
         if self._far is not None:
             return f"{self._offer.drafter} at {short_peer(self._far.peer)}"
-        return LOOKUP.name if self._is_lost or self._home_is_broken else self._home_offer.drafter
+        return LOOKUP.name if self._is_lost or self._home.is_broken else self._home.offer.drafter
 
     @property
     def is_instant(self) -> bool:
         """True when the next draft takes no measurable time, and `expand_now` may be used."""
-        return self._far is None and (self._home_is_instant or self._is_lost) and self._elsewhere is None
+        is_instant = self._far is None and (self._home.is_instant or self._is_lost)
+        return is_instant and self._elsewhere is None and self._guide is None
 
     def expand_now(self, draft: Draft) -> list[list[Candidate]]:
         """Return the candidates for each stem at once; only while `is_instant`."""
-        return self._at_home(draft)
+        return self._home.expand_now(draft)
 
     async def expand(self, draft: Draft, nursery: trio.Nursery) -> list[list[Candidate]]:
         """Return the candidates for each stem; none where drafting failed. nursery: for the move to another place."""
@@ -111,14 +112,14 @@ class Guesses:
             found = self._lookup.expand(draft)
         else:
             started_s = trio.current_time()
-            found = await self._expand_home(draft)
-            if self._elsewhere is not None and self._home_is_used and not self._home_is_instant:
+            found = await self._home.expand(draft)
+            if self._elsewhere is not None and self._home.is_used and not self._home.is_instant:
                 now_s = trio.current_time()
-                self._elsewhere.places.took(HOME, self._home_offer, now_s - started_s, now_s)
-            self._home_is_used = True
+                self._elsewhere.places.took(HOME, self._home.offer, now_s - started_s, now_s)
+            self._home.is_used = True
         if asked == (self._place, self._offer) and not self._is_lost:
             self._outcomes.remember(*asked, draft, found)
-        return found
+        return found if self._guide is None else await trio.to_thread.run_sync(self._guide.guided, draft, found)
 
     async def close(self) -> None:
         """Free the drafters' state for this request."""
@@ -146,7 +147,7 @@ class Guesses:
         if best == HOME and present == HOME:
             self._is_lost = False
         elif best == HOME:
-            nursery.start_soon(self._settle, None, self._home_offer, self._elsewhere)
+            nursery.start_soon(self._settle, None, self._home.offer, self._elsewhere)
         elif best != present:
             self._warming = trio.CancelScope(deadline=now_s + _WARM_TIMEOUT_S)
             nursery.start_soon(self._move, best, tuple(tokens), self._warming, self._elsewhere)
@@ -156,7 +157,7 @@ class Guesses:
         return self._far.peer if self._far is not None else HOME
 
     def _best(self, elsewhere: Elsewhere, present: PeerId | None) -> PeerId:
-        return elsewhere.places.best(self._home_offer, elsewhere.loop(), present, trio.current_time())
+        return elsewhere.places.best(self._home.offer, elsewhere.loop(), present, trio.current_time())
 
     async def _move(
         self, place: PeerId, tokens: tuple[TokenId, ...], scope: trio.CancelScope, elsewhere: Elsewhere
@@ -202,29 +203,12 @@ class Guesses:
                 return self._lookup.expand(draft)
             places.failed(far.peer, trio.current_time(), is_liar=isinstance(exc, RemoteProtocolError))
             logger.warning("drafting peer left peer=%s error=%s", far.peer, exc)
-            self._far, self._offer, self._is_lost, self._looked_at_s = None, self._home_offer, True, 0.0
+            self._far, self._offer, self._is_lost, self._looked_at_s = None, self._home.offer, True, 0.0
             await far.close()
             return self._lookup.expand(draft)
         now_s = trio.current_time()
         places.took(far.peer, offer, (now_s - started_s) / levels, now_s)
         return found
-
-    # This process's drafter
-
-    async def _expand_home(self, draft: Draft) -> list[list[Candidate]]:
-        if self._home_is_instant:
-            return self._at_home(draft)
-        async with self._home_lock:
-            return await trio.to_thread.run_sync(partial(self._at_home, draft))
-
-    def _at_home(self, draft: Draft) -> list[list[Candidate]]:
-        if not self._home_is_broken:
-            try:
-                return self._home.expand(draft)
-            except Exception:  # a failed guess must not cost the answer
-                logger.exception("drafter failed, going on without it")
-                self._home_is_broken = True
-        return [[] for _ in draft.stems]
 
     def _count_hits(self, draft: Draft, places: DraftPlaces) -> None:
         """Count for each place how often the next token was among its first guesses."""
@@ -257,12 +241,3 @@ class _Outcomes:
         for stem, candidates in zip(draft.stems, found, strict=True):
             tokens = tuple(candidate.token for candidate in candidates[:_COVERED])
             self._guessed[stem.key] = (place, offer, tokens)
-
-
-def _open_home(drafter: Drafter, max_length: int, sampling: Sampling) -> tuple[Drafter, DraftSession]:
-    """Start a drafter on a request, or prompt lookup if the drafter has no room for another request."""
-    try:
-        return drafter, drafter.open(max_length, sampling)
-    except CapacityError as exc:
-        logger.info("drafter has no room, using prompt lookup error=%s", exc)
-        return LOOKUP, LOOKUP.open(max_length, sampling)

@@ -10,6 +10,7 @@ from dsd_p2p.drafting.choice import DrafterChoice
 from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.architecture import ModelShape, read_shape
 from dsd_p2p.models.formats import AUTO
+from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.source import ModelSource, find_model
 from dsd_p2p.models.text import TextCodec
@@ -22,13 +23,14 @@ from dsd_p2p.types import check_same_model
 class CoordinatorModel:
     """The parts of the target that a coordinator needs without holding layers: files, shape, tokenizer and drafter.
 
-    drafter: the choice of one, which is loaded.
+    drafter: the choice of one, which is loaded. grammars: compiles constraints for its tokens.
     """
 
     source: ModelSource
     shape: ModelShape
     text: TextCodec
     drafter: DrafterChoice
+    grammars: ModelGrammars
 
 
 def load_coordinator_model(
@@ -54,7 +56,8 @@ def load_coordinator_model(
         draft, source, model=model, dtype=draft_dtype, device=device, progress=progress, learns=learns
     )
     drafter.load()
-    return CoordinatorModel(source=source, shape=shape, text=text, drafter=drafter)
+    grammars = ModelGrammars(source.folder, shape.vocab_size)
+    return CoordinatorModel(source=source, shape=shape, text=text, drafter=drafter, grammars=grammars)
 
 
 @asynccontextmanager
@@ -74,6 +77,7 @@ async def open_coordinator(
         open_ephemeral(link, host) as transport,
         open_engine(transport, model.drafter, model.shape.vocab_size) as (engine, stages),
     ):
+        engine.own_drafter.grammars = model.grammars
         await stages.add(addresses)
         try:
             held = stages.stages()[0].model

@@ -10,6 +10,7 @@ from dsd_p2p.drafting.base import Drafter, DraftSession
 from dsd_p2p.drafting.choice import DrafterChoice, Loop
 from dsd_p2p.errors import CapacityError, DsdError
 from dsd_p2p.types import TokenId
+from dsd_p2p.verification.grammar import Grammars
 from dsd_p2p.wire.drafts import OpenDrafts
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ class OwnDrafter:
     """The drafter of the requests that this process coordinates.
 
     drafter: a drafter that is loaded, or the choice of one. changed: called when another drafter is in use.
+    grammars: compiles constraints, so that drafts keep to them, if set.
     failure: why the drafter that was asked for could not be loaded, or empty; prompt lookup drafts instead.
     """
 
@@ -28,6 +30,7 @@ class OwnDrafter:
         self._nursery = nursery
         self._is_loading = False
         self.failure = ""
+        self.grammars: Grammars | None = None
         self.changed: Callable[[], None] = lambda: None
 
     @property

@@ -5,6 +5,7 @@ from dsd_p2p.models.architecture import read_model_config
 from dsd_p2p.models.captured.span import CapturedSpan
 from dsd_p2p.models.device import device_type
 from dsd_p2p.models.families import pass_order
+from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.models.heap import give_back
 from dsd_p2p.models.lean.open import open_lean_span
 from dsd_p2p.models.lean.span import LeanSpan
@@ -38,6 +39,7 @@ def open_span(
         ModelError: the family is not supported, or the weights cannot be loaded.
     """
     model = _open(source, span, dtype, device, cache_bytes, donor)
+    model.grammars = ModelGrammars(source.folder, model.shape.vocab_size)
     give_back()
     return model
 

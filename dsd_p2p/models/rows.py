@@ -12,6 +12,7 @@ from dsd_p2p.cache.slots import Forward
 from dsd_p2p.errors import DsdError, ModelError, RemoteProtocolError
 from dsd_p2p.models.architecture import LayerShape, ModelShape
 from dsd_p2p.types import TokenId
+from dsd_p2p.verification.grammar import Grammars
 
 
 class LogitsRow:
@@ -96,10 +97,11 @@ def split_judged(
 class RunnableSpan:
     """What every way to run a span shares: inputs are checked pass by pass, and each pass gets an output or an error.
 
-    A subclass sets `shape` and implements `_run`.
+    A subclass sets `shape` and implements `_run`. grammars: compiles constraints for the model's tokens.
     """
 
     shape: ModelShape
+    grammars: Grammars | None = None
     torch_dtype: torch.dtype = torch.float32
     _device = "cpu"
 

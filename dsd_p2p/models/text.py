@@ -66,13 +66,22 @@ class TextCodec:
             raise ModelError(f"{self._folder} has no chat template: add --raw to continue the prompt as it is")
         return self.encode_chat([{"role": "user", "content": prompt}])
 
+    @property
+    def template(self) -> str:
+        """The model's chat template, in Jinja; empty if it has none."""
+        return str(getattr(self._tokenizer, "chat_template", None) or "")
+
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], template_values: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template_values: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[TokenId]:
         """Return a conversation's tokens in the model's chat template, up to the start of the answer.
 
         messages: each has "role" and "content"; an assistant's can have "tool_calls".
-        template_values: further values for the template, such as enable_thinking.
+        template_values: further values for the template, such as enable_thinking. tools: as OpenAI describes them, for
+            a template that takes them.
 
         Raises:
             ModelError: the model has no tokenizer, or no chat template.
@@ -88,6 +97,7 @@ class TextCodec:
             encoded = self._tokenizer.apply_chat_template(
                 [self._for_template(message) for message in messages],
                 **values,
+                **({"tools": list(tools)} if tools else {}),
                 add_generation_prompt=True,
                 return_dict=True,
             )

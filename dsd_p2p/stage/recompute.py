@@ -14,6 +14,7 @@ from dsd_p2p.stage.span_model import SpanModel
 from dsd_p2p.types import PeerId, PeerInfo, Sampling, TokenId, check_same_model
 from dsd_p2p.verification.base import TargetView
 from dsd_p2p.verification.choice import choose_verifier
+from dsd_p2p.verification.grammar import Grammars
 from dsd_p2p.wire.messages import MAX_GAP, Recompute, Recomputed
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def _compute(
         if not part.is_tail:
             return (), (), hidden_of(part.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
         asked_pass = SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=range(num_nodes))
-        picks = _picks(asked, views := views_of(part.run([asked_pass])[0]))
+        picks = _picks(asked, views := views_of(part.run([asked_pass])[0]), part.grammars)
         claimed = (*asked.tokens[1:], picks[-1])
         gaps = tuple(_gap(*row, asked.text.sampling) for row in zip(views, picks, claimed, strict=True))
         return picks, gaps, b""
@@ -97,9 +98,9 @@ def _compute(
         cache.free()
 
 
-def _picks(asked: Recompute, views: Sequence[TargetView]) -> tuple[TokenId, ...]:
+def _picks(asked: Recompute, views: Sequence[TargetView], grammars: Grammars | None) -> tuple[TokenId, ...]:
     """Return the token that the target picks after each position; within the prompt, the prompt's own token."""
-    verifier = choose_verifier(asked.text).open(asked.num_prompt)
+    verifier = choose_verifier(asked.text, grammars).open(asked.num_prompt)
     picks: list[TokenId] = []
     for position, view in enumerate(views, start=1):
         claimed = asked.tokens[position] if position < len(asked.tokens) else None

@@ -168,7 +168,7 @@ class StageServer:
             raise PeerDisconnected("this peer holds no layers now: choose another")
         check_opening(opened, index, self.links.me)
         # Every stage refuses a request that the tail could not verify.
-        verifier = choose_verifier(opened.text)
+        verifier = choose_verifier(opened.text, self._model.grammars)
         old = replaced_session(opened, index, self.sessions, self._limits, is_draining=self._is_draining)
         span = opened.route[index].span
         place = Place(opened=opened, index=index, model=self._parts.setdefault(span, self._model.narrow(span)))

@@ -6,6 +6,7 @@ from typing import Protocol, Self
 from dsd_p2p.cache.passes import SpanOutput, SpanPass
 from dsd_p2p.cache.slots import CacheEdit
 from dsd_p2p.types import Span
+from dsd_p2p.verification.grammar import Grammars
 
 
 class SpanCache(Protocol):
@@ -39,6 +40,11 @@ class SpanCache(Protocol):
 
 class SpanModel(Protocol):
     """The layers of one span. `dsd_p2p.models.span` implements it, and so do fakes that compute nothing."""
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """What compiles constraints for the model's tokens; None if nothing does."""
+        ...
 
     def narrow(self, span: Span) -> "SpanModel":
         """Return a model of part of the span that shares tensors and cache budget with this one.

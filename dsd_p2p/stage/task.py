@@ -64,6 +64,9 @@ class SessionTasks:
         try:
             with session.scope, session.inbox.take:
                 await self._take_over(session)
+                if session.tail is not None and session.opened.text.constraint is not None:
+                    # No pass waits for a constraint to be compiled.
+                    await trio.to_thread.run_sync(session.tail.verifier.prepare)
                 session.phase = Phase.SERVING
                 await self._open_onward(session)
                 while True:

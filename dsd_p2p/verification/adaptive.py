@@ -28,6 +28,9 @@ class AdaptiveSession:
         """See `VerifierSession`."""
         return self._exact.length
 
+    def prepare(self) -> None:
+        """Do nothing: see `VerifierSession`."""
+
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
         """Return the token for the next position; raises as `VerifierSession.judge` does."""
         return self._verifier.pick(view, self.length, draft)

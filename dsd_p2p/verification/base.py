@@ -40,6 +40,14 @@ class VerifierSession(Protocol):
         """Number of tokens so far, which is the position of the next token."""
         ...
 
+    def prepare(self) -> None:
+        """Do what takes long, in a worker thread, before the first token is judged.
+
+        Raises:
+            ConfigError: the request cannot be served.
+        """
+        ...
+
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
         """Return the token for the next position. draft: the drafter's opinion there, if it is known.
 

@@ -56,6 +56,9 @@ class ExactSession:
         self._num_prompt = num_prompt
         self.length = num_prompt
 
+    def prepare(self) -> None:
+        """Do nothing: see `VerifierSession`."""
+
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
         """Return the target's token and ignore the drafter's opinion. Raises as `VerifierSession.judge` does."""
         return Pick(self._verifier.pick(view, self.length), is_relaxed=False)
@@ -86,13 +89,25 @@ class ExactVerifier:
         Raises:
             ModelError: the logits are not finite.
         """
+        if self._sampling.is_greedy:
+            return view.argmax()
+        logits = view.logits().astype(np.float64)
+        if not np.isfinite(logits.max()):
+            raise ModelError(f"the target's logits at position {position} are not finite: check its weights and dtype")
+        return self.pick_from(logits, position)
+
+    def pick_from(self, logits: NDArray[np.float64], position: int, min_p: float = 0.0) -> TokenId:
+        """Return the token for `position`, given logits `[V]`, of which at least one is finite.
+
+        min_p: cut tokens that are less likely than this share of the likeliest.
+        """
         sampling = self._sampling
         if sampling.is_greedy:
-            return view.argmax()
-        scores = view.logits().astype(np.float64) / sampling.temperature
-        if not np.isfinite(scores.max()):
-            raise ModelError(f"the target's logits at position {position} are not finite: check its weights and dtype")
+            return int(np.argmax(logits))
+        scores = logits / sampling.temperature
         noisy = scores + gumbel_noise(sampling.seed, position, len(scores))
         if sampling.top_k or sampling.top_p < 1.0:
             noisy[~kept_tokens(scores, sampling.top_k, sampling.top_p)] = -np.inf
+        if min_p > 0.0:
+            noisy[scores < scores.max() + np.log(min_p)] = -np.inf
         return int(np.argmax(noisy))

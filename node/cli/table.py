@@ -97,6 +97,12 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ),
                 "users": _bench("speed of many requests at once, compared with one", "UsersConfig", run="users"),
                 "passes": _bench("cost of a stage's pass as more sessions share it", "PassesConfig", run="passes"),
+                "constrained": _bench(
+                    "answers that schemas constrain: validity, sameness over modes, speed",
+                    "ConstrainedConfig",
+                    "OneRound",
+                    "constrained",
+                ),
                 "graphs": _bench("passes replayed as CUDA graphs, beside launched ones", "GraphsConfig", run="graphs"),
                 "brokers": _bench(
                     "decoding speed with a broker that works, was killed, or hangs", "BrokersConfig", run="brokers"

@@ -7,9 +7,9 @@ import trio
 from starlette.requests import Request
 
 from node.gateway.errors import ApiError
-from node.gateway.schema import ChatRequest, CompletionRequest, unknown_fields
+from node.gateway.schema import ForModel, unknown_fields
 
-Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+Asked = TypeVar("Asked", bound=ForModel)
 
 _TIMEOUT_S = 60.0
 _MAX_NAMED, _MAX_NAME = 16, 64

@@ -1,18 +1,28 @@
 """Writes answers in the formats of the two endpoints."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import UNSET
 
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import TokenId, TokenLogprobs
 from node.gateway.choice import Choice, Piece
+from node.gateway.errors import ApiError
+from node.gateway.frames import EventFrames
 from node.gateway.replies import (
     AssistantMessage,
+    CallDelta,
+    CalledFunction,
+    CalledName,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
     ChatLogprobs,
     ChunkChoice,
     Delta,
+    NamedDelta,
     TextChoice,
     TextCompletion,
     TextLogprobs,
@@ -22,14 +32,18 @@ from node.gateway.replies import (
 )
 from node.gateway.writing import Head
 
+DONE = b"data: [DONE]\n\n"
 
-class ChatFormat:
+
+class ChatFormat(EventFrames):
     """The format of `/v1/chat/completions`."""
 
-    prefix = "chatcmpl"
+    prefix = "chatcmpl-"
+    done = DONE
 
     def __init__(self, text: TextCodec) -> None:
         self._text = text
+        self._num_calls: dict[int, int] = defaultdict(int)
 
     def whole(self, head: Head, choices: Sequence[tuple[Choice, list[Piece]]], usage: Usage) -> object:
         """Return the whole reply."""
@@ -42,31 +56,57 @@ class ChatFormat:
             choices=[
                 ChatChoice(
                     index=index,
-                    message=AssistantMessage(content="".join(piece.text for piece in pieces)),
-                    finish_reason="length" if choice.finish_reason == "length" else "stop",
+                    message=_said(choice, pieces),
+                    finish_reason=_reason(choice),
                     logprobs=self._logprobs(choice, pieces),
                 )
                 for index, (choice, pieces) in enumerate(choices)
             ],
         )
 
-    def first(self, head: Head, index: int) -> object:
+    def first(self, head: Head, index: int) -> Sequence[object]:
         """Return the first event of an answer."""
-        return self._chunk(head, [ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
+        return [self._chunk(head, [ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])]
 
-    def event(self, head: Head, index: int, piece: Piece) -> object:
-        """Return the event with the next part of an answer."""
+    def event(self, head: Head, index: int, piece: Piece) -> Sequence[object]:
+        """Return the events with the next part of an answer: its text, and for each call its name and its arguments."""
         content = [self._token(token, each) for token, each in zip(piece.tokens, piece.logprobs, strict=False)]
         logprobs = ChatLogprobs(content=content) if content else None
-        return self._chunk(head, [ChunkChoice(index=index, delta=Delta(content=piece.text), logprobs=logprobs)])
+        deltas: list[Delta] = []
+        if piece.text or content:
+            deltas.append(Delta(content=piece.text))
+        if piece.reasoning:
+            deltas.insert(0, Delta(reasoning_content=piece.reasoning))
+        for call in piece.calls:
+            number = self._num_calls[index]
+            self._num_calls[index] += 1
+            named = CallDelta(
+                index=number, id=call.id, type="function", function=NamedDelta(name=call.name, arguments="")
+            )
+            given = CallDelta(index=number, function=NamedDelta(arguments=call.arguments))
+            deltas += [Delta(tool_calls=[named]), Delta(tool_calls=[given])]
+        return [
+            self._chunk(
+                head, [ChunkChoice(index=index, delta=delta, logprobs=logprobs if delta.content is not None else None)]
+            )
+            for delta in deltas
+        ]
 
-    def last(self, head: Head, index: int, choice: Choice) -> object:
+    def last(self, head: Head, index: int, choice: Choice) -> Sequence[object]:
         """Return the last event of an answer."""
-        return self._chunk(head, [ChunkChoice(index=index, delta=Delta(), finish_reason=choice.finish_reason)])
+        return [self._chunk(head, [ChunkChoice(index=index, delta=Delta(), finish_reason=choice.finish_reason)])]
 
-    def usage(self, head: Head, usage: Usage) -> object:
-        """Return the event with the token counts."""
-        return self._chunk(head, [], usage)
+    def end(self, head: Head, choices: Sequence[Choice], usage: Usage, *, with_usage: bool) -> Sequence[object]:
+        """Return the event with the token counts, if the client wants it."""
+        return [self._chunk(head, [], usage)] if with_usage else []
+
+    def error(self, error: ApiError) -> object:
+        """Return an error as a reply."""
+        return error.body
+
+    def failed(self, error: ApiError) -> object:
+        """Return an error as the last event of a stream."""
+        return error.body
 
     @staticmethod
     def _chunk(head: Head, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
@@ -97,13 +137,14 @@ class ChatFormat:
         return TokenLogprob(token=text, logprob=_ln(logprobs.millinats), bytes=_bytes(text), top_logprobs=top)
 
 
-class TextFormat:
+class TextFormat(EventFrames):
     """The format of `/v1/completions`.
 
     echoes: for each choice, the prompt if the client wants it repeated, otherwise empty.
     """
 
-    prefix = "cmpl"
+    prefix = "cmpl-"
+    done = DONE
 
     def __init__(self, text: TextCodec, echoes: Sequence[str]) -> None:
         self._text = text
@@ -125,25 +166,35 @@ class TextFormat:
         ]
         return self._completion(head, replies, usage)
 
-    def first(self, head: Head, index: int) -> object | None:
+    def first(self, head: Head, index: int) -> Sequence[object]:
         """Return the event that repeats the prompt, if the client wants it."""
         echo = self._echoes[index]
-        return self._completion(head, [TextChoice(index=index, text=echo, finish_reason=None)]) if echo else None
+        return [self._completion(head, [TextChoice(index=index, text=echo, finish_reason=None)])] if echo else []
 
-    def event(self, head: Head, index: int, piece: Piece) -> object:
+    def event(self, head: Head, index: int, piece: Piece) -> Sequence[object]:
         """Return the event with the next part of an answer."""
         logprobs = self._logprobs([piece], self._offsets[index]) if piece.logprobs else None
         self._offsets[index] += sum(len(self._text.token_text(token)) for token in piece.tokens)
-        return self._completion(head, [TextChoice(index=index, text=piece.text, finish_reason=None, logprobs=logprobs)])
+        return [
+            self._completion(head, [TextChoice(index=index, text=piece.text, finish_reason=None, logprobs=logprobs)])
+        ]
 
-    def last(self, head: Head, index: int, choice: Choice) -> object:
+    def last(self, head: Head, index: int, choice: Choice) -> Sequence[object]:
         """Return the last event of an answer."""
         reason = "length" if choice.finish_reason == "length" else "stop"
-        return self._completion(head, [TextChoice(index=index, text="", finish_reason=reason)])  # type: ignore[arg-type]
+        return [self._completion(head, [TextChoice(index=index, text="", finish_reason=reason)])]  # type: ignore[arg-type]
 
-    def usage(self, head: Head, usage: Usage) -> object:
-        """Return the event with the token counts."""
-        return self._completion(head, [], usage)
+    def end(self, head: Head, choices: Sequence[Choice], usage: Usage, *, with_usage: bool) -> Sequence[object]:
+        """Return the event with the token counts, if the client wants it."""
+        return [self._completion(head, [], usage)] if with_usage else []
+
+    def error(self, error: ApiError) -> object:
+        """Return an error as a reply."""
+        return error.body
+
+    def failed(self, error: ApiError) -> object:
+        """Return an error as the last event of a stream."""
+        return error.body
 
     @staticmethod
     def _completion(head: Head, choices: list[TextChoice], usage: Usage | None = None) -> TextCompletion:
@@ -177,6 +228,29 @@ class TextFormat:
             ],
             text_offset=offsets,
         )
+
+
+def _said(choice: Choice, pieces: Sequence[Piece]) -> AssistantMessage:
+    text, reasoning = (
+        "".join(parts) for parts in ((each.text for each in pieces), (each.reasoning for each in pieces))
+    )
+    calls = [
+        CalledFunction(id=call.id, function=CalledName(name=call.name, arguments=call.arguments))
+        for call in choice.calls
+    ]
+    return AssistantMessage(
+        content=text if text or not calls else None, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET
+    )
+
+
+def _reason(choice: Choice) -> Literal["stop", "length", "tool_calls"]:
+    match choice.finish_reason:
+        case "length":
+            return "length"
+        case "tool_calls":
+            return "tool_calls"
+        case _:
+            return "stop"
 
 
 def _ln(millinats: int) -> float:

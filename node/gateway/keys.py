@@ -156,7 +156,9 @@ class Clients:
         """
         if not self.need_keys:
             return self._anybody
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        # Anthropic's clients send their keys in a header of their own.
+        given = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"
+        scheme, _, secret = given.partition(" ")
         digest = hashlib.sha256(secret.strip().encode()).hexdigest()
         known = next((client for known, client in self._by_digest.items() if hmac.compare_digest(known, digest)), None)
         if scheme.lower() != "bearer" or known is None:

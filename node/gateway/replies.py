@@ -3,6 +3,7 @@
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from dsd_p2p.coordination.statistics import AnswerStatistics
 
@@ -72,12 +73,29 @@ class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
-class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer."""
+class CalledName(msgspec.Struct, frozen=True, kw_only=True):
+    """The function of a call. arguments: a JSON object as text."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a tool that the answer makes."""
+
+    id: str
+    function: CalledName
+    type: Literal["function"] = "function"
+
+
+class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer. content: null if there are only calls. reasoning_content: what the model thought."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CalledFunction] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +103,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 
     index: int
     message: AssistantMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     logprobs: ChatLogprobs | None = None
 
 
@@ -102,11 +120,29 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: None = None
 
 
+class NamedDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The new part of a call's function."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class CallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The new part of a call."""
+
+    index: int
+    id: str | None = None
+    type: str | None = None
+    function: NamedDelta | None = None
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The new part of a streamed answer."""
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +227,14 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
     data: list[Model]
     object: Literal["list"] = "list"
+
+
+class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

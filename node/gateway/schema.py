@@ -17,6 +17,8 @@ Text = Annotated[str, Meta(max_length=1 << 20)]
 ShortText = Annotated[str, Meta(max_length=256)]
 Stop = ShortText | Annotated[list[ShortText], Meta(max_length=MAX_STOPS)] | None
 Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
+TokenText = Annotated[str, Meta(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 Tokens = Annotated[list[Token], Meta(min_length=1, max_length=1 << 20)]
 
 
@@ -79,31 +81,86 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_obfuscation: bool | None = None
 
 
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """`response_format.json_schema`. strict: accepted; every schema is kept to."""
+
+    schema: dict[str, Any] = {}
+    name: ShortText = ""
+    description: Text | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """`response_format`; only plain text is supported."""
+    """`response_format`: text, any JSON object, or JSON that a schema allows."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
-class Common(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields that both endpoints take. `None` is the default everywhere, as in OpenAI's API."""
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
+    """`structured_outputs`, as vLLM has it: one of a JSON schema, a regular expression, a list of texts, a grammar."""
+
+    json: dict[str, Any] | Text | None = None
+    regex: Text | None = None
+    choice: Annotated[list[ShortText], Meta(min_length=1, max_length=256)] | None = None
+    grammar: Text | None = None
+
+
+class Function(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the answer may call. strict: accepted; see docs/api.md for when arguments keep to the schema."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.:-]+$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool; only functions are supported."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """The name of a function."""
+
+    name: ShortText
+
+
+class NamedTool(msgspec.Struct, frozen=True, kw_only=True):
+    """`tool_choice`: the tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ForModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that names a model."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class Common(ForModel, frozen=True, kw_only=True):  # size: the fields are OpenAI's
+    """The fields that both endpoints take. `None` is the default everywhere, as in OpenAI's API."""
+
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=0)] | None = None
-    repetition_penalty: Annotated[float, Meta(ge=1, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
+    structured_outputs: StructuredOutputs | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     user: ShortText | None = None
-    frequency_penalty: Annotated[float, Meta(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], Meta(max_length=1024)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -120,8 +177,8 @@ class ChatRequest(Common, frozen=True, kw_only=True):  # size: the fields are Op
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[msgspec.Raw], Meta(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     functions: Annotated[list[msgspec.Raw], Meta(max_length=0)] | None = None
     chat_template_kwargs: Annotated[dict[ShortText, Any], Meta(max_length=64)] | None = None
     metadata: Annotated[dict[ShortText, Any], Meta(max_length=64)] | None = None
@@ -150,7 +207,16 @@ class CompletionRequest(Common, frozen=True, kw_only=True):
     suffix: Annotated[str, Meta(max_length=0)] | UnsetType | None = UNSET
 
 
-def unknown_fields(body: bytes | bytearray, kind: type[Common]) -> list[str]:
+class TokenizeRequest(ForModel, frozen=True, kw_only=True):
+    """`POST /tokenize`, as vLLM has it: a text, or messages in the model's chat template."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=2048)] | None = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=128)] | None = None
+    chat_template_kwargs: Annotated[dict[ShortText, Any], Meta(max_length=64)] | None = None
+
+
+def unknown_fields(body: bytes | bytearray, kind: type[msgspec.Struct]) -> list[str]:
     """Return the names of a request's fields that are not defined here."""
     known = {field.encode_name for field in msgspec.structs.fields(kind)}
     return sorted(set(msgspec.json.decode(body, type=dict[str, msgspec.Raw])) - known)

@@ -8,7 +8,8 @@ from dsd_p2p.models.text import TextCodec
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import Sampling
 from node.config import GatewayConfig
-from node.gateway.app import Gateway, GatewayLimits, Served
+from node.gateway.answering import GatewayLimits, Served
+from node.gateway.app import Gateway
 from node.gateway.backend import Backend
 from node.gateway.keys import Clients, read_keys
 from node.gateway.metrics import GatewayMetrics
@@ -61,5 +62,5 @@ def make_gateway(
             is_strict=config.strict,
         ),
     )
-    metrics.admission = gateway.admission
+    metrics.admission = gateway.answering.admission
     return gateway

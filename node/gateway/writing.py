@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -29,32 +29,52 @@ _LEFT = 499
 """The status that metrics count when the client left before its answer was complete."""
 
 _FIRST_BEAT_S, _BEAT_S = 1.0, 10.0
-_DONE = b"data: [DONE]\n\n"
+
+Event = dict[str, Any]
+"""An event of a stream whose events have names; the name is its "type"."""
 
 
 class Format(Protocol):
-    """The format in which an endpoint sends an answer."""
+    """The format in which an endpoint sends answers. One object serves one request.
+
+    prefix: of the ids of its replies. done: what ends a stream. beat: what is sent while nothing arrives, if anything.
+    """
 
     prefix: str
+    content_type: str
+    beat: bytes
+    done: bytes
+
+    def framed(self, event: object) -> bytes:
+        """Return an event of a stream as it is sent."""
+        ...
 
     def whole(self, head: "Head", choices: Sequence[tuple[Choice, list[Piece]]], usage: Usage) -> object:
         """Return the whole reply."""
         ...
 
-    def first(self, head: "Head", index: int) -> object | None:
-        """Return the first event of an answer, if the format has one."""
+    def first(self, head: "Head", index: int) -> Sequence[object]:
+        """Return the first events of an answer."""
         ...
 
-    def event(self, head: "Head", index: int, piece: Piece) -> object:
-        """Return the event with the next part of an answer."""
+    def event(self, head: "Head", index: int, piece: Piece) -> Sequence[object]:
+        """Return the events with the next part of an answer."""
         ...
 
-    def last(self, head: "Head", index: int, choice: Choice) -> object:
-        """Return the last event of an answer."""
+    def last(self, head: "Head", index: int, choice: Choice) -> Sequence[object]:
+        """Return the last events of an answer."""
         ...
 
-    def usage(self, head: "Head", usage: Usage) -> object:
-        """Return the event with the token counts."""
+    def end(self, head: "Head", choices: Sequence[Choice], usage: Usage, *, with_usage: bool) -> Sequence[object]:
+        """Return the events after the last answer. with_usage: whether the client wants the token counts."""
+        ...
+
+    def error(self, error: ApiError) -> object:
+        """Return an error as the whole reply."""
+        ...
+
+    def failed(self, error: ApiError) -> object:
+        """Return an error as the last event of a stream."""
         ...
 
 
@@ -65,6 +85,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     fingerprint: str
+    num_prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +104,10 @@ class WritingOptions:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+Noted = Callable[["Writing", int], None]
+"""Called with an answered request and its status when it has ended."""
+
+
 class Writing:
     """A Starlette response with the answers to one request.
 
@@ -98,7 +123,7 @@ class Writing:
         client: Client,
         admission: Admission,
         num_prompt_tokens: int,
-        note: Callable[["Writing", int], None],
+        note: "Noted",
     ) -> None:
         self.choices = choices
         self._form = form
@@ -106,10 +131,11 @@ class Writing:
         self._admission = admission
         self._options = options
         self._head = Head(
-            id=f"{form.prefix}-{secrets.token_hex(12)}",
+            id=f"{form.prefix}{secrets.token_hex(12)}",
             created=int(time.time()),
             model=options.model,
             fingerprint=options.fingerprint,
+            num_prompt_tokens=num_prompt_tokens,
         )
         self.num_prompt_tokens = num_prompt_tokens
         self._note = note
@@ -134,9 +160,9 @@ class Writing:
             error = self._explain(exc)
             self._status = error.status
             if not self._is_started:
-                await error.response()(scope, receive, send)
+                await json_response(self._form.error(error), error.status, error.headers)(scope, receive, send)
             else:
-                await self._send_event(send, error.body)
+                await self._send_events(send, [self._form.failed(error)])
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _explain(self, exc: BaseException) -> ApiError:
@@ -168,16 +194,15 @@ class Writing:
                     await self._start(send)
                 if index not in begun:
                     begun.add(index)
-                    if (first := self._form.first(self._head, index)) is not None:
-                        await self._send_event(send, first)
+                    await self._send_events(send, self._form.first(self._head, index))
                 if piece is not None:
-                    await self._send_event(send, self._form.event(self._head, index, piece))
+                    await self._send_events(send, self._form.event(self._head, index, piece))
                 else:
-                    await self._send_event(send, self._form.last(self._head, index, self.choices[index]))
-        if self._options.with_usage:
-            await self._send_event(send, self._form.usage(self._head, self._usage()))
+                    await self._send_events(send, self._form.last(self._head, index, self.choices[index]))
+        ends = self._form.end(self._head, self.choices, self._usage(), with_usage=self._options.with_usage)
+        await self._send_events(send, ends)
         self._status = 200
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._form.done, "more_body": False})
 
     async def _with_beats(
         self, arriving: trio.MemoryReceiveChannel[tuple[int, Piece | None]], send: Send
@@ -195,14 +220,14 @@ class Writing:
             if waiting.cancelled_caught:
                 if not self._is_started:
                     await self._start(send)
-                await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+                await send({"type": "http.response.body", "body": self._form.beat, "more_body": True})
             else:
                 yield item
 
     async def _start(self, send: Send) -> None:
         self._is_started = True
         headers = {
-            "content-type": "text/event-stream; charset=utf-8",
+            "content-type": self._form.content_type,
             "cache-control": "no-store",
             "x-accel-buffering": "no",
             **self._client.headers(),
@@ -211,10 +236,10 @@ class Writing:
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
 
-    @staticmethod
-    async def _send_event(send: Send, event: object) -> None:
-        body = b"data: " + msgspec.json.encode(event) + b"\n\n"
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _send_events(self, send: Send, events: Sequence[object]) -> None:
+        body = b"".join(self._form.framed(event) for event in events)
+        if body:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
 
     @asynccontextmanager
     async def _pieces(self) -> AsyncIterator[trio.MemoryReceiveChannel[tuple[int, Piece | None]]]:

@@ -103,6 +103,19 @@ class PeersConfig(UsersConfig, frozen=True, kw_only=True):
     max_tokens: Annotated[Positive, Help("tokens of each answer")] = 32
 
 
+class ConstrainedConfig(UsersConfig, frozen=True, kw_only=True):
+    """`dsd bench constrained`."""
+
+    limit: Annotated[Positive, Help("number of schemas")] = 60
+    prompts: Annotated[int, Meta(ge=1, le=5), Help("prompts for each schema")] = 5
+    max_tokens: Annotated[Positive, Help("tokens of each answer")] = 320
+    stages: Annotated[Positive, Help("number of stages on the slow link")] = 2
+    link: Annotated[str, Help("emulated one-way latency of every link, where answers are timed")] = "50ms"
+    sessions: Annotated[Positive, Help("requests at once")] = 1
+    weights: Weights = "int8"
+    dtype: Dtype = "auto"
+
+
 class GraphsConfig(Settings, frozen=True, kw_only=True):
     """`dsd bench graphs`."""
 

@@ -23,6 +23,7 @@ from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.sim.agreement import Agreement, read_agreement
 from dsd_p2p.sim.recorded import RecordedDrafts, recorded_pick
 from dsd_p2p.types import GREEDY, ComputeFormat, ModelKey, PeerInfo, Sampling, Span, TokenId
+from dsd_p2p.verification.grammar import Grammars
 from node.config import NodeConfig
 
 MODEL_NAME = "recorded"
@@ -131,6 +132,7 @@ class RecordedSpan:
         self.is_tail = span.last == num_stages
         self.row_bytes = times.row_bytes
         self.weight_bytes = 0
+        self.grammars: Grammars | None = None
         self._times = times
         self._trace = trace
 

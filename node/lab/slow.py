@@ -41,6 +41,7 @@ class _Slowed:
         self.is_head = model.is_head
         self.is_tail = model.is_tail
         self.row_bytes = model.row_bytes
+        self.grammars = model.grammars
 
     def narrow(self, span: Span) -> "_Slowed":
         return _Slowed(self._model.narrow(span), self._factor)

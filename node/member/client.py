@@ -22,6 +22,7 @@ from dsd_p2p.drafting.choice import DrafterChoice
 from dsd_p2p.drafting.named import LOOKUP
 from dsd_p2p.errors import DsdError, PeerDisconnected
 from dsd_p2p.models.architecture import read_shape
+from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
@@ -103,6 +104,7 @@ async def open_swarm_client(
                 coverage_timeout_s=coverage_timeout_s,
             )
             engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
+            engine.own_drafter.grammars = ModelGrammars(source.folder, shape.vocab_size)
             engine.experience = SharedExperience(state.experience, links, directory.hint_givers)
             if engine.drafter is not LOOKUP:
                 engine.places = DraftPlaces(directory.draft_offers)

@@ -8,13 +8,14 @@ from functools import partial
 import trio
 
 from dsd_p2p import units
+from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.peers.membership import Membership
 from dsd_p2p.telemetry.events import PeerStatus
 from dsd_p2p.types import PeerId
 from dsd_p2p.window.base import WindowPolicy
 from node.config import GatewayConfig
-from node.gateway.app import Served
+from node.gateway.answering import Served
 from node.gateway.backend import EngineBackend, SwarmBackend
 from node.gateway.keys import Clients
 from node.gateway.server import serve_gateway
@@ -129,6 +130,7 @@ async def serve_peer_gateway(
             vocab_size=parts.shape.vocab_size,
             text=text,
             sampling=default_sampling(config, text),
+            grammars=ModelGrammars(source.folder, parts.shape.vocab_size),
         ),
         hub,
         is_ready=lambda: not parts.directory.view().uncovered(),

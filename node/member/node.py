@@ -25,6 +25,7 @@ from dsd_p2p.coordination.for_others import CoordinatorService, ThinClient
 from dsd_p2p.coordination.hints import SharedExperience
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.errors import ConfigError, DsdError, PeerDisconnected
+from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.membership import MembershipSettings, open_membership
@@ -145,6 +146,7 @@ class SwarmPeer:
         engine = None if choice is None else Engine(links, choice, shape.vocab_size, nursery, directory)
         coordinating: list[Service] = []
         if engine is not None:
+            engine.own_drafter.grammars = ModelGrammars(settings.source.folder, shape.vocab_size)
             engine.experience = SharedExperience(settings.state.experience, links, directory.hint_givers)
             engine.places = DraftPlaces(partial(drafts.offers, directory))
             drafting = DraftService(links, engine.own_drafter.open_for_peer, settings.source.key(stored.dtype))

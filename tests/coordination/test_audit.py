@@ -43,6 +43,7 @@ class Liar:
         self.model, self.bend, self.start = model, bend, start
         self.is_head, self.is_tail, self.row_bytes = like.is_head, like.is_tail, like.row_bytes
         self.num_passes = 0
+        self.grammars = None
         self.last = b""
 
     def narrow(self, span):

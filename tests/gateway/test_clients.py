@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from upswarm import dsd_up
 
 PROGRAMS = Path(__file__).parent / "clients"
 INSTALLED = Path(os.environ.get("DSD_CLIENTS") or "/nowhere")
 MODEL = "smollm2-135m"
+
+pytestmark = pytest.mark.xdist_group("gateway")
 
 CLIENTS = {
     "openai": [sys.executable, PROGRAMS / "openai_client.py"],
@@ -22,12 +23,6 @@ CLIENTS = {
     "litellm": [INSTALLED / "python/bin/python", PROGRAMS / "litellm_client.py"],
     "ai-sdk": ["node", INSTALLED / "javascript/ai_sdk_client.mjs"],
 }
-
-
-@pytest.fixture(scope="module")
-def up():
-    with dsd_up("--stages", "2") as up:
-        yield up
 
 
 @pytest.mark.parametrize("client", CLIENTS)

@@ -20,7 +20,8 @@ from dsd_p2p.session.effects import Emit
 from dsd_p2p.types import Sampling, TextRequest
 from dsd_p2p.window.static import StaticPolicy, sync_chain
 from node.gateway.admission import Admission, PatientBackend
-from node.gateway.app import Gateway, GatewayLimits, Served
+from node.gateway.answering import GatewayLimits, Served
+from node.gateway.app import Gateway
 from node.gateway.backend import EngineBackend, Outcome
 from node.gateway.choice import StopStrings
 from node.gateway.errors import ApiError
@@ -169,11 +170,12 @@ class Letters:
     """A tokenizer of letters."""
 
     stop_tokens = ()
+    template = ""
 
     def encode(self, text, *, is_raw):
         return [ord(letter) for letter in text]
 
-    def encode_chat(self, messages, template_values=None):
+    def encode_chat(self, messages, template_values=None, tools=()):
         return [ord(letter) for message in messages for letter in message["content"]]
 
     def decode(self, tokens):
@@ -192,13 +194,31 @@ class Letters:
         return ""
 
 
+class NoGrammars:
+    """Refuses every constraint."""
+
+    def grammar(self, constraint, stop_tokens):
+        return self
+
+    def start(self):
+        raise ConfigError("the regex cannot be used: no")
+
+
 class EchoBackend:
     async def write(self, prompt, options, outcome):
         yield Emit(tokens=tuple(prompt[: options.text.max_tokens]))
 
 
 def make_gateway(keys=(), **limits):
-    served = Served(name="echo", key=TEST_MODEL, max_positions=64, vocab_size=128, text=Letters(), sampling=Sampling())
+    served = Served(
+        name="echo",
+        key=TEST_MODEL,
+        max_positions=64,
+        vocab_size=128,
+        text=Letters(),
+        sampling=Sampling(),
+        grammars=NoGrammars(),
+    )
     return Gateway(
         backend=EchoBackend(),
         served=served,
@@ -264,7 +284,7 @@ async def test_a_failure_that_nobody_foresaw_is_logged_told_and_counted(caplog):
             raise KeyError("unforeseen")
 
     async with http() as client:
-        client.gateway.backend = BrokenBackend()
+        client.gateway.answering = replace(client.gateway.answering, backend=BrokenBackend())
         client.gateway.note = lambda _writing, status: statuses.append(status)
         whole = await client.post("/v1/completions", json=ASKED)
         assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
@@ -331,11 +351,21 @@ async def test_null_neutral_and_unknown_harmless_values_are_accepted(fields):
         assert "x-dsd-ignored" not in reply.headers
 
 
-@pytest.mark.parametrize("field", ["min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"])
-async def test_what_would_change_the_answer_is_refused_by_name(field):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", -3),
+        ("logit_bias", {"5": 101}),
+        ("functions", [{"name": "f"}]),
+    ],
+)
+async def test_what_cannot_be_done_is_refused_by_name(field, value):
     async with http() as client:
-        reply = await client.post("/v1/chat/completions", json=CHAT | {field: 0.5})
-        assert (reply.status_code, reply.json()["error"]["param"]) == (400, field)
+        reply = await client.post("/v1/chat/completions", json=CHAT | {field: value})
+        assert (reply.status_code, reply.json()["error"]["param"].split(".")[0].split("[")[0]) == (400, field)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -351,7 +381,7 @@ async def test_an_unknown_field_is_ignored_and_named_or_refused(is_stream):
 
 async def test_another_path_method_or_host_gets_an_error_that_says_what_there_is():
     async with http() as client:
-        for path in ("/v1/responses", "/v1/messages", "/api/tags"):
+        for path in ("/v1/embeddings", "/v1/audio/speech", "/api/generate"):
             reply = await client.post(path, json=CHAT)
             assert reply.status_code == 404
             assert path in reply.json()["error"]["message"]
@@ -380,7 +410,7 @@ async def test_a_stream_that_waits_sends_its_headers_and_then_comments(autojump_
             yield Emit(tokens=(104,))
 
     gateway = make_gateway()
-    gateway.backend = SlowBackend()
+    gateway.answering = replace(gateway.answering, backend=SlowBackend())
     body = json.dumps(CHAT | {"stream": True}).encode()
     scope = {
         "type": "http",
@@ -408,7 +438,7 @@ async def test_a_stream_that_waits_sends_its_headers_and_then_comments(autojump_
 
 async def test_an_error_that_comes_at_once_has_its_own_status(autojump_clock):
     async with http() as client:
-        client.gateway.backend = FullDoor(1 << 30)
+        client.gateway.answering = replace(client.gateway.answering, backend=FullDoor(1 << 30))
         reply = await client.post("/v1/completions", json=ASKED | {"stream": True})
         assert (reply.status_code, reply.json()["error"]["code"]) == (429, "overloaded")
 
@@ -417,7 +447,9 @@ async def test_tool_calls_of_earlier_answers_reach_the_template():
     seen: list[dict[str, object]] = []
 
     class Listening(Letters):
-        def encode_chat(self, messages, template_values=None):
+        template = "{{ tools }} <tool_call>"
+
+        def encode_chat(self, messages, template_values=None, tools=()):
             seen.extend(messages)
             return [104]
 
@@ -430,7 +462,8 @@ async def test_tool_calls_of_earlier_answers_reach_the_template():
         {"role": "assistant", "content": "Sunny.", "tool_calls": None, "annotations": []},
     ]
     async with http() as client:
-        client.gateway.served = replace(client.gateway.served, text=Listening())
+        served = replace(client.gateway.served, text=Listening())
+        client.gateway.answering = replace(client.gateway.answering, served=served)
         reply = await client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
         assert reply.status_code == 200
     assert [message["role"] for message in seen] == ["system", "user", "assistant", "tool", "assistant"]

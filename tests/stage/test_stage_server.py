@@ -23,7 +23,16 @@ from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.memory import MemoryNetwork
-from dsd_p2p.types import ComputeFormat, Endpoint, PeerInfo, Sampling, StageCost, TextRequest
+from dsd_p2p.types import (
+    ComputeFormat,
+    Constraint,
+    ConstraintKind,
+    Endpoint,
+    PeerInfo,
+    Sampling,
+    StageCost,
+    TextRequest,
+)
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.wire.codec import decode, encode
 from dsd_p2p.wire.messages import (
@@ -273,7 +282,10 @@ async def answer(transport):
         ([open_message(model=replace(TEST_MODEL, weights="q4_k"))], "same model"),
         ([open_message(model=replace(TEST_MODEL, compute=ComputeFormat.BFLOAT16))], "same model"),
         ([open_message(text=TextRequest(max_tokens=5000))], "exceed the model's limit of 1024"),
-        ([open_message(text=TextRequest(max_tokens=19, constraint="[0-9]+"))], "does not support constraints"),
+        (
+            [open_message(text=TextRequest(max_tokens=19, constraint=Constraint(ConstraintKind.REGEX, "[0-9]+")))],
+            "cannot constrain answers",
+        ),
         ([open_message(num_prompt=2)], "num_given"),
         ([open_message(), first_window(tokens=(99,))], "token"),
         ([open_message(), first_window(epoch=5)], "epoch"),

@@ -11,6 +11,7 @@ from node.client.relaxation import bundled_thresholds, read_thresholds
 from node.console import ConsoleProgress
 from node.lab.config import (
     BrokersConfig,
+    ConstrainedConfig,
     DoorConfig,
     DraftsConfig,
     FormsConfig,
@@ -94,6 +95,13 @@ def passes(config: PassesConfig, flags: RoundFlags) -> int:
     from node.lab.benches.passes import run_passes
 
     return _measure("passes", flags, lambda progress: run_passes(config, flags.rounds, progress))
+
+
+def constrained(config: ConstrainedConfig, flags: OneRound) -> int:
+    """Measure answers that schemas constrain."""
+    from node.lab.benches.constrained import run_constrained
+
+    return _measure("constrained", flags, lambda progress: trio.run(run_constrained, config, flags.rounds, progress))
 
 
 def graphs(config: GraphsConfig, flags: RoundFlags) -> int:

@@ -20,7 +20,7 @@ from dsd_p2p.types import PeerId, Span
 from dsd_p2p.window.named import adaptive_policy
 from node.config import GatewayConfig, UpConfig
 from node.console import ConsoleProgress, console
-from node.gateway.app import Served
+from node.gateway.answering import Served
 from node.gateway.backend import EngineBackend
 from node.gateway.server import serve_gateway
 from node.gateway.setup import default_sampling, make_gateway, read_clients
@@ -71,6 +71,7 @@ async def _up(config: UpConfig, api: GatewayConfig) -> None:
             vocab_size=model.shape.vocab_size,
             text=model.text,
             sampling=default_sampling(api, model.text),
+            grammars=model.grammars,
         )
         hub = EventHub()
         gateway = make_gateway(

@@ -1,0 +1,1 @@
+"""Ollama's API: its chat and its list of models."""
