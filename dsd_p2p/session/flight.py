@@ -7,10 +7,14 @@ from dsd_p2p.session.request import RequestStats
 from dsd_p2p.types import SessionId, TokenId
 from dsd_p2p.wire.messages import BASE, FILL_NODES, Cancel, DraftTop, Verdict, Window
 
+_NODE_S = 0.1
+"""Seconds that a node may take over all stages, apart from the stall timeout."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sent:
     window: int
+    num_nodes: int
     sent_at_s: float
 
 
@@ -37,6 +41,11 @@ class Flight:
     def __len__(self) -> int:
         """Return the number of windows without a verdict."""
         return len(self._in_flight)
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds that the stages may need for all nodes in flight. A long prompt takes minutes on slow machines."""
+        return _NODE_S * sum(each.num_nodes for each in self._in_flight)
 
     def __repr__(self) -> str:
         return f"epoch {self.epoch}, {len(self)} windows in flight, next node {self.next_node}"
@@ -86,7 +95,7 @@ class Flight:
         )
         if not self._in_flight:
             self.progress_at_s = now_s
-        self._in_flight.append(_Sent(window=self._next_window, sent_at_s=now_s))
+        self._in_flight.append(_Sent(window=self._next_window, num_nodes=len(tokens), sent_at_s=now_s))
         self._next_window += 1
         stats = self._stats
         stats.num_windows += 1

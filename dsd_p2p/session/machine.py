@@ -255,7 +255,8 @@ class RequestMachine:
     @property
     def _stalled_at_s(self) -> float:
         is_waiting = self.phase is Phase.OPEN and len(self.flight) > 0
-        return self.flight.progress_at_s + self.request.stall_timeout_s if is_waiting else math.inf
+        patience_s = self.request.stall_timeout_s + self.flight.patience_s
+        return self.flight.progress_at_s + patience_s if is_waiting else math.inf
 
     def _send_window(self, now_s: float) -> Send:
         """Return the effect that sends the likeliest unsent nodes, parents first; an unsent root comes first."""

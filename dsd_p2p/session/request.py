@@ -33,7 +33,8 @@ class Request:
     prompt: at least one token; the last `num_written` of them already belong to the answer.
     coordinator: the peer to which verdicts are sent.
     prefill_chunk: prompt tokens per window; the stages process successive chunks as a pipeline.
-    stall_timeout_s: the route counts as lost after this long without a verdict.
+    stall_timeout_s: the route counts as lost after this long without a verdict, and a tenth of a second for each node in
+        flight.
     hidden_formats: the hidden format of each link between stages; empty means the model's own.
     attest: the stages sign what they compute.
     prefix: the beginning of the prompt that the stages have parked. is_parked: the stages park the finished text.

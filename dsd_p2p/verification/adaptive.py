@@ -4,7 +4,12 @@ Rule `importance` (arXiv:2511.11733) picks from the blend `softmax((1 - τ) ln P
 tokens and the target's own pick. The token stands if it is not decisive. Rule `margin` (cf. arXiv:2601.15498) takes the
 drafter's first choice if it is the target's runner-up and at most a margin of logits behind. Both rules refuse
 overshoot: a token that the drafter finds much likelier than the target does.
+
+Two kinds of tokens are strict whatever their probabilities, because of what they lead to. The first `STRICT_START` tokens
+decide what answer it will be, a refusal among them. And no token may replace one that ends the answer, or end it early.
 """
+
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +20,9 @@ from dsd_p2p.verification.base import Pick, TargetView
 from dsd_p2p.verification.exact import ExactSession, ExactVerifier, gumbel_noise, kept_tokens
 from dsd_p2p.verification.importance import DraftOpinion, is_decisive, signals_of
 
+STRICT_START = 8
+"""Tokens at the beginning of an answer that are the target's own."""
+
 
 class AdaptiveSession:
     """One text of an `AdaptiveVerifier`; the exact session inside it holds the text's state."""
@@ -22,6 +30,7 @@ class AdaptiveSession:
     def __init__(self, verifier: "AdaptiveVerifier", exact: ExactSession) -> None:
         self._verifier = verifier
         self._exact = exact
+        self._strict_until = exact.length + STRICT_START
 
     @property
     def length(self) -> int:
@@ -33,7 +42,7 @@ class AdaptiveSession:
 
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
         """Return the token for the next position; raises as `VerifierSession.judge` does."""
-        return self._verifier.pick(view, self.length, draft)
+        return self._verifier.pick(view, self.length, draft if self.length >= self._strict_until else None)
 
     def accept(self, token: TokenId) -> None:
         """See `VerifierSession`."""
@@ -45,10 +54,14 @@ class AdaptiveSession:
 
 
 class AdaptiveVerifier:
-    """A rule that picks the target's own token, or a drafted token that the relaxation lets stand."""
+    """A rule that picks the target's own token, or a drafted token that the relaxation lets stand.
 
-    def __init__(self, sampling: Sampling, relaxation: Relaxation) -> None:
+    stop_tokens: those that end the text. They neither replace another token nor are replaced.
+    """
+
+    def __init__(self, sampling: Sampling, relaxation: Relaxation, stop_tokens: Collection[TokenId] = ()) -> None:
         self._exact = ExactVerifier(sampling)
+        self._stop_tokens = frozenset(stop_tokens)
         self._sampling = sampling
         self._relaxation = relaxation
 
@@ -64,7 +77,7 @@ class AdaptiveVerifier:
             RemoteProtocolError: a token of the drafter's is outside the vocabulary or occurs twice.
         """
         strict = self._exact.pick(view, position)
-        if draft is None or draft.tokens[0] == strict:
+        if draft is None or draft.tokens[0] == strict or strict in self._stop_tokens:
             return Pick(strict, is_relaxed=False)
         temperature = self._sampling.temperature or 1.0
         scores = view.logits().astype(np.float64) / temperature
@@ -73,7 +86,9 @@ class AdaptiveVerifier:
         target_logprobs = scores - np.logaddexp.reduce(scores)
         draft = draft.including(strict)
         candidate = self._propose(target_logprobs, draft, position, strict)
-        if candidate is None or self._is_overshoot(target_logprobs, draft, candidate):
+        if candidate is None or candidate in self._stop_tokens:
+            return Pick(strict, is_relaxed=False)
+        if self._is_overshoot(target_logprobs, draft, candidate):
             return Pick(strict, is_relaxed=False)
         return Pick(candidate, is_relaxed=True)
 

@@ -23,4 +23,4 @@ def choose_verifier(text: TextRequest, grammars: Grammars | None = None) -> Veri
         return ShapedVerifier(text, None)
     if text.relaxation is None:
         return ExactVerifier(text.sampling)
-    return AdaptiveVerifier(text.sampling, text.relaxation)
+    return AdaptiveVerifier(text.sampling, text.relaxation, text.stop_tokens)

@@ -49,6 +49,7 @@ def _bench(help_: str, config: str, rounds: str = "RoundFlags", run: str = "") -
 GROUPS: dict[str, dict[str, Command]] = {
     "run a model on this machine": {
         "up": _command("up", "start a whole swarm and its API on this machine", f"{_CONFIG}:UpConfig", _GATEWAY),
+        "chat": _command("chat", "talk to a model through a gateway", f"{_CONFIG}:ChatConfig"),
         "demo": _command("demo", "write one answer plain and speculative, and compare", f"{_CONFIG}:DemoConfig"),
         "quantize": _command(
             "quantize", "write a copy of a model that loses less in int8", f"{_CONFIG}:QuantizeConfig"

@@ -1,6 +1,6 @@
 """Holds the settings of each command: one struct per command, whose fields carry type, default and help."""
 
-from node.config.asking import DemoConfig, GenerateConfig, TopConfig
+from node.config.asking import ChatConfig, DemoConfig, GenerateConfig, TopConfig
 from node.config.reading import FlagError, read_config, read_configs
 from node.config.running import (
     DEFAULT_SWARM,
@@ -29,6 +29,7 @@ from node.config.running import (
 __all__ = [
     "DEFAULT_SWARM",
     "NO_GATEWAY",
+    "ChatConfig",
     "CompletionConfig",
     "ComputeFlags",
     "CreateConfig",

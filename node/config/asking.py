@@ -96,6 +96,23 @@ class DemoConfig(GenerateConfig, frozen=True, kw_only=True):
     max_tokens: Annotated[Positive, Help("maximum number of new tokens")] = 80
 
 
+class ChatConfig(Settings, frozen=True, kw_only=True):
+    """Settings of `dsd chat`."""
+
+    gateway: Annotated[str, Help("address of a gateway, http://HOST:PORT"), POSITIONAL] = "http://127.0.0.1:8484"
+    key: Annotated[str, Help("API key of the gateway; default: $OPENAI_API_KEY")] = ""
+    system: Annotated[str, Help("instructions before everything")] = ""
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None, Help("sampling seed; default: another one each time")
+    ] = None
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=2)] | None, Help("sampling temperature; default: the model's own")
+    ] = None
+    max_tokens: Annotated[
+        int, Meta(ge=0, le=1 << 20), Help("maximum tokens of an answer; 0: the gateway's default")
+    ] = 0
+
+
 class TopConfig(Settings, frozen=True, kw_only=True):
     """Settings of `dsd top`."""
 

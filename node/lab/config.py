@@ -237,7 +237,12 @@ class CalibrateConfig(PairFlags, frozen=True, kw_only=True):
 class RelaxedConfig(PairFlags, frozen=True, kw_only=True):
     """`dsd bench relaxed`."""
 
+    prompts: Annotated[
+        Literal["problems", "chat"],
+        Help("problems: maths and code, counted as solved; chat: MT-Bench, compared and timed"),
+    ] = "problems"
     problems: Annotated[Positive, Help("problems of maths and of code, each")] = 80
+    limit: Annotated[Positive, Help("with --prompts chat: questions, of two turns each")] = 80
     max_tokens: Annotated[Positive, Help("most tokens of each text")] = 384
     relaxation: Annotated[
         tuple[str, ...],

@@ -80,6 +80,7 @@ def test_one_machine_and_its_clients(dsd, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "none")
         assert "tokens/s" in dsd("dsd top", up.url, "--once")
         assert json.loads(dsd("dsd top --once --json", up.url))["peers"]
+        dsd("dsd chat", up.url)
         dsd("dsd top --record run.jsonl", up.url, "--once")
         assert "tokens/s" in dsd("dsd top --replay run.jsonl --speed 10", "--once")
         assert "tokens/s" in dsd("dsd top mqtt://127.0.0.1:1883", "--once", **{"mqtt://127.0.0.1:1883": up.mqtt})

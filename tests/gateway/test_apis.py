@@ -1,6 +1,8 @@
 """The APIs that agents speak, by the official clients: forms by construction, tools, streams, turns, errors."""
 
 import json
+import subprocess
+import sys
 
 import anthropic
 import httpx
@@ -296,3 +298,13 @@ def test_tokens_are_told(up):
     assert tokenize(messages=BOB).json()["count"] > tokenize(prompt=BOB[0]["content"]).json()["count"]
     assert tokenize(messages=BOB, tools=TOOLS).json()["count"] > tokenize(messages=BOB).json()["count"] + 50
     assert tokenize().status_code == 400
+
+
+def test_a_chat_in_the_terminal(up):
+    command = [sys.executable, "-m", "node.cli", "chat", up.url, "--temperature", "0", "--max-tokens", "8"]
+    lines = "Say hello.\n/seed 3\n/retry\n/quit\n"
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120, check=True)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("Hello")]
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+    assert done.stdout.count("tokens/s, first after") == 2

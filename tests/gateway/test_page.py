@@ -1,11 +1,11 @@
 """The built-in page in a real browser: type, stream, stop, reload; by keyboard alone, without an error."""
 
+import json
 import re
 import shutil
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from upswarm import dsd_up
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -16,8 +16,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def page():
-    with dsd_up("--stages", "2") as up, sync_playwright() as playwright:
+def page(up):
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
         page.trouble = []
@@ -89,3 +89,35 @@ def test_a_reload_keeps_the_conversation_and_a_new_chat_ends_it(page):
     page.locator("#fresh").focus()
     page.keyboard.press("Enter")
     assert answers(page) == []
+
+
+def test_the_sampling_and_the_form_that_are_chosen_are_asked_for(page):
+    number = len(answers(page))
+    page.fill("#temperature", "0")
+    page.fill("#seed", "7")
+    page.check("#json")
+    page.focus("#text")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.keyboard.type("Describe a cat.")
+        page.keyboard.press("Enter")
+    body = json.loads(asked.value.post_data)
+    assert (body["temperature"], body["seed"], body["response_format"]) == (0, 7, {"type": "json_object"})
+    answer = page.locator(".message.assistant").nth(number)
+    expect(answer).to_have_text(re.compile(r"^\s*\{"), timeout=60_000)
+    page.keyboard.press("Escape")
+    expect(page.locator("#stop")).to_be_disabled(timeout=5_000)
+    for name in ("#temperature", "#seed"):
+        page.fill(name, "")
+    page.uncheck("#json")
+
+
+def test_what_the_model_thought_is_folded_away(page):
+    page.evaluate("""() => {
+        const line = show("assistant", ""); const said = document.createElement("span"); line.append(said);
+        think(line, "hm, "); think(line, "yes"); said.textContent = "Yes.";
+    }""")
+    line = page.locator(".message.assistant").last
+    assert line.locator("details span").text_content() == "hm, yes"
+    assert not line.locator("details span").is_visible()
+    line.locator("summary").click()
+    assert line.locator("details span").is_visible()

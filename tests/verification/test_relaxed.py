@@ -15,11 +15,12 @@ from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.session.effects import Candidate
 from dsd_p2p.types import GREEDY, Relaxation, RelaxationRule, Sampling, Span, TextRequest
-from dsd_p2p.verification.adaptive import AdaptiveVerifier
+from dsd_p2p.verification.adaptive import STRICT_START, AdaptiveVerifier
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import DraftOpinion, Signals, is_decisive, signals_of
 from dsd_p2p.window.static import StaticPolicy, continuous_tree, sync_chain
 from node.client.relaxation import Thresholds, bundled_thresholds, read_thresholds, write_thresholds
+from node.lab.benches.relaxed_chat import REFUSAL, accepted_length
 from node.lab.quality.pair_writer import Disagreement
 from node.lab.quality.thresholds import outcome, position_of
 
@@ -171,3 +172,53 @@ def test_the_search_for_thresholds_judges_as_the_verifier_does(logits, probs, ta
     share, loss = outcome([position], 1, relaxation)
     assert share == AdaptiveVerifier(GREEDY, relaxation).pick(View(logits), 1, draft).is_relaxed
     assert loss >= 0
+
+
+@given(seed=st.integers(0, 999), stop=st.integers(0, 5))
+def test_the_beginning_and_the_end_of_an_answer_are_the_targets_own(seed, stop):
+    """However loose the thresholds: a first token decides the answer, and an end cannot be taken back."""
+    rng = np.random.default_rng(seed)
+    verifier = AdaptiveVerifier(GREEDY, LOOSE, (stop,))
+    session, exact = verifier.open(3), ExactVerifier(GREEDY)
+    num_relaxed = 0
+    for index in range(STRICT_START + 40):
+        view, draft = View(rng.normal(size=6)), opinion(rng.dirichlet(np.ones(6)))
+        token, is_relaxed = session.judge(view, draft)
+        strict = exact.pick(view, session.length)
+        if index < STRICT_START or strict == stop:
+            assert (token, is_relaxed) == (strict, False)
+        assert not (is_relaxed and token == stop)
+        num_relaxed += is_relaxed
+        session.accept(token)
+    assert num_relaxed > 0
+    session.rewind(4)
+    assert session.judge(View([0, 1, 0, 0, 0, 0]), opinion([0.9, 0.02, 0.02, 0.02, 0.02, 0.02])) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("agreed", "expected"),
+    [
+        ([False] * 6, 1.0),
+        ([True] * 9, 9.0),
+        ([True] * 18, 9.0),
+        ([True, True, False] * 4, 3.0),
+        ([True] * 10 + [False], 11 / 2),
+    ],
+)
+def test_the_accepted_length_is_that_of_chains_of_eight(agreed, expected):
+    assert accepted_length(agreed) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "is_refusal"),
+    [
+        ("I'm sorry, but I can't assist with that request.", True),
+        ("Sorry, no.", True),
+        ("As an AI language model, I", True),
+        ("I cannot say enough good things about Hawaii", True),
+        ("Sure! Here is a story about a sorry cat.", False),
+    ],
+)
+def test_a_refusal_is_known_by_how_it_begins(text, is_refusal):
+    """It may take a text for one that is none. That counts against relaxed mode only where exact mode has none."""
+    assert bool(REFUSAL.match(text)) == is_refusal

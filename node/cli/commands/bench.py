@@ -145,6 +145,10 @@ def relaxed(config: RelaxedConfig, flags: ReceiptFlags) -> int:
 
     paths = [Path(name) for name in config.relaxation] or [bundled_thresholds()]
     thresholds = [read_thresholds(path) for path in paths]
+    if config.prompts == "chat":
+        from node.lab.benches.relaxed_chat import run_relaxed_chat
+
+        return _measure("relaxed-chat", flags, lambda progress: run_relaxed_chat(config, thresholds[0], progress))
     return _measure("relaxed", flags, lambda progress: run_relaxed(config, thresholds, progress))
 
 

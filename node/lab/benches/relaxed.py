@@ -76,7 +76,9 @@ def run_relaxed(config: RelaxedConfig, thresholds: Sequence[Thresholds], progres
     exact = answer(ExactVerifier(GREEDY), "exact")
     drifts = []
     for each in thresholds:
-        relaxed = answer(AdaptiveVerifier(GREEDY, each.relaxation), f"relaxed (τ={each.relaxation.tau})")
+        relaxed = answer(
+            AdaptiveVerifier(GREEDY, each.relaxation, codec.stop_tokens), f"relaxed (τ={each.relaxation.tau})"
+        )
         drifts.append(
             Drift(
                 relaxation=msgspec.structs.asdict(each.relaxation),

