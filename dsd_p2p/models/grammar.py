@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from dsd_p2p.errors import ConfigError, ModelError, RemoteProtocolError
+from dsd_p2p.models.grammar_trial import why_not
 from dsd_p2p.models.text import load_tokenizer
 from dsd_p2p.types import Constraint, ConstraintKind, TokenId
 
@@ -51,11 +52,13 @@ class ModelGrammars:
         """
         with self._lock:
             matcher = self._compiled.get(constraint)
-            if matcher is None:
-                matcher = self._compiled[constraint] = self._compile(constraint)
-                if len(self._compiled) > _MAX_KEPT:
-                    self._compiled.popitem(last=False)
+        # Others need not wait while one is compiled.
+        matcher = self._compile(constraint) if matcher is None else matcher
+        with self._lock:
+            self._compiled[constraint] = matcher
             self._compiled.move_to_end(constraint)
+            if len(self._compiled) > _MAX_KEPT:
+                self._compiled.popitem(last=False)
             return matcher.deep_copy()
 
     @property
@@ -69,12 +72,15 @@ class ModelGrammars:
         return 0 if self._tokenizer is None else min(self._tokenizer.vocab_size, self._vocab_size)
 
     def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
-        if self._tokenizer is None:
-            self._tokenizer = _tokenizer(self._folder)
         try:
             source = _grammar_of(constraint)
-        except ValueError as exc:
-            raise ConfigError(f"the {constraint.kind} cannot be read: {exc}") from exc
+        except Exception as exc:  # the library's converters raise whatever occurs to them
+            raise ConfigError(f"the {constraint.kind} cannot be read: {_first_line(str(exc))}") from exc
+        if (reason := why_not(source)) is not None:
+            raise ConfigError(f"the {constraint.kind} cannot be used: {_first_line(reason)}")
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = _tokenizer(self._folder)
         matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"the {constraint.kind} cannot be used: {_first_line(matcher.get_error())}")

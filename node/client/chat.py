@@ -1,6 +1,7 @@
 """A chat in the terminal: reads questions, obeys commands that begin with a slash, and shows answers as they arrive."""
 
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -73,9 +74,9 @@ class Chat:
         try:
             for part in self.client.ask(self.conversation, question):
                 if part.reasoning:
-                    self.console.print(Text(part.reasoning, style="dim italic"), end="", soft_wrap=True)
+                    self.console.print(Text(harmless(part.reasoning), style="dim italic"), end="", soft_wrap=True)
                 if part.text:
-                    self.console.print(Text(part.text), end="", soft_wrap=True)
+                    self.console.print(Text(harmless(part.text)), end="", soft_wrap=True)
             self.console.print()
             self._note(self.conversation.speed)
         except KeyboardInterrupt:
@@ -83,11 +84,11 @@ class Chat:
             self._note("stopped")
         except DsdError as exc:
             self.console.print()
-            self.console.print(Text(str(exc), style="red"))
+            self.console.print(Text(harmless(str(exc)), style="red"))
 
     def _note(self, text: str) -> None:
         if text:
-            self.console.print(Text(text, style="dim"))
+            self.console.print(Text(harmless(text), style="dim"))
 
     def _new(self, _words: str) -> str:
         self.conversation.forget()
@@ -112,6 +113,11 @@ class Chat:
                 return f"{words!r} is no temperature: give a number from 0 to 2, or nothing"
         self.conversation.temperature = value
         return f"temperature {words}" if words else "the model's own temperature"
+
+
+def harmless(text: str) -> str:
+    """Return a text without control characters, which could repaint the terminal or write to its clipboard."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
 
 
 def typed_lines(history: Path) -> Iterator[str]:

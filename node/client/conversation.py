@@ -103,7 +103,10 @@ class GatewayClient:
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise self._unreachable(exc) from exc
         _check(reply)
-        return str(reply.json()["data"][0]["id"])
+        try:
+            return str(reply.json()["data"][0]["id"])
+        except (ValueError, KeyError, TypeError, IndexError) as exc:
+            raise ConfigError(f"what answers at {self._url} is no gateway: name another address") from exc
 
     def ask(self, conversation: Conversation, question: str) -> Iterator[Part]:
         """Say something and yield the answer as it arrives. Both are added to the conversation once it is complete.

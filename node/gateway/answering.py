@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
@@ -16,19 +16,22 @@ from dsd_p2p.types import Constraint, ModelKey, Sampling, TextRequest, TokenId
 from dsd_p2p.verification.grammar import Grammars
 from node.gateway.admission import Admission
 from node.gateway.backend import Backend
-from node.gateway.body import Asked, read_body
+from node.gateway.body import Asked, as_header, read_body
 from node.gateway.choice import Choice
 from node.gateway.errors import ApiError
 from node.gateway.formats import TextFormat
 from node.gateway.keys import Client
 from node.gateway.schema import MAX_CHOICES, ChatRequest, Common, CompletionRequest, TokenizeRequest
 from node.gateway.shaping import constraint_of, shaping_of, tools_of, with_seen
-from node.gateway.tools.reading import THINK, AnswerReader
+from node.gateway.tools.reading import THINK, AnswerReader, Thoughts
 from node.gateway.tools.styles import CallStyle, style_of
 from node.gateway.writing import Format, Noted, Writing, WritingOptions
 
 _DEFAULT_TEXT_TOKENS = 16
 """The default of OpenAI's completions endpoint."""
+
+_MAX_NAMED = 16
+"""Ignored fields that a reply names."""
 
 _PROMPT_END = 16
 """The last tokens of a prompt, in which a template may have begun the model's reasoning."""
@@ -87,7 +90,10 @@ class Served:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answering:
-    """What all endpoints that answer share. note: called when an answered request has ended."""
+    """What all endpoints that answer share.
+
+    note: called when an answered request has ended. compiling: how many constraints are compiled at once.
+    """
 
     backend: Backend
     served: Served
@@ -96,6 +102,7 @@ class Answering:
     retry: RetryPolicy
     stall_timeout_s: float
     note: Noted
+    compiling: trio.CapacityLimiter = field(default_factory=partial(trio.CapacityLimiter, 2))
 
     async def read(self, request: Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
         """Return what is asked of our model, and the names of fields that are ignored.
@@ -108,8 +115,19 @@ class Answering:
         self.served.check_name(asked.model)
         return asked, ignored
 
-    async def chat(self, client: Client, asked: ChatRequest, form: Format, ignored: Sequence[str] = ()) -> Writing:
+    async def chat(
+        self,
+        client: Client,
+        asked: ChatRequest,
+        form: Format,
+        ignored: Sequence[str] = (),
+        *,
+        fits_length: bool = False,
+    ) -> Writing:
         """Return the answers to a conversation, to be sent in the format `form`.
+
+        fits_length: shorten the answer to what the context has room for, instead of refusing the request. Clients of APIs
+            that must name a length name one of the models that they know.
 
         Raises:
             ApiError, DsdError: the request cannot be served.
@@ -121,16 +139,23 @@ class Answering:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         max_tokens = asked.max_completion_tokens or asked.max_tokens
         room = served.max_positions - len(prompt)
+        if fits_length:
+            max_tokens = max(1, min(max_tokens or room, room))
         max_tokens = max_tokens or max(1, min(self.limits.default_tokens, room))
         constraint = constraint_of(asked, tools, style)
-        options = await self._options(client, asked, max_tokens, top_logprobs, constraint)
-        thinks = THINK in served.text.template
+        options = self._options(client, asked, max_tokens, top_logprobs, constraint)
+        # An answer of a given form has that form from its first token on, so nothing is thought before.
+        thinks = THINK in served.text.template and constraint is None
         is_thinking = thinks and served.text.decode(prompt[-_PROMPT_END:]).rstrip().endswith(THINK)
         readers = [
-            AnswerReader(style.reader() if tools else None, thinks=thinks, is_thinking=is_thinking)
+            AnswerReader(
+                style.reader(tools) if tools else None,
+                Thoughts(is_thinking=is_thinking) if thinks else None,
+                max_calls=1 if asked.parallel_tool_calls is False else 0,
+            )
             for _ in range(asked.n or 1)
         ]
-        return self._writing(client, asked, [prompt], options, form, ignored, readers)
+        return await self._writing(client, asked, [prompt], options, form, ignored, readers)
 
     async def prompt(self, asked: ChatRequest) -> list[TokenId]:
         """Return the tokens of a conversation and its tools.
@@ -139,6 +164,8 @@ class Answering:
             ApiError, DsdError: the request cannot be served.
         """
         style, tools = self.served.style, tools_of(asked)
+        if not self.served.text.template:
+            raise ApiError(400, "this model has no chat template: continue a text with /v1/completions", param="model")
         messages = style.with_tools([message.for_template() for message in asked.messages], tools)
         described = [tool.described for tool in tools] if style.is_native else []
         encode = self.served.text.encode_chat
@@ -176,13 +203,13 @@ class Answering:
         top_logprobs = -1 if asked.logprobs is None else asked.logprobs
         constraint = constraint_of(asked, (), self.served.style)
         max_tokens = asked.max_tokens or _DEFAULT_TEXT_TOKENS
-        options = await self._options(client, asked, max_tokens, top_logprobs, constraint)
+        options = self._options(client, asked, max_tokens, top_logprobs, constraint)
         text = self.served.text
         self._check_prompts(prompts, options, "prompt")
         echoed = [text.decode(prompt) if asked.echo else "" for prompt in prompts]
         echoes = [echo for echo in echoed for _ in range(asked.n or 1)]
         readers = [AnswerReader() for _ in echoes]
-        return self._writing(client, asked, prompts, options, TextFormat(text, echoes), ignored, readers)
+        return await self._writing(client, asked, prompts, options, TextFormat(text, echoes), ignored, readers)
 
     def _prompts(self, asked: CompletionRequest) -> list[list[TokenId]]:
         """Return the prompts as tokens, from any of the four forms that OpenAI accepts."""
@@ -204,7 +231,7 @@ class Answering:
             for entry in entries
         ]
 
-    async def _options(
+    def _options(
         self, client: Client, asked: Common, max_tokens: int, top_logprobs: int, constraint: Constraint | None
     ) -> GenerateOptions:
         usual, stop_tokens = self.served.sampling, self.served.text.stop_tokens
@@ -215,9 +242,6 @@ class Answering:
             top_p=usual.top_p if asked.top_p is None else max(asked.top_p, 1e-6),
             seed=secrets.randbits(63) if asked.seed is None else asked.seed & ((1 << 63) - 1),
         )
-        if constraint is not None:
-            # What is wrong with it is told before anything runs. The compiled form is kept for the answer.
-            await trio.to_thread.run_sync(self.served.grammars.grammar(constraint, stop_tokens).start)
         return GenerateOptions(
             text=TextRequest(
                 max_tokens=max_tokens,
@@ -232,7 +256,7 @@ class Answering:
             owner=client.name,
         )
 
-    def _writing(
+    async def _writing(
         self,
         client: Client,
         asked: Common,
@@ -250,6 +274,10 @@ class Answering:
         num_prompt_tokens = sum(map(len, prompts))
         self._check_prompts(prompts, options, "messages" if isinstance(asked, ChatRequest) else "prompt")
         client.take(num_prompt_tokens)
+        if options.text.constraint is not None:
+            # What is wrong with it is told before anything runs. The compiled form is kept for the answer.
+            grammar = self.served.grammars.grammar(options.text.constraint, options.text.stop_tokens)
+            await trio.to_thread.run_sync(grammar.start, limiter=self.compiling)
         numbered = [(prompt, number) for prompt in prompts for number in range(n)]
         choices = [
             Choice(
@@ -271,7 +299,7 @@ class Answering:
                 is_stream=bool(asked.stream),
                 with_usage=bool(asked.stream_options and asked.stream_options.include_usage),
                 deadline_s=self.limits.deadline_s,
-                headers={"x-dsd-ignored": ", ".join(ignored)} if ignored else {},
+                headers={"x-dsd-ignored": ", ".join(map(as_header, ignored[:_MAX_NAMED]))} if ignored else {},
             ),
             client=client,
             admission=self.admission,

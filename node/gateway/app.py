@@ -133,6 +133,8 @@ class Gateway:
                 error = exc
             except DsdError as exc:
                 error = api_error(exc)
+            except RecursionError:
+                error = ApiError(400, "the request is nested too deeply", code="invalid_request")
             self.note_refused(error.status)
             return json_response(body_of(error), error.status, error.headers)
 
@@ -157,7 +159,7 @@ class Gateway:
         said = chat.messages[1:] if asked.instructions else chat.messages
         keep = partial(self._keep, client, said) if asked.store is not False else _keep_nothing
         form = ResponsesFormat(asked, keep)
-        return await self.answering.chat(client, chat, form, [*ignored, *asked.unserved_tools])
+        return await self.answering.chat(client, chat, form, [*ignored, *asked.unserved_tools], fits_length=True)
 
     def _keep(
         self, client: Client, said: Sequence[ChatMessage], response: str, text: str, calls: Sequence[Call]
@@ -169,12 +171,14 @@ class Gateway:
     async def _messages(self, request: Request, client: Client) -> Writing:
         client.begin()
         asked, ignored = await self.answering.read(request, MessagesRequest)
-        return await self.answering.chat(client, asked.chat(), MessagesFormat(), [*ignored, *asked.unserved_tools])
+        return await self.answering.chat(
+            client, asked.chat(), MessagesFormat(), [*ignored, *asked.unserved_tools], fits_length=True
+        )
 
     async def _ollama_chat(self, request: Request, client: Client) -> Writing:
         client.begin()
         asked, ignored = await self.answering.read(request, OllamaChat)
-        return await self.answering.chat(client, asked.chat(), OllamaFormat(), ignored)
+        return await self.answering.chat(client, asked.chat(), OllamaFormat(), ignored, fits_length=True)
 
     async def _tags(self, _request: Request, _client: Client) -> Response:
         return json_response(tags(self.served.name, self.served.key, self.started_at))

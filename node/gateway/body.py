@@ -12,7 +12,7 @@ from node.gateway.schema import ForModel, unknown_fields
 Asked = TypeVar("Asked", bound=ForModel)
 
 _TIMEOUT_S = 60.0
-_MAX_NAMED, _MAX_NAME = 16, 64
+_MAX_NAME = 64
 
 
 async def read_body(request: Request, kind: type[Asked], *, max_bytes: int, is_strict: bool) -> tuple[Asked, list[str]]:
@@ -37,16 +37,16 @@ async def read_body(request: Request, kind: type[Asked], *, max_bytes: int, is_s
         raise ApiError(408, f"the request did not arrive within {_TIMEOUT_S:g} s") from None
     try:
         asked = msgspec.json.decode(body, type=kind)
-        ignored = [_shown(name) for name in unknown_fields(body, kind)]
+        ignored = [as_header(name) for name in unknown_fields(body, kind)]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         text = str(exc)
         param = text.partition("`$.")[2].partition("`")[0] or None
         raise ApiError(400, text, code="invalid_request", param=param) from exc
     if ignored and is_strict:
         raise ApiError(400, f"{ignored[0]}: there is no such field, and the gateway is --strict", param=ignored[0])
-    return asked, ignored[:_MAX_NAMED]
+    return asked, ignored
 
 
-def _shown(name: str) -> str:
-    """Return a field's name as a header can carry it."""
+def as_header(name: str) -> str:
+    """Return a client's word as a header can carry it."""
     return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in name[:_MAX_NAME])

@@ -43,6 +43,7 @@ class Choice:
     reader: AnswerReader = field(default_factory=AnswerReader)
     outcome: Outcome = field(default_factory=Outcome)
     num_tokens: int = 0
+    num_reasoning_tokens: int = 0
     calls: tuple[Call, ...] = ()
     finish_reason: str | None = None
     stopped_by: str = ""
@@ -83,6 +84,8 @@ class Choice:
 
     def _piece(self, read: Read, tokens: tuple[TokenId, ...] = (), logprobs: tuple[TokenLogprobs, ...] = ()) -> Piece:
         self.calls += read.calls
+        if read.reasoning and not read.text:
+            self.num_reasoning_tokens += len(tokens)
         return Piece(text=read.text, tokens=tokens, logprobs=logprobs, reasoning=read.reasoning, calls=read.calls)
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dsd_p2p.errors import ConfigError, PeerDisconnected
-from node.client.chat import Chat, typed_lines
+from node.client.chat import Chat, harmless, typed_lines
 from node.client.conversation import Conversation, GatewayClient
 
 SPECULATION = {"tokens_per_s": 12.5, "ttft_s": 0.2, "mode": "sync", "drafter": "x", "mean_accepted_length": 2.0}
@@ -159,3 +159,7 @@ def test_lines_come_from_a_pipe_too(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert list(typed_lines(tmp_path / "history")) == ["one", "two"]
     assert not (tmp_path / "history").exists()
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal():
+    assert harmless("\x1b]52;c;ZXZpbA==\x07hi\x1b[2J\n\tüb\x9b1m") == "]52;c;ZXZpbA==hi[2J\n\tüb1m"

@@ -1,5 +1,6 @@
 """The APIs that agents speak, by the official clients: forms by construction, tools, streams, turns, errors."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -206,6 +207,24 @@ def test_what_responses_cannot_do_is_said(client):
         client.responses.create(model=MODEL, input=image)
 
 
+def test_an_answer_is_as_long_as_the_context_allows_where_clients_must_name_a_length(client, claude, llama):
+    """Agents name the length of models that they know, such as 32,000 tokens."""
+    question = [{"role": "user", "content": "Say yes."}]
+    limits = {"stop_sequences": [" ", "."], "model": MODEL, "messages": question}
+    assert claude.messages.create(max_tokens=100_000, **limits).stop_reason in ("stop_sequence", "end_turn")
+    options = {"num_predict": 100_000, "stop": [" ", "."]}
+    assert llama.chat(MODEL, question, options=options).done_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="context"):
+        chat(client, question, max_tokens=100_000)
+
+
+def test_the_kind_of_a_tool_that_no_header_can_carry_is_named_as_far_as_one_can(client):
+    tools = [{"type": "web\r\nsearch-ü" * 40}]
+    raw = client.responses.with_raw_response.create(model=MODEL, input="x", tools=tools, max_output_tokens=2)
+    assert raw.headers["x-dsd-ignored"].startswith("tools.web??search-?web")
+    assert len(raw.headers["x-dsd-ignored"]) == 64
+
+
 # Messages
 
 
@@ -308,3 +327,29 @@ def test_a_chat_in_the_terminal(up):
     assert len(answers) == 2
     assert answers[0] == answers[1]
     assert done.stdout.count("tokens/s, first after") == 2
+
+
+def test_an_agent_calls_a_tool_and_then_gives_its_output_by_another(up):
+    """An agent framework makes its typed output a tool, and lets the model call nothing but tools."""
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    cities = []
+
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=f"{up.url}/v1", api_key="none") as client:
+            model = OpenAIChatModel(MODEL, provider=OpenAIProvider(openai_client=client))
+            settings = {"temperature": 0, "max_tokens": 120, "parallel_tool_calls": False}
+            weather = Agent(model, output_type=[look_up], model_settings=settings)
+            await weather.run("What is the weather in Rome?")
+            person = Agent(model, output_type=Person, model_settings=settings)
+            return (await person.run("Bob is 33 years old.")).output
+
+    def look_up(city: str) -> str:
+        """Return the weather of a city."""
+        cities.append(city)
+        return "sunny"
+
+    assert isinstance(asyncio.run(ask()), Person)
+    assert len(cities) == 1

@@ -6,13 +6,16 @@ import random
 import msgspec
 import pytest
 
+from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import Constraint, ConstraintKind
+from node.gateway.apis.responses.kept import KeptConversations
+from node.gateway.apis.responses.request import messages_of
 from node.gateway.errors import ApiError
-from node.gateway.schema import ChatRequest, CompletionRequest
+from node.gateway.schema import ChatMessage, ChatRequest, CompletionRequest
 from node.gateway.shaping import constraint_of, shaping_of, tools_of, with_seen
-from node.gateway.tools.reading import AnswerReader
+from node.gateway.tools.reading import AnswerReader, Thoughts
 from node.gateway.tools.styles import HERMES, IN_WORDS, LLAMA3, MISTRAL, Tool, style_of
 
 WEATHER = Tool(
@@ -35,6 +38,9 @@ ADD = Tool(
         "additionalProperties": False,
     },
 )
+
+F = Tool(name="f", description="", parameters={})
+OFFERED = [WEATHER, ADD, F]
 
 # Answers as models of each family write them.
 RECORDED = [
@@ -89,11 +95,11 @@ def cut(rng, text):
 def test_recorded_answers_are_read_however_they_arrive(style, answer, text, calls):
     for seed in range(30):
         pieces = [answer] if not seed else list(cut(random.Random(seed), answer))
-        assert read(AnswerReader(style.reader()), pieces) == (text, "", calls), pieces
+        assert read(AnswerReader(style.reader(OFFERED)), pieces) == (text, "", calls), pieces
 
 
 def test_text_before_a_call_is_shown_while_it_arrives():
-    reader = AnswerReader(HERMES.reader())
+    reader = AnswerReader(HERMES.reader(OFFERED))
     assert reader.feed("It is ").text == "It is "
     assert reader.feed("sunny <tool").text == "sunny "
     assert reader.feed("box>").text == "<toolbox>"
@@ -101,7 +107,9 @@ def test_text_before_a_call_is_shown_while_it_arrives():
 
 
 def test_each_call_has_an_id_of_its_own():
-    first, second = (AnswerReader(HERMES.reader()).feed('<tool_call>{"name": "f"}</tool_call>').calls for _ in range(2))
+    first, second = (
+        AnswerReader(HERMES.reader(OFFERED)).feed('<tool_call>{"name": "f"}</tool_call>').calls for _ in range(2)
+    )
     assert first[0].id != second[0].id
     assert first[0].arguments == "{}"
 
@@ -112,21 +120,24 @@ def test_each_call_has_an_id_of_its_own():
         ("<think>\nhm\n</think>\n\nYes.", False, ("Yes.", "\nhm\n")),
         ("hm</think>Yes.", True, ("Yes.", "hm")),
         ("<think>cut off", False, ("", "cut off")),
+        ("Use the <think> tag, then </think>.", False, ("Use the <think> tag, then </think>.", "")),
+        ("<think>a</think>b <think>c</think>", False, ("b <think>c</think>", "a")),
+        ("<thinking is hard", False, ("<thinking is hard", "")),
         ("No thoughts.", False, ("No thoughts.", "")),
     ],
 )
 def test_reasoning_is_split_from_the_answer(answer, is_thinking, expected):
     for seed in range(20):
         pieces = [answer] if not seed else list(cut(random.Random(seed), answer))
-        text, reasoning, _ = read(AnswerReader(thinks=True, is_thinking=is_thinking), pieces)
+        text, reasoning, _ = read(AnswerReader(thoughts=Thoughts(is_thinking=is_thinking)), pieces)
         assert (text, reasoning) == expected
     assert read(AnswerReader(), ["<think>hm</think>"])[0] == "<think>hm</think>", "a model that does not think"
 
 
 def test_a_call_in_the_reasoning_is_no_call():
     answer = '<think>I could <tool_call>{"name": "f"}</tool_call></think>No.'
-    assert read(AnswerReader(HERMES.reader(), thinks=True), [answer])[0] == "No."
-    assert read(AnswerReader(HERMES.reader(), thinks=True), [answer])[2] == []
+    assert read(AnswerReader(HERMES.reader(OFFERED), Thoughts(is_thinking=False)), [answer])[0] == "No."
+    assert read(AnswerReader(HERMES.reader(OFFERED), Thoughts(is_thinking=False)), [answer])[2] == []
 
 
 @pytest.mark.parametrize(
@@ -137,6 +148,7 @@ def test_a_call_in_the_reasoning_is_no_call():
         ('{% if tools %}{{ "[AVAILABLE_TOOLS]" }}{% endif %}[TOOL_CALLS]', MISTRAL),
         ('{% if tools %}Respond in {"name": ..., "parameters": ...} <|python_tag|>{% endif %}', LLAMA3),
         ("{% if tools %}some other way{% endif %}", IN_WORDS),
+        ("{% if tools %}<tool_call>\\n<function=name>{% endif %}", IN_WORDS),
         ("", IN_WORDS),
     ],
 )
@@ -207,7 +219,7 @@ def test_a_tool_that_must_be_called_is_called_in_the_models_own_form(allows, sty
     if style.begin:
         written = f"{style.begin}\n{written}\n{style.end}"
     assert allows(constraint, written)
-    assert read(AnswerReader(style.reader()), [written]) == ("", "", [("add", {"a": 1, "b": 2})])
+    assert read(AnswerReader(style.reader(OFFERED)), [written]) == ("", "", [("add", {"a": 1, "b": 2})])
     assert not allows(constraint, "Hello.")
     assert not allows(constraint, written.replace('"b"', '"c"'))
     assert not allows(constraint, written.replace("add", "sub"))
@@ -279,3 +291,136 @@ def test_what_shapes_nothing_is_no_shaping():
 def test_a_completion_can_be_constrained_too(allows):
     request = msgspec.convert({"model": "m", "prompt": "x", "structured_outputs": {"choice": ["a"]}}, CompletionRequest)
     assert constraint_of(request, [], HERMES) == Constraint(ConstraintKind.REGEX, "a")
+
+
+@pytest.mark.parametrize(
+    ("style", "answer"),
+    [
+        (HERMES, '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "f", "arguments": "Rome"}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "\\ud83d"}}</tool_call>'),
+        (HERMES, "<tool_call>" + "[" * 5000),
+        (LLAMA3, '{"name": "Bob", "age": 3}'),
+        (LLAMA3, "[" * 5000),
+        (MISTRAL, '[{"name": "f", "arguments": null}]'),
+    ],
+    ids=lambda each: str(each)[:40] if isinstance(each, str) else each.name,
+)
+def test_what_is_no_call_of_an_offered_tool_is_text_and_can_be_sent(style, answer):
+    text, _, calls = read(AnswerReader(style.reader(OFFERED)), list(cut(random.Random(1), answer)))
+    assert (text, calls) == (answer, [])
+    msgspec.json.encode(text)
+
+
+def test_an_argument_may_hold_the_tags_themselves():
+    inner = "a <think> b </tool_call> c <tool_call>"
+    answer = f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': {'s': inner}})}\n</tool_call>"
+    for seed in range(20):
+        reader = AnswerReader(HERMES.reader(OFFERED), Thoughts(is_thinking=False))
+        assert read(reader, list(cut(random.Random(seed), answer))) == ("", "", [("f", {"s": inner})])
+
+
+def test_no_more_calls_than_asked_for():
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert len(read(AnswerReader(HERMES.reader(OFFERED), max_calls=1), [call, call])[2]) == 1
+
+
+def test_arguments_as_text_are_those_of_the_text():
+    assert read(AnswerReader(LLAMA3.reader(OFFERED)), ['{"name": "f", "arguments": "{\\"a\\": 1}"}'])[2] == [
+        ("f", {"a": 1})
+    ]
+
+
+@pytest.mark.parametrize("style", [HERMES, LLAMA3, MISTRAL], ids=lambda style: style.name)
+def test_schemas_of_tools_may_refer_to_parts_of_their_own(allows, style):
+    part = {
+        "type": "object",
+        "properties": {"x": {"type": "integer"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    nested = Tool(
+        name="nest",
+        description="",
+        parameters={
+            "$defs": {"P": part},
+            "type": "object",
+            "properties": {"p": {"$ref": "#/$defs/P"}},
+            "required": ["p"],
+            "additionalProperties": False,
+        },
+    )
+    constraint = constraint_of(asked(tools=TOOLS, tool_choice="required"), [ADD, nested], style)
+    written = json.dumps({"name": "nest", style.key: {"p": {"x": 1}}})
+    written = f"[{written}]" if style.is_list else written
+    assert allows(constraint, f"{style.begin}\n{written}\n{style.end}" if style.begin else written)
+
+
+def test_mistrals_templates_get_ids_that_they_take():
+    messages = [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_0123456789abcdef", "function": {"name": "f"}}],
+        },
+        {"role": "tool", "content": "x", "tool_call_id": "call_0123456789abcdef"},
+    ]
+    told = MISTRAL.with_tools(messages, [])
+    assert told[0]["tool_calls"][0]["id"] == told[1]["tool_call_id"]
+    assert len(told[1]["tool_call_id"]) == 9
+    assert told[1]["tool_call_id"].isalnum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        (ConstraintKind.GRAMMAR, "root ::= ["),
+        (ConstraintKind.GRAMMAR, "root ::= a"),
+        (ConstraintKind.JSON_SCHEMA, "[" * 2000),
+        (
+            ConstraintKind.JSON_SCHEMA,
+            json.dumps({"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{n}}}"} for n in range(13, 30)]}),
+        ),
+    ],
+    ids=["gbnf", "gbnf-name", "nested", "intersections"],
+)
+def test_a_form_that_cannot_be_compiled_or_would_take_all_memory_is_refused(smollm, kind, source):
+    grammar = ModelGrammars(smollm.folder, 49152).grammar(Constraint(kind, source), (2,))
+    with pytest.raises(ConfigError, match="cannot be"):
+        grammar.start()
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [{"type": "function_call", "call_id": "x" * 300, "name": "f"}],
+        [{"type": "function_call", "call_id": "x", "name": None}],
+        [{"type": "function_call", "call_id": "x", "name": "f"}] * 129,
+        [{"type": "item_reference", "id": "x"}],
+        [{"type": "function_call_output", "call_id": 7, "output": "x"}],
+        [{"role": "pirate", "content": "x"}],
+        [{"role": "user", "content": [7]}],
+    ],
+)
+def test_wrong_items_of_a_conversation_are_refused(items):
+    with pytest.raises(ApiError, match="input"):
+        messages_of(items)
+
+
+def test_kept_conversations_are_each_clients_own_and_end():
+    now = [0.0]
+    kept = KeptConversations(lambda: now[0])
+    said = [ChatMessage(role="user", content="hi")]
+    kept.keep("alice", "r1", said)
+    for number in range(2000):
+        kept.keep("bob", f"b{number}", said)
+    assert kept.of("alice", "r1") == said
+    with pytest.raises(ApiError):
+        kept.of("bob", "r1")
+    with pytest.raises(ApiError):
+        kept.of("bob", "b0")
+    now[0] = 3600.0
+    with pytest.raises(ApiError, match="kept for an hour"):
+        kept.of("alice", "r1")

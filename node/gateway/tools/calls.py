@@ -2,11 +2,14 @@
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from node.gateway.tools.splitting import TagSplitter
+from node.gateway.tools.splitting import overlap
+
+_ARGUMENTS = ("arguments", "parameters")
+"""The names under which the arguments of a call may stand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,78 +41,103 @@ class CallReader(Protocol):
         ...
 
 
-def calls_of(source: str, keys: tuple[str, ...]) -> tuple[Call, ...]:
+def calls_of(source: str, names: Collection[str]) -> tuple[Call, ...]:
     """Return the calls in a JSON object or list of objects; none if it is anything else.
 
-    keys: the names under which the arguments may stand.
+    names: the tools that can be called.
     """
     try:
-        parsed = json.loads(source)
-    except ValueError:
+        parsed = _parsed(source)
+        found = [_call(each, names) for each in (parsed if isinstance(parsed, list) else [parsed])]
+    except (ValueError, RecursionError):
         return ()
-    found: list[Call] = []
-    for each in parsed if isinstance(parsed, list) else [parsed]:
-        name, arguments = _parts(each, keys)
-        if name is None:
-            return ()
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        found.append(Call(id=f"call_{secrets.token_hex(12)}", name=name, arguments=text))
     return tuple(found)
 
 
-def _parts(call: Any, keys: tuple[str, ...]) -> tuple[str | None, Any]:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None, None
-    return call["name"], next((call[key] for key in keys if key in call), {})
+def _call(given: Any, names: Collection[str]) -> Call:
+    """Return a call. Raises ValueError if it is none, or none that can be sent on."""
+    if not isinstance(given, dict) or given.get("name") not in names:
+        raise ValueError("no call of a tool")
+    arguments: Any = next((given[key] for key in _ARGUMENTS if key in given), {})
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError("arguments are an object")  # noqa: TRY004 - callers catch what is no call
+    text = json.dumps(arguments, ensure_ascii=False)
+    text.encode()  # half of a character cannot be sent
+    return Call(id=f"call_{secrets.token_hex(12)}", name=given["name"], arguments=text)
+
+
+def _parsed(source: str) -> Any:
+    return json.loads(source, parse_constant=_no_number)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 class TaggedCalls:
     """Calls between tags, each a JSON object; text may stand before and between them."""
 
-    def __init__(self, begin: str, end: str, keys: tuple[str, ...]) -> None:
-        self._begin, self._end, self._keys = begin, end, keys
-        self._splitter = TagSplitter(begin, end)
-        self._inside = self._breaks = ""
+    def __init__(self, begin: str, end: str, names: Collection[str]) -> None:
+        self._begin, self._end, self._names = begin, end, names
+        self._held = ""
+        self._is_inside = False
         self._num_calls = 0
 
     def feed(self, text: str) -> Found:
         """See `CallReader`."""
-        return self._read(self._splitter.feed(text))
+        self._held += text
+        shown = ""
+        calls: tuple[Call, ...] = ()
+        while True:
+            if not self._is_inside:
+                at = self._held.find(self._begin)
+                if at < 0:
+                    return Found(text=shown + self._show(calls), calls=self._counted(calls))
+                # Line breaks around calls belong to their form.
+                shown += self._said(self._held[:at].rstrip("\n"), calls)
+                self._held, self._is_inside = self._held[at:], True
+            found, rest = self._complete()
+            if not found:
+                return Found(text=shown, calls=self._counted(calls))
+            calls, self._held, self._is_inside = calls + found, rest, False
 
     def finish(self) -> Found:
         """See `CallReader`. A call whose closing tag is missing counts if it is complete."""
-        found = self._read(self._splitter.finish())
-        rest, self._inside = self._inside, ""
-        calls = calls_of(rest, self._keys)
-        if calls:
-            return Found(text=found.text, calls=found.calls + calls)
-        breaks = "" if self._num_calls and not rest else self._breaks
-        return Found(text=found.text + breaks + (self._begin + rest if rest else ""), calls=found.calls)
+        rest, self._held = self._held, ""
+        calls = calls_of(rest.removeprefix(self._begin), self._names) if self._is_inside else ()
+        self._is_inside = False
+        return Found(calls=calls) if calls else Found(text=self._said(rest, ()))
 
-    def _read(self, parts: Sequence[tuple[bool, str]]) -> Found:
-        shown = ""
-        calls: tuple[Call, ...] = ()
-        for number, (is_inside, text) in enumerate(parts):
-            if not is_inside:
-                # Line breaks around calls belong to their form. Whether a call follows is not known yet.
-                said = self._breaks + (text.lstrip("\n") if self._num_calls + len(calls) and not self._breaks else text)
-                self._breaks = said[len(said.rstrip("\n")) :]
-                shown += said.rstrip("\n")
-                continue
-            self._inside += text
-            if number < len(parts) - 1 or not self._splitter.is_inside:
-                found = calls_of(self._inside, self._keys)
-                shown += "" if found else self._breaks + self._begin + self._inside + self._end
-                calls, self._inside, self._breaks = calls + found, "", ""
+    def _complete(self) -> tuple[tuple[Call, ...], str]:
+        """Return the call that is held, and what follows it. An argument may hold the closing tag too."""
+        at = self._held.find(self._end)
+        while at >= 0:
+            if calls := calls_of(self._held[len(self._begin) : at], self._names):
+                return calls, self._held[at + len(self._end) :]
+            at = self._held.find(self._end, at + 1)
+        return (), ""
+
+    def _show(self, calls: tuple[Call, ...]) -> str:
+        """Return what is certainly text: not what could begin a tag, nor line breaks that a call may follow."""
+        text = self._held[: len(self._held) - overlap(self._held, self._begin)].rstrip("\n")
+        self._held = self._held[len(text) :]
+        return self._said(text, calls)
+
+    def _said(self, text: str, calls: tuple[Call, ...]) -> str:
+        return text.lstrip("\n") if self._num_calls or calls else text
+
+    def _counted(self, calls: tuple[Call, ...]) -> tuple[Call, ...]:
         self._num_calls += len(calls)
-        return Found(text=shown, calls=calls)
+        return calls
 
 
 class WholeCalls:
     """An answer that is either text or calls: JSON from its first character on, perhaps after a mark."""
 
-    def __init__(self, marks: tuple[str, ...], keys: tuple[str, ...]) -> None:
-        self._marks, self._keys = marks, keys
+    def __init__(self, marks: tuple[str, ...], names: Collection[str]) -> None:
+        self._marks, self._names = marks, names
         self._held = ""
         self._is_text = False
 
@@ -128,7 +156,7 @@ class WholeCalls:
 
     def finish(self) -> Found:
         """See `CallReader`."""
-        calls = calls_of(self._unmarked(), self._keys)
+        calls = calls_of(self._unmarked(), self._names)
         shown, self._held = self._held, ""
         return Found(calls=calls) if calls else Found(text=shown)
 

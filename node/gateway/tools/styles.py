@@ -1,5 +1,6 @@
 """The ways in which models are told of tools and write calls, chosen by the model's chat template."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -42,34 +43,35 @@ class CallStyle:
     is_list: bool = False
     is_native: bool = True
 
-    def reader(self) -> CallReader:
-        """Return a reader for one answer."""
-        keys = ("arguments", "parameters")
-        return TaggedCalls(self.begin, self.end, keys) if self.begin else WholeCalls(self.marks, keys)
+    def reader(self, tools: Sequence[Tool]) -> CallReader:
+        """Return a reader for one answer that may call `tools`."""
+        names = frozenset(tool.name for tool in tools)
+        return TaggedCalls(self.begin, self.end, names) if self.begin else WholeCalls(self.marks, names)
 
     def rules(self, tools: Sequence[Tool], *, is_parallel: bool) -> str:
         """Return the rule `calls` in Lark's notation: one call of any tool, or several if `is_parallel`."""
-        one = {"anyOf": [self._schema(tool) for tool in tools]}
+        one = " | ".join(f"call{index}" for index in range(len(tools)))
         if self.begin:
-            more = r'("\n" call)*' if is_parallel else ""
-            begin, end = json.dumps(f"{self.begin}\n"), json.dumps(f"\n{self.end}")
-            return f"calls: call {more}\ncall: {begin} body {end}\nbody: %json {_json(one)}\n"
-        if self.is_list:
-            some = {"type": "array", "items": one, "minItems": 1, "maxItems": 16 if is_parallel else 1}
-            return f"calls: %json {_json(some)}\n"
-        return f"calls: %json {_json(one)}\n"
+            more = r'("\n" tagged)*' if is_parallel else ""
+            tagged = f"{_text(self.begin)} {_text(chr(10))} one {_text(chr(10))} {_text(self.end)}"
+            calls = f"calls: tagged {more}\ntagged: {tagged}\n"
+        elif self.is_list:
+            more = r'(", " one)*' if is_parallel else ""
+            calls = f'calls: "[" one {more} "]"\n'
+        else:
+            calls = "calls: one\n"
+        return f"{calls}one: {one}\n" + "".join(self._rule(index, tool) for index, tool in enumerate(tools))
 
-    def _schema(self, tool: Tool) -> dict[str, Any]:
-        properties = {"name": {"const": tool.name}, self.key: dict(tool.parameters) or {"type": "object"}}
-        return {
-            "type": "object",
-            "properties": properties,
-            "required": list(properties),
-            "additionalProperties": False,
-        }
+    def _rule(self, index: int, tool: Tool) -> str:
+        """Return the rule of one call. The schema keeps a root of its own, to which its references lead."""
+        before = f'{{"name": {json.dumps(tool.name)}, "{self.key}": '
+        schema = {**(tool.parameters or {"type": "object"}), "x-guidance": _SPACED}
+        return f'call{index}: {_text(before)} given{index} "}}"\ngiven{index}: %json {json.dumps(schema)}\n'
 
     def with_tools(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
         """Return messages that tell of the tools and of earlier calls in words, for a template that knows none."""
+        if self.is_list:
+            return [_with_short_ids(message) for message in messages]
         if self.is_native:
             return list(messages)
         told = [self._told(message) for message in messages]
@@ -94,7 +96,7 @@ class CallStyle:
 
 def _named(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = call["function"]["arguments"]
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         arguments = json.loads(arguments)
     return {"name": call["function"]["name"], "arguments": arguments}
 
@@ -103,8 +105,23 @@ _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 """How calls are spaced: as `json.dumps` does, which is what models are trained on, and no other way."""
 
 
-def _json(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**schema, "x-guidance": _SPACED}, ensure_ascii=False)
+def _text(words: str) -> str:
+    """Return words as a literal of Lark's notation."""
+    return json.dumps(words, ensure_ascii=False)
+
+
+def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose ids of calls have nine letters and digits: Mistral's templates refuse others."""
+    changed = dict(message)
+    if message.get("tool_call_id"):
+        changed["tool_call_id"] = _short_id(message["tool_call_id"])
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [{**call, "id": _short_id(call.get("id", ""))} for call in message["tool_calls"]]
+    return changed
+
+
+def _short_id(given: str) -> str:
+    return hashlib.sha256(given.encode()).hexdigest()[:9]
 
 
 HERMES = CallStyle(name="hermes", begin="<tool_call>", end="</tool_call>")
@@ -116,7 +133,8 @@ IN_WORDS = CallStyle(name="in words", begin="<tool_call>", end="</tool_call>", i
 
 def style_of(template: str) -> CallStyle:
     """Return the style of a chat template, in Jinja."""
-    if not re.search(r"\btools\b", template):
+    # Some templates have calls in the form of XML, which is not read here.
+    if not re.search(r"\btools\b", template) or "<function=" in template:
         return IN_WORDS
     if "<tool_call>" in template:
         return HERMES

@@ -132,7 +132,7 @@ def _messages(message: Message) -> list[ChatMessage]:
     for block in message.content:
         match block.get("type"):
             case "text":
-                texts.append(str(block.get("text", "")))
+                texts.append(str(block.get("text") or ""))
             case "tool_use":
                 arguments = json.dumps(block.get("input", {}), ensure_ascii=False)
                 function = FunctionCall(name=str(block.get("name", "")), arguments=arguments)
@@ -160,7 +160,7 @@ def _text(content: Any) -> str:
         if not isinstance(block, dict) or block.get("type") != "text":
             kind = block.get("type") if isinstance(block, dict) else block
             raise ApiError(400, f"messages: blocks of type {kind!r} are not supported here", param="messages")
-        texts.append(str(block.get("text", "")))
+        texts.append(str(block.get("text") or ""))
     return "".join(texts)
 
 
@@ -182,4 +182,4 @@ def _tool(given: dict[str, Any]) -> FunctionTool:
 
 def _thinking(asked: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return what tells templates whether to think; those that do not know it ignore it."""
-    return None if asked is None else {"enable_thinking": asked.get("type") == "enabled"}
+    return None if asked is None else {"enable_thinking": asked.get("type") != "disabled"}

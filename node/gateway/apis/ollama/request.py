@@ -37,7 +37,7 @@ class OllamaMessage(msgspec.Struct, frozen=True, kw_only=True):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: Text = ""
+    content: Text | None = None
     thinking: Text | None = None
     images: Annotated[list[Any], Meta(max_length=0)] | None = None
     tool_calls: Annotated[list[OllamaCall], Meta(max_length=128)] | None = None
@@ -53,7 +53,7 @@ class OllamaMessage(msgspec.Struct, frozen=True, kw_only=True):
             )
             for each in self.tool_calls or ()
         ]
-        return ChatMessage(role=self.role, content=self.content, tool_calls=calls or None)
+        return ChatMessage(role=self.role, content=self.content or "", tool_calls=calls or None)
 
 
 class OllamaOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -186,7 +186,7 @@ class ResponsesFormat(EventFrames):
             "tools": [each for each in asked.tools or () if each.get("type") == "function"],
             "top_p": asked.top_p if sampling is None else sampling.top_p,
             "truncation": asked.truncation or "disabled",
-            "usage": None if usage is None else _usage(usage),
+            "usage": None if usage is None else _usage(usage, 0 if choice is None else choice.num_reasoning_tokens),
         }
 
 
@@ -194,11 +194,11 @@ def _status(choice: Choice) -> str:
     return "incomplete" if choice.finish_reason == "length" else "completed"
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage, num_reasoning_tokens: int) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.prompt_tokens_details.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": num_reasoning_tokens},
         "total_tokens": usage.total_tokens,
     }

@@ -13,7 +13,6 @@ from node.gateway.schema import (
     ChatRequest,
     ForModel,
     Function,
-    FunctionCall,
     FunctionTool,
     JsonSchema,
     NamedFunction,
@@ -21,7 +20,6 @@ from node.gateway.schema import (
     ResponseFormat,
     ShortText,
     Text,
-    ToolCall,
 )
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
@@ -68,6 +66,8 @@ class ResponsesRequest(ForModel, frozen=True, kw_only=True):  # size: the fields
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
     parallel_tool_calls: bool | None = None
     background: Literal[False] | None = None
+    conversation: None = None
+    prompt: None = None
     metadata: Annotated[dict[ShortText, Any], Meta(max_length=64)] | None = None
     reasoning: dict[ShortText, Any] | None = None
     include: list[ShortText] | None = None
@@ -123,26 +123,28 @@ def messages_of(items: Sequence[dict[str, Any]]) -> list[ChatMessage]:
         if kind == "message":
             found.append(_message(item))
         elif kind == "function_call":
-            call = ToolCall(
-                id=str(item.get("call_id", "")),
-                function=FunctionCall(name=str(item.get("name", "")), arguments=str(item.get("arguments", "{}"))),
-            )
-            if found and found[-1].role == "assistant":
-                calls = [*(found[-1].tool_calls or ()), call]
-                found[-1] = msgspec.structs.replace(found[-1], tool_calls=calls)
-            else:
-                found.append(ChatMessage(role="assistant", content="", tool_calls=[call]))
+            function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+            call = {"id": item.get("call_id", ""), "function": function}
+            is_later = bool(found) and found[-1].role == "assistant"
+            before = msgspec.to_builtins(found.pop()) if is_later else {"role": "assistant", "content": ""}
+            found.append(_checked({**before, "tool_calls": [*(before.get("tool_calls") or ()), call]}))
         elif kind == "function_call_output":
             text = _text(item.get("output", ""))
-            found.append(ChatMessage(role="tool", content=text, tool_call_id=str(item.get("call_id", ""))))
+            found.append(_checked({"role": "tool", "content": text, "tool_call_id": item.get("call_id", "")}))
+        elif kind == "item_reference":
+            raise ApiError(400, "input: items are not kept; send them whole, as with store: false", param="input")
         elif kind != "reasoning":
             raise ApiError(400, f"input: items of type {kind!r} are not supported", param="input")
     return found
 
 
 def _message(item: dict[str, Any]) -> ChatMessage:
+    return _checked({"role": item.get("role"), "content": _text(item.get("content", ""))})
+
+
+def _checked(message: dict[str, Any]) -> ChatMessage:
     try:
-        return msgspec.convert({"role": item.get("role"), "content": _text(item.get("content", ""))}, ChatMessage)
+        return msgspec.convert(message, ChatMessage)
     except msgspec.ValidationError as exc:
         raise ApiError(400, f"input: {exc}", param="input") from exc
 
