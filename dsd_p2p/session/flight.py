@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsd_p2p.session.request import RequestStats
+from dsd_p2p.session.request import NODE_S, RequestStats
 from dsd_p2p.types import SessionId, TokenId
 from dsd_p2p.wire.messages import BASE, FILL_NODES, Cancel, DraftTop, Verdict, Window
-
-_NODE_S = 0.1
-"""Seconds that a node may take over all stages, apart from the stall timeout."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +42,7 @@ class Flight:
     @property
     def patience_s(self) -> float:
         """Seconds that the stages may need for all nodes in flight. A long prompt takes minutes on slow machines."""
-        return _NODE_S * sum(each.num_nodes for each in self._in_flight)
+        return NODE_S * sum(each.num_nodes for each in self._in_flight)
 
     def __repr__(self) -> str:
         return f"epoch {self.epoch}, {len(self)} windows in flight, next node {self.next_node}"

@@ -6,9 +6,9 @@ Follows docs/protocol.md, rule 2: Opening; rule 9: Replay; rule 10: Closing; rul
 from dataclasses import dataclass
 
 from dsd_p2p.errors import DsdError, PeerError, RemoteProtocolError
-from dsd_p2p.session.request import Request, Route
+from dsd_p2p.session.request import NODE_S, Request, Route
 from dsd_p2p.types import PeerId
-from dsd_p2p.wire.messages import BASE, CloseSession, OpenSession, Park
+from dsd_p2p.wire.messages import BASE, MAX_IDLE_S, CloseSession, OpenSession, Park
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class Opening:
             text=request.text,
             num_prompt=request.num_prompt,
             num_given=num_given,
-            idle_timeout_s=2 * request.stall_timeout_s,
+            idle_timeout_s=min(MAX_IDLE_S, 2 * request.stall_timeout_s + NODE_S * num_given),
             formats=request.hidden_formats if len(route.hops) > 1 else (),
             kept=kept,
             resume=(passed.epoch, passed.node) if kept and passed is not None else (0, BASE),

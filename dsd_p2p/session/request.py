@@ -26,6 +26,10 @@ class Route:
         return PeerId(self.hops[0].peer)
 
 
+NODE_S = 0.1
+"""Seconds that a node may take over all stages, apart from the stall timeout."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One request for a text, as its coordinator runs it.

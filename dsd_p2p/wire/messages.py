@@ -31,6 +31,7 @@ from dsd_p2p.wire.hints import AskHint, Hint
 from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members, SignatureBytes
 
 MAX_WINDOW_NODES = 1024
+MAX_IDLE_S = 3600
 MAX_STAGES = 64
 MAX_KNOWN_PEERS = 64
 MAX_DRAFT_TOP = 32
@@ -123,7 +124,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
     text: TextRequest
     num_prompt: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
     num_given: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
-    idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
+    idle_timeout_s: Annotated[float, Meta(gt=0, le=MAX_IDLE_S)]
     formats: Annotated[tuple[HiddenFormat, ...], Meta(max_length=MAX_STAGES - 1)] = ()
     kept: Annotated[tuple[bool, ...], Meta(max_length=MAX_STAGES)] = ()
     resume: tuple[Epoch, NodeNumber] = (0, BASE)
@@ -274,7 +275,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag=12):
     request: SessionBytes
     prompt: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_POSITIONS)]
     text: TextRequest
-    idle_timeout_s: Annotated[float, Meta(gt=0, le=3600)]
+    idle_timeout_s: Annotated[float, Meta(gt=0, le=MAX_IDLE_S)]
     deadline_s: Annotated[float, Meta(gt=0, le=86400)]
     num_written: Annotated[int, Meta(ge=0, le=MAX_POSITIONS)] = 0
     owner: Name = ""

@@ -7,7 +7,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from dsd_p2p.types import Endpoint, ModelKey, PeerInfo, Relaxation, Sampling, Span, TextRequest
+from dsd_p2p.types import Constraint, Endpoint, ModelKey, PeerInfo, Relaxation, Sampling, Shaping, Span, TextRequest
 from dsd_p2p.wire import membership, messages
 from dsd_p2p.wire.hints import Hits
 from dsd_p2p.wire.messages import Message
@@ -19,7 +19,7 @@ MESSAGES = {struct.__name__: struct for struct in get_args(Message)}
 STRUCTURES = {
     struct.__name__: struct
     for struct in (
-        Endpoint, ModelKey, TextRequest, PeerInfo, Span, Sampling, Relaxation, Hits,
+        Endpoint, ModelKey, TextRequest, PeerInfo, Span, Sampling, Relaxation, Shaping, Constraint, Hits,
         *(each for module in (messages, membership) for each in vars(module).values()),
     )
     if isinstance(struct, type) and issubclass(struct, msgspec.Struct) and struct.__name__ not in MESSAGES

@@ -239,8 +239,13 @@ def test_a_gpu_gets_graphs_unless_its_layers_take_one_session_each(tiny, monkeyp
 
     chosen = []
     monkeypatch.setattr(opening, "load_span", lambda *args: types.SimpleNamespace(args=args))
-    monkeypatch.setattr(opening, "CapturedSpan", lambda *args, **options: chosen.append("captured"))
-    monkeypatch.setattr(opening, "SpanModel", lambda *args, **options: chosen.append("separate"))
+
+    def choose(name):
+        chosen.append(name)
+        return types.SimpleNamespace(shape=types.SimpleNamespace(vocab_size=VOCAB))
+
+    monkeypatch.setattr(opening, "CapturedSpan", lambda *args, **options: choose("captured"))
+    monkeypatch.setattr(opening, "SpanModel", lambda *args, **options: choose("separate"))
     for family, expected in (("llama", "captured"), ("gemma2-eager", "separate")):
         open_span(find_model(str(tiny(family)), NoProgress()), WHOLE, device="cuda")
         assert chosen.pop() == expected, family
