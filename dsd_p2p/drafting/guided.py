@@ -4,15 +4,17 @@ A forced token needs no drafter: where the constraint leaves one way to go on, i
 target may spell the same text with other tokens, so even these are guesses.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from dsd_p2p.errors import DsdError
 from dsd_p2p.session.effects import Candidate, Draft
 from dsd_p2p.types import TokenId
 from dsd_p2p.verification.grammar import Grammar, Matcher
+
+logger = logging.getLogger(__name__)
 
 _NAME = "grammar"
 _FORCED_PROB = 0.9
@@ -34,17 +36,21 @@ class Guide:
         self._matcher: Matcher | None = None
         self._num_prompt = num_prompt
         self._num_read = 0
+        self._is_broken = False
 
     def guided(self, draft: Draft, found: Sequence[Sequence[Candidate]]) -> list[list[Candidate]]:
         """Return the candidates of each stem that the constraint allows, with forced tokens first."""
+        if self._is_broken:
+            return [list(each) for each in found]
         try:
             root = self._root(draft.tokens)
             return [
                 self._below(root, [token for _, token in stem.path], list(candidates), draft.width)
                 for stem, candidates in zip(draft.stems, found, strict=True)
             ]
-        except DsdError:
-            # The tail will say what is wrong with the constraint. Guesses cannot harm the text.
+        except Exception:  # a failed guess must not cost the answer; the tail says what is wrong with a constraint
+            logger.info("drafts are not guided any more", exc_info=True)
+            self._is_broken = True
             return [list(each) for each in found]
 
     def _root(self, tokens: Sequence[TokenId]) -> Matcher:

@@ -1,5 +1,7 @@
 """Stores the keys and values of a session at a stage, by slot, within a memory budget."""
 
+import threading
+
 import torch
 
 from dsd_p2p.cache.slots import CacheEdit
@@ -12,6 +14,7 @@ class CacheBudget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.used_bytes = 0
+        self._lock = threading.Lock()
 
     def reserve(self, num_bytes: int) -> None:
         """Reserve `num_bytes`.
@@ -19,16 +22,19 @@ class CacheBudget:
         Raises:
             CapacityError: fewer are free.
         """
-        if self.used_bytes + num_bytes > self.max_bytes:
-            raise CapacityError(
-                f"a session needs {num_bytes / 2**20:.0f} MiB of cache, {(self.max_bytes - self.used_bytes) / 2**20:.0f} of "
-                f"{self.max_bytes / 2**20:.0f} MiB are free: raise --cache-memory, ask for fewer tokens, or wait"
-            )
-        self.used_bytes += num_bytes
+        with self._lock:
+            free_bytes = self.max_bytes - self.used_bytes
+            if num_bytes > free_bytes:
+                raise CapacityError(
+                    f"a session needs {num_bytes / 2**20:.0f} MiB of cache, {free_bytes / 2**20:.0f} of "
+                    f"{self.max_bytes / 2**20:.0f} MiB are free: raise --cache-memory, ask for fewer tokens, or wait"
+                )
+            self.used_bytes += num_bytes
 
     def release(self, num_bytes: int) -> None:
         """Give `num_bytes` back."""
-        self.used_bytes -= num_bytes
+        with self._lock:
+            self.used_bytes -= num_bytes
 
 
 class KvCache:

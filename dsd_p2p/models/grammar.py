@@ -5,11 +5,13 @@ tenth of a millisecond, and a question about one token a few microseconds. Its m
 error, which is turned into our errors here. Stop tokens are ours: the matcher never sees them.
 """
 
+import copy
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import llguidance
 import numpy as np
@@ -26,8 +28,10 @@ from dsd_p2p.types import Constraint, ConstraintKind, TokenId
 _SPACE = r"\n? {0,16}"
 """The space between the parts of JSON. Without a bound, small models write line breaks until their tokens run out."""
 
-_MAX_KEPT = 64
-"""Compiled constraints that are kept for later requests."""
+_MAX_KEPT = 256
+"""Constraints of which is remembered whether they can be used."""
+
+_STEP_ITEMS, _STEP_FUEL = 20_000, 100_000
 
 
 class ModelGrammars:
@@ -37,29 +41,42 @@ class ModelGrammars:
         self._folder = folder
         self._vocab_size = vocab_size
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._compiled: OrderedDict[Constraint, llguidance.LLMatcher] = OrderedDict()
+        self._tried: OrderedDict[Constraint, _Tried] = OrderedDict()
         self._lock = threading.Lock()
 
     def grammar(self, constraint: Constraint, stop_tokens: Sequence[TokenId]) -> "ModelGrammar":
         """See `dsd_p2p.verification.grammar.Grammars`."""
         return ModelGrammar(self, constraint, stop_tokens)
 
-    def compiled(self, constraint: Constraint) -> llguidance.LLMatcher:
-        """Return a matcher at the beginning of a text, from the kept ones if it is there.
+    def matcher(self, constraint: Constraint) -> llguidance.LLMatcher:
+        """Return a new matcher at the beginning of a text.
+
+        Only what a trial found is kept: matchers that are copied share their lexer, and with it its limits.
 
         Raises:
             ConfigError: the constraint is wrong, or too large; or the model has no tokenizer that can be constrained.
         """
         with self._lock:
-            matcher = self._compiled.get(constraint)
-        # Others need not wait while one is compiled.
-        matcher = self._compile(constraint) if matcher is None else matcher
+            tried = self._tried.get(constraint)
+        tried = _try(constraint) if tried is None else tried
         with self._lock:
-            self._compiled[constraint] = matcher
-            self._compiled.move_to_end(constraint)
-            if len(self._compiled) > _MAX_KEPT:
-                self._compiled.popitem(last=False)
-            return matcher.deep_copy()
+            self._tried[constraint] = tried
+            self._tried.move_to_end(constraint)
+            if len(self._tried) > _MAX_KEPT:
+                self._tried.popitem(last=False)
+            if tried.why_not:
+                raise ConfigError(tried.why_not)
+            if self._tokenizer is None:
+                self._tokenizer = _tokenizer(self._folder)
+        matcher = llguidance.LLMatcher(self._tokenizer, tried.source, log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise ConfigError(f"the {constraint.kind} cannot be used: {_first_line(matcher.get_error())}")
+        return matcher
+
+    @property
+    def end_tokens(self) -> frozenset[TokenId]:
+        """The tokens that the library takes for ends of a text."""
+        return frozenset() if self._tokenizer is None else frozenset(self._tokenizer.eos_tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -71,20 +88,27 @@ class ModelGrammars:
         """The number of tokens that the tokenizer has; embeddings often have more rows."""
         return 0 if self._tokenizer is None else min(self._tokenizer.vocab_size, self._vocab_size)
 
-    def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
-        try:
-            source = _grammar_of(constraint)
-        except Exception as exc:  # the library's converters raise whatever occurs to them
-            raise ConfigError(f"the {constraint.kind} cannot be read: {_first_line(str(exc))}") from exc
-        if (reason := why_not(source)) is not None:
-            raise ConfigError(f"the {constraint.kind} cannot be used: {_first_line(reason)}")
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = _tokenizer(self._folder)
-        matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
-        if matcher.is_error():
-            raise ConfigError(f"the {constraint.kind} cannot be used: {_first_line(matcher.get_error())}")
-        return matcher
+
+class _Tried(NamedTuple):
+    """What a trial found: the grammar in the library's form, or why it cannot be used."""
+
+    source: str = ""
+    why_not: str = ""
+
+
+def _try(constraint: Constraint) -> _Tried:
+    try:
+        source = _grammar_of(constraint)
+    except Exception as exc:  # the library's converters raise whatever occurs to them
+        return _Tried(why_not=f"the {constraint.kind} cannot be read: {_first_line(str(exc))}")
+    if (reason := why_not(source)) is not None:
+        return _Tried(why_not=f"the {constraint.kind} cannot be used: {_first_line(reason)}")
+    return _Tried(source=source)
+
+
+def _limits() -> llguidance.LLParserLimits:
+    """Return limits with which no mask takes much longer than a pass."""
+    return llguidance.LLParserLimits(step_max_items=_STEP_ITEMS, step_lexer_fuel=_STEP_FUEL)
 
 
 def _tokenizer(folder: Path) -> llguidance.LLTokenizer:
@@ -126,16 +150,18 @@ class ModelGrammar:
         """
         if not self._stop_tokens:
             raise ConfigError("a constrained answer needs a stop token: the model's files name none")
-        return TokenMatcher(self._owner.compiled(self._constraint), self._owner, self._stop_tokens)
+        return TokenMatcher(self._owner, self._constraint, self._stop_tokens)
 
 
 class TokenMatcher:
     """A place within a constrained text (`dsd_p2p.verification.grammar.Matcher`)."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, owner: ModelGrammars, stop_tokens: tuple[TokenId, ...]) -> None:
-        self._matcher = matcher
-        self._owner = owner
-        self._stop_tokens = stop_tokens
+    def __init__(self, owner: ModelGrammars, constraint: Constraint, stop_tokens: tuple[TokenId, ...]) -> None:
+        self._owner, self._constraint, self._stop_tokens = owner, constraint, stop_tokens
+        self._matcher = owner.matcher(constraint)
+        # What the library takes for an end is one only if the request says so.
+        self._never = owner.end_tokens - frozenset(stop_tokens)
+        self._written: list[TokenId] = []
         self._num_after = 0
 
     @property
@@ -150,7 +176,7 @@ class TokenMatcher:
         if token in self._stop_tokens:
             return self._matcher.is_accepting()
         # The matcher takes a token that its tokenizer lacks as an error, and stays in it.
-        if token >= self._owner.num_tokens or self._matcher.is_stopped():
+        if token >= self._owner.num_tokens or token in self._never or self._matcher.is_stopped():
             return False
         return bool(self._matcher.validate_tokens([token]))
 
@@ -166,6 +192,7 @@ class TokenMatcher:
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
             num_tokens = self._owner.num_tokens
             allowed[:num_tokens] = bits[:num_tokens]
+        allowed[[token for token in self._never if token < vocab_size]] = False
         stops = [token for token in self._stop_tokens if token < vocab_size]
         allowed[stops] = self._matcher.is_accepting()
         if self._matcher.is_error() or not allowed.any():
@@ -185,27 +212,34 @@ class TokenMatcher:
         """Go on with `token`.
 
         Raises:
+            ConfigError: the constraint is too complex from here on.
             RemoteProtocolError: the constraint does not allow it.
         """
         if self.is_over:
             self._num_after += 1
             return
-        if not self.allows(token):
-            raise RemoteProtocolError("token", token, "one that the constraint allows")
-        if token in self._stop_tokens:
+        is_allowed = self.allows(token)
+        if is_allowed and token in self._stop_tokens:
             self._num_after = 1
-        elif not self._matcher.consume_token(token):
+        elif is_allowed and self._matcher.consume_token(token):
+            self._written.append(token)
+        elif self._matcher.is_error():
+            raise ConfigError(f"the constraint is too complex from here on: {_first_line(self._matcher.get_error())}")
+        else:
             raise RemoteProtocolError("token", token, "one that the constraint allows")
 
     def rewind(self, num_tokens: int) -> None:
-        """Take the last tokens back."""
+        """Take the last tokens back, by reading the others again: not every grammar can go back."""
         num_after = min(num_tokens, self._num_after)
         self._num_after -= num_after
         if num_tokens > num_after:
-            self._matcher.rollback(num_tokens - num_after)
+            kept = self._written[: len(self._written) - (num_tokens - num_after)]
+            self._matcher, self._written = self._owner.matcher(self._constraint), []
+            for token in kept:
+                self.advance(token)
 
     def copy(self) -> "TokenMatcher":
-        """Return another matcher at the same place."""
-        other = TokenMatcher(self._matcher.deep_copy(), self._owner, self._stop_tokens)
-        other._num_after = self._num_after
+        """Return another matcher at the same place. The two share their lexer's limits."""
+        other = copy.copy(self)
+        other._matcher, other._written = self._matcher.deep_copy(), list(self._written)
         return other

@@ -7,13 +7,20 @@ take minutes and gigabytes. The kernel bounds the trial.
 import subprocess
 import sys
 
-_CPU_S, _MEMORY_BYTES, _WALL_S = 2, 1 << 30, 20.0
+_CPU_S, _MEMORY_BYTES, _STACK_BYTES, _WALL_S = 2, 1 << 30, 1 << 20, 20.0
 _PROGRAM = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({_CPU_S}, {_CPU_S}))
 resource.setrlimit(resource.RLIMIT_AS, ({_MEMORY_BYTES}, {_MEMORY_BYTES}))
+import threading
 from llguidance import LLMatcher
-sys.stdout.write(LLMatcher.validate_grammar(sys.stdin.read()))
+source, found = sys.stdin.read(), []
+# The stack of a worker thread, halved: what recurses too deeply must fail here.
+threading.stack_size({_STACK_BYTES})
+trial = threading.Thread(target=lambda: found.append(LLMatcher.validate_grammar(source)))
+trial.start()
+trial.join()
+sys.stdout.write(found[0])
 """
 
 

@@ -7,6 +7,9 @@ from dsd_p2p.session.request import NODE_S, RequestStats
 from dsd_p2p.types import SessionId, TokenId
 from dsd_p2p.wire.messages import BASE, FILL_NODES, Cancel, DraftTop, Verdict, Window
 
+_MAX_PATIENCE_S = 600.0
+"""The longest time that nodes in flight add to the stall timeout."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sent:
@@ -42,7 +45,7 @@ class Flight:
     @property
     def patience_s(self) -> float:
         """Seconds that the stages may need for all nodes in flight. A long prompt takes minutes on slow machines."""
-        return NODE_S * sum(each.num_nodes for each in self._in_flight)
+        return min(_MAX_PATIENCE_S, NODE_S * sum(each.num_nodes for each in self._in_flight))
 
     def __repr__(self) -> str:
         return f"epoch {self.epoch}, {len(self)} windows in flight, next node {self.next_node}"

@@ -1,6 +1,7 @@
 """Answers spot checks of other stages: runs part of our span over a given text (`dsd_p2p.coordination.audit`)."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -10,9 +11,10 @@ from dsd_p2p.cache.passes import SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.errors import CapacityError, DsdError, PeerDisconnected, PeerError, RemoteProtocolError
 from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.stage.compiling import compile_constraint
 from dsd_p2p.stage.span_model import SpanModel
 from dsd_p2p.types import PeerId, PeerInfo, Sampling, TokenId, check_same_model
-from dsd_p2p.verification.base import TargetView
+from dsd_p2p.verification.base import TargetView, VerifierSession
 from dsd_p2p.verification.choice import choose_verifier
 from dsd_p2p.verification.grammar import Grammars
 from dsd_p2p.wire.messages import MAX_GAP, Recompute, Recomputed
@@ -58,6 +60,8 @@ class Recomputer:
     async def _run(
         self, model: SpanModel | None, asked: Recompute, payload: bytes
     ) -> tuple[tuple[TokenId, ...], tuple[int, ...], bytes]:
+        if model is not None and model.is_tail:
+            await compile_constraint(model, asked.text)
         async with self._model_in_use:
             while True:
                 try:
@@ -90,34 +94,43 @@ def _compute(
         if not part.is_tail:
             return (), (), hidden_of(part.run([SpanPass(cache=cache, forward=forward, inputs=inputs)])[0])
         asked_pass = SpanPass(cache=cache, forward=forward, inputs=inputs, wanted=range(num_nodes))
-        picks = _picks(asked, views := views_of(part.run([asked_pass])[0]), part.grammars)
-        claimed = (*asked.tokens[1:], picks[-1])
-        gaps = tuple(_gap(*row, asked.text.sampling) for row in zip(views, picks, claimed, strict=True))
+        picks, gaps = _judge(asked, views_of(part.run([asked_pass])[0]), part.grammars)
         return picks, gaps, b""
     finally:
         cache.free()
 
 
-def _picks(asked: Recompute, views: Sequence[TargetView], grammars: Grammars | None) -> tuple[TokenId, ...]:
-    """Return the token that the target picks after each position; within the prompt, the prompt's own token."""
+def _judge(
+    asked: Recompute, views: Sequence[TargetView], grammars: Grammars | None
+) -> tuple[tuple[TokenId, ...], tuple[int, ...]]:
+    """Return the token that the target picks after each position, and how far the claimed one is from it.
+
+    Within the prompt they are the prompt's own. After a token that the constraint does not allow, nothing can be judged.
+    """
     verifier = choose_verifier(asked.text, grammars).open(asked.num_prompt)
     picks: list[TokenId] = []
+    gaps: list[int] = []
+    is_lost = False
     for position, view in enumerate(views, start=1):
         claimed = asked.tokens[position] if position < len(asked.tokens) else None
-        if position < asked.num_prompt and claimed is not None:
+        if claimed is not None and (position < asked.num_prompt or is_lost):
             picks.append(claimed)
+            gaps.append(0)
             continue
-        picks.append(verifier.judge(view, None).token)
+        pick = verifier.judge(view, None).token
+        picks.append(pick)
+        gaps.append(0 if claimed is None else _gap(verifier, view, pick, claimed, asked.text.sampling))
         if claimed is not None:
-            verifier.accept(claimed)
-    return tuple(picks)
+            try:
+                verifier.accept(claimed)
+            except RemoteProtocolError:
+                gaps[-1], is_lost = MAX_GAP, True
+    return tuple(picks), tuple(gaps)
 
 
-def _gap(view: TargetView, pick: TokenId, claimed: TokenId, sampling: Sampling) -> int:
+def _gap(verifier: VerifierSession, view: TargetView, pick: TokenId, claimed: TokenId, sampling: Sampling) -> int:
     """Return how far the claimed token's logit is below the pick's, in thousandths; with sampling, 0 or `MAX_GAP`."""
     if pick == claimed:
         return 0
-    logits = view.logits()
-    if not sampling.is_greedy or claimed >= len(logits):
-        return MAX_GAP
-    return min(MAX_GAP, round(1000 * float(logits[pick] - logits[claimed])))
+    gap = verifier.gap(view, pick, claimed) if sampling.is_greedy else math.inf
+    return MAX_GAP if not math.isfinite(gap) else max(0, min(MAX_GAP, round(1000 * gap)))

@@ -11,6 +11,7 @@ from dsd_p2p.peers.failures import kind_of
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.batcher import Batcher
+from dsd_p2p.stage.compiling import compile_constraint
 from dsd_p2p.stage.parking import Parking
 from dsd_p2p.stage.refill import ends_here, refill
 from dsd_p2p.stage.session import BoundaryLog, Held, Phase, Queued, StageSession
@@ -64,9 +65,8 @@ class SessionTasks:
         try:
             with session.scope, session.inbox.take:
                 await self._take_over(session)
-                if session.tail is not None and session.opened.text.constraint is not None:
-                    # No pass waits for a constraint to be compiled.
-                    await trio.to_thread.run_sync(session.tail.verifier.prepare)
+                if session.tail is not None:
+                    await compile_constraint(session.place.model, session.opened.text)
                 session.phase = Phase.SERVING
                 await self._open_onward(session)
                 while True:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.types import Relaxation, RelaxationRule, Sampling, TokenId
 from dsd_p2p.verification.base import Pick, TargetView
-from dsd_p2p.verification.exact import ExactSession, ExactVerifier, gumbel_noise, kept_tokens
+from dsd_p2p.verification.exact import ExactSession, ExactVerifier, gumbel_noise, kept_tokens, raw_gap
 from dsd_p2p.verification.importance import DraftOpinion, is_decisive, signals_of
 
 STRICT_START = 8
@@ -37,12 +37,13 @@ class AdaptiveSession:
         """See `VerifierSession`."""
         return self._exact.length
 
-    def prepare(self) -> None:
-        """Do nothing: see `VerifierSession`."""
-
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
         """Return the token for the next position; raises as `VerifierSession.judge` does."""
         return self._verifier.pick(view, self.length, draft if self.length >= self._strict_until else None)
+
+    def gap(self, view: TargetView, pick: TokenId, claimed: TokenId) -> float:
+        """See `VerifierSession`."""
+        return raw_gap(view, pick, claimed)
 
     def accept(self, token: TokenId) -> None:
         """See `VerifierSession`."""

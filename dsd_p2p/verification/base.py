@@ -40,14 +40,6 @@ class VerifierSession(Protocol):
         """Number of tokens so far, which is the position of the next token."""
         ...
 
-    def prepare(self) -> None:
-        """Do what takes long, in a worker thread, before the first token is judged.
-
-        Raises:
-            ConfigError: the request cannot be served.
-        """
-        ...
-
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
         """Return the token for the next position. draft: the drafter's opinion there, if it is known.
 
@@ -56,6 +48,13 @@ class VerifierSession(Protocol):
         Raises:
             ModelError: the logits are not finite.
             RemoteProtocolError: a token of the drafter's is outside the vocabulary or occurs twice.
+        """
+        ...
+
+    def gap(self, view: TargetView, pick: TokenId, claimed: TokenId) -> float:
+        """Return how far the logit of `claimed` is below that of `pick`, in what the target picks from.
+
+        Call it after `judge` and before `accept`. Infinite for a token that cannot be picked.
         """
         ...
 

@@ -6,6 +6,8 @@ distributed as the softmax. The noise is a pure function of (seed, position, tok
 the draft, on the window, or on where the model is split.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,6 +50,12 @@ def kept_tokens(scores: NDArray[np.float64], top_k: int, top_p: float) -> NDArra
     return kept
 
 
+def raw_gap(view: TargetView, pick: TokenId, claimed: TokenId) -> float:
+    """Return how far the logit of `claimed` is below that of `pick`; infinite outside the vocabulary."""
+    logits = view.logits()
+    return math.inf if claimed >= len(logits) else float(logits[pick] - logits[claimed])
+
+
 class ExactSession:
     """One text of an `ExactVerifier`. Its length is its only state: the noise does not depend on earlier tokens."""
 
@@ -56,12 +64,13 @@ class ExactSession:
         self._num_prompt = num_prompt
         self.length = num_prompt
 
-    def prepare(self) -> None:
-        """Do nothing: see `VerifierSession`."""
-
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
         """Return the target's token and ignore the drafter's opinion. Raises as `VerifierSession.judge` does."""
         return Pick(self._verifier.pick(view, self.length), is_relaxed=False)
+
+    def gap(self, view: TargetView, pick: TokenId, claimed: TokenId) -> float:
+        """See `VerifierSession`."""
+        return raw_gap(view, pick, claimed)
 
     def accept(self, token: TokenId) -> None:
         """See `VerifierSession`."""
@@ -91,20 +100,22 @@ class ExactVerifier:
         """
         if self._sampling.is_greedy:
             return view.argmax()
-        logits = view.logits().astype(np.float64)
-        if not np.isfinite(logits.max()):
-            raise ModelError(f"the target's logits at position {position} are not finite: check its weights and dtype")
-        return self.pick_from(logits, position)
+        return self.pick_from(view.logits().astype(np.float64), position)
 
     def pick_from(self, logits: NDArray[np.float64], position: int, min_p: float = 0.0) -> TokenId:
-        """Return the token for `position`, given logits `[V]`, of which at least one is finite.
+        """Return the token for `position`, given logits `[V]`.
 
         min_p: cut tokens that are less likely than this share of the likeliest.
+
+        Raises:
+            ModelError: the largest logit, divided by the temperature, is not finite.
         """
         sampling = self._sampling
         if sampling.is_greedy:
             return int(np.argmax(logits))
         scores = logits / sampling.temperature
+        if not np.isfinite(scores.max()):
+            raise ModelError(f"the target's logits at position {position} are not finite: check its weights and dtype")
         noisy = scores + gumbel_noise(sampling.seed, position, len(scores))
         if sampling.top_k or sampling.top_p < 1.0:
             noisy[~kept_tokens(scores, sampling.top_k, sampling.top_p)] = -np.inf

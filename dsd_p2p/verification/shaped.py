@@ -6,6 +6,9 @@ arXiv:1909.05858 (repetition); `min_p` follows Nguyen et al. 2024, arXiv:2407.01
 which the text could no longer become one that it allows.
 """
 
+import math
+from collections import Counter
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +30,7 @@ class ShapedVerifier:
         self.shaping = text.shaping or UNSHAPED
         self.is_greedy = text.sampling.is_greedy
         self.stop_tokens = np.array(text.stop_tokens, np.int64)
+        self.seen = np.array(self.shaping.seen, np.int64)
         self.grammar = grammar
 
     def open(self, num_prompt: int) -> "ShapedSession":
@@ -41,6 +45,7 @@ class ShapedSession:
         self._verifier = verifier
         self._num_prompt = num_prompt
         self._answer: list[TokenId] = []
+        self._counts: Counter[TokenId] = Counter()
         self._matcher: Matcher | None = None
         self._is_plain = verifier.shaping == UNSHAPED
 
@@ -49,7 +54,7 @@ class ShapedSession:
         """See `VerifierSession`."""
         return self._num_prompt + len(self._answer)
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Compile the constraint.
 
         Raises:
@@ -65,22 +70,21 @@ class ShapedSession:
             ConfigError: the constraint is wrong, or too large.
             ModelError: the logits are not finite, or no token goes on within the constraint.
         """
-        self.prepare()
+        self._prepare()
         matcher = None if self._matcher is None or self._matcher.is_over else self._matcher
         if self._is_plain and self._verifier.is_greedy:
             best = view.argmax()
             if matcher is None or matcher.allows(best):
                 return Pick(best, is_relaxed=False)
-        logits = self._shaped(view.logits().astype(np.float64))
-        if not np.isfinite(logits.max()):
-            raise ModelError(f"the target's logits at position {self.length} are not finite: check weights and dtype")
-        if matcher is not None:
-            allowed = matcher.allowed()
-            logits[~allowed[: len(logits)]] = -np.inf
-            if not np.isfinite(logits.max()):
-                raise ModelError("the constraint allows no token that the model has: make it simpler")
+        logits = self._logits(view, matcher)
         token = self._verifier.exact.pick_from(logits, self.length, self._verifier.shaping.min_p)
         return Pick(token, is_relaxed=False)
+
+    def gap(self, view: TargetView, pick: TokenId, claimed: TokenId) -> float:
+        """See `VerifierSession`."""
+        matcher = None if self._matcher is None or self._matcher.is_over else self._matcher
+        logits = self._logits(view, matcher)
+        return math.inf if claimed >= len(logits) else float(logits[pick] - logits[claimed])
 
     def accept(self, token: TokenId) -> None:
         """See `VerifierSession`.
@@ -89,10 +93,11 @@ class ShapedSession:
             ConfigError: the constraint is wrong, or too large.
             RemoteProtocolError: the constraint does not allow this token.
         """
-        self.prepare()
+        self._prepare()
         if self._matcher is not None:
             self._matcher.advance(token)
         self._answer.append(token)
+        self._counts[token] += 1
 
     def rewind(self, length: int) -> None:
         """See `VerifierSession`."""
@@ -100,17 +105,36 @@ class ShapedSession:
         assert 0 <= num_kept <= len(self._answer), "a text is rewound to what it was"
         if self._matcher is not None:
             self._matcher.rewind(len(self._answer) - num_kept)
+        self._counts.subtract(self._answer[num_kept:])
         del self._answer[num_kept:]
+
+    def _logits(self, view: TargetView, matcher: Matcher | None) -> NDArray[np.float64]:
+        """Return the logits that the target picks from, `[V]`.
+
+        Raises:
+            ModelError: they are not finite, or no token goes on within the constraint.
+        """
+        logits = self._shaped(view.logits().astype(np.float64))
+        if not np.isfinite(logits.max()):
+            raise ModelError(f"the target's logits at position {self.length} are not finite: check weights and dtype")
+        if matcher is not None:
+            logits[~matcher.allowed()[: len(logits)]] = -np.inf
+            if not np.isfinite(logits.max()):
+                raise ModelError("the constraint allows no token that the model has: make it simpler")
+        return logits
 
     def _shaped(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Change the logits, `[V]`, in place."""
         shaping = self._verifier.shaping
         if self._is_plain:
             return logits
-        written, counts = np.unique(np.array(self._answer, np.int64), return_counts=True)
+        known = [(token, count) for token, count in self._counts.items() if count > 0 and token < len(logits)]
+        written, counts = np.array(known, np.int64).reshape(-1, 2).T
         if shaping.repetition != 1.0:
-            seen = np.union1d(written, np.array(shaping.seen, np.int64))
-            seen = seen[seen < len(logits)]
+            is_seen = np.zeros(len(logits), np.bool_)
+            is_seen[self._verifier.seen[self._verifier.seen < len(logits)]] = True
+            is_seen[written] = True
+            seen = np.flatnonzero(is_seen)
             logits[seen] = np.where(
                 logits[seen] > 0, logits[seen] / shaping.repetition, logits[seen] * shaping.repetition
             )

@@ -170,7 +170,7 @@ class Letters:
     """A tokenizer of letters."""
 
     stop_tokens = ()
-    template = ""
+    template = "{{ messages }}"
 
     def encode(self, text, *, is_raw):
         return [ord(letter) for letter in text]

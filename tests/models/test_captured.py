@@ -1,6 +1,7 @@
 """Passes over shared buffers, as a GPU replays them: they compute what separate passes do, whatever ran before."""
 
 import random
+import threading
 import types
 
 import numpy as np
@@ -15,9 +16,11 @@ from prompting import DECISIONS, prompt_of
 from swarms import model_swarm
 
 from dsd_p2p.cache.passes import SpanPass, views_of
+from dsd_p2p.cache.slots import SlotTable
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.errors import CapacityError, ConfigError, ModelError, PrefixLost
 from dsd_p2p.models.architecture import read_model_config
+from dsd_p2p.models.captured.arena import Arena
 from dsd_p2p.models.captured.buffers import Bucket
 from dsd_p2p.models.captured.graphs import Graphs
 from dsd_p2p.models.captured.span import CapturedSpan
@@ -196,6 +199,76 @@ def test_slots_are_bounded_given_back_copied_and_parked(tiny):
     other.caches[0].free()
     fresh = Text([model], 200).prompt(prompt_of(60)[:30])
     assert np.allclose(found, fresh.run([7], [None], [30], [5]), atol=1e-5)
+
+
+def test_a_session_opened_during_a_pass_moves_nothing_under_it(tiny):
+    model = captured(tiny("llama"))
+    expected = Text([model], 40).prompt(prompt_of(20)).run([100], [None], [20], [3])
+    text = Text([model], 40).prompt(prompt_of(20))
+    compute, opened = model._compute, []
+
+    def opens_another(buffers):
+        opened.append(model.new_cache(5000))
+        return compute(buffers)
+
+    model._compute = opens_another
+    found = text.run([100], [None], [20], [3])
+    model._compute = compute
+    after = text.run([101], [None], [20], [3])
+    assert np.allclose(found, expected, atol=1e-5)
+    assert np.allclose(after, expected, atol=1e-5)
+
+
+def test_memory_that_is_not_there_for_more_slots_changes_nothing(tiny, monkeypatch):
+    model = captured(tiny("llama"))
+    first = Text([model], 40).prompt(prompt_of(20))
+    expected = first.run([100], [None], [20], [3])
+    second = Text([model], 5000)
+    larger, made = Arena._larger, []
+
+    def fails_once(self, old):
+        made.append(old)
+        if len(made) == 3:
+            raise RuntimeError("CUDA out of memory")
+        return larger(self, old)
+
+    monkeypatch.setattr(Arena, "_larger", fails_once)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        second.prompt(prompt_of(20))
+    second.slots = SlotTable()
+    assert np.allclose(first.run([101], [None], [20], [3]), expected, atol=1e-5)
+    assert np.allclose(second.prompt(prompt_of(20)).run([1], [None], [20], [3]), expected, atol=1e-5)
+
+
+def test_parts_of_a_span_stay_within_its_budget_together(tiny):
+    whole = captured(tiny("llama"), cache_bytes=1000 * captured(tiny("llama")).slot_bytes)
+    parts = [whole.narrow(Span(index, index + 1)) for index in range(NUM_LAYERS)]
+    caches = [parts[0].new_cache(400), parts[1].new_cache(400)]
+    with pytest.raises(CapacityError):
+        parts[2].new_cache(400)
+    caches[0].free()
+    parts[2].new_cache(400).free()
+
+
+def test_threads_that_share_a_span_take_turns(tiny):
+    """Two requests draft with one model."""
+    model = captured(tiny("llama"), capture=Replays())
+    expected = Text([model], 64).prompt(prompt_of(9)).run([100], [None], [9], [4])
+    wrong = []
+
+    def draft():
+        text = Text([model], 64).prompt(prompt_of(9))
+        for number in range(30):
+            row = text.run([100 + number], [None], [9], [4])
+            text.settle(None)
+            wrong.extend([number] if not np.allclose(row, expected, atol=1e-5) else [])
+
+    threads = [threading.Thread(target=draft) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 def test_a_part_of_a_span_shares_slots_but_no_graphs(tiny):

@@ -7,6 +7,7 @@ import jsonschema_rs
 import pytest
 
 from dsd_p2p.errors import ConfigError, RemoteProtocolError
+from dsd_p2p.models import grammar
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.models.text import TextCodec
@@ -134,11 +135,11 @@ def test_a_model_without_a_tokenizer_says_so(tiny, codec):
         grammar.start()
 
 
-def test_compiled_constraints_are_kept_but_not_without_bound(smollm, codec, monkeypatch):
+def test_what_was_tried_is_remembered_but_not_without_bound(smollm, codec, monkeypatch):
     grammars = ModelGrammars(smollm.folder, 49152)
     compiled = []
-    compile_ = ModelGrammars._compile
-    monkeypatch.setattr(ModelGrammars, "_compile", lambda self, each: compiled.append(each) or compile_(self, each))
+    try_ = grammar._try
+    monkeypatch.setattr(grammar, "_try", lambda each: compiled.append(each) or try_(each))
     monkeypatch.setattr("dsd_p2p.models.grammar._MAX_KEPT", 3)
     for number in (1, 1, 2, 3, 1, 4, 2):
         start(grammars, codec, f"x{{{number}}}", ConstraintKind.REGEX)
@@ -154,3 +155,36 @@ def test_tokens_that_the_tokenizer_lacks_are_not_allowed_and_break_nothing(smoll
     assert len(allowed) == 50_000
     assert not allowed[49_152:].any()
     assert allowed.any()
+
+
+def test_sessions_do_not_share_what_they_may_spend(grammars, codec):
+    """A copy shares its lexer's limits; what one text spends must not be another's error."""
+    for _ in range(3):
+        matcher = start(grammars, codec, "a{5000}", ConstraintKind.REGEX)
+        for _ in range(40):
+            matcher.allowed()
+            matcher.advance(codec.encode("a", is_raw=True)[0])
+
+
+def test_any_grammar_can_be_taken_back(grammars, codec):
+    matcher = start(grammars, codec, "start: m\nm[max_tokens=5]: /.*/", ConstraintKind.GRAMMAR)
+    tokens = codec.encode("one two three", is_raw=True)
+    for token in tokens:
+        matcher.advance(token)
+    matcher.rewind(2)
+    matcher.advance(tokens[-2])
+    assert matcher.allowed().any()
+
+
+def test_rules_that_would_overflow_a_threads_stack_are_refused(grammars, codec):
+    rules = "".join(f"r{number}: r{number + 1}\n" for number in range(3000))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        start(grammars, codec, f'start: r0\n{rules}r3000: "b"\n', ConstraintKind.GRAMMAR)
+
+
+def test_the_tokenizers_own_end_is_none_unless_the_request_says_so(grammars, codec):
+    (end,) = grammars.grammar(Constraint(ConstraintKind.REGEX, "a+"), (5,)).start()._owner.end_tokens
+    matcher = grammars.grammar(Constraint(ConstraintKind.REGEX, "a+"), (5,)).start()
+    matcher.advance(codec.encode("a", is_raw=True)[0])
+    assert (matcher.allows(end), bool(matcher.allowed()[end])) == (False, False)
+    assert matcher.allows(5)

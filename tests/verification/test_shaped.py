@@ -197,11 +197,11 @@ def test_what_the_constraint_does_not_allow_is_not_accepted():
 def test_a_constraint_is_compiled_once_and_its_errors_are_the_requests():
     grammars = Digits()
     ours = session(grammars, constraint=ANY, stop_tokens=(7,))
-    ours.prepare()
-    ours.judge(Row(logits_of(0)), None)
+    for _ in range(2):
+        ours.judge(Row(logits_of(0)), None)
     assert grammars.num_started == 1
     with pytest.raises(ConfigError, match="cannot be used"):
-        session(Digits(fails=True), constraint=ANY).prepare()
+        session(Digits(fails=True), constraint=ANY).judge(Row(logits_of(0)), None)
     with pytest.raises(ConfigError, match="cannot constrain answers"):
         session(None, constraint=ANY)
 
@@ -233,3 +233,16 @@ def test_relaxed_mode_does_not_apply_to_shaped_or_constrained_text():
 def test_values_out_of_range_are_refused(shaping):
     with pytest.raises(ConfigError, match="shaping"):
         check_text_request(TextRequest(max_tokens=1, shaping=shaping))
+
+
+def test_an_audit_compares_what_the_target_picks_from():
+    """With the bias, 1 is the pick by a hair; in the raw logits 2 would be two ahead."""
+    row = Row([0.0, 1.0, 3.0, *[-9.0] * (VOCAB - 3)])
+    ours = session(shaping=Shaping(bias=((1, 2.0001),)))
+    assert ours.judge(row, None).token == 1
+    assert ours.gap(row, 1, 2) == pytest.approx(0.0001, abs=1e-5)
+    bound = session(Digits(), constraint=ANY, stop_tokens=(7,))
+    assert bound.judge(row, None).token == 0
+    assert bound.gap(row, 0, 2) == np.inf
+    assert session().gap(row, 2, 1) == 2.0
+    assert session().gap(row, 2, VOCAB) == np.inf

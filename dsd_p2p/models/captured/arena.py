@@ -5,13 +5,15 @@ arena and keeps their numbers in the order of its text. A pass gets the numbers 
 slots then changes numbers only. Slot 0 belongs to no session: rows and slots that only fill a bucket use it.
 """
 
+import threading
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dsd_p2p.cache.slots import CacheEdit
-from dsd_p2p.errors import LocalProtocolError, PrefixLost
+from dsd_p2p.errors import CapacityError, LocalProtocolError, PrefixLost
 from dsd_p2p.models.cache import CacheBudget
 
 _FEWEST_SLOTS = 2048
@@ -20,28 +22,55 @@ _FEWEST_SLOTS = 2048
 class Arena:
     """The buffers of a span's layers. They grow with the sessions, up to `max_slots`.
 
-    generation: changes when buffers move, after which older graphs must not run.
+    generation: changes when buffers move, after which older graphs must not run. in_use: held by whoever uses the buffers;
+    taking and giving back numbers needs no buffers and waits for nobody.
     """
 
     def __init__(self, max_slots: int) -> None:
         self.generation = 0
+        self.in_use = threading.RLock()
+        self._numbers = threading.Lock()
         self._max_slots = max_slots
         self._num_slots = 1
         self._free = np.empty(0, np.int64)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def take(self, num_slots: int) -> NDArray[np.int64]:
-        """Return the numbers of free slots, which are the caller's from now on."""
-        missing = num_slots - len(self._free)
-        if missing > 0:
-            wanted = max(missing, min(max(self._num_slots, _FEWEST_SLOTS), self._max_slots - self._num_slots))
-            self._grow(self._num_slots + wanted)
-        taken, self._free = self._free[:num_slots], self._free[num_slots:]
-        return taken
+        """Return the numbers of free slots, which are the caller's from now on.
+
+        Raises:
+            CapacityError: there are not so many.
+        """
+        with self._numbers:
+            missing = num_slots - len(self._free)
+            if missing > self._max_slots - self._num_slots:
+                raise CapacityError(f"{num_slots} slots of cache are needed, {len(self._free)} are free: wait")
+            if missing > 0:
+                room = self._max_slots - self._num_slots
+                end = self._num_slots + min(room, max(missing, self._num_slots, _FEWEST_SLOTS))
+                self._free = np.concatenate([self._free, np.arange(self._num_slots, end)])
+                self._num_slots = end
+            taken, self._free = self._free[:num_slots], self._free[num_slots:]
+            return taken
 
     def give_back(self, slots: NDArray[np.int64]) -> None:
         """Take slots back."""
-        self._free = np.concatenate([self._free, slots])
+        with self._numbers:
+            self._free = np.concatenate([self._free, slots])
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Make the buffers as large as the numbers that were taken. The caller holds `in_use`.
+
+        If there is no memory for them, nothing has changed.
+        """
+        grown: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer, pair in self._layers.items():
+            if pair[0].shape[1] < self._num_slots:
+                grown[layer] = (self._larger(pair[0]), self._larger(pair[1]))
+        if grown:
+            self._layers.update(grown)
+            self.generation += 1
 
     def buffers(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, `[heads, slots, head_dim]`. keys, values: tensors like those to store."""
@@ -53,20 +82,19 @@ class Arena:
     @torch.inference_mode()
     def copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
         """Copy what some slots hold to others."""
+        with self.in_use:
+            self._copy(source, target)
+
+    def _copy(self, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+        self.settle()
         for buffer in (each for pair in self._layers.values() for each in pair):
             here, there = (torch.from_numpy(each).to(buffer.device) for each in (source, target))
             buffer.index_copy_(1, there, buffer.index_select(1, here))
 
-    @torch.inference_mode()
-    def _grow(self, num_slots: int) -> None:
-        self._free = np.concatenate([self._free, np.arange(self._num_slots, num_slots)])
-        self._num_slots = num_slots
-        for layer, pair in self._layers.items():
-            larger = tuple(self._like(each) for each in pair)
-            for old, new in zip(pair, larger, strict=True):
-                new[:, : old.shape[1]] = old
-            self._layers[layer] = (larger[0], larger[1])
-        self.generation += 1
+    def _larger(self, old: Tensor) -> Tensor:
+        new = self._like(old)
+        new[:, : old.shape[1]] = old
+        return new
 
     def _like(self, tensor: Tensor) -> Tensor:
         # Slots that nobody filled are multiplied by zero, so they must be numbers.
@@ -80,7 +108,11 @@ class ArenaCache:
         self.num_bytes = max_slots * slot_bytes
         budget.reserve(self.num_bytes)
         self._budget, self._slot_bytes, self._arena = budget, slot_bytes, arena
-        self._slots = arena.take(max_slots)
+        try:
+            self._slots = arena.take(max_slots)
+        except CapacityError:
+            budget.release(self.num_bytes)
+            raise
         self.num_slots = 0
 
     def slots(self, num_new: int) -> NDArray[np.int64]:

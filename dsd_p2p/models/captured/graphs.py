@@ -1,6 +1,7 @@
 """Captures passes as CUDA graphs and replays them; without a GPU, runs them over the same buffers."""
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,11 +69,19 @@ class Graphs:
             self._replays.clear()
 
 
+_capturing = threading.Lock()
+"""CUDA allows one capture at a time in a process."""
+
+
 def cuda_graphs() -> Capture:
     """Return what captures passes on the current CUDA device. All graphs share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(compute: Compute, buffers: Buffers) -> Replay:
+        with _capturing:
+            return captured(compute, buffers)
+
+    def captured(compute: Compute, buffers: Buffers) -> Replay:
         # Libraries set themselves up in their first calls on a stream, which no capture allows.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -40,7 +40,9 @@ class CapturedSpan(StockSpan):
     ) -> None:
         super().__init__(loaded, device=device, cache_bytes=cache_bytes)
         self._model.config._attn_implementation = CAPTURED
-        self._arena = Arena(cache_bytes // self.slot_bytes + 1)
+        # A slot exists in all layers, also for a session of a part of them.
+        self._whole_slot_bytes = self.slot_bytes
+        self._arena = Arena(cache_bytes // self._whole_slot_bytes + 1)
         is_cuda = device_type(device) == "cuda"
         self._capture = cuda_graphs() if capture is None and is_cuda else capture
         self._graphs = Graphs(self._capture)
@@ -62,9 +64,15 @@ class CapturedSpan(StockSpan):
         Raises:
             CapacityError: the budget is full.
         """
-        return ArenaCache(self._arena, max_slots, self.slot_bytes, self.budget)
+        return ArenaCache(self._arena, max_slots, self._whole_slot_bytes, self.budget)
+
+    def run(self, passes: Sequence[SpanPass]) -> list[SpanOutput]:
+        """See `RunnableSpan`. Threads take turns: all parts of a span share its buffers."""
+        with self._arena.in_use:
+            return super().run(passes)
 
     def _run(self, passes: Sequence[SpanPass], inputs: Sequence[Tensor]) -> Sequence[SpanOutput]:
+        self._arena.settle()
         rows, given = Rows.of(passes, self._layers), torch.cat(list(inputs), dim=1)
         bucket = rows.bucket
         buffers = self._graphs.buffers(bucket, lambda: Buffers(bucket, given, sorted(rows.attends)))
