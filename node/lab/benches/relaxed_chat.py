@@ -81,7 +81,8 @@ def run_relaxed_chat(config: RelaxedConfig, thresholds: Thresholds, progress: Pr
         "relaxed": AdaptiveVerifier(GREEDY, relaxation, codec.stop_tokens),
     }
     judged: list[Judged] = []
-    conversations = spread(load_turns(progress), config.limit)
+    questions = load_turns(progress)
+    conversations = spread(questions, config.limit)
     histories: list[tuple[tuple[str, str], ...]] = [() for _ in conversations]
     for turn in range(2):
         asked = [
@@ -96,7 +97,7 @@ def run_relaxed_chat(config: RelaxedConfig, thresholds: Thresholds, progress: Pr
             for each, text in zip(asked, written["exact"], strict=True)
         ]
     del writer
-    speed = trio.run(_time, config, codec, relaxation, [turns[0] for _, turns in conversations], progress)
+    speed = trio.run(_time, config, codec, relaxation, [turns[0] for _, turns in questions], progress)
     results: dict[str, object] = {
         "relaxation": msgspec.structs.asdict(relaxation),
         "speedup": speed["speedup"],
@@ -176,7 +177,7 @@ async def _time(
     config: RelaxedConfig, codec: TextCodec, relaxation: Relaxation, questions: Sequence[str], progress: Progress
 ) -> dict[str, object]:
     """Return the speed-up over exact mode in the setting of arXiv:2511.11733: one stage, synchronous chains of 8."""
-    timed = [question for question in questions if question.startswith(_NAMED)] or list(questions[: len(_NAMED)])
+    timed = [question for question in questions if question.startswith(_NAMED)]
     users = UsersConfig(
         model=config.model,
         draft=config.draft,
