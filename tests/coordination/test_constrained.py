@@ -37,6 +37,8 @@ SCHEMA = {
 }
 JSON = Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(SCHEMA))
 WORDS = Constraint(ConstraintKind.REGEX, "([a-z]{2,5} ){3,20}")
+SAMPLED = Sampling(temperature=1.3, top_k=20, seed=4)
+CASES = ((JSON, Sampling(), None), (JSON, SAMPLED, None), (WORDS, SAMPLED, Shaping(frequency=0.5, min_p=0.01)))
 PROMPT = spelled("A cat, in JSON:")
 
 
@@ -87,15 +89,14 @@ async def test_all_modes_and_drafters_write_the_same_constrained_text(lettered, 
             # Drafts that do not know of the constraint change no token either.
             for guides in (grammars, None) if isinstance(drafter, NgramDrafter) else (grammars,):
                 swarm.engine.own_drafter.grammars = guides
-                for sampling in (Sampling(), Sampling(temperature=1.3, top_k=20, seed=4)):
-                    for constraint, shaping in ((JSON, None), (WORDS, Shaping(frequency=0.5, min_p=0.01))):
-                        for decision in DECISIONS.values():
-                            tokens, _ = await write(
-                                swarm.engine, decision, constraint=constraint, sampling=sampling, shaping=shaping
-                            )
-                            texts.setdefault((sampling, constraint), set()).add(tuple(tokens))
+                for constraint, sampling, shaping in CASES:
+                    for decision in DECISIONS.values():
+                        tokens, _ = await write(
+                            swarm.engine, decision, constraint=constraint, sampling=sampling, shaping=shaping
+                        )
+                        texts.setdefault((sampling, constraint), set()).add(tuple(tokens))
             await swarm.all_closed()
-    assert len(texts) == 4
+    assert len(texts) == len(CASES)
     for (_, constraint), written in texts.items():
         (tokens,) = written
         assert is_within(grammars, constraint, tokens)
