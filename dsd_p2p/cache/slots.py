@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.errors import LocalProtocolError, RemoteProtocolError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,16 @@ class CacheEdit:
     def num_slots(self) -> int:
         """Slots in use after the change."""
         return self.num_kept + len(self.gathered)
+
+    def check(self, num_filled: int) -> None:
+        """Check the change against a cache whose first `num_filled` slots are filled.
+
+        Raises:
+            LocalProtocolError: some of the slots to keep are not.
+        """
+        num_needed = int(self.gathered[-1]) + 1 if len(self.gathered) else self.num_kept
+        if num_needed > num_filled:
+            raise LocalProtocolError(f"cannot keep {self.num_slots} slots: only {num_filled} are filled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ import threading
 import torch
 
 from dsd_p2p.cache.slots import CacheEdit
-from dsd_p2p.errors import CapacityError, LocalProtocolError, PrefixLost
+from dsd_p2p.errors import CapacityError, PrefixLost
 
 
 class CacheBudget:
@@ -90,9 +90,7 @@ class KvCache:
         Raises:
             LocalProtocolError: some of these slots were never filled.
         """
-        num_needed = int(edit.gathered[-1]) + 1 if len(edit.gathered) else edit.num_kept
-        if num_needed > self.num_slots:
-            raise LocalProtocolError(f"cannot keep {edit.num_slots} slots: only {self.num_slots} are filled")
+        edit.check(self.num_slots)
         if len(edit.gathered):
             index = torch.from_numpy(edit.gathered)
             for tensor in (*self._keys, *self._values):

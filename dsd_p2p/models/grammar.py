@@ -20,7 +20,7 @@ from llguidance.hf import from_tokenizer
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from dsd_p2p.errors import ConfigError, ModelError, RemoteProtocolError
+from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.models.grammar_trial import why_not
 from dsd_p2p.models.text import load_tokenizer
 from dsd_p2p.types import Constraint, ConstraintKind, TokenId
@@ -184,7 +184,7 @@ class TokenMatcher:
         """Return which tokens the text can go on with, bool `[V]`.
 
         Raises:
-            ModelError: none, because the constraint is too complex from here on.
+            ConfigError: none, because the constraint is too complex from here on.
         """
         vocab_size = self._owner.vocab_size
         allowed = np.zeros(vocab_size, np.bool_)
@@ -197,7 +197,7 @@ class TokenMatcher:
         allowed[stops] = self._matcher.is_accepting()
         if self._matcher.is_error() or not allowed.any():
             reason = _first_line(self._matcher.get_error()) or "no token goes on"
-            raise ModelError(f"the constraint is too complex from here on ({reason}): make it simpler")
+            raise ConfigError(f"the constraint is too complex from here on ({reason}): make it simpler")
         return allowed
 
     def forced(self) -> list[TokenId]:

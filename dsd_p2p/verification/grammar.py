@@ -25,7 +25,7 @@ class Matcher(Protocol):
         """Return which tokens the text can go on with, bool `[V]`.
 
         Raises:
-            ModelError: none, because the constraint is too complex from here on.
+            ConfigError: none, because the constraint is too complex from here on.
         """
         ...
 

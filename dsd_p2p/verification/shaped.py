@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from dsd_p2p.errors import ModelError
+from dsd_p2p.errors import ConfigError, ModelError
 from dsd_p2p.types import Shaping, TextRequest, TokenId
 from dsd_p2p.verification.base import Pick, TargetView
 from dsd_p2p.verification.exact import ExactVerifier
@@ -67,8 +67,8 @@ class ShapedSession:
         """Return the target's token and ignore the drafter's opinion.
 
         Raises:
-            ConfigError: the constraint is wrong, or too large.
-            ModelError: the logits are not finite, or no token goes on within the constraint.
+            ConfigError: the constraint is wrong or too large, or no token goes on within it.
+            ModelError: the logits are not finite.
         """
         self._prepare()
         matcher = None if self._matcher is None or self._matcher.is_over else self._matcher
@@ -112,7 +112,8 @@ class ShapedSession:
         """Return the logits that the target picks from, `[V]`.
 
         Raises:
-            ModelError: they are not finite, or no token goes on within the constraint.
+            ConfigError: no token goes on within the constraint.
+            ModelError: they are not finite.
         """
         logits = self._shaped(view.logits().astype(np.float64))
         if not np.isfinite(logits.max()):
@@ -120,7 +121,7 @@ class ShapedSession:
         if matcher is not None:
             logits[~matcher.allowed()[: len(logits)]] = -np.inf
             if not np.isfinite(logits.max()):
-                raise ModelError("the constraint allows no token that the model has: make it simpler")
+                raise ConfigError("the constraint allows no token here: make it simpler, or lower min_tokens")
         return logits
 
     def _shaped(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,7 +9,6 @@ from msgspec import UNSET
 from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import TokenId, TokenLogprobs
 from node.gateway.choice import Choice, Piece
-from node.gateway.errors import ApiError
 from node.gateway.frames import EventFrames
 from node.gateway.replies import (
     AssistantMessage,
@@ -100,14 +99,6 @@ class ChatFormat(EventFrames):
         """Return the event with the token counts, if the client wants it."""
         return [self._chunk(head, [], usage)] if with_usage else []
 
-    def error(self, error: ApiError) -> object:
-        """Return an error as a reply."""
-        return error.body
-
-    def failed(self, error: ApiError) -> object:
-        """Return an error as the last event of a stream."""
-        return error.body
-
     @staticmethod
     def _chunk(head: Head, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(
@@ -187,14 +178,6 @@ class TextFormat(EventFrames):
     def end(self, head: Head, choices: Sequence[Choice], usage: Usage, *, with_usage: bool) -> Sequence[object]:
         """Return the event with the token counts, if the client wants it."""
         return [self._completion(head, [], usage)] if with_usage else []
-
-    def error(self, error: ApiError) -> object:
-        """Return an error as a reply."""
-        return error.body
-
-    def failed(self, error: ApiError) -> object:
-        """Return an error as the last event of a stream."""
-        return error.body
 
     @staticmethod
     def _completion(head: Head, choices: list[TextChoice], usage: Usage | None = None) -> TextCompletion:

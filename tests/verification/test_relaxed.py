@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import Row
 from swarms import memory_swarm
 from toy import VOCAB, next_token, plain_text
 from toy_model import ToyDrafter, ToySpanModel
@@ -27,17 +28,6 @@ from node.lab.quality.thresholds import outcome, position_of
 LOOSE = Relaxation(tau=0.5, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9)
 
 
-class View:
-    def __init__(self, logits):
-        self._logits = np.asarray(logits, np.float32)
-
-    def argmax(self):
-        return int(np.argmax(self._logits))
-
-    def logits(self):
-        return self._logits
-
-
 def opinion(probs):
     order = np.argsort(-np.asarray(probs), kind="stable")
     return DraftOpinion(tokens=order.astype(np.int64), logprobs=np.log(np.asarray(probs))[order])
@@ -50,23 +40,23 @@ PROBS = st.lists(st.floats(0.01, 1), min_size=6, max_size=6).map(lambda values: 
 @given(logits=LOGITS, probs=PROBS, temperature=st.sampled_from([0.0, 0.7]), position=st.integers(0, 99))
 def test_without_weight_of_the_drafter_nothing_is_relaxed(logits, probs, temperature, position):
     sampling = Sampling(temperature=temperature, seed=3)
-    pick = AdaptiveVerifier(sampling, Relaxation(tau=0.0)).pick(View(logits), position, opinion(probs))
-    assert pick == (ExactVerifier(sampling).pick(View(logits), position), False)
+    pick = AdaptiveVerifier(sampling, Relaxation(tau=0.0)).pick(Row(logits), position, opinion(probs))
+    assert pick == (ExactVerifier(sampling).pick(Row(logits), position), False)
 
 
 @given(logits=LOGITS, probs=PROBS, tau=st.floats(0, 1))
 def test_the_blend_is_the_softmax_of_blended_logits(logits, probs, tau):
     relaxation = Relaxation(tau=tau, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9)
-    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).pick(View(logits), 5, opinion(probs))
+    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).pick(Row(logits), 5, opinion(probs))
     blended = (1 - tau) * np.float32(logits).astype(np.float64) + tau * np.log(probs)
     assert blended[token] == pytest.approx(blended.max(), abs=1e-9) or token == np.argmax(probs)
-    assert is_relaxed == (token != View(logits).argmax())
+    assert is_relaxed == (token != Row(logits).argmax())
 
 
 @given(logits=LOGITS, probs=PROBS, ceiling=st.floats(1, 4))
 def test_nothing_the_drafter_overrates_is_let_stand(logits, probs, ceiling):
     relaxation = Relaxation(tau=0.9, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=ceiling)
-    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).pick(View(logits), 5, opinion(probs))
+    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).pick(Row(logits), 5, opinion(probs))
     target = np.exp(np.float32(logits).astype(np.float64))
     if is_relaxed:
         assert probs[token] <= ceiling * target[token] / target.sum() * (1 + 1e-6)
@@ -98,7 +88,7 @@ def test_any_signal_alone_makes_a_token_key(signals):
 @pytest.mark.parametrize(("runner_up", "is_relaxed"), [(2.8, True), (2.6, False)])
 def test_the_margin_rule_takes_a_close_runner_up_only(runner_up, is_relaxed):
     relaxation = Relaxation(rule=RelaxationRule.MARGIN, max_margin=0.3, max_overshoot=10)
-    view = View([3.0, runner_up, 1.0])
+    view = Row([3.0, runner_up, 1.0])
     draft = opinion(np.array([0.2, 0.7, 0.1]))
     assert AdaptiveVerifier(GREEDY, relaxation).pick(view, 1, draft) == (int(is_relaxed), is_relaxed)
     third = opinion(np.array([0.2, 0.1, 0.7]))
@@ -109,7 +99,7 @@ def test_the_margin_rule_takes_a_close_runner_up_only(runner_up, is_relaxed):
 def test_a_drafters_tokens_must_be_the_vocabularys(tokens):
     draft = DraftOpinion(tokens=np.array(tokens), logprobs=np.log([0.6, 0.2]))
     with pytest.raises(RemoteProtocolError, match="draft tokens"):
-        AdaptiveVerifier(GREEDY, LOOSE).pick(View([3.0, 1.0, 0.0]), 1, draft)
+        AdaptiveVerifier(GREEDY, LOOSE).pick(Row([3.0, 1.0, 0.0]), 1, draft)
 
 
 def stubborn(text, width):
@@ -165,12 +155,12 @@ def test_the_search_for_thresholds_judges_as_the_verifier_does(logits, probs, ta
     relaxation = Relaxation(tau=tau, max_ce_ratio=3, max_prob_gap=0.4, min_norm_match=0.3, max_overshoot=overshoot)
     full = opinion(probs)
     draft = DraftOpinion(tokens=full.tokens[:keep], logprobs=full.logprobs[:keep])
-    strict = View(logits).argmax()
+    strict = Row(logits).argmax()
     if draft.tokens[0] == strict:
         return
     position = position_of(Disagreement(strict=strict, target_row=torch.tensor(logits), opinion=draft))
     share, loss = outcome([position], 1, relaxation)
-    assert share == AdaptiveVerifier(GREEDY, relaxation).pick(View(logits), 1, draft).is_relaxed
+    assert share == AdaptiveVerifier(GREEDY, relaxation).pick(Row(logits), 1, draft).is_relaxed
     assert loss >= 0
 
 
@@ -182,7 +172,7 @@ def test_the_beginning_and_the_end_of_an_answer_are_the_targets_own(seed, stop):
     session, exact = verifier.open(3), ExactVerifier(GREEDY)
     num_relaxed = 0
     for index in range(STRICT_START + 40):
-        view, draft = View(rng.normal(size=6)), opinion(rng.dirichlet(np.ones(6)))
+        view, draft = Row(rng.normal(size=6)), opinion(rng.dirichlet(np.ones(6)))
         token, is_relaxed = session.judge(view, draft)
         strict = exact.pick(view, session.length)
         if index < STRICT_START or strict == stop:
@@ -192,7 +182,7 @@ def test_the_beginning_and_the_end_of_an_answer_are_the_targets_own(seed, stop):
         session.accept(token)
     assert num_relaxed > 0
     session.rewind(4)
-    assert session.judge(View([0, 1, 0, 0, 0, 0]), opinion([0.9, 0.02, 0.02, 0.02, 0.02, 0.02])) == (1, False)
+    assert session.judge(Row([0, 1, 0, 0, 0, 0]), opinion([0.9, 0.02, 0.02, 0.02, 0.02, 0.02])) == (1, False)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from rows import Row
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -10,7 +11,7 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from dsd_p2p.errors import ConfigError, ModelError, RemoteProtocolError
+from dsd_p2p.errors import ConfigError, RemoteProtocolError
 from dsd_p2p.types import (
     Constraint,
     ConstraintKind,
@@ -26,17 +27,6 @@ VOCAB = 12
 PROMPT = [3, 5, 5]
 CRITICAL = {2: 18.42, 3: 21.11, 4: 23.51, 5: 25.74, 6: 27.86, 7: 29.88, 8: 31.83, 9: 33.72, 10: 35.56, 11: 37.37}
 """Chi-square values that a true sampler exceeds once in ten thousand draws, by degrees of freedom."""
-
-
-class Row:
-    def __init__(self, logits):
-        self._logits = np.asarray(logits, np.float32)
-
-    def argmax(self):
-        return int(self._logits.argmax())
-
-    def logits(self):
-        return self._logits
 
 
 def logits_of(seed):
@@ -210,7 +200,7 @@ def test_a_constraint_that_no_token_of_the_model_meets_is_an_error():
     ours = session(Digits(), constraint=ANY, stop_tokens=(7,))
     row = logits_of(0)
     row[0] = -np.inf
-    with pytest.raises(ModelError, match="allows no token"):
+    with pytest.raises(ConfigError, match="allows no token"):
         ours.judge(Row(row), None)
 
 

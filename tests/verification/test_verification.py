@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from prompting import DECISIONS, prompt_of
+from rows import Row
 from swarms import load_stages, model_swarm
 
 from dsd_p2p.drafting.ngram import NgramDrafter
@@ -17,18 +18,6 @@ from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.types import Sampling
 from dsd_p2p.verification.exact import ExactVerifier, gumbel_noise, kept_tokens
-
-
-class Row:
-    def __init__(self, logits):
-        self._logits = np.asarray(logits, np.float32)
-
-    def argmax(self):
-        return int(self._logits.argmax())
-
-    def logits(self):
-        return self._logits
-
 
 # Chi-square values that a true sampler exceeds once in ten thousand draws, by degrees of freedom (any statistics table).
 CRITICAL = {1: 15.14, 2: 18.42, 5: 25.74}

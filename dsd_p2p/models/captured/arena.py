@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsd_p2p.cache.slots import CacheEdit
-from dsd_p2p.errors import CapacityError, LocalProtocolError, PrefixLost
+from dsd_p2p.errors import CapacityError, PrefixLost
 from dsd_p2p.models.cache import CacheBudget
 
 _FEWEST_SLOTS = 2048
@@ -129,9 +129,7 @@ class ArenaCache:
         Raises:
             LocalProtocolError: some of these slots were never filled.
         """
-        num_needed = int(edit.gathered[-1]) + 1 if len(edit.gathered) else edit.num_kept
-        if num_needed > self.num_slots:
-            raise LocalProtocolError(f"cannot keep {edit.num_slots} slots: only {self.num_slots} are filled")
+        edit.check(self.num_slots)
         is_kept = np.zeros(len(self._slots), np.bool_)
         is_kept[: edit.num_kept] = True
         is_kept[edit.gathered] = True

@@ -1,6 +1,6 @@
 """Runs a span on a GPU as one graph for each size of pass, so that no time is lost between its kernels.
 
-How it works. A pass over a few rows is a thousand small kernels, and Python launches them more slowly than the GPU runs
+How it works. A pass over a few rows is hundreds of small kernels, and Python launches them more slowly than the GPU runs
 them. A CUDA graph launches all at once, but always over the same addresses. So the sessions' keys and values lie in one
 arena (`dsd_p2p.models.captured.arena`), and a pass's rows, slot numbers and masks are copied into buffers of the next
 larger size (`dsd_p2p.models.captured.buffers`). The rows of several sessions are one pass whose mask keeps them apart.

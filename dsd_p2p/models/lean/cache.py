@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsd_p2p.cache.slots import CacheEdit
-from dsd_p2p.errors import LocalProtocolError, PrefixLost
+from dsd_p2p.errors import PrefixLost
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.models.lean.layer import SLOT_PAD
 
@@ -41,9 +41,7 @@ class LeanCache:
         Raises:
             LocalProtocolError: some of these slots were never filled.
         """
-        num_needed = int(edit.gathered[-1]) + 1 if len(edit.gathered) else edit.num_kept
-        if num_needed > self.num_slots:
-            raise LocalProtocolError(f"cannot keep {edit.num_slots} slots: only {self.num_slots} are filled")
+        edit.check(self.num_slots)
         if len(edit.gathered):
             self.kv[:, :, :, edit.num_kept : edit.num_slots] = self.path(torch.from_numpy(edit.gathered))
         # What a bad window left there may be no number, and would turn up again in the padding.

@@ -20,6 +20,12 @@ class Call:
     name: str
     arguments: str
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments as an object."""
+        found: dict[str, Any] = json.loads(self.arguments)
+        return found
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:

@@ -1,6 +1,5 @@
 """Writes answers in the words of the Messages API."""
 
-import json
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -50,7 +49,7 @@ class MessagesFormat(EventFrames):
             content.append({"type": "thinking", "thinking": thinking, "signature": ""})
         if text:
             content.append({"type": "text", "text": text})
-        content += [_tool_use(call, _parsed(call.arguments)) for call in choice.calls]
+        content += [_tool_use(call, call.given) for call in choice.calls]
         return {**_message(head), "content": content, **_ending(choice), "usage": _usage(usage)}
 
     def first(self, head: Head, index: int) -> Sequence[Event]:
@@ -114,13 +113,6 @@ def _message(head: Head) -> dict[str, Any]:
 
 def _tool_use(call: Call, given: Any) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
-
-
-def _parsed(arguments: str) -> Any:
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return {}
 
 
 def _ending(choice: Choice) -> dict[str, Any]:

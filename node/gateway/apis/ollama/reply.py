@@ -1,6 +1,5 @@
 """Writes answers in the words of Ollama's API: one JSON object on each line."""
 
-import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -107,17 +106,8 @@ def _message(text: str, thinking: str, calls: Sequence[Call]) -> dict[str, Any]:
     if thinking:
         message["thinking"] = thinking
     if calls:
-        message["tool_calls"] = [
-            {"function": {"name": call.name, "arguments": _object(call.arguments)}} for call in calls
-        ]
+        message["tool_calls"] = [{"function": {"name": call.name, "arguments": call.given}} for call in calls]
     return message
-
-
-def _object(arguments: str) -> Any:
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return {}
 
 
 def _iso(unix_s: float) -> str:

@@ -65,10 +65,6 @@ class ResponsesFormat(EventFrames):
         name = "response.completed" if status == "completed" else "response.incomplete"
         return [self._event(name, response=self._response(head, status, usage, choice))]
 
-    def error(self, error: ApiError) -> object:
-        """Return an error as a reply."""
-        return error.body
-
     def failed(self, error: ApiError) -> Event:
         """Return an error as the last event of a stream."""
         return self._event("error", code=error.code, message=error.message, param=error.param)
