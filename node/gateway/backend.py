@@ -57,8 +57,10 @@ class EngineBackend:
     ) -> AsyncGenerator[Emit, None]:
         """Yield an answer piece by piece. Raises the same errors as `Backend.write`."""
         policy = self._engine.governed(self._make_policy())
+        is_running = False
         try:
             async with self._engine.generate(prompt, options, policy) as generation:
+                is_running = True
                 try:
                     async with aclosing(generation.pieces()) as pieces:
                         async for piece in pieces:
@@ -68,6 +70,9 @@ class EngineBackend:
                     if generation.timing.num_tokens:
                         outcome.statistics = statistics_of(generation)
         except ConfigError as exc:
+            if is_running:
+                # A stage refuses what only shows there, such as a constraint with which no token goes on.
+                raise
             # The request has been checked by now: the swarm is what cannot serve it.
             raise PeerDisconnected(str(exc)) from exc
 

@@ -353,3 +353,8 @@ def test_an_agent_calls_a_tool_and_then_gives_its_output_by_another(up):
 
     assert isinstance(asyncio.run(ask()), Person)
     assert len(cities) == 1
+
+
+def test_a_form_that_shows_itself_impossible_is_the_requests_error(client):
+    with pytest.raises(openai.BadRequestError, match="allows no token here"):
+        chat(client, extra_body={"structured_outputs": {"choice": ["a"]}, "min_tokens": 50})
