@@ -8,8 +8,10 @@
     └── PeerError              a peer or the connection to it failed; the only kind that is retried
         ├── RemoteProtocolError    the peer broke the protocol
         ├── PeerDisconnected       the connection is gone
+        │   └── PeerLeaving            the peer is shutting down
         ├── PeerTimeout            the peer did not answer before the deadline
         ├── DishonestPeer          the peer's result is wrong or unproven
+        ├── AuditIncomplete        an audited answer could not be checked
         ├── PrefixLost             a stage no longer holds the text that a session should go on from
         └── CoverageLost           no living, reachable peer serves some of the layers
 
@@ -55,6 +57,10 @@ class PeerDisconnected(PeerError):  # noqa: N818 - reads as the event it reports
     """The connection to a peer is gone."""
 
 
+class PeerLeaving(PeerDisconnected):
+    """A peer is shutting down: it accepts nothing new, and will not again."""
+
+
 class PeerTimeout(PeerError):  # noqa: N818 - reads as the event it reports
     """A peer did not answer before the deadline."""
 
@@ -65,6 +71,10 @@ class DishonestPeer(PeerError):  # noqa: N818 - reads as what it reports
     def __init__(self, peer: str, text: str) -> None:
         super().__init__(f"peer {peer} cannot be trusted: {text}")
         self.peer = peer
+
+
+class AuditIncomplete(PeerError):  # noqa: N818 - reads as what it reports
+    """An audited answer, or a part of it, could not be checked. Nobody is named."""
 
 
 class PrefixLost(PeerError):  # noqa: N818 - reads as the event it reports

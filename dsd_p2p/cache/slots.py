@@ -86,6 +86,11 @@ class SlotTable:
     def __contains__(self, node: int) -> bool:
         return node in self._nodes
 
+    def path(self, node: int) -> NDArray[np.int64]:
+        """Return the slots of the prefix and of the path to `node`, int64 `[num positions]`."""
+        path = np.flatnonzero(self._attends[self._nodes[node]])
+        return np.concatenate([np.arange(self.prefix_length), self.prefix_length + path])
+
     def settle(self, node: int | None) -> CacheEdit | None:
         """Add the path to `node` to the prefix, and keep only its descendants; `None` keeps only the prefix.
 

@@ -1,28 +1,34 @@
 """Checks that the stages of a route compute what they claim, with signed windows and spot checks on a replica.
 
-Each stage signs a hash of every row that it receives and of every row that it sends. The coordinator checks that
-neighbours signed the same rows, so that nothing was changed between them and no layer was left out. Every few windows,
-one stage must show the rows that it sent. A peer that holds the same layers recomputes them over the whole text, and
-the rows are compared. The stages take turns in a random order. On a route of three or more stages, each stage is
-checked within 32 windows.
+How it works. Each stage signs a hash of every row that it receives and of every row that it sends (`.signed`). The
+coordinator checks that neighbours signed the same rows, so that nothing was changed between them and no layer was left
+out. Every few windows, one stage must show the rows that it sent. A peer that holds the same layers recomputes them over
+the whole text, and the rows are compared (`.tolerance`). The stages take turns in a random order. Before the answer
+ends, every stage is checked up to the end.
+
+Nobody is judged by one word. A check counts if the stage and the replica came with different invites. If they differ,
+a second replica of a third invite decides. Without one, the answer ends with an error that names nobody.
 """
 
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dsd_p2p.coordination.directory import OURSELVES, Replica
 from dsd_p2p.coordination.signed import SignedWindows
-from dsd_p2p.errors import DishonestPeer, PeerError
+from dsd_p2p.coordination.tolerance import first_wrong_pick, first_wrong_row, tolerance_of
+from dsd_p2p.errors import AuditIncomplete, DishonestPeer, PeerDisconnected, PeerError
 from dsd_p2p.peers.links import Arrived
-from dsd_p2p.types import INT8, STORED, ModelKey, PeerId, SessionId, Span, TextRequest, TokenId
-from dsd_p2p.wire.attest import hash_rows, row_hash
+from dsd_p2p.types import ModelKey, PeerId, SessionId, Span, TextRequest, TokenId, short_peer
+from dsd_p2p.wire.attest import row_errors
 from dsd_p2p.wire.hidden import to_float32
 from dsd_p2p.wire.messages import (
     MAX_RECOMPUTED,
-    Attestation,
+    MAX_REVEALED,
     Hop,
+    OpenSession,
     Recompute,
     Recomputed,
     Reveal,
@@ -38,43 +44,52 @@ The last check ends before the next turn is due. With three or more stages that 
 window 32.
 """
 
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, INT8: 0.15, STORED: 0.15}
-"""Largest relative error of a row, in the Euclidean norm, by the format of the weights.
-
-Other window sizes and machines change only the last bits; a lie changes the first. int8 products of a CPU without VNNI
-round to half as many steps: ten layers of SmolLM2-135M then differ by up to 0.08.
-"""
-
-_MAX_GAP_MILLI = {"float32": 50, "bfloat16": 1500, "float16": 300, INT8: 2000, STORED: 2000}
-"""Thousandths of a logit by which a greedy token may fall short of the replica's pick and still count as a near-tie."""
-
-_MAX_LAG = 64
-"""How many positions a stage may lag in knowing what is committed; it learns this from the windows that follow."""
+_MAX_WITNESSES = 4
+"""The most replicas that are asked about one stage, some of which may not answer."""
 
 Ask = Callable[[PeerId, Reveal | Recompute, bytes], Awaitable[Arrived]]
 """A function that sends a message to a peer and returns the answer; it raises PeerError if none comes in time."""
 
+Replicas = Callable[[Span, str], Sequence[Replica]]
+"""Returns the connected peers that hold a span, except the given one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One spot check, of stage number `hop` over the text's first tokens.
+    """One check, of stage number `hop` over the text's first tokens.
 
-    first_unchecked: the first position that was not checked before. signed: for each position, what this stage and the
-    one before it (None at the head) signed, and the position's offset in its window.
+    following: the token after them, -1 if there is none. num_given: tokens that the route did not pick.
     """
 
     hop: int
     tokens: tuple[TokenId, ...]
-    first_unchecked: int
-    signed: tuple[tuple[Attestation, Attestation | None, int], ...]
+    following: int
+    num_given: int
+    model: ModelKey
+    signed: SignedWindows
+
+    @property
+    def end(self) -> int:
+        """The number of positions."""
+        return len(self.tokens)
+
+    @property
+    def stage(self) -> Hop:
+        """The stage to check."""
+        return self.signed.hops[self.hop]
+
+    @property
+    def is_of_tail(self) -> bool:
+        """True if the stage is the tail."""
+        return self.hop == len(self.signed.hops) - 1
 
 
 class Auditor:
-    """The auditor of one request: it follows the windows and verdicts, and spot-checks the stages of the route.
+    """The auditor of one request: it follows the windows and verdicts, and checks the stages of the route.
 
-    num_prompt: tokens of the prompt, which no stage picked. replicas: returns the connected peers that hold a span,
-    except the given one. shuffle: puts a list into random order.
-    checked: for each stage, the position up to which it was checked.
+    num_prompt: tokens of the prompt, which no stage picked. root_of: returns the invite that a peer came with.
+    shuffle: puts a list into random order.
+    checked: for each stage, the number of positions that were checked.
     """
 
     def __init__(
@@ -83,7 +98,8 @@ class Auditor:
         session: SessionId,
         num_prompt: int,
         text: TextRequest,
-        replicas: Callable[[Span, str], Sequence[PeerId]],
+        replicas: Replicas,
+        root_of: Callable[[str], str],
         ask: Ask,
         shuffle: Callable[[list[int]], None],
     ) -> None:
@@ -91,20 +107,24 @@ class Auditor:
         self._num_prompt = num_prompt
         self._text = text
         self._replicas = replicas
+        self._root_of = root_of
         self._ask = ask
         self._shuffle = shuffle
         self._signed = SignedWindows(())
         self._turns: list[int] = []
         self._num_windows = 0
+        self._num_given = num_prompt
+        self._model: ModelKey | None = None
         self.checked: list[int] = []
         self.num_checks = 0
         self.num_unchecked = 0
 
-    def opened(self, hops: tuple[Hop, ...], model: ModelKey) -> None:
+    def opened(self, opened: OpenSession) -> None:
         """Start over on a newly opened route, which receives the whole text again."""
-        self._model = model
-        self._signed = SignedWindows(hops)
-        self.checked = [0] * len(hops)
+        self._model = opened.model
+        self._num_given = opened.num_given
+        self._signed = SignedWindows(opened.route)
+        self.checked = [0] * len(opened.route)
         self._num_windows = 0
         self._turns = []
 
@@ -141,126 +161,164 @@ class Auditor:
         if not self._turns:
             self._turns = list(range(len(self._signed.hops)))
             self._shuffle(self._turns)
-        hop, end = self._turns[-1], min(self._signed.num_complete(), MAX_RECOMPUTED, len(tokens))
-        if end <= self.checked[hop]:
+        turn = self._turn_of(self._turns[-1], tokens)
+        if turn.end <= self.checked[turn.hop]:
             return None
         # Keep the order for the next cycle: a new shuffle could put the first stage last, almost two cycles later.
         self._turns.insert(0, self._turns.pop())
         # A turn that came late because nothing new could be checked does not delay the next one.
         self._num_windows -= self._every
+        return turn
+
+    def last_turns(self, tokens: Sequence[TokenId]) -> Iterator[Turn]:
+        """Yield the checks that are missing when the text is complete."""
+        for hop in range(len(self._signed.hops)):
+            turn = self._turn_of(hop, tokens)
+            if turn.end > self.checked[hop]:
+                yield turn
+
+    def missing(self, num_tokens: int) -> AuditIncomplete | None:
+        """Return the error that says what was not checked of a text, or None. num_tokens: its length.
+
+        Nothing is computed at its last position.
+        """
+        for hop, checked in zip(self._signed.hops, self.checked, strict=True):
+            if checked < num_tokens - 1:
+                return AuditIncomplete(
+                    f"layers {hop.span} of peer {short_peer(hop.peer)} were checked for {checked} of {num_tokens - 1} "
+                    "positions: no peer with these layers and another invite answered"
+                )
+        return None
+
+    def _turn_of(self, hop: int, tokens: Sequence[TokenId]) -> Turn:
+        end = min(self._signed.num_complete(), MAX_RECOMPUTED, len(tokens))
+        assert self._model is not None, "a route is open"
         return Turn(
             hop=hop,
             tokens=tuple(tokens[:end]),
-            first_unchecked=self.checked[hop],
-            signed=tuple(self._signed.at(position, hop) for position in range(end)),
+            following=tokens[end] if end < len(tokens) else -1,
+            num_given=self._num_given,
+            model=self._model,
+            signed=self._signed,
         )
 
     async def check(self, turn: Turn) -> None:
-        """Carry out a spot check.
+        """Carry out a check.
 
         Raises:
             DishonestPeer: names the peer that lied.
+            AuditIncomplete: the stage and a replica differ, and nobody can tell who lied.
+            PeerDisconnected: the stage was lost.
         """
-        hop = self._signed.hops[turn.hop]
-        inputs, end = b"", len(turn.tokens)
-        if turn.hop:
-            inputs, end = await self._shown(turn, self._signed.hops[turn.hop - 1], end, is_before=True)
-        row_bytes = len(inputs) // max(1, end)
-        outputs = b""
-        if turn.hop < len(self._signed.hops) - 1:
-            outputs, end = await self._shown(turn, hop, end, is_before=False)
-        if end <= turn.first_unchecked:
-            return
-        verdicts = []
-        for replica in self._replicas(hop.span, hop.peer)[:2]:
-            wrong_at = await self._differs(turn, replica, inputs[: end * row_bytes], outputs, end)
-            if wrong_at is not None:
-                verdicts.append((replica, wrong_at))
-                if wrong_at < 0:
-                    break
-        self._judge(turn, verdicts, end)
+        inputs = b"" if turn.hop == 0 else await self._shown(turn, turn.hop - 1)
+        outputs = await self._shown(turn, turn.hop)
+        if self._is_right(turn, await self._ask_witnesses(turn, inputs, outputs)) and turn.signed is self._signed:
+            self.checked[turn.hop] = max(self.checked[turn.hop], turn.end)
 
-    def _judge(self, turn: Turn, verdicts: list[tuple[PeerId, int]], end: int) -> None:
-        """Judge the stage: it is right if one replica agrees with it, and it lied if all that answered differ."""
-        hop = self._signed.hops[turn.hop]
-        if not verdicts:
+    async def _ask_witnesses(self, turn: Turn, inputs: bytes, outputs: bytes) -> list[tuple[Replica, int | None]]:
+        """Return what replicas say: the first wrong position, or None if all is right. Ask until two contradict nobody."""
+        said: list[tuple[Replica, int | None]] = []
+        if self._root_of(turn.stage.peer) == OURSELVES:
+            return [(Replica(PeerId(turn.stage.peer), OURSELVES), None)]
+        for replica in witnesses(self._replicas, self._root_of, turn.stage)[:_MAX_WITNESSES]:
+            try:
+                wrong_at = await self._differs(turn, replica.peer, inputs, outputs)
+            except PeerError:
+                continue
+            said.append((replica, wrong_at))
+            if wrong_at is None or len(said) == 2 or replica.root == OURSELVES:
+                break
+        return said
+
+    def _is_right(self, turn: Turn, said: Sequence[tuple[Replica, int | None]]) -> bool:
+        """Judge a stage by what its replicas say. Return False if none answered."""
+        if not said:
             self.num_unchecked += 1
-            return
+            return False
         self.num_checks += 1
-        liars = [replica for replica, wrong_at in verdicts if wrong_at >= 0]
-        if any(wrong_at < 0 for _, wrong_at in verdicts):
-            self.checked[turn.hop] = max(self.checked[turn.hop], end)
-            if liars:
-                raise DishonestPeer(liars[0], "its recomputation differs from two others'")
-            return
-        position = min(wrong_at for _, wrong_at in verdicts)
-        raise DishonestPeer(
-            hop.peer,
-            f"its output of layers {hop.span} at position {position} differs from that of {len(liars)} replica(s)",
+        stage, (last, wrong_at) = turn.stage, said[-1]
+        if wrong_at is None:
+            if len(said) > 1:
+                raise DishonestPeer(said[0][0].peer, "its recomputation differs from two others'")
+            return True
+        text = f"output of layers {stage.span} at position {wrong_at} differs from that of"
+        if turn.is_of_tail and wrong_at < turn.num_given - 1:
+            raise AuditIncomplete(
+                f"the token at {wrong_at + 1}, from a route that was lost unchecked, is wrong: ask again"
+            )
+        if len(said) > 1 or last.root == OURSELVES:
+            raise DishonestPeer(stage.peer, f"its {text} {len(said)} replica(s)")
+        raise AuditIncomplete(
+            f"peer {short_peer(stage.peer)} or {short_peer(last.peer)} lies: the {text} the other, and no third peer "
+            "with these layers and another invite can tell: add one, or ask again"
         )
 
-    async def _shown(self, turn: Turn, hop: Hop, end: int, *, is_before: bool) -> tuple[bytes, int]:
-        """Ask a stage for the rows it sent and compare them with what it signed; return the rows and their number."""
-        try:
-            answer = await self._ask(PeerId(hop.peer), Reveal(session=self._session, end=end), b"")
-        except PeerError as exc:
-            raise DishonestPeer(hop.peer, f"it did not reveal the rows that it sent: {exc}") from exc
-        message = answer.message
-        assert isinstance(message, Revealed)
-        num_rows = min(message.num_rows, end)
-        rows = bytes(answer.payload)
-        if num_rows < end - _MAX_LAG or len(rows) % max(1, message.num_rows):
-            raise DishonestPeer(hop.peer, f"it revealed {num_rows} of {end} rows")
-        if not num_rows:
-            return b"", 0
-        row_bytes = len(rows) // message.num_rows
-        hashes = hash_rows(rows[: num_rows * row_bytes], row_bytes)
-        for position in range(num_rows):
-            mine, before, offset = turn.signed[position]
-            signed = before.outputs if is_before and before else mine.outputs
-            if row_hash(hashes, position) != row_hash(signed, offset):
-                raise DishonestPeer(
-                    hop.peer, f"the row that it revealed for position {position} does not match its signed hash"
-                )
-        return rows[: num_rows * row_bytes], num_rows
+    async def _shown(self, turn: Turn, index: int) -> bytes:
+        """Return the rows that stage number `index` sent for the turn's positions; ask for those that are new."""
+        hop, shown = turn.signed.hops[index], turn.signed.shown[index]
+        while shown.num_rows < turn.end:
+            start, end = shown.num_rows, min(shown.num_rows + MAX_REVEALED, turn.end)
+            asked = Reveal(session=self._session, start=start, end=end, at=turn.signed.node_at(end - 1))
+            try:
+                answer = await self._ask(PeerId(hop.peer), asked, b"")
+            except PeerError as exc:
+                if isinstance(exc, PeerDisconnected) or turn.signed is not self._signed:
+                    raise
+                raise DishonestPeer(hop.peer, f"it did not show the rows that it sent: {exc}") from exc
+            if turn.signed is not self._signed:
+                # The stage may have answered for the route that followed.
+                raise PeerDisconnected("the route was lost during the check")
+            message, rows = answer.message, bytes(answer.payload)
+            assert isinstance(message, Revealed)
+            if (message.start, message.num_rows) != (start, end - start) or len(rows) % (end - start):
+                raise DishonestPeer(hop.peer, f"it showed {message.num_rows} of {end - start} rows")
+            if not turn.signed.is_signed_by(index, start, rows, len(rows) // (end - start)):
+                raise DishonestPeer(hop.peer, f"a row that it showed from {start} on does not match its signed hash")
+            shown.add(rows, end - start)
+        return shown.first(turn.end)
 
-    async def _differs(self, turn: Turn, replica: PeerId, inputs: bytes, outputs: bytes, end: int) -> int | None:
-        """Return the first unchecked position at which the replica differs: -1 if none, None without an answer."""
-        hop = self._signed.hops[turn.hop]
+    async def _differs(self, turn: Turn, replica: PeerId, inputs: bytes, outputs: bytes) -> int | None:
+        """Return the first position at which a replica gets something else than the stage, or None.
+
+        Raises:
+            PeerError: the replica gave no answer that can be compared.
+        """
         asked = Recompute(
             request=secrets.token_bytes(8),
-            span=hop.span,
-            model=self._model,
-            tokens=turn.tokens[:end],
+            span=turn.stage.span,
+            model=turn.model,
+            tokens=turn.tokens,
             text=self._text,
-            num_prompt=min(self._num_prompt, end),
+            num_prompt=min(self._num_prompt, turn.end),
+            following=turn.following,
         )
-        try:
-            answer = await self._ask(replica, asked, inputs)
-        except PeerError:
-            return None
-        message = answer.message
+        answer = await self._ask(replica, asked, inputs)
+        message, rows = answer.message, bytes(answer.payload)
         assert isinstance(message, Recomputed)
-        if message.error:
-            return None
-        if turn.hop == len(self._signed.hops) - 1:
-            return self._first_wrong_pick(turn, message, end)
-        return self._first_wrong_row(turn, bytes(answer.payload), outputs, end)
+        if message.error or len(rows) != len(outputs):
+            raise PeerDisconnected(message.error or "the replica sent too few rows")
+        tolerance = tolerance_of(turn.model.weights)
+        mean = tolerance.mean(message.noise / 1e6)
+        if not turn.is_of_tail:
+            claimed, computed = (to_float32(each, turn.model.compute).reshape(turn.end, -1) for each in (outputs, rows))
+            return first_wrong_row(row_errors(claimed, computed), mean, tolerance.row)
+        if len(message.gaps) != turn.end:
+            raise PeerDisconnected("the replica judged too few tokens")
+        first_pick = self._num_prompt - 1
+        wrong = first_wrong_pick(message.gaps[first_pick:], tolerance)
+        if wrong is not None:
+            return first_pick + wrong
+        first_row = turn.num_given - 1
+        claimed, computed = (np.frombuffer(each, "<f4").reshape(turn.end, -1)[first_row:] for each in (outputs, rows))
+        wrong = first_wrong_row(row_errors(claimed, computed), mean, tolerance.row)
+        return None if wrong is None else first_row + wrong
 
-    def _first_wrong_pick(self, turn: Turn, message: Recomputed, end: int) -> int | None:
-        if len(message.gaps) != end:
-            return None
-        for position in range(max(turn.first_unchecked, self._num_prompt - 1), end - 1):
-            if message.gaps[position] > _MAX_GAP_MILLI[self._model.weights]:
-                return position
-        return -1
 
-    def _first_wrong_row(self, turn: Turn, theirs: bytes, mine: bytes, end: int) -> int | None:
-        if len(theirs) < len(mine) or not mine:
-            return None
-        claimed = to_float32(mine, self._model.compute).reshape(end, -1)
-        computed = to_float32(theirs[: len(mine)], self._model.compute).reshape(end, -1)
-        scale = np.linalg.norm(computed, axis=1) + 1e-6
-        errors = np.linalg.norm(claimed - computed, axis=1) / scale
-        wrong = np.flatnonzero(~(errors[turn.first_unchecked :] <= _TOLERANCE[self._model.weights]))
-        return turn.first_unchecked + int(wrong[0]) if len(wrong) else -1
+def witnesses(replicas: Replicas, root_of: Callable[[str], str], stage: Hop) -> list[Replica]:
+    """Return the replicas that may judge a stage: none of its own invite, and one of each other."""
+    found: dict[str, Replica] = {}
+    root = root_of(stage.peer)
+    for replica in replicas(stage.span, stage.peer):
+        if replica.root != root:
+            found.setdefault(replica.root, replica)
+    return list(found.values())

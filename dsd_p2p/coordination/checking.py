@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import trio
 
 from dsd_p2p.coordination.audit import Auditor, Turn
-from dsd_p2p.errors import DishonestPeer
+from dsd_p2p.errors import AuditIncomplete, DishonestPeer, PeerError
 from dsd_p2p.session.effects import Carried, Effect
 from dsd_p2p.types import TokenId
 from dsd_p2p.wire.messages import Message, OpenSession, Verdict, Window
@@ -18,13 +18,19 @@ logger = logging.getLogger(__name__)
 
 
 class SpotChecks:
-    """The spot checks of one request, carried out by its auditor. distrust: called with the error that names a liar."""
+    """The spot checks of one request, carried out by its auditor. distrust: called with the error that names a liar.
+
+    is_over: True once `conclude` was called. fault: what it found wrong with the answer, or None.
+    """
 
     def __init__(self, auditor: Auditor, distrust: Callable[[DishonestPeer], None]) -> None:
         self._auditor = auditor
         self.distrust = distrust
         self._is_checking = False
-        self._is_over = trio.Event()
+        self._is_idle = trio.Event()
+        self._found: PeerError | None = None
+        self.is_over = False
+        self.fault: PeerError | None = None
 
     @property
     def num_checks(self) -> int:
@@ -44,8 +50,8 @@ class SpotChecks:
     def follow(self, message: Message, num_committed: int) -> None:
         """Note that a message is sent to the stages; tokens at positions below `num_committed` are committed."""
         match message:
-            case OpenSession(route=route, model=model):
-                self._auditor.opened(route, model)
+            case OpenSession() as opened:
+                self._auditor.opened(opened)
             case Window() as window:
                 self._auditor.sent(window, num_committed)
             case _:
@@ -68,33 +74,56 @@ class SpotChecks:
                 yield effect
 
     def start_if_due(
-        self, tokens: Sequence[TokenId], nursery: trio.Nursery, done: Callable[[DishonestPeer | None], Awaitable[None]]
+        self, tokens: Sequence[TokenId], nursery: trio.Nursery, done: Callable[[PeerError | None], Awaitable[None]]
     ) -> None:
-        """Start the spot check that is due, unless one is running. done: called with the liar's error, or None."""
+        """Start the spot check that is due, unless one is running. done: called with the error that ends the answer."""
         if self._is_checking:
             return
         turn = self._auditor.turn(tokens)
         if turn is not None:
-            self._is_checking, self._is_over = True, trio.Event()
-            nursery.start_soon(self._check, turn, done)
+            self._is_checking, self._is_idle = True, trio.Event()
+            nursery.start_soon(self._check_aside, turn, done)
 
     async def wait_for_overdue(self) -> None:
         """Wait until an overdue spot check ends, so that the text does not run far past what was checked."""
         if self._is_checking and self._auditor.is_overdue:
-            await self._is_over.wait()
+            await self._is_idle.wait()
 
     def ended(self) -> None:
-        """Note that the check's result was handled; the next check may start."""
+        """Note that the outcome of the running check has been taken in."""
         self._is_checking = False
 
-    async def _check(self, turn: Turn, done: Callable[[DishonestPeer | None], Awaitable[None]]) -> None:
-        error = None
+    async def conclude(self, tokens: Sequence[TokenId] | None) -> None:
+        """Check all stages up to the end of the text, and set `fault`. tokens: None if the answer ended otherwise."""
+        self.is_over = True
+        if tokens is not None:
+            self.fault = await self._check_rest(tokens)
+
+    async def _check_rest(self, tokens: Sequence[TokenId]) -> PeerError | None:
+        if self._is_checking:
+            await self._is_idle.wait()
+        if self._found is not None:
+            return self._found
+        for turn in self._auditor.last_turns(tokens):
+            if (error := await self._check(turn)) is not None:
+                return error
+        return self._auditor.missing(len(tokens))
+
+    async def _check_aside(self, turn: Turn, done: Callable[[PeerError | None], Awaitable[None]]) -> None:
+        try:
+            self._found = await self._check(turn)
+        finally:
+            self._is_idle.set()
+        await done(self._found)
+
+    async def _check(self, turn: Turn) -> PeerError | None:
+        """Carry out one check; return the error that ends the answer, or None. A lost stage is the route's matter."""
         try:
             await self._auditor.check(turn)
-        except DishonestPeer as exc:
-            error = exc
-        except Exception:  # task boundary: a check that crashes says nothing about the stage
+        except (DishonestPeer, AuditIncomplete) as exc:
+            return exc
+        except PeerError as exc:
+            logger.warning("spot check not carried out peer=%s error=%s", turn.stage.peer, exc)
+        except Exception:  # task boundary: a failed check must not end the answer
             logger.exception("spot check failed")
-        finally:
-            self._is_over.set()
-        await done(error)
+        return None

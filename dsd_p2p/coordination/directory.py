@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dsd_p2p.errors import ConfigError, PeerError
 from dsd_p2p.peers.links import PeerLinks
@@ -19,6 +19,17 @@ NO_DETOUR = Detour()
 _CONNECT_TIMEOUT_S = 20.0
 
 
+OURSELVES = ""
+"""The root of our own peer, whose word we need nobody to confirm."""
+
+
+class Replica(NamedTuple):
+    """A peer that can check another one. root: the invite that it came with."""
+
+    peer: PeerId
+    root: str
+
+
 class Directory(Protocol):
     """A source of routes and replicas."""
 
@@ -31,8 +42,12 @@ class Directory(Protocol):
         """
         ...
 
-    def replicas(self, span: Span, but: str) -> Sequence[PeerId]:
+    def replicas(self, span: Span, but: str) -> Sequence[Replica]:
         """Return the connected peers that hold a span, except the peer `but`."""
+        ...
+
+    def root_of(self, peer: str) -> str:
+        """Return the invite that a peer came with, or `OURSELVES`."""
         ...
 
 
@@ -86,10 +101,14 @@ class StageList:
             max_positions=stages[0].max_positions,
         )
 
-    def replicas(self, span: Span, but: str) -> list[PeerId]:
+    def root_of(self, peer: str) -> str:
+        """Return the peer itself: listed stages came without invites, and are believed to be of different people."""
+        return OURSELVES if peer == self._links.me.peer else peer
+
+    def replicas(self, span: Span, but: str) -> list[Replica]:
         """Return the connected stages that hold a span, except the peer `but`."""
         return [
-            peer
+            Replica(peer, self.root_of(peer))
             for peer, info in self._links.known.items()
             if peer in self._links.connected and peer != but and info.span is not None and info.span.holds(span)
         ]

@@ -17,6 +17,7 @@ from dsd_p2p.errors import (
     DsdError,
     PeerDisconnected,
     PeerError,
+    PeerLeaving,
     PeerTimeout,
     PrefixLost,
     RemoteProtocolError,
@@ -64,9 +65,9 @@ class Told:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """A spot check is over. error: names the peer that lied, or None."""
+    """A spot check is over. error: what ends the answer, or None."""
 
-    error: DishonestPeer | None
+    error: PeerError | None
 
 
 Event = Told | Lost | Drafted | Rerouted | Checked
@@ -183,7 +184,7 @@ class RequestDriver:
             error = error_of(message.kind, message.text)
             if message.peer:
                 self._avoided.link(sender, message.peer, now_s)
-            elif not isinstance(error, PeerDisconnected | PeerTimeout | PrefixLost):
+            elif isinstance(error, PeerLeaving) or not isinstance(error, PeerDisconnected | PeerTimeout | PrefixLost):
                 self._avoided.peer(sender, error, now_s)
             return self._machine.failed(message.epoch, error, now_s)
         if sender != self._machine.route.hops[-1].peer:
@@ -207,13 +208,14 @@ class RequestDriver:
             self._watch.verdict(message)
         return effects
 
-    def _caught(self, error: DishonestPeer, effects: Sequence[Effect]) -> Sequence[Effect]:
-        self._avoided.peer(PeerId(error.peer), error, trio.current_time())
-        if self.checks is not None:
-            self.checks.distrust(error)
+    def _caught(self, error: PeerError, effects: Sequence[Effect]) -> Sequence[Effect]:
+        if isinstance(error, DishonestPeer):
+            self._avoided.peer(PeerId(error.peer), error, trio.current_time())
+            if self.checks is not None:
+                self.checks.distrust(error)
         return effects
 
-    async def _checked(self, error: DishonestPeer | None) -> None:
+    async def _checked(self, error: PeerError | None) -> None:
         await self.inbox.send(Checked(error=error))
 
     async def _perform(self, output: trio.MemorySendChannel[Emit], nursery: trio.Nursery) -> bool:
@@ -221,6 +223,9 @@ class RequestDriver:
         while self._pending:
             # Remove an effect only after it is done: a cancelled close message must be sent again.
             match self._pending[0]:
+                case Send(message=CloseSession()) if self.checks is not None and not self.checks.is_over:
+                    await self._judge_whole(self.checks)
+                    continue
                 case Send(to=to, message=message):
                     if self.checks is not None:
                         self.checks.follow(message, len(self._machine.tokens))
@@ -252,9 +257,17 @@ class RequestDriver:
                     logger.warning("route lost, replaying delay_s=%.2f reason=%s", delay_s, reason)
                     nursery.start_soon(self._reroute, delay_s)
                 case Finish() as finish:
-                    self.finish = finish
+                    fault = self.checks.fault if self.checks is not None else None
+                    self.finish = finish if fault is None else Finish(reason="error", error=fault)
             self._pending.popleft()
         return self.finish is None
+
+    async def _judge_whole(self, checks: SpotChecks) -> None:
+        """Check the rest of an audited answer that has ended well, while its stages still hold their rows."""
+        is_whole = any(isinstance(effect, Finish) and effect.error is None for effect in self._pending)
+        await checks.conclude(self._machine.tokens if is_whole else None)
+        if checks.fault is not None:
+            self._caught(checks.fault, ())
 
     async def _draft(self, draft: Draft, nursery: trio.Nursery) -> None:
         children = await self._guesses.expand(draft, nursery)

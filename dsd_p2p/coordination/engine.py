@@ -55,6 +55,7 @@ from dsd_p2p.window.tracker import Tracker
 from dsd_p2p.wire.drafts import Drafted
 from dsd_p2p.wire.messages import (
     MAX_EPOCH,
+    MAX_RECOMPUTED,
     CloseSession,
     Failure,
     Message,
@@ -162,10 +163,12 @@ class Engine:
 
         Raises:
             ConfigError: no route, an invalid prompt or option, or a text longer than the model's context.
-            PeerError: no route was found in time.
+            PeerError: no route was found in time, or it cannot be audited.
         """
         route = await self._directory.find(self.trust.avoid(NO_DETOUR))
         self._check(prompt, options, route.max_positions)
+        if options.audit:
+            self.trust.check_route(route)
         request = self._request(prompt, options, route)
         session = request.session
         self.own_drafter.want()
@@ -294,6 +297,8 @@ class Engine:
         check_text_request(text)
         if options.audit and (options.hidden_format is not HiddenFormat.MODEL or text.relaxation is not None):
             raise ConfigError("--audit compares exact rows: leave out --hidden and --verify relaxed")
+        if options.audit and len(prompt) + text.max_tokens > MAX_RECOMPUTED:
+            raise ConfigError(f"an audited text has at most {MAX_RECOMPUTED} tokens with its prompt: ask for fewer")
 
     def start(self, nursery: trio.Nursery) -> None:
         """Do nothing: requests run in the nursery that the engine was given."""

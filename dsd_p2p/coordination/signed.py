@@ -1,11 +1,11 @@
 """Records what the stages of a route signed for each window, and which of its nodes were committed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dsd_p2p.errors import DishonestPeer
 from dsd_p2p.keys import is_signed_by, public_of
-from dsd_p2p.wire.attest import hash_tokens, signed_text
+from dsd_p2p.wire.attest import hash_rows, hash_tokens, row_hash, signed_text
 from dsd_p2p.wire.messages import ROW_HASH_BYTES, Attestation, Hop, Verdict, Window
 
 _MAX_WINDOWS_KNOWN = 8192
@@ -17,8 +17,28 @@ class _Sent:
     stages: tuple[Attestation, ...] = ()
 
 
+@dataclass(slots=True)
+class Shown:
+    """The rows of positions 0 to `num_rows`, as a stage has shown them."""
+
+    rows: bytearray = field(default_factory=bytearray)
+    num_rows: int = 0
+
+    def add(self, rows: bytes, num_rows: int) -> None:
+        """Add the rows of the next positions."""
+        self.rows += rows
+        self.num_rows += num_rows
+
+    def first(self, num_rows: int) -> bytes:
+        """Return the rows of the first positions."""
+        return bytes(self.rows[: num_rows * (len(self.rows) // max(1, self.num_rows))])
+
+
 class SignedWindows:
-    """The windows sent since an attested session was last opened. hops: its stages, head first."""
+    """The windows sent since an attested session was last opened. hops: its stages, head first.
+
+    shown: for each stage, what it has shown of its rows.
+    """
 
     def __init__(self, hops: tuple[Hop, ...]) -> None:
         self.hops = hops
@@ -26,7 +46,9 @@ class SignedWindows:
         # The (window, offset) in which each node was sent, by (epoch, node); and the same for each committed position.
         self._at: dict[tuple[int, int], tuple[int, int]] = {}
         self._path: dict[int, tuple[int, int]] = {}
-        self._num_complete = 0
+        self._nodes: list[tuple[int, int]] = []
+        self._hashes = [bytearray() for _ in hops]
+        self.shown = [Shown() for _ in hops]
         self._first_epoch: int | None = None
 
     def sent(self, window: Window, num_committed: int) -> None:
@@ -69,19 +91,24 @@ class SignedWindows:
             self._path[position] = at
 
     def num_complete(self) -> int:
-        """Return the number of leading positions whose windows are all signed."""
-        while (at := self._path.get(self._num_complete)) is not None and self._stages_of(at[0]):
-            self._num_complete += 1
-        return self._num_complete
+        """Return the number of leading positions whose windows are all signed, and keep their hashes."""
+        while (at := self._path.get(len(self._nodes))) is not None and (stages := self._stages_of(at[0])):
+            number, offset = at
+            window = self._sent[number].window
+            for hashes, stage in zip(self._hashes, stages, strict=True):
+                hashes += row_hash(stage.outputs, offset)
+            self._nodes.append((window.epoch, window.first_node + offset))
+        return len(self._nodes)
 
-    def at(self, position: int, hop: int) -> tuple[Attestation, Attestation | None, int]:
-        """Return what stage number `hop` and the one before it signed for a committed position.
+    def node_at(self, position: int) -> tuple[int, int]:
+        """Return the node (epoch, number) at a complete position."""
+        return self._nodes[position]
 
-        The second is None at the head. The third is the position's offset in its window.
-        """
-        window, offset = self._path[position]
-        stages = self._stages_of(window)
-        return stages[hop], stages[hop - 1] if hop else None, offset
+    def is_signed_by(self, hop: int, start: int, rows: bytes, row_bytes: int) -> bool:
+        """Return whether these are the rows that stage number `hop` signed for the complete positions from `start` on."""
+        hashes = hash_rows(rows, row_bytes) if row_bytes else b""
+        signed = self._hashes[hop][start * ROW_HASH_BYTES : start * ROW_HASH_BYTES + len(hashes)]
+        return len(hashes) > 0 and hashes == bytes(signed)
 
     def _stages_of(self, window: int) -> tuple[Attestation, ...]:
         sent = self._sent.get(window)
@@ -98,7 +125,6 @@ class SignedWindows:
             if stage.inputs != expected:
                 before = f"the output that {self.hops[index - 1].peer} signed" if index else "the tokens that were sent"
                 raise DishonestPeer(hop.peer, f"the input that it signed differs from {before}")
-            is_tail = index == len(self.hops) - 1
-            if len(stage.outputs) != (0 if is_tail else len(window.tokens) * ROW_HASH_BYTES):
+            if len(stage.outputs) != len(window.tokens) * ROW_HASH_BYTES:
                 raise DishonestPeer(hop.peer, "it signed outputs for the wrong number of nodes")
             expected = stage.outputs

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import trio
 
-from dsd_p2p.coordination.directory import NO_DETOUR
+from dsd_p2p.coordination.directory import NO_DETOUR, OURSELVES, Replica
 from dsd_p2p.coordination.draft_places import Offer
 from dsd_p2p.errors import CoverageLost
 from dsd_p2p.peers.membership import Membership
@@ -103,13 +103,21 @@ class SwarmDirectory:
         }
         return SwarmView(num_layers=self._num_layers, peers=peers, one_way_s=links)
 
-    def replicas(self, span: Span, but: str) -> list[PeerId]:
+    def root_of(self, peer: str) -> str:
+        """Return the key that the owner let in: a machine of the owner's own, or the invite that a peer came with."""
+        record = self._membership.registry.record_of(PeerId(peer))
+        if peer == self._membership.links.me.peer:
+            return OURSELVES
+        return record.grants[0].subject.hex() if record is not None and record.grants else peer
+
+    def replicas(self, span: Span, but: str) -> list[Replica]:
         """Return the members that serve a span, except the peer `but`: ourselves first, then the least busy."""
         peers = [
             peer for peer in self.view().peers if peer.peer != but and peer.span is not None and peer.span.holds(span)
         ]
         me = self._membership.links.me.peer
-        return [peer.peer for peer in sorted(peers, key=lambda peer: (peer.peer != me, peer.num_sessions))]
+        ordered = sorted(peers, key=lambda peer: (peer.peer != me, peer.num_sessions))
+        return [Replica(peer.peer, self.root_of(peer.peer)) for peer in ordered]
 
     def coordinators(self) -> dict[PeerId, Speculation]:
         """Return the members that coordinate for thin clients, each with the speculation of its best drafter.

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import trio
 
-from dsd_p2p.coordination.audit import Auditor
+from dsd_p2p.coordination.audit import Auditor, witnesses
 from dsd_p2p.coordination.checking import SpotChecks
-from dsd_p2p.coordination.directory import NO_DETOUR, Directory
-from dsd_p2p.errors import DishonestPeer, PeerTimeout
+from dsd_p2p.coordination.directory import NO_DETOUR, OURSELVES, Directory, Replica
+from dsd_p2p.errors import AuditIncomplete, DishonestPeer, PeerTimeout
 from dsd_p2p.peers.links import Arrived, PeerLinks
 from dsd_p2p.placement.route import Detour
-from dsd_p2p.session.request import Request
-from dsd_p2p.types import PeerId, Span
+from dsd_p2p.session.request import Request, Route
+from dsd_p2p.types import PeerId, Span, short_peer
 from dsd_p2p.wire.messages import Recompute, Recomputed, Reveal, Revealed
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Trust:
             num_prompt=request.num_prompt,
             text=request.text,
             replicas=self._trusted_replicas,
+            root_of=self._directory.root_of,
             ask=self._ask,
             shuffle=rng.shuffle,
         )
@@ -71,9 +72,23 @@ class Trust:
         now_s = trio.current_time()
         return frozenset(peer for peer, until_s in self.distrusted.items() if until_s > now_s)
 
-    def _trusted_replicas(self, span: Span, but: str) -> Sequence[PeerId]:
+    def check_route(self, route: Route) -> None:
+        """Check that each stage of an audited route can be checked.
+
+        Raises:
+            AuditIncomplete: there is no replica for one of them.
+        """
+        for hop in route.hops:
+            is_ours = self._directory.root_of(hop.peer) == OURSELVES
+            if not is_ours and not witnesses(self._trusted_replicas, self._directory.root_of, hop):
+                raise AuditIncomplete(
+                    f"nobody can check layers {hop.span} of peer {short_peer(hop.peer)}: an audit needs a second peer with "
+                    "these layers that came with another invite"
+                )
+
+    def _trusted_replicas(self, span: Span, but: str) -> Sequence[Replica]:
         liars = self.avoid(NO_DETOUR).peers
-        return [peer for peer in self._directory.replicas(span, but) if peer not in liars]
+        return [replica for replica in self._directory.replicas(span, but) if replica.peer not in liars]
 
     async def _ask(self, peer: PeerId, message: Reveal | Recompute, payload: bytes) -> Arrived:
         """Send a question to a peer and return its answer.

@@ -8,6 +8,7 @@ from dsd_p2p.errors import (
     ModelError,
     PeerDisconnected,
     PeerError,
+    PeerLeaving,
     PeerTimeout,
     PrefixLost,
     RemoteProtocolError,
@@ -28,6 +29,8 @@ def kind_of(error: DsdError) -> FailureKind:
             return FailureKind.PREFIX
         case CoverageLost():
             return FailureKind.COVERAGE
+        case PeerLeaving():
+            return FailureKind.LEAVING
         case PeerError():
             return FailureKind.ROUTE
         case ConfigError():
@@ -45,6 +48,8 @@ def error_of(kind: FailureKind, text: str) -> DsdError:
             return ModelError(text)
         case FailureKind.ROUTE:
             return PeerDisconnected(text)
+        case FailureKind.LEAVING:
+            return PeerLeaving(text)
         case FailureKind.TIMEOUT:
             return PeerTimeout(text)
         case FailureKind.COVERAGE:

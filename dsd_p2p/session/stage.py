@@ -7,6 +7,9 @@ forwards the window.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dsd_p2p.cache.slots import CacheEdit, Forward, SlotTable
 from dsd_p2p.errors import CapacityError, RemoteProtocolError
 from dsd_p2p.wire.messages import BASE, Window
@@ -43,6 +46,13 @@ class StageState:
     def num_settled(self) -> int:
         """Number of positions known to be committed."""
         return self._slots.prefix_length
+
+    def path_slots(self, at: tuple[int, int]) -> NDArray[np.int64]:
+        """Return the slots of all positions up to node `at` (epoch, number), or of the settled ones if it is not here."""
+        epoch, node = at
+        if epoch == self.epoch and node in self._slots:
+            return self._slots.path(node)
+        return np.arange(self._slots.prefix_length)
 
     def cancel(self, epoch: int) -> None:
         """Drop windows of epochs below `epoch`, including queued ones."""

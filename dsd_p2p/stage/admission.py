@@ -8,14 +8,16 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsd_p2p.errors import CapacityError, PeerDisconnected, RemoteProtocolError
+from dsd_p2p.errors import CapacityError, PeerDisconnected, PeerLeaving, RemoteProtocolError
 from dsd_p2p.peers.links import Arrived
 from dsd_p2p.stage.parking import PARKED_S
 from dsd_p2p.stage.session import StageSession
 from dsd_p2p.types import PeerId, PeerInfo, check_same_model
-from dsd_p2p.wire.messages import OpenSession, Window
+from dsd_p2p.wire.messages import MAX_REVEALED, OpenSession, Reveal, Window
 
 _MAX_CLOSED_REMEMBERED = 1024
+_MAX_TIMES_REVEALED = 2
+"""An auditor keeps what it was shown, so it asks for each row once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,14 +137,15 @@ def replaced_session(
     Raises:
         RemoteProtocolError: the session belongs to another coordinator, or the epoch is not above the open one's.
         CapacityError: too many sessions are open.
-        PeerDisconnected: we are shutting down, or do not hold what the opening wants us to keep.
+        PeerLeaving: we are shutting down.
+        PeerDisconnected: we do not hold what the opening wants us to keep.
     """
     old = sessions.get(opened.session)
     if old is not None:
         if old.coordinator != opened.coordinator.peer or opened.epoch <= old.opened.epoch:
             raise RemoteProtocolError("epoch", opened.epoch, f"above {old.opened.epoch}, from the same coordinator")
     elif is_draining:
-        raise PeerDisconnected("this stage is shutting down: choose another")
+        raise PeerLeaving("this stage is shutting down: choose another")
     elif len(sessions) >= limits.max_sessions:
         raise CapacityError(f"{limits.max_sessions} sessions are open here: try again later")
     else:
@@ -158,6 +161,22 @@ def _holds(old: StageSession, me: str, opened: OpenSession) -> bool:
     """Return whether the old session has a cache of exactly the layers that the opening asks for."""
     span = next(hop.span for hop in opened.route if hop.peer == me)
     return old.held.cache is not None and old.place.span == span
+
+
+def check_reveal(session: StageSession, reveal: Reveal) -> None:
+    """Check a question for rows, and count them.
+
+    Raises:
+        RemoteProtocolError: the session is not audited, or has been asked for its rows again and again.
+    """
+    if not session.opened.attest:
+        raise RemoteProtocolError("session", reveal.session.hex(), "one that was opened with attest")
+    if not reveal.start < reveal.end <= reveal.start + MAX_REVEALED:
+        raise RemoteProtocolError("end", reveal.end, f"1 to {MAX_REVEALED} above start, {reveal.start}")
+    session.num_revealed += reveal.end - reveal.start
+    limit = _MAX_TIMES_REVEALED * session.opened.max_length + MAX_REVEALED
+    if session.num_revealed > limit:
+        raise RemoteProtocolError("rows asked for", session.num_revealed, f"at most {limit}")
 
 
 def is_window_wanted(session: StageSession, event: Arrived, window: Window) -> bool:

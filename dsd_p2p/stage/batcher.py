@@ -1,4 +1,6 @@
-"""Batches the windows of all sessions, continuously and fairly: a pass takes a window, or a piece of one, per session.
+"""Batches the work of all sessions, continuously and fairly: a pass takes a window, or a piece of one, per session.
+
+Work is a session's window (`.window_pass`) or a spot check's text (`.recompute`).
 
 A pass starts as soon as the one before it is done, with the windows that wait at that moment. Coordinators take turns
 by the number of rows that they want computed; the sessions of one coordinator are served in order of arrival. A long
@@ -8,14 +10,15 @@ prompt is computed in pieces, so that the other sessions wait only for one piece
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import trio
 
 from dsd_p2p.cache.passes import SpanOutput, SpanPass
 from dsd_p2p.stage.span_model import SpanModel
-from dsd_p2p.stage.window_pass import Answer, WindowPass
 from dsd_p2p.types import PeerId, StageCost
 from dsd_p2p.window.tracker import LineFit
+from dsd_p2p.wire.messages import Message
 
 _MAX_ROWS = 128
 """The most nodes in a pass: one chunk of a prompt (`GenerateOptions.prefill_chunk`), so a lone chunk is not cut."""
@@ -28,9 +31,75 @@ _MIN_PASSES = 20
 """Fewer passes say little about a machine that runs other programs too."""
 
 
+Answer = tuple[Message, bytes]
+"""The message to send on, and its payload."""
+
+Cost = Callable[[], tuple[StageCost, float]]
+"""Returns the cost of a piece of work at a stage, and the seconds that it waited there."""
+
+
+class Work(Protocol):
+    """Rows to run through the model, for one peer. Its methods run in a worker thread, in the order in which they stand.
+
+    arrived_s: when it came. is_begun: whether `begin` was called.
+    """
+
+    arrived_s: float
+    is_begun: bool
+
+    @property
+    def model(self) -> SpanModel:
+        """The layers to run."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Their number."""
+        ...
+
+    @property
+    def owner(self) -> PeerId:
+        """The peer for which it is done."""
+        ...
+
+    @property
+    def num_left(self) -> int:
+        """The number of rows still to compute; before `begin`, an upper bound."""
+        ...
+
+    @property
+    def is_stale(self) -> bool:
+        """True when nobody needs it any more."""
+        ...
+
+    def begin(self) -> None:
+        """Get ready for the first piece.
+
+        Raises:
+            DsdError: the work is invalid.
+        """
+        ...
+
+    def piece(self, max_rows: int) -> SpanPass:
+        """Return the pass over the next rows."""
+        ...
+
+    def take(self, done: SpanPass, output: SpanOutput) -> None:
+        """Take in the output of a piece.
+
+        Raises:
+            DsdError: the output is an error.
+        """
+        ...
+
+    def finish(self, cost: Cost) -> Answer | None:
+        """Return the message to send on, or None. cost: returns the cost up to the moment of the call."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
-    work: WindowPass
+    work: Work
     number: int
     starts_at: int
     is_running: bool = False
@@ -49,9 +118,9 @@ class PassCosts:
         self._layer_cost = LineFit()
         self._num_passes = 0
 
-    def note(self, work: WindowPass, num_rows: int, seconds: float) -> None:
+    def note(self, num_layers: int, num_rows: int, seconds: float) -> None:
         """Add the measurement of one pass over `num_rows` rows."""
-        self._layer_cost.add(num_rows, seconds / work.session.place.span.num_layers)
+        self._layer_cost.add(num_rows, seconds / num_layers)
         self._num_passes += 1
 
     def layer_s(self) -> tuple[float, float] | None:
@@ -66,11 +135,11 @@ class Batcher:
     """The scheduler that runs the sessions' windows through the model.
 
     model_in_use: a lock, held during each pass. clock: returns the time in seconds.
-    note_pass: called in the worker thread with each pass's first window, its rows and its seconds.
+    note_pass: called in the worker thread with the number of layers, the rows and the seconds of each pass.
     """
 
     def __init__(
-        self, model_in_use: trio.Lock, clock: Callable[[], float], note_pass: Callable[[WindowPass, int, float], None]
+        self, model_in_use: trio.Lock, clock: Callable[[], float], note_pass: Callable[[int, int, float], None]
     ) -> None:
         self.model_in_use = model_in_use
         self._clock = clock
@@ -89,13 +158,13 @@ class Batcher:
         """The number of windows that wait or are being computed."""
         return len(self._waiting)
 
-    async def run(self, work: WindowPass) -> Answer | None:
-        """Compute one window and return the message to send on, or None. Run a session's windows one after the other.
+    async def run(self, work: Work) -> Answer | None:
+        """Do the work and return the message to send on, or None. Run a session's windows one after the other.
 
-        If cancelled, it gives the window up and returns once no pass uses the session's cache.
+        If cancelled, it gives the work up and returns once no pass uses the session's cache.
 
         Raises:
-            DsdError: the window is invalid.
+            DsdError: the work is invalid.
             Exception: the model failed.
         """
         if work.is_stale:
@@ -165,12 +234,12 @@ class Batcher:
                 self._served_up_to = max(self._served_up_to, entry.starts_at)
         return batch
 
-    def _starts_at(self, work: WindowPass) -> int:
+    def _starts_at(self, work: Work) -> int:
         """Return a window's start tag in rows, by start-time fair queueing among coordinators (Goyal et al. 1996).
 
         A window starts after the coordinator's earlier ones. A coordinator does not accumulate credit while idle.
         """
-        peer = work.session.coordinator
+        peer = work.owner
         starts_at = max(self._served_up_to, self._ends_at.get(peer, 0))
         self._ends_at[peer] = starts_at + work.num_left
         self._ends_at.move_to_end(peer)
@@ -187,7 +256,7 @@ class Batcher:
         if pieces:
             work = pieces[0][0].work
             outputs = _outputs([piece for _, piece in pieces], work.model)
-            self._note_pass(work, num_rows, self._clock() - start_s)
+            self._note_pass(work.num_layers, num_rows, self._clock() - start_s)
             for (entry, piece), output in zip(pieces, outputs, strict=True):
                 try:
                     if isinstance(output, Exception):

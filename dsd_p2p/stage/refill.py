@@ -30,7 +30,7 @@ async def refill(links: PeerLinks, session: StageSession, to: PeerId) -> None:
             parents=tuple(position - 1 for position in positions),
             positions=positions,
         )
-        await links.send(to, window, log.rows(start, positions[-1] + 1))
+        await links.send(to, window, log.rows(slice(start, positions[-1] + 1)))
 
 
 def ends_here(session: StageSession, window: Window) -> bool:

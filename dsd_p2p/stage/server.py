@@ -12,7 +12,15 @@ from contextlib import suppress
 
 import trio
 
-from dsd_p2p.errors import CapacityError, ConfigError, ModelError, PeerDisconnected, PeerError, RemoteProtocolError
+from dsd_p2p.errors import (
+    CapacityError,
+    ConfigError,
+    ModelError,
+    PeerDisconnected,
+    PeerError,
+    PeerLeaving,
+    RemoteProtocolError,
+)
 from dsd_p2p.peers.links import Arrived, PeerLinks
 from dsd_p2p.peers.services import Handler
 from dsd_p2p.session.stage import StageState
@@ -21,6 +29,7 @@ from dsd_p2p.stage.admission import (
     ClosedSessions,
     StageLimits,
     check_opening,
+    check_reveal,
     index_in_route,
     is_window_wanted,
     replaced_session,
@@ -41,6 +50,7 @@ from dsd_p2p.wire.messages import (
     Message,
     OpenSession,
     Recompute,
+    Recomputed,
     Reveal,
     Revealed,
     Window,
@@ -76,7 +86,7 @@ class StageServer:
         model_in_use = trio.Lock()
         self.work = Batcher(model_in_use, clock, self._costs.note)
         self.parking = Parking(model_in_use, limits.max_parked, limits.parked_s)
-        self._recomputer = Recomputer(links, model_in_use, self.parking.texts.evict)
+        self._recomputer = Recomputer(links, self.work, self.parking.texts.evict)
         self._tasks = SessionTasks(links, self.work, self.parking, limits, sign)
         self._closed = ClosedSessions()
         self._nursery: trio.Nursery | None = None
@@ -138,7 +148,7 @@ class StageServer:
             for session in list(self.sessions.values()):
                 await session.is_over.wait()
         for session in list(self.sessions.values()):
-            session.end(PeerDisconnected("this stage is shutting down"))
+            session.end(PeerLeaving("this stage is shutting down"))
         self.parking.texts.clear()
 
     def measured_layer_s(self) -> tuple[float, float] | None:
@@ -164,14 +174,12 @@ class StageServer:
 
     def _admit(self, opened: OpenSession, index: int) -> StageSession:
         """Check an opening and register its session, which replaces an open one of the same name."""
-        if self._model is None:
-            raise PeerDisconnected("this peer holds no layers now: choose another")
         check_opening(opened, index, self.links.me)
+        model = self._part(opened.route[index].span)
         # Every stage refuses a request that the tail could not verify.
-        verifier = choose_verifier(opened.text, self._model.grammars)
+        verifier = choose_verifier(opened.text, model.grammars)
         old = replaced_session(opened, index, self.sessions, self._limits, is_draining=self._is_draining)
-        span = opened.route[index].span
-        place = Place(opened=opened, index=index, model=self._parts.setdefault(span, self._model.narrow(span)))
+        place = Place(opened=opened, index=index, model=model)
         num_parked = opened.prefix.num_tokens if opened.prefix else 0
         state = StageState(
             epoch=opened.epoch,
@@ -230,15 +238,38 @@ class StageServer:
     async def _reveal(self, event: Arrived, reveal: Reveal) -> None:
         assert self._nursery is not None, "start first"
         if (session := self._owned(reveal.session, event.sender)) is not None:
-            rows, num_rows = session.held.settled_rows(reveal.end)
-            self._nursery.start_soon(
-                self._answer, event.sender, Revealed(session=reveal.session, num_rows=num_rows), rows
-            )
+            check_reveal(session, reveal)
+            self._nursery.start_soon(self._show, session, reveal)
+
+    async def _show(self, session: StageSession, reveal: Reveal) -> None:
+        # No pass may move the rows meanwhile.
+        async with self.work.model_in_use:
+            rows, num_rows = session.held.signed_rows(reveal.start, reveal.end, reveal.at)
+        answer = Revealed(session=reveal.session, start=reveal.start, num_rows=num_rows)
+        await self._answer(session.coordinator, answer, rows)
 
     async def _recompute(self, event: Arrived, asked: Recompute) -> None:
         assert self._nursery is not None, "start first"
-        payload = bytes(event.payload)
-        self._nursery.start_soon(self._recomputer.answer, self._model, event.sender, asked, payload)
+        if self._recomputer.is_free_for(event.sender):
+            payload = bytes(event.payload)
+            self._nursery.start_soon(self._recomputer.answer, self._part, event.sender, asked, payload)
+        else:
+            self.links.transport.penalise(event.sender)
+            busy = Recomputed(request=asked.request, error="too many checks run here: try again later")
+            self._nursery.start_soon(self._answer, event.sender, busy, b"")
+
+    def _part(self, span: Span) -> SpanModel:
+        """Return the part of our layers that a route or a check asks for.
+
+        Raises:
+            PeerDisconnected: we hold no layers.
+            ConfigError: they are not ours.
+        """
+        if self._model is None:
+            raise PeerDisconnected("this peer holds no layers now: choose another")
+        if span not in self._parts:
+            self._parts[span] = self._model.narrow(span)
+        return self._parts[span]
 
     async def _answer(self, to: PeerId, message: Message, payload: bytes) -> None:
         with suppress(PeerError), trio.move_on_after(_ANSWER_TIMEOUT_S):

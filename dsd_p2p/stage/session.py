@@ -116,9 +116,9 @@ class Place:
 
 
 class BoundaryLog:
-    """The tokens and hidden states that a stage sent on, by cache slot, for refilling the next stage if it is lost.
+    """The tokens and rows that a stage sent on, by cache slot: to refill the next stage if it is lost, and for audits.
 
-    row_bytes: the size of one node's hidden state as sent on the link.
+    row_bytes: the size of one row: a hidden state as sent on the link, or the tail's probes.
     """
 
     def __init__(self, row_bytes: int) -> None:
@@ -148,9 +148,9 @@ class BoundaryLog:
         self._tokens[self.num_rows : end] = tokens
         self.num_rows = end
 
-    def rows(self, start: int, end: int) -> bytes:
+    def rows(self, slots: slice | NDArray[np.int64]) -> bytes:
         """Return the rows of these slots."""
-        return self._rows[start:end].tobytes()
+        return self._rows[slots].tobytes()
 
     def tokens(self, start: int, end: int) -> tuple[TokenId, ...]:
         """Return the tokens of these slots."""
@@ -168,7 +168,7 @@ class Held:
     """The state that a stage holds for a session and can hand over to its next opening.
 
     cache: None before the task has created it, and after it was handed over.
-    log: None at the tail, in a session with a prefix, and once refilling was given up.
+    log: None at the tail of a session that is not audited, in one with a prefix, and once refilling was given up.
     """
 
     state: StageState
@@ -190,12 +190,12 @@ class Held:
         for edit in self.state.resume(epoch=epoch, at=at, num_kept=num_kept):
             self.edit(edit)
 
-    def settled_rows(self, end: int) -> tuple[bytes, int]:
-        """Return the hidden states sent on for the committed positions below `end`, and their number."""
-        if self.log is None:
+    def signed_rows(self, start: int, end: int, at: tuple[int, int]) -> tuple[bytes, int]:
+        """Return the rows that were sent on for positions `start` to `end`, and their number. at: see `Reveal`."""
+        slots = self.state.path_slots(at)[start:end]
+        if self.log is None or (len(slots) and slots.max() >= self.log.num_rows):
             return b"", 0
-        num_rows = min(end, self.state.num_settled, self.log.num_rows)
-        return self.log.rows(0, num_rows), num_rows
+        return self.log.rows(slots), len(slots)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -269,6 +269,8 @@ class StageSession:
     has_heir: bool = False
     # The part of the text to park after the end, as given by the coordinator's close.
     park: Park | None = None
+    # The rows that its coordinator was shown.
+    num_revealed: int = 0
     # The error that ended it, and the neighbour that the error is about.
     error: DsdError | None = None
     about: str = ""

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import trio
 
-from dsd_p2p.errors import DsdError, ModelError, PeerDisconnected, PeerError, PeerTimeout
+from dsd_p2p.errors import CapacityError, DsdError, ModelError, PeerDisconnected, PeerError, PeerTimeout
 from dsd_p2p.peers.failures import kind_of
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.stage.admission import StageLimits
@@ -17,6 +17,7 @@ from dsd_p2p.stage.refill import ends_here, refill
 from dsd_p2p.stage.session import BoundaryLog, Held, Phase, Queued, StageSession
 from dsd_p2p.stage.window_pass import WindowPass
 from dsd_p2p.types import Endpoint, PeerId, short_peer
+from dsd_p2p.wire.attest import PROBE_BYTES
 from dsd_p2p.wire.messages import Failure, OpenSession
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,8 @@ class SessionTasks:
         session.held.cache = cache
         if session.tail is None and session.opened.prefix is None:
             session.held.log = BoundaryLog(session.place.written_row_bytes)
+        elif session.opened.attest:
+            session.held.log = BoundaryLog(PROBE_BYTES)
 
     async def _until_parked(self, session: StageSession) -> None:
         """Wait for the end of the session whose text is our prefix.
@@ -200,10 +203,17 @@ class SessionTasks:
             self.orphan(session, exc, about=to)
 
     def _bound_logs(self, session: StageSession) -> None:
-        """Drop the session's log if all logs exceed the budget. Without a refill a replay takes longer."""
+        """Drop the session's log if all logs exceed the budget. Without a refill a replay takes longer.
+
+        Raises:
+            CapacityError: the session is audited. Without its rows it would look like a lie.
+        """
         logs = (each.held.log for each in self.sessions.values())
-        if sum(log.num_bytes for log in logs if log is not None) > self._limits.max_boundary_bytes:
-            session.held.log = None
+        if sum(log.num_bytes for log in logs if log is not None) <= self._limits.max_boundary_bytes:
+            return
+        if session.opened.attest:
+            raise CapacityError("the rows of audited answers fill this stage's memory for them: try again later")
+        session.held.log = None
 
     def orphan(self, session: StageSession, error: PeerError, about: str = "") -> None:
         """Let a session wait for another route, and tell its coordinator why.

@@ -9,13 +9,14 @@ from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import Forward
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.session.tail import verdict_of
+from dsd_p2p.stage.batcher import Answer, Cost
 from dsd_p2p.stage.session import Queued, StageSession, Tail
 from dsd_p2p.stage.span_model import SpanModel
-from dsd_p2p.types import StageCost, TokenId, TokenLogprobs
+from dsd_p2p.types import PeerId, StageCost, TokenId, TokenLogprobs
 from dsd_p2p.verification.base import TargetView
 from dsd_p2p.verification.importance import DraftOpinion
 from dsd_p2p.verification.logprobs import token_logprobs
-from dsd_p2p.wire.attest import hash_rows, hash_tokens, signed_text
+from dsd_p2p.wire.attest import NO_PROBES, hash_rows, hash_tokens, probes_of, signed_text
 from dsd_p2p.wire.hidden import pack, unpack
 from dsd_p2p.wire.messages import (
     MAX_ATTESTED_WINDOWS,
@@ -24,15 +25,9 @@ from dsd_p2p.wire.messages import (
     WAITED_PER_S,
     Attestation,
     DraftTop,
-    Verdict,
     Window,
     WindowAttestation,
 )
-
-Answer = tuple[Window | Verdict, bytes]
-"""The message to send on, and its payload."""
-Cost = Callable[[], tuple[StageCost, float]]
-"""Returns the cost of a window at a stage, and the seconds that it waited there."""
 
 
 class WindowPass:
@@ -62,6 +57,16 @@ class WindowPass:
     def model(self) -> SpanModel:
         """The layers to run."""
         return self.session.place.model
+
+    @property
+    def num_layers(self) -> int:
+        """Their number."""
+        return self.session.place.span.num_layers
+
+    @property
+    def owner(self) -> PeerId:
+        """The session's coordinator."""
+        return self.session.coordinator
 
     @property
     def num_left(self) -> int:
@@ -143,7 +148,7 @@ class WindowPass:
         """Walk the tree as far as the picks match its nodes, and return the verdict, if any token was committed."""
         window, verifier, text = self.window, tail.verifier, self.session.opened.text
         if self.session.opened.attest:
-            window = self._attested(b"")
+            window = self._attested(self._probes())
             tail.attested.append(WindowAttestation(window=window.window, stages=window.attestations))
             del tail.attested[:-MAX_ATTESTED_WINDOWS]
         if self._forward is None:
@@ -177,6 +182,20 @@ class WindowPass:
             logprobs=logprobs,
         )
         return verdict, b""
+
+    def _probes(self) -> bytes:
+        """Return the rows that the tail signs, one for each node, and keep those of the nodes in the cache."""
+        log = self.session.held.log
+        views = {offset: self._views[row] for row, offset in enumerate(self._live) if row in self._views}
+        rows = [
+            probes_of(views[offset].logits()) if offset in views else NO_PROBES
+            for offset in range(len(self.window.tokens))
+        ]
+        if log is not None and self._forward is not None:
+            log.append(
+                [self.window.tokens[offset] for offset in self._live], b"".join(rows[each] for each in self._live)
+            )
+        return b"".join(rows)
 
     def _read(self) -> list[TokenId] | bytes:
         place, window, payload = self.session.place, self.window, self._payload

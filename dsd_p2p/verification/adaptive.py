@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.types import Relaxation, RelaxationRule, Sampling, TokenId
 from dsd_p2p.verification.base import Pick, TargetView
-from dsd_p2p.verification.exact import ExactSession, ExactVerifier, gumbel_noise, kept_tokens, raw_gap
+from dsd_p2p.verification.exact import ExactSession, ExactVerifier, gumbel_noise, kept_tokens
 from dsd_p2p.verification.importance import DraftOpinion, is_decisive, signals_of
 
 STRICT_START = 8
@@ -43,7 +43,7 @@ class AdaptiveSession:
 
     def gap(self, view: TargetView, pick: TokenId, claimed: TokenId) -> float:
         """See `VerifierSession`."""
-        return raw_gap(view, pick, claimed)
+        return self._exact.gap(view, pick, claimed)
 
     def accept(self, token: TokenId) -> None:
         """See `VerifierSession`."""

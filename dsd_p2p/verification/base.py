@@ -52,7 +52,7 @@ class VerifierSession(Protocol):
         ...
 
     def gap(self, view: TargetView, pick: TokenId, claimed: TokenId) -> float:
-        """Return how far the logit of `claimed` is below that of `pick`, in what the target picks from.
+        """Return how far the logits would have to be off for the target to pick `claimed` instead of `pick`.
 
         Call it after `judge` and before `accept`. Infinite for a token that cannot be picked.
         """

@@ -50,12 +50,6 @@ def kept_tokens(scores: NDArray[np.float64], top_k: int, top_p: float) -> NDArra
     return kept
 
 
-def raw_gap(view: TargetView, pick: TokenId, claimed: TokenId) -> float:
-    """Return how far the logit of `claimed` is below that of `pick`; infinite outside the vocabulary."""
-    logits = view.logits()
-    return math.inf if claimed >= len(logits) else float(logits[pick] - logits[claimed])
-
-
 class ExactSession:
     """One text of an `ExactVerifier`. Its length is its only state: the noise does not depend on earlier tokens."""
 
@@ -70,7 +64,7 @@ class ExactSession:
 
     def gap(self, view: TargetView, pick: TokenId, claimed: TokenId) -> float:
         """See `VerifierSession`."""
-        return raw_gap(view, pick, claimed)
+        return self._verifier.gap_from(view.logits().astype(np.float64), self.length, pick, claimed)
 
     def accept(self, token: TokenId) -> None:
         """See `VerifierSession`."""
@@ -117,8 +111,35 @@ class ExactVerifier:
         if not np.isfinite(scores.max()):
             raise ModelError(f"the target's logits at position {position} are not finite: check its weights and dtype")
         noisy = scores + gumbel_noise(sampling.seed, position, len(scores))
-        if sampling.top_k or sampling.top_p < 1.0:
-            noisy[~kept_tokens(scores, sampling.top_k, sampling.top_p)] = -np.inf
-        if min_p > 0.0:
-            noisy[scores < scores.max() + np.log(min_p)] = -np.inf
+        noisy[~self._kept(scores, min_p)] = -np.inf
         return int(np.argmax(noisy))
+
+    def gap_from(
+        self, logits: NDArray[np.float64], position: int, pick: TokenId, claimed: TokenId, min_p: float = 0.0
+    ) -> float:
+        """Return how far the logits `[V]` would have to be off for `claimed` to be picked instead of `pick`.
+
+        With sampling, each token that beats `claimed` would have to lose to it, or to fall to the cut of top-k, top-p or
+        `min_p`; and `claimed` would have to rise to the cut. After Token-DiFR (arXiv:2511.20621).
+        """
+        if claimed >= len(logits) or not np.isfinite(logits[claimed]):
+            return math.inf
+        sampling = self._sampling
+        if sampling.is_greedy:
+            return float(logits[pick] - logits[claimed])
+        scores = logits / sampling.temperature
+        noisy = scores + gumbel_noise(sampling.seed, position, len(scores))
+        kept = self._kept(scores, min_p)
+        cut = scores[kept].min()
+        better = np.flatnonzero(kept & (noisy > noisy[claimed]))
+        needed = np.minimum(noisy[better] - noisy[claimed], scores[better] - cut)
+        return float(sampling.temperature * max(needed.max(initial=0.0), cut - scores[claimed], 0.0))
+
+    def _kept(self, scores: NDArray[np.float64], min_p: float) -> NDArray[np.bool_]:
+        sampling = self._sampling
+        kept = np.ones(len(scores), np.bool_)
+        if sampling.top_k or sampling.top_p < 1.0:
+            kept = kept_tokens(scores, sampling.top_k, sampling.top_p)
+        if min_p > 0.0:
+            kept &= scores >= scores.max() + np.log(min_p)
+        return kept

@@ -6,7 +6,6 @@ arXiv:1909.05858 (repetition); `min_p` follows Nguyen et al. 2024, arXiv:2407.01
 which the text could no longer become one that it allows.
 """
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -84,7 +83,7 @@ class ShapedSession:
         """See `VerifierSession`."""
         matcher = None if self._matcher is None or self._matcher.is_over else self._matcher
         logits = self._logits(view, matcher)
-        return math.inf if claimed >= len(logits) else float(logits[pick] - logits[claimed])
+        return self._verifier.exact.gap_from(logits, self.length, pick, claimed, self._verifier.shaping.min_p)
 
     def accept(self, token: TokenId) -> None:
         """See `VerifierSession`.

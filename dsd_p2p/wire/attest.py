@@ -1,17 +1,33 @@
 """Computes the hashes and the text that a stage signs for a window.
 
-A row is a node's hidden state as sent on the link, or its token before the head. Neighbours sign the same hash for the
-same row, so the signatures of a route cover every layer of every window. They do not show that the layers were really
-computed; spot checks do.
+A row is a node's hidden state as sent on the link, or its token before the head. The tail's rows are `PROBES` of its
+logits. Neighbours sign the same hash for the same row, so the signatures of a route cover every layer of every window.
+They do not show that the layers were really computed; spot checks do.
 """
 
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dsd_p2p.types import Span, TokenId
 from dsd_p2p.wire.messages import ROW_HASH_BYTES, Window
 
 _DOMAIN = b"dsd-p2p window 1\0"
+
+PROBES = 128
+"""Logits in one row of the tail's, of tokens that are spread evenly over the vocabulary."""
+
+PROBE_BYTES = 4 * PROBES
+NO_PROBES = bytes(PROBE_BYTES)
+"""The tail's row for a node after which it picks nothing."""
+
+
+def probes_of(logits: NDArray[np.float32]) -> bytes:
+    """Return the tail's row, float32 `[PROBES]`, for logits `[V]`."""
+    chosen = np.linspace(0, len(logits) - 1, PROBES).astype(np.int64)
+    return logits[chosen].astype("<f4").tobytes()
 
 
 def hash_rows(data: bytes, row_bytes: int) -> bytes:
@@ -33,6 +49,14 @@ def signed_text(window: Window, span: Span, inputs: bytes, outputs: bytes) -> by
     """Return the bytes that a stage signs after it ran `span` over `window`."""
     numbers = (window.epoch, window.window, window.first_node, len(window.tokens), span.first, span.last)
     return b"".join((_DOMAIN, window.session, *(number.to_bytes(8, "little") for number in numbers), inputs, outputs))
+
+
+def row_errors(claimed: NDArray[np.float32], computed: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the error of each row, float64 `[n]`, of arrays `[n, d]`. A row that is not finite has an infinite one."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale = np.linalg.norm(computed.astype(np.float64), axis=1) + 1e-6
+        errors = np.linalg.norm(claimed.astype(np.float64) - computed, axis=1) / scale
+    return np.where(np.isfinite(errors), errors, np.inf)
 
 
 def _hash(row: bytes) -> bytes:

@@ -69,7 +69,7 @@ def unpack(data: bytes, row_bytes: int, compute: ComputeFormat, hidden_format: H
     scales = np.ascontiguousarray(rows[:, hidden_size:]).view("<f2").astype(np.float32)
     if not np.isfinite(scales).all():
         raise RemoteProtocolError("hidden state scales", "NaN or infinity", "finite values")
-    return _from_float32((values * scales[:, :, None]).astype(np.float32), compute)
+    return from_float32((values * scales[:, :, None]).astype(np.float32), compute)
 
 
 def _round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -90,7 +90,8 @@ def to_float32(data: bytes, compute: ComputeFormat) -> NDArray[np.float32]:
             return np.frombuffer(data, "<f2").astype(np.float32)
 
 
-def _from_float32(values: NDArray[np.float32], compute: ComputeFormat) -> bytes:
+def from_float32(values: NDArray[np.float32], compute: ComputeFormat) -> bytes:
+    """Return a float32 array as hidden states in the model's own format."""
     match compute:
         case ComputeFormat.FLOAT32:
             return values.tobytes()

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from dsd_p2p.types import (
     MAX_POSITIONS,
+    MAX_TOKEN,
     Address,
     Endpoint,
     HiddenFormat,
@@ -39,6 +40,7 @@ MAX_PING_BYTES = 256 << 10
 ROW_HASH_BYTES = 16
 MAX_ATTESTED_WINDOWS = 512
 MAX_RECOMPUTED = 4096
+MAX_REVEALED = 256
 MAX_GAP = 1_000_000
 MAX_WAITED = 1 << 40
 WAITED_PER_S = 10_000
@@ -64,6 +66,7 @@ class FailureKind(StrEnum):
     PROTOCOL = "protocol"
     MODEL = "model"
     ROUTE = "route"
+    LEAVING = "leaving"
     TIMEOUT = "timeout"
     COVERAGE = "coverage"
     REQUEST = "request"
@@ -139,7 +142,7 @@ class OpenSession(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Attestation(msgspec.Struct, frozen=True, array_like=True):
-    """One stage's signature for a window, over a hash of each node's input and output (no outputs at the tail)."""
+    """One stage's signature for a window, over a hash of each node's input and output row."""
 
     inputs: Annotated[bytes, Meta(max_length=MAX_WINDOW_NODES * ROW_HASH_BYTES)]
     outputs: Annotated[bytes, Meta(max_length=MAX_WINDOW_NODES * ROW_HASH_BYTES)]
@@ -306,16 +309,22 @@ class StopAnswer(msgspec.Struct, frozen=True, array_like=True, tag=15):
 
 
 class Reveal(msgspec.Struct, frozen=True, array_like=True, tag=16):
-    """Coordinator → stage: send me the hidden states that you sent on for the committed positions below `end`."""
+    """Coordinator → stage: send me the rows that you signed for the committed positions from `start` up to `end`.
+
+    at: the node (epoch, number) at position `end` - 1, which the stage may not know to be committed.
+    """
 
     session: SessionBytes
+    start: Annotated[int, Meta(ge=0, lt=MAX_RECOMPUTED)]
     end: Annotated[int, Meta(ge=1, le=MAX_RECOMPUTED)]
+    at: tuple[Epoch, NodeNumber]
 
 
 class Revealed(msgspec.Struct, frozen=True, array_like=True, tag=17):
-    """Stage → coordinator: the payload is those hidden states as sent; fewer rows if fewer are settled here."""
+    """Stage → coordinator: the payload is those rows from `start` on; fewer, if the stage holds fewer."""
 
     session: SessionBytes
+    start: Annotated[int, Meta(ge=0, lt=MAX_RECOMPUTED)]
     num_rows: Annotated[int, Meta(ge=0, le=MAX_RECOMPUTED)]
 
 
@@ -323,6 +332,7 @@ class Recompute(msgspec.Struct, frozen=True, array_like=True, tag=18):
     """Coordinator → replica: run the span over a whole text.
 
     tokens: the text; the first `num_prompt` of them are its prompt. text: how the tail picks tokens.
+    following: the token after the text, if the tail picked it; else -1.
     The payload is the hidden states before the span, in the model's own format; none at the head.
     """
 
@@ -332,20 +342,22 @@ class Recompute(msgspec.Struct, frozen=True, array_like=True, tag=18):
     tokens: Annotated[tuple[Token, ...], Meta(min_length=1, max_length=MAX_RECOMPUTED)]
     text: TextRequest
     num_prompt: Annotated[int, Meta(ge=1, le=MAX_POSITIONS)]
+    following: Annotated[int, Meta(ge=-1, le=MAX_TOKEN)] = -1
 
 
 class Recomputed(msgspec.Struct, frozen=True, array_like=True, tag=19):
     """Replica → coordinator: the result of a `Recompute`.
 
-    The payload is the hidden states after the span; none at the tail.
-    picks: at the tail, the target's tokens for positions 1 and on.
-    gaps: by how much the logit of each of the text's own tokens is below the pick's, in thousandths.
+    The payload is the rows after the span.
+    gaps: at the tail, for each position, by how much the logit of the token that follows in the text is below that of
+    the target's pick, in thousandths.
+    noise: the mean error of rows that the replica computed a second time in small pieces, in millionths.
     error: why nothing was computed, or empty.
     """
 
     request: SessionBytes
-    picks: Annotated[tuple[Token, ...], Meta(max_length=MAX_RECOMPUTED)] = ()
     gaps: Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_GAP)], ...], Meta(max_length=MAX_RECOMPUTED)] = ()
+    noise: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     error: Annotated[str, Meta(max_length=512)] = ""
 
 

@@ -110,6 +110,12 @@ GROUPS: dict[str, dict[str, Command]] = {
                 ),
                 "formats": _bench("error and size of compressed hidden states", "SplitConfig", run="formats"),
                 "attest": _bench("cost of signing every window at a stage", "SplitConfig", run="attest"),
+                "audits": _bench(
+                    "which lies an audit catches, and whether it accuses honest stages",
+                    "AuditsConfig",
+                    "ReceiptFlags",
+                    "audits",
+                ),
                 "placement": _bench("time that planning takes in a large swarm", "PlacementConfig", run="placement"),
                 "simulator": _bench(
                     "speed and memory use of the simulator", "SimulatorConfig", "ReceiptFlags", "simulator"

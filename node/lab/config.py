@@ -48,6 +48,14 @@ class SplitConfig(SwarmFlags, frozen=True, kw_only=True):
     dtype: Dtype = "float32"
 
 
+class AuditsConfig(SwarmFlags, frozen=True, kw_only=True):
+    """`dsd bench audits`."""
+
+    max_tokens: Annotated[Positive, Help("tokens of each answer")] = 40
+    honest: Annotated[Positive, Help("honest answers for each format of the weights")] = 100
+    seed: Annotated[int, Help("seed of the order of the honest answers")] = 0
+
+
 class UsersConfig(SplitConfig, frozen=True, kw_only=True):
     """`dsd bench users`."""
 

@@ -9,7 +9,7 @@ from families import NUM_LAYERS, VOCAB, save_tiny_model
 from letters import EOS, read, save_letters, spelled
 from prompting import DECISIONS
 from swarms import load_stages, model_swarm
-from test_audit import stages as audited_stages
+from test_audit import swarm_of
 from test_swarm_live import SPANS, ToyNode, all_free, toy_swarm, used
 from toy_drafts import TREE
 
@@ -213,7 +213,8 @@ async def test_a_later_turn_starts_its_constraint_anew(lettered):
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=1)], ids=["greedy", "sampled"])
 async def test_honest_stages_are_not_accused_for_a_constraint(lettered, sampling):
-    async with audited_stages(lambda family: lettered(family)) as (engine, _, _):
+    async with swarm_of(lettered) as swarm:
+        engine = swarm.engine
         engine.own_drafter.grammars = ModelGrammars(lettered("llama"), VOCAB)
         _, generation = await write(engine, DECISIONS["chain"], sampling=sampling, audit=True)
         assert generation.driver.checks.num_checks > 0

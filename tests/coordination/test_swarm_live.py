@@ -386,6 +386,6 @@ async def test_draining_takes_nothing_new_and_lets_the_old_end():
         assert stats.num_replays == 0
         with trio.fail_after(5):
             await drained.wait()
-        tokens, stats = await write(client, 20)
+        tokens, stats = await write(client, 20, retry=SHORT)
         assert tokens == plain_text(PROMPT, 20)
         assert chain[1].server.num_sessions == 0

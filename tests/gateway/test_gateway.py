@@ -14,6 +14,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from demand import IS_ALL
 from upswarm import dsd_up
 
 from dsd_p2p.models.progress import NoProgress
@@ -23,8 +24,8 @@ from dsd_p2p.models.text import TextCodec
 MODEL = "smollm2-135m"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
-_PHASES = "examples,coverage,fuzzing" if os.environ.get("DSD_SCHEMA") == "all" else "examples,fuzzing"
-"""Covering every value of every field takes five minutes: `DSD_SCHEMA=all` asks for it."""
+_PHASES = "examples,coverage,fuzzing" if IS_ALL else "examples,fuzzing"
+"""Covering every value of every field takes five minutes."""
 
 pytestmark = pytest.mark.xdist_group("gateway")
 

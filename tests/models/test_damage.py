@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from damage import damage
+from demand import on_demand
 from test_text import TOKENIZERS
 from transformers import AutoModelForCausalLM
 
@@ -60,7 +61,7 @@ def expected(folder: Path, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=on_demand) for part in range(1, 5))])
 def test_five_hundred_damaged_models(tiny, tmp_path, part):
     sources = []
     for family in FAMILIES:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from demand import on_demand
 from families import FAMILIES, NUM_LAYERS, VOCAB
 from prompting import DECISIONS, prompt_of
 from safetensors import safe_open
@@ -26,9 +27,18 @@ from dsd_p2p.models.span import SpanModel
 from dsd_p2p.types import HiddenFormat, Span, TextRequest
 from dsd_p2p.window.static import StaticPolicy
 
+OFTEN = ("llama", "gemma3", "gpt2", "qwen3-moe")
+"""The families whose other splits are tested each time."""
 
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize(
+    ("family", "num_stages"),
+    [
+        pytest.param(family, num_stages, marks=() if num_stages == 2 or family in OFTEN else on_demand)
+        for family in FAMILIES
+        for num_stages in (1, 2, 4)
+    ],
+)
 async def test_all_modes_and_drafters_write_the_unsplit_models_text(tiny, family, num_stages):
     folder = tiny(family)
     source = find_model(str(folder), NoProgress())

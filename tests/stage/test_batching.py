@@ -126,29 +126,25 @@ async def test_a_long_prompt_holds_nobody_up_for_longer_than_a_piece_of_it():
 
 
 async def test_a_coordinator_with_many_sessions_gets_as_much_as_one_with_few():
-    class Session:
-        def __init__(self, peer: str) -> None:
-            self.coordinator = peer
-
     class Work:
         is_stale, model, is_begun = False, "model", True
 
-        def __init__(self, session: Session) -> None:
-            self.session, self.num_left = session, 32
+        def __init__(self, owner: str) -> None:
+            self.owner, self.num_left = owner, 32
 
     batcher = Batcher(trio.Lock(), lambda: 0.0, lambda *_: None)
     served = {"greedy": 0, "modest": 0}
     async with trio.open_nursery() as nursery:
         for peer, count in (("greedy", 20), ("modest", 6)):
             for _ in range(count):
-                nursery.start_soon(batcher.run, Work(Session(peer)))
+                nursery.start_soon(batcher.run, Work(peer))
             await trio.testing.wait_all_tasks_blocked()
         for _ in range(60):
             for entry, num_rows in batcher._choose():
-                served[entry.work.session.coordinator] += num_rows
+                served[entry.work.owner] += num_rows
                 batcher._end(entry)
                 # Whoever was served comes at once with the next window.
-                nursery.start_soon(batcher.run, Work(entry.work.session))
+                nursery.start_soon(batcher.run, Work(entry.work.owner))
             await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert 0.9 < served["greedy"] / served["modest"] < 1.1
@@ -157,15 +153,11 @@ async def test_a_coordinator_with_many_sessions_gets_as_much_as_one_with_few():
 
 
 async def test_a_single_row_is_soon_served_beside_many_long_prompts():
-    class Session:
-        def __init__(self, peer: str) -> None:
-            self.coordinator = peer
-
     class Work:
         is_stale, model, is_begun = False, "model", True
 
         def __init__(self, peer: str, num_rows: int) -> None:
-            self.session, self.num_left = Session(peer), num_rows
+            self.owner, self.num_left = peer, num_rows
 
     batcher = Batcher(trio.Lock(), lambda: 0.0, lambda *_: None)
     async with trio.open_nursery() as nursery:
@@ -177,7 +169,7 @@ async def test_a_single_row_is_soon_served_beside_many_long_prompts():
         nursery.start_soon(batcher.run, Work("short", 1))
         await trio.testing.wait_all_tasks_blocked()
         passes = 1
-        while not any(work.session.coordinator == "short" for work in _serve(batcher)):
+        while not any(work.owner == "short" for work in _serve(batcher)):
             passes += 1
         assert passes <= 5
         nursery.cancel_scope.cancel()

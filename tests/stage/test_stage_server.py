@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
+from demand import IS_ALL
 from msgspec.structs import replace
 from swarms import TEST_MODEL, memory_swarm, signed
 from toy import VOCAB, plain_text
@@ -606,7 +607,7 @@ def mutations(rng):
 
 
 @pytest.mark.timeout(280)
-async def test_a_hundred_thousand_fuzzed_frames_leave_a_live_stage_sound():
+async def test_fuzzed_frames_leave_a_live_stage_sound():
     network = MemoryNetwork()
     stages = toys()
     rng = random.Random(20)
@@ -639,7 +640,7 @@ async def test_a_hundred_thousand_fuzzed_frames_leave_a_live_stage_sound():
         gc.collect()
         tracemalloc.start()
         before = tracemalloc.take_snapshot()
-        await attack(95_000)
+        await attack(95_000 if IS_ALL else 25_000)
         tokens, _ = await swarm.write(PROMPT, 20, TREE)
         assert tokens == plain_text(PROMPT, 20)
         with trio.fail_after(20):

@@ -10,6 +10,7 @@ from dsd_p2p.models.progress import Progress
 from node.client.relaxation import bundled_thresholds, read_thresholds
 from node.console import ConsoleProgress
 from node.lab.config import (
+    AuditsConfig,
     BrokersConfig,
     ConstrainedConfig,
     DoorConfig,
@@ -123,6 +124,13 @@ def attest(config: SplitConfig, flags: RoundFlags) -> int:
     from node.lab.benches.attestation import run_attestation
 
     return _measure("attest", flags, lambda progress: run_attestation(config, flags.rounds, progress))
+
+
+def audits(config: AuditsConfig, flags: ReceiptFlags) -> int:
+    """Measure what audits catch."""
+    from node.lab.benches.audits import run_audits
+
+    return _measure("audits", flags, lambda progress: trio.run(run_audits, config, progress))
 
 
 def simulator(config: SimulatorConfig, flags: ReceiptFlags) -> int:

@@ -96,7 +96,7 @@ def _honest() -> list[bytes]:
         Ping(nonce=1),
         Heartbeat(beat=1, view=bytes(8)),
         Members(),
-        Reveal(session=_NAME, end=5),
+        Reveal(session=_NAME, start=0, end=5, at=(0, -1)),
         Recompute(request=_NAME, span=Span(0, 1), model=_KEY, tokens=(1, 2, 3), text=_TEXT, num_prompt=1),
         Ask(
             request=_NAME,

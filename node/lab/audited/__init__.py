@@ -1,0 +1,1 @@
+"""Runs swarms in one process whose stages can be made to lie, to judge what audits catch."""
