@@ -7,7 +7,6 @@ of one peer, one question under way each, guesses of one answer, idle time.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,8 +14,9 @@ from dataclasses import dataclass, field
 import trio
 
 from dsd_p2p.drafting.base import DraftSession
-from dsd_p2p.errors import CapacityError, DsdError, PeerError, RemoteProtocolError
+from dsd_p2p.errors import DsdError, PeerError, RemoteProtocolError
 from dsd_p2p.peers.links import Arrived, PeerLinks
+from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.peers.services import Handler
 from dsd_p2p.session.effects import Candidate, Draft, Stem
 from dsd_p2p.transport.base import Lost
@@ -26,7 +26,7 @@ from dsd_p2p.wire.messages import Message
 
 logger = logging.getLogger(__name__)
 
-_MAX_DRAFTS, _MAX_DRAFTS_PER_PEER = 16, 4
+_DRAFTS = Scopes(what="drafts", node=16, root=8, peer=4)
 _IDLE_S = 120.0
 """A coordinator that asks nothing for so long has gone on elsewhere."""
 
@@ -126,8 +126,7 @@ class DraftService:
             raise RemoteProtocolError("draft", message.draft.hex(), "a name that is not in use")
         try:
             check_same_model(self._model, message.model)
-            if len(self._sessions) >= _MAX_DRAFTS or self._count(event.sender) >= _MAX_DRAFTS_PER_PEER:
-                raise CapacityError(f"{len(self._sessions)} requests draft here: draft elsewhere, or try again later")
+            _DRAFTS.check(((peer, 1) for peer, _ in self._sessions), event.sender, 1, self._links.root_of)
             guesses = self._opened(message)
         except DsdError as exc:
             self._nursery.start_soon(self._reply, event.sender, _refusal(message.draft, 0, str(exc)))
@@ -170,9 +169,6 @@ class DraftService:
     async def _reply(self, peer: PeerId, reply: Drafted) -> None:
         with suppress(PeerError), trio.move_on_after(_SEND_TIMEOUT_S):
             await self._links.send(peer, reply)
-
-    def _count(self, peer: PeerId) -> int:
-        return Counter(owner for owner, _ in self._sessions)[peer]
 
     def _close(self, name: tuple[PeerId, bytes]) -> None:
         """End a session; while a thread still drafts in it, its end is left to that thread's task."""

@@ -6,7 +6,6 @@ because the text is a function of prompt, settings and seed.
 
 import logging
 import secrets
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 
@@ -24,6 +23,7 @@ from dsd_p2p.errors import (
 )
 from dsd_p2p.peers.failures import error_of, kind_of
 from dsd_p2p.peers.links import Arrived, PeerLinks
+from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.peers.services import Handler
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.transport.base import Lost
@@ -33,7 +33,7 @@ from dsd_p2p.wire.messages import Answer, AnswerEnd, Ask, FailureKind, Message, 
 
 logger = logging.getLogger(__name__)
 
-_MAX_ANSWERS, _MAX_ANSWERS_PER_PEER = 32, 8
+_ANSWERS = Scopes(what="answers", node=32, root=16, peer=8)
 _SEND_TIMEOUT_S = 10.0
 _QUEUED_MESSAGES = 1024
 _MAX_ATTEMPTS = 4
@@ -66,6 +66,12 @@ class CoordinatorService:
         name = (event.sender, ask.request)
         if name in self._answers:
             raise RemoteProtocolError("request", ask.request.hex(), "an id that is not in use")
+        try:
+            _ANSWERS.check(((peer, 1) for peer, _ in self._answers), event.sender, 1, self._engine.links.root_of)
+        except CapacityError as exc:
+            end = AnswerEnd(request=ask.request, reason="error", error=kind_of(exc), text=str(exc))
+            self._nursery.start_soon(self._end, event.sender, end)
+            return
         scope = trio.CancelScope(deadline=trio.current_time() + ask.deadline_s)
         self._answers[name] = scope
         self._nursery.start_soon(self._answer, event.sender, ask, scope)
@@ -99,15 +105,13 @@ class CoordinatorService:
             )
         finally:
             del self._answers[client, ask.request]
+        await self._end(client, end)
+
+    async def _end(self, client: PeerId, end: AnswerEnd) -> None:
         with suppress(PeerError), trio.move_on_after(_SEND_TIMEOUT_S):
             await self._engine.links.send(client, end)
 
     async def _write(self, client: PeerId, ask: Ask) -> AnswerEnd:
-        per_peer = Counter(peer for peer, _ in self._answers)
-        if len(self._answers) > _MAX_ANSWERS or per_peer[client] > _MAX_ANSWERS_PER_PEER:
-            raise CapacityError(
-                f"{len(self._answers)} answers are in progress here: ask another peer, or try again later"
-            )
         options = GenerateOptions(
             text=ask.text,
             num_written=ask.num_written,

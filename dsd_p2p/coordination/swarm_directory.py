@@ -28,7 +28,7 @@ _MIN_PLANNING_INTERVAL_S = 0.1
 class SwarmDirectory:
     """A directory of a swarm's members, which finds the fastest route by their heartbeats and measurements.
 
-    model, num_layers: the model that the route must serve. coverage_timeout_s: how long to wait for a gap to close.
+    model, num_layers, max_positions: the model that the route must serve. coverage_timeout_s: how long to wait for a gap to close.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class SwarmDirectory:
         *,
         model: ModelKey,
         num_layers: int,
+        max_positions: int = 0,
         speculation: Speculation | None = None,
         coverage_timeout_s: float = 30.0,
     ) -> None:
         self._membership = membership
         self._model = model
         self._num_layers = num_layers
+        self._max_positions = max_positions
         self._speculation = speculation or Speculation()
         self._coverage_timeout_s = coverage_timeout_s
         self._ahead: Plan | None = None
@@ -84,17 +86,19 @@ class SwarmDirectory:
         """Return a view of the living members that can hold layers. with_joining: include those still loading."""
         states = {MemberState.SERVING, MemberState.JOINING} if with_joining else {MemberState.SERVING}
         members = [member for member in self._membership.registry.members() if member.is_alive]
+        told = [m for m in members if m.record.state in states and m.record.profile.max_layers]
+        layer_s = believed_s([member.record.profile.layer_us / 1e6 for member in told])
+        layer16_s = believed_s([member.record.profile.layer16_us / 1e6 for member in told])
         peers = tuple(
             PeerView(
                 peer=member.peer,
                 span=member.record.info.span if self._serves_our_model(member) else None,
                 max_layers=member.record.profile.max_layers,
-                layer_s=member.record.profile.layer_us / 1e6,
-                layer16_s=member.record.profile.layer16_us / 1e6,
+                layer_s=one_s,
+                layer16_s=wide_s,
                 num_sessions=member.num_sessions,
             )
-            for member in members
-            if member.record.state in states and member.record.profile.max_layers
+            for member, one_s, wide_s in zip(told, layer_s, layer16_s, strict=True)
         )
         links = {
             (str(member.peer), peer): round_trip_s / 2
@@ -170,7 +174,9 @@ class SwarmDirectory:
 
     def _serves_our_model(self, member: Member) -> bool:
         info = member.record.info
-        return (info.model, info.num_layers) == (self._model, self._num_layers)
+        # The context is the model's. A member that claims a shorter one would shorten every answer.
+        is_whole = not self._max_positions or info.max_positions == self._max_positions
+        return (info.model, info.num_layers) == (self._model, self._num_layers) and is_whole
 
     def _route(self, plan: Plan) -> Route:
         records = [self._membership.registry.record_of(stage.peer) for stage in plan.stages]
@@ -198,6 +204,19 @@ class SwarmDirectory:
         if detour.peers:
             return f"every route leads through a peer that failed this request ({_names(detour.peers)}): add replicas"
         return f"all layers are held, but their peers could not reach one another {waited}: see `dsd doctor`"
+
+
+def believed_s(told: Sequence[float]) -> list[float]:
+    """Return what to believe of the times that peers tell of themselves, in seconds.
+
+    No time counts as the slowest. One far below the others counts as an eighth of their median, so that it cannot take
+    every route by a claim.
+    """
+    known = sorted(seconds for seconds in told if seconds > 0)
+    if not known:
+        return list(told)
+    least = known[len(known) // 2] / 8
+    return [max(seconds, least) if seconds > 0 else known[-1] for seconds in told]
 
 
 def _best_speculation(member: Member, drafting: Sequence[Member]) -> Speculation:

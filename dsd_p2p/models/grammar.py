@@ -226,7 +226,7 @@ class TokenMatcher:
         elif self._matcher.is_error():
             raise ConfigError(f"the constraint is too complex from here on: {_first_line(self._matcher.get_error())}")
         else:
-            raise RemoteProtocolError("token", token, "one that the constraint allows")
+            raise RemoteProtocolError("token", "another one", "one that the constraint allows")
 
     def rewind(self, num_tokens: int) -> None:
         """Take the last tokens back, by reading the others again: not every grammar can go back."""

@@ -40,7 +40,7 @@ def read_inputs(each: SpanPass, shape: ModelShape, dtype: torch.dtype, device: s
     """
     if not isinstance(each.inputs, bytes):
         if min(each.inputs) < 0 or max(each.inputs) >= shape.vocab_size:
-            raise RemoteProtocolError("token", max(each.inputs), f"0..{shape.vocab_size - 1}")
+            raise RemoteProtocolError("tokens", "one outside the vocabulary", f"0..{shape.vocab_size - 1}")
         return torch.tensor([list(each.inputs)], device=device)
     expected_bytes = each.num_rows * shape.hidden_size * dtype.itemsize
     if len(each.inputs) != expected_bytes:

@@ -58,3 +58,7 @@ class SwarmGatekeeper:
         admission.connected(peer, hello.grants)
         logger.info("member let in peer=%s role=%s", peer, role)
         self.met.ring()
+
+    def root_of(self, peer: PeerId) -> str:
+        """Return the key that the owner let in: one of the owner's own machines, or the invite that a peer came with."""
+        return self.registry.admission.root_of(peer)

@@ -13,6 +13,7 @@ import trio
 
 from dsd_p2p.errors import PeerDisconnected, PeerError, PeerTimeout, RemoteProtocolError
 from dsd_p2p.peers.aside import Aside
+from dsd_p2p.peers.offences import Offences
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import PeerId, PeerInfo
 from dsd_p2p.wire.codec import decode, encode
@@ -23,9 +24,6 @@ from dsd_p2p.wire.version import PROTOCOL_VERSION
 logger = logging.getLogger(__name__)
 
 _REPLY_TIMEOUT_S = 0.5
-_PENALTY_S = 2.0
-"""How long a dropped peer is not read: breaking the protocol must not be the cheapest way to make us work."""
-
 NO_SESSION = bytes(8)
 """The session id in a `Failure` that concerns the whole connection."""
 
@@ -56,6 +54,10 @@ class Gatekeeper(Protocol):
         """
         ...
 
+    def root_of(self, peer: PeerId) -> str:
+        """Return the invite that a peer came with, or the peer itself."""
+        ...
+
 
 class OpenGate:
     """A gatekeeper that lets every peer in, for stages that are started by hand or by a test."""
@@ -64,6 +66,10 @@ class OpenGate:
 
     def admit(self, peer: PeerId, hello: Hello) -> None:
         """Let the peer in."""
+
+    def root_of(self, peer: PeerId) -> str:
+        """Return the peer itself."""
+        return peer
 
 
 class PeerLinks:
@@ -86,6 +92,7 @@ class PeerLinks:
         self._pongs: dict[int, trio.Event] = {}
         self._next_nonce = 0
         self._aside = Aside()
+        self._offences = Offences()
         self.num_refused = 0
         self.num_frames = 0
 
@@ -114,6 +121,10 @@ class PeerLinks:
         if peer not in self.connected:
             raise PeerDisconnected(f"{address} closed the connection")
         return self.known[peer]
+
+    def root_of(self, peer: PeerId) -> str:
+        """Return the invite that a peer came with, or the peer itself."""
+        return self._gatekeeper.root_of(peer)
 
     def is_connected(self, peer: str) -> bool:
         """True if messages can be sent to `peer`; we are always connected to ourselves."""
@@ -205,7 +216,9 @@ class PeerLinks:
             await self.send(
                 peer, Failure(session=NO_SESSION, epoch=0, kind=FailureKind.PROTOCOL, text=str(error)[:512])
             )
-        await self.transport.disconnect(peer, str(error), _PENALTY_S)
+        now_s = trio.current_time()
+        left_s = self._offences.ban_left_s(peer, now_s) or self._offences.note(peer, now_s)
+        await self.transport.disconnect(peer, str(error), left_s)
 
     async def _is_handled(self, sender: PeerId, message: Message) -> bool:
         match message:
@@ -241,6 +254,10 @@ class PeerLinks:
             raise RemoteProtocolError("protocol version", hello.version, str(PROTOCOL_VERSION))
         if hello.sender.peer != sender:
             raise RemoteProtocolError("sender", hello.sender.peer, f"{sender}, the peer of the connection")
+        if (left_s := self._offences.ban_left_s(sender, trio.current_time())) > 0:
+            raise RemoteProtocolError(
+                "peer", "one that broke the protocol again and again", f"it again in {left_s:.0f} s"
+            )
         self._gatekeeper.admit(sender, hello)
         self.transport.admit(sender)
         for info in hello.known:

@@ -26,12 +26,12 @@ def check_verdict(verdict: Verdict, request: Request, tokens: Sequence[TokenId],
         raise RemoteProtocolError("logprobs", len(verdict.logprobs), f"{num_logprobs} entries")
     if not all(each.is_of(text.top_logprobs, request.vocab_size) for each in verdict.logprobs):
         limit = f"{text.top_logprobs} of {request.vocab_size} tokens each"
-        raise RemoteProtocolError("logprobs", verdict.logprobs, limit)
+        raise RemoteProtocolError("logprobs", "others", limit)
     first_new, last_start = len(request.prompt), len(tokens) + num_sent
     if not first_new <= verdict.start_pos <= last_start:
         raise RemoteProtocolError("start_pos", verdict.start_pos, f"{first_new}..{last_start}")
     if max(verdict.tokens) >= request.vocab_size:
-        raise RemoteProtocolError("verdict tokens", verdict.tokens, f"below {request.vocab_size}")
+        raise RemoteProtocolError("verdict tokens", "one outside the vocabulary", f"below {request.vocab_size}")
     known = tokens[verdict.start_pos : verdict.start_pos + len(verdict.tokens)]
     if tuple(known) != verdict.tokens[: len(known)]:
-        raise RemoteProtocolError("verdict tokens", verdict.tokens, f"the committed {list(known)}")
+        raise RemoteProtocolError("verdict tokens", "others", f"the {len(known)} that are committed")

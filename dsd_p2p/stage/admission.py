@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dsd_p2p.errors import CapacityError, PeerDisconnected, PeerLeaving, RemoteProtocolError
 from dsd_p2p.peers.links import Arrived
+from dsd_p2p.peers.scopes import RootOf, Scopes
 from dsd_p2p.stage.parking import PARKED_S
 from dsd_p2p.stage.session import StageSession
 from dsd_p2p.types import PeerId, PeerInfo, check_same_model
@@ -20,11 +21,15 @@ _MAX_TIMES_REVEALED = 2
 """An auditor keeps what it was shown, so it asks for each row once."""
 
 
+SESSIONS = Scopes(what="sessions", node=64, root=32, peer=16)
+UNBOUNDED_CACHE = Scopes(what="bytes of cache", node=1 << 62, root=1 << 62, peer=1 << 62)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLimits:
     """The limits of one stage.
 
-    max_sessions: sessions open at the same time. max_sessions_per_peer: of those, sessions of one coordinator.
+    sessions: open at the same time, by coordinator. cache_bytes: what they take of the cache.
     max_queued_windows, max_queued_bytes: windows of one session that wait for the model.
     max_draft_slots: cache slots of one session beyond its longest text; also the most nodes that may wait below its
     root.
@@ -36,8 +41,8 @@ class StageLimits:
     max_parked: texts of closed sessions to park while nobody needs the room. parked_s: the longest time to park one.
     """
 
-    max_sessions: int = 64
-    max_sessions_per_peer: int = 16
+    sessions: Scopes = SESSIONS
+    cache_bytes: Scopes = UNBOUNDED_CACHE
     max_queued_windows: int = 512
     max_queued_bytes: int = 256 << 20
     max_draft_slots: int = 1024
@@ -130,7 +135,13 @@ def _check_given(opened: OpenSession) -> None:
 
 
 def replaced_session(
-    opened: OpenSession, index: int, sessions: Mapping[bytes, StageSession], limits: StageLimits, *, is_draining: bool
+    opened: OpenSession,
+    index: int,
+    sessions: Mapping[bytes, StageSession],
+    scopes: Scopes,
+    root_of: RootOf,
+    *,
+    is_draining: bool,
 ) -> StageSession | None:
     """Return the session that the new one replaces, or None; check that there is room for a new one.
 
@@ -146,12 +157,9 @@ def replaced_session(
             raise RemoteProtocolError("epoch", opened.epoch, f"above {old.opened.epoch}, from the same coordinator")
     elif is_draining:
         raise PeerLeaving("this stage is shutting down: choose another")
-    elif len(sessions) >= limits.max_sessions:
-        raise CapacityError(f"{limits.max_sessions} sessions are open here: try again later")
     else:
-        num_theirs = sum(each.coordinator == opened.coordinator.peer for each in sessions.values())
-        if num_theirs >= limits.max_sessions_per_peer:
-            raise CapacityError(f"{num_theirs} of your sessions are already open here: end one or try again later")
+        held = ((each.coordinator, 1) for each in sessions.values())
+        scopes.check(held, PeerId(opened.coordinator.peer), 1, root_of)
     if opened.kept and opened.kept[index] and (old is None or not _holds(old, opened.route[index].peer, opened)):
         raise PeerDisconnected("this stage holds nothing of the session: send the whole text again")
     return old

@@ -16,6 +16,7 @@ from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import Forward, SlotTable
 from dsd_p2p.errors import CapacityError, DsdError, PeerError, RemoteProtocolError
 from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.stage.batcher import Answer, Batcher, Cost
 from dsd_p2p.stage.compiling import compile_constraint
 from dsd_p2p.stage.span_model import SpanCache, SpanModel
@@ -28,7 +29,7 @@ from dsd_p2p.wire.messages import MAX_GAP, Recompute, Recomputed
 
 logger = logging.getLogger(__name__)
 
-_MAX_AT_ONCE = 4
+_CHECKS = Scopes(what="checks", node=4, root=2, peer=1)
 """Checks that a stage runs at the same time. Each holds the cache and the rows of its text."""
 
 _NUM_AGAIN, _PIECE_AGAIN = 48, 4
@@ -49,12 +50,14 @@ class Recomputer:
         self._make_room = make_room
         self._busy_for: set[PeerId] = set()
 
-    def is_free_for(self, peer: PeerId) -> bool:
-        """Return whether a check for `peer` can begin; if so, its place is taken until `answer` ends."""
-        if peer in self._busy_for or len(self._busy_for) >= _MAX_AT_ONCE:
-            return False
+    def begin(self, peer: PeerId) -> None:
+        """Take the place of a check for `peer`, until `answer` ends.
+
+        Raises:
+            CapacityError: too many checks run.
+        """
+        _CHECKS.check(((each, 1) for each in self._busy_for), peer, 1, self._links.root_of)
         self._busy_for.add(peer)
-        return True
 
     async def answer(
         self, part_of: Callable[[Span], SpanModel], sender: PeerId, asked: Recompute, payload: bytes

@@ -178,7 +178,9 @@ class StageServer:
         model = self._part(opened.route[index].span)
         # Every stage refuses a request that the tail could not verify.
         verifier = choose_verifier(opened.text, model.grammars)
-        old = replaced_session(opened, index, self.sessions, self._limits, is_draining=self._is_draining)
+        old = replaced_session(
+            opened, index, self.sessions, self._limits.sessions, self.links.root_of, is_draining=self._is_draining
+        )
         place = Place(opened=opened, index=index, model=model)
         num_parked = opened.prefix.num_tokens if opened.prefix else 0
         state = StageState(
@@ -250,13 +252,15 @@ class StageServer:
 
     async def _recompute(self, event: Arrived, asked: Recompute) -> None:
         assert self._nursery is not None, "start first"
-        if self._recomputer.is_free_for(event.sender):
+        try:
+            self._recomputer.begin(event.sender)
+        except CapacityError as exc:
+            self.links.transport.penalise(event.sender)
+            busy = Recomputed(request=asked.request, error=str(exc))
+            self._nursery.start_soon(self._answer, event.sender, busy, b"")
+        else:
             payload = bytes(event.payload)
             self._nursery.start_soon(self._recomputer.answer, self._part, event.sender, asked, payload)
-        else:
-            self.links.transport.penalise(event.sender)
-            busy = Recomputed(request=asked.request, error="too many checks run here: try again later")
-            self._nursery.start_soon(self._answer, event.sender, busy, b"")
 
     def _part(self, span: Span) -> SpanModel:
         """Return the part of our layers that a route or a check asks for.

@@ -143,6 +143,12 @@ class SessionTasks:
         await self._until_parked(session)
         cache = await self._parking.new_cache(session, session.opened.max_length + self._limits.max_draft_slots)
         try:
+            held = [
+                (each.coordinator, each.held.cache.num_bytes)
+                for each in self.sessions.values()
+                if each.held.cache is not None
+            ]
+            self._limits.cache_bytes.check(held, session.coordinator, cache.num_bytes, self._links.root_of)
             await self._parking.copy_prefix(session, cache)
         except BaseException:
             cache.free()

@@ -131,6 +131,11 @@ class Admission:
         """Forget the grants of a connection that has ended."""
         self._grants_of.pop(peer, None)
 
+    def root_of(self, peer: PeerId) -> str:
+        """Return the first key in the grants of a connected peer, as hex; the peer itself if it is not connected."""
+        grants = self._grants_of.get(peer)
+        return grants[0].subject.hex() if grants else peer
+
     def why_not(self, grants: Sequence[Grant], unix_s: float) -> str:
         """Return why grants that were once accepted are not valid any more, or an empty string."""
         if any(grant.subject in self._revocations for grant in grants):

@@ -52,9 +52,9 @@ def parse_broker(url: str, *, swarm: str, ca_file: str = "") -> Broker:
     try:
         port = parts.port
     except ValueError as exc:
-        raise ConfigError(f"broker {url!r}: {exc}") from exc
+        raise ConfigError(f"broker {_shown(url)!r}: {exc}") from exc
     if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
-        raise ConfigError(f"broker {url!r}: expected mqtt://HOST:PORT or mqtts://USER:PASSWORD@HOST:PORT")
+        raise ConfigError(f"broker {_shown(url)!r}: expected mqtt://HOST:PORT or mqtts://USER:PASSWORD@HOST:PORT")
     if ca_file and not Path(ca_file).is_file():
         raise ConfigError(f"--mqtt-ca {ca_file}: no such file")
     is_tls = parts.scheme == "mqtts"
@@ -67,6 +67,12 @@ def parse_broker(url: str, *, swarm: str, ca_file: str = "") -> Broker:
         is_tls=is_tls,
         ca_file=ca_file or None,
     )
+
+
+def _shown(url: str) -> str:
+    """Return a URL without its password."""
+    before, at, after = url.rpartition("@")
+    return f"{before.partition('//')[0]}//…@{after}" if at else url
 
 
 def topic_of(event: Event, topics: str, peer: str) -> tuple[str, int, bool]:

@@ -83,7 +83,7 @@ class AdaptiveVerifier:
         temperature = self._sampling.temperature or 1.0
         scores = view.logits().astype(np.float64) / temperature
         if draft.tokens.max() >= len(scores) or len(set(draft.tokens.tolist())) != len(draft.tokens):
-            raise RemoteProtocolError("draft tokens", draft.tokens.tolist(), f"distinct, below {len(scores)}")
+            raise RemoteProtocolError("draft tokens", "some outside or twice", f"distinct, below {len(scores)}")
         target_logprobs = scores - np.logaddexp.reduce(scores)
         draft = draft.including(strict)
         candidate = self._propose(target_logprobs, draft, position, strict)

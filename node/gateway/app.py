@@ -218,11 +218,13 @@ class Gateway:
             ),
         )
 
-    async def _status(self, _request: Request, _client: Client) -> Response:
+    async def _status(self, _request: Request, client: Client) -> Response:
+        client.check_watch()
         self.hub.tick()
         return json_response(describe(self.hub.picture))
 
-    async def _events(self, request: Request, _client: Client) -> EventStream:
+    async def _events(self, request: Request, client: Client) -> EventStream:
+        client.check_watch()
         return EventStream(self.hub)
 
     async def _openapi(self, _request: Request) -> Response:
@@ -235,7 +237,8 @@ class Gateway:
         is_ready = self.is_ready()
         return json_response({"status": "ready" if is_ready else "no route of stages"}, 200 if is_ready else 503)
 
-    async def _metrics(self, _request: Request, _client: Client) -> Response:
+    async def _metrics(self, _request: Request, client: Client) -> Response:
+        client.check_watch()
         return Response(self.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _page(self, _request: Request) -> Response:

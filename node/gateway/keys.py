@@ -22,7 +22,7 @@ _ANYBODY = "anybody"
 class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One entry of the key file.
 
-    key or sha256: the secret, or its hex digest. A limit of 0 means no limit.
+    key or sha256: the secret, or its hex digest. A limit of 0 means no limit. watch: may see what other keys do.
     """
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -30,6 +30,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
     requests_per_minute: Annotated[int, Meta(ge=0, le=1 << 30)] = 0
     tokens_per_minute: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
+    watch: bool = False
 
     @property
     def digest(self) -> str:
@@ -91,8 +92,11 @@ class Bucket:
 class Client:
     """A client and what is left of its limits."""
 
-    def __init__(self, name: str, requests_per_minute: int = 0, tokens_per_minute: int = 0) -> None:
+    def __init__(
+        self, name: str, requests_per_minute: int = 0, tokens_per_minute: int = 0, *, may_watch: bool = False
+    ) -> None:
         self.name = name
+        self._may_watch = may_watch
         self._requests = Bucket(requests_per_minute)
         self._tokens = Bucket(tokens_per_minute)
 
@@ -103,6 +107,19 @@ class Client:
             ApiError: 429, with the time to wait.
         """
         self._spend(self._requests, 1, "requests")
+
+    def check_watch(self) -> None:
+        """Check that the client may see everybody's sessions.
+
+        Raises:
+            ApiError: 403.
+        """
+        if not self._may_watch:
+            raise ApiError(
+                403,
+                f"{self.name} may not see what others do here: set watch = true for this key in the file of --api-keys",
+                code="not_allowed",
+            )
 
     def take(self, num_tokens: int) -> None:
         """Count the tokens of a request's prompts. Raises the same error as `begin`."""
@@ -140,8 +157,11 @@ class Clients:
     """The clients of the gateway. Without keys everybody may ask."""
 
     def __init__(self, keys: list[ApiKey]) -> None:
-        self._by_digest = {key.digest: Client(key.name, key.requests_per_minute, key.tokens_per_minute) for key in keys}
-        self._anybody = Client(_ANYBODY)
+        self._by_digest = {
+            key.digest: Client(key.name, key.requests_per_minute, key.tokens_per_minute, may_watch=key.watch)
+            for key in keys
+        }
+        self._anybody = Client(_ANYBODY, may_watch=True)
 
     @property
     def need_keys(self) -> bool:

@@ -4,12 +4,13 @@ import errno
 import socket
 from typing import Protocol
 
-import hypercorn.trio
 import trio
 from hypercorn.config import Config
 
 from dsd_p2p.errors import ConfigError
+from node.descriptors import raise_descriptors
 from node.gateway.app import Gateway
+from node.gateway.door import Door
 
 
 class TaskStatus(Protocol):
@@ -23,6 +24,7 @@ class TaskStatus(Protocol):
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _KEEP_ALIVE_S = 75.0
 _UNREAD_MS = 30_000
+_BACKLOG = 256
 
 
 def check_exposure(host: str, *, needs_keys: bool) -> None:
@@ -54,18 +56,16 @@ async def serve_gateway(
     config.accesslog = None
     config.errorlog = None
     config.keep_alive_timeout = _KEEP_ALIVE_S
-    config.graceful_timeout = 1.0
-    config.shutdown_timeout = 1.0
     config.include_server_header = False
     bound_host, bound_port = listener.getsockname()[:2]
-    config.bind = [f"fd://{listener.detach()}"]
     is_everywhere = bound_host in ("0.0.0.0", "::")  # noqa: S104 - only compared
     # Bound to every address, it accepts any host name, unless names are given: a request needs a key anyway.
     hosts = ["*"] if is_everywhere and not names else [*_LOCAL_NAMES, host, bound_host, *names]
     shown = "127.0.0.1" if is_everywhere else f"[{bound_host}]" if ":" in bound_host else bound_host
-    async with trio.open_nursery() as nursery:
-        await nursery.start(hypercorn.trio.serve, gateway.app(hosts), config)
-        task_status.started(f"http://{shown}:{bound_port}")
+    raise_descriptors()
+    listener.listen(_BACKLOG)
+    task_status.started(f"http://{shown}:{bound_port}")
+    await Door().serve(gateway.app(hosts), config, trio.SocketListener(trio.socket.from_stdlib_socket(listener)))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -101,6 +101,7 @@ async def open_swarm_client(
                 membership,
                 model=source.key(stored.dtype),
                 num_layers=shape.num_layers,
+                max_positions=shape.max_positions,
                 coverage_timeout_s=coverage_timeout_s,
             )
             engine = Engine(links, drafter, shape.vocab_size, nursery, directory)

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import socket
+import stat
 import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -144,10 +145,19 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _name(path: Path) -> str:
-    """Return the socket's path: `path`, or a short one in the temporary folder if `path` exceeds about 100 bytes."""
+    """Return the socket's path: `path`, or one in a folder of ours under /tmp if `path` exceeds about 100 bytes.
+
+    Raises:
+        ConfigError: that folder is another user's.
+    """
     if len(str(path)) < _MAX_NAME:
         return str(path)
-    return str(Path(tempfile.gettempdir()) / f"dsd-{hashlib.sha256(str(path).encode()).hexdigest()[:24]}.sock")
+    folder = Path(tempfile.gettempdir()) / f"dsd-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(f"{folder} belongs to another user or is open to others: remove it, or use a shorter --swarm")
+    return str(folder / f"{hashlib.sha256(str(path).encode()).hexdigest()[:24]}.sock")
 
 
 async def _serve(stream: trio.SocketStream, answer: Callable[[Ask], Awaitable[Answer]]) -> None:

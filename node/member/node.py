@@ -29,6 +29,7 @@ from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.membership import MembershipSettings, open_membership
+from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.peers.services import Service, run_services
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.server import StageServer
@@ -43,6 +44,7 @@ from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.wire.codec import MAX_FRAME_BYTES
 from dsd_p2p.wire.membership import MemberState, OwnerChoice
 from dsd_p2p.wire.version import PROTOCOL_ID
+from node.config import ServeFlags
 from node.gateway.setup import read_clients
 from node.local.events import GatewayOpen, Loading
 from node.member.client import next_coordinator
@@ -130,7 +132,7 @@ class SwarmPeer:
         _recall(registry, settings.state.known(), settings.state.choice())
         gatekeeper = SwarmGatekeeper(registry, stored.grants, time.time)
         links = PeerLinks(transport, settings.describe(None, inner.addresses), gatekeeper)
-        server = StageServer(links, None, StageLimits(dials_routes=False), time.perf_counter, sign=key.sign)
+        server = StageServer(links, None, _limits(config), time.perf_counter, sign=key.sign)
         placed = Placed(settings, server)
         membership = open_membership(
             links,
@@ -139,7 +141,12 @@ class SwarmPeer:
             MembershipSettings(bootstrap=stored.bootstrap, unix=time.time, rng=rng, version=version("dsd-p2p")),
             placed.load,
         )
-        directory = SwarmDirectory(membership, model=settings.source.key(stored.dtype), num_layers=shape.num_layers)
+        directory = SwarmDirectory(
+            membership,
+            model=settings.source.key(stored.dtype),
+            num_layers=shape.num_layers,
+            max_positions=shape.max_positions,
+        )
         thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
         drafts = MemberDrafts(settings, registry)
         choice = drafts.choice()
@@ -269,6 +276,15 @@ class SwarmPeer:
 
 def _report_url(settings: PeerSettings, url: str) -> None:
     settings.report(GatewayOpen(url=url))
+
+
+def _limits(config: ServeFlags) -> StageLimits:
+    """Return the limits of a member's stage: nobody, and no invite, gets the last quarter of the cache."""
+    num_bytes = units.num_bytes(config.cache_memory)
+    most = num_bytes * 3 // 4
+    return StageLimits(
+        dials_routes=False, cache_bytes=Scopes(what="bytes of cache", node=num_bytes, root=most, peer=most)
+    )
 
 
 def _recall(registry: Registry, known: Known, choice: OwnerChoice | None) -> None:

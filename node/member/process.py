@@ -12,6 +12,7 @@ from dsd_p2p.wire.membership import PeerProfile
 from node.config import NO_GATEWAY, GatewayConfig, ServeFlags
 from node.console import ConsoleProgress, console
 from node.crash import explain
+from node.descriptors import raise_descriptors
 from node.local.events import Failed, GatewayOpen, Loading, Ready, StageEvent
 from node.member.state import SwarmState
 
@@ -35,6 +36,7 @@ def serve_swarm(
     from node.member.settings import PeerSettings
 
     machine = machine or ThisMachine()
+    raise_descriptors()
 
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s"

@@ -180,3 +180,8 @@ def test_two_who_pull_at_once_fetch_once(tmp_path, monkeypatch):
         folders = list(pool.map(lambda _: source.pull("smollm2-135m", NoProgress(), tmp_path), range(3)))
     assert fetched == ["smollm2-135m"]
     assert len(set(folders)) == 1
+
+
+def test_a_stage_outside_a_swarm_stays_on_its_machine(capsys):
+    assert main(["node", "--listen", "/ip4/0.0.0.0/tcp/4001"]) == 2
+    assert "create a swarm with `dsd create`" in capsys.readouterr().err

@@ -272,7 +272,7 @@ async def test_a_draft_is_bounded_and_freed():
         for number in range(4):
             await answer_to(client, opening(number), question(number))
         refused = await answer_to(client, opening(9))
-        assert "draft elsewhere" in refused.error
+        assert "drafts are yours" in refused.error
         await client.send("drafter", EndDrafts(draft=bytes(8)))
         await answer_to(client, opening(9), question(9))
         assert service.num_sessions == 4

@@ -21,6 +21,7 @@ from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.peers.links import Arrived
+from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.parking import Parked, ParkedTexts
 from dsd_p2p.telemetry.events import Replayed, SessionEnded
@@ -94,7 +95,7 @@ async def test_the_next_turn_sends_only_what_is_new(decision):
 
 
 async def test_a_common_beginning_is_shared_at_once_and_left_to_others():
-    async with toy_swarm(limits=StageLimits(max_sessions=64, max_sessions_per_peer=64)) as swarm:
+    async with toy_swarm(limits=StageLimits(sessions=Scopes(what="sessions", node=64, root=64, peer=64))) as swarm:
         await write(swarm, PROMPT, 5)
         others = [[*PROMPT[:24], index, index] for index in range(6)]
         texts: dict[int, tuple[list[int], object]] = {}
@@ -436,7 +437,7 @@ def test_the_longest_common_beginning_is_found_and_the_index_stays_small():
 @pytest.mark.parametrize("seed", range(3))
 async def test_conversations_over_random_interleavings_stay_exact(seed, decision):
     rng = random.Random(seed)
-    async with toy_swarm(limits=StageLimits(max_sessions=64, max_sessions_per_peer=64)) as swarm:
+    async with toy_swarm(limits=StageLimits(sessions=Scopes(what="sessions", node=64, root=64, peer=64))) as swarm:
 
         async def talk(owner: str) -> None:
             text = list(PROMPT[: rng.randrange(10, 30)])

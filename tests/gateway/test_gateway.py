@@ -8,18 +8,24 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 import openai
 import psutil
 import pytest
+import trio
+import trio.testing
 from demand import IS_ALL
+from hypercorn.config import Config
 from upswarm import dsd_up
 
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.models.text import TextCodec
+from node.gateway.door import Door
 
 MODEL = "smollm2-135m"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -314,3 +320,82 @@ def test_the_published_schema_holds(up, tmp_path):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     answered = httpx.get(f"{up.url}/metrics").text
     assert float(re.search(r'dsd_requests_total{status="200"} (\S+)', answered).group(1)) > 10
+
+
+# The door
+
+
+@pytest.fixture
+def slow_heads(monkeypatch):
+    monkeypatch.setattr("node.gateway.door._HEAD_S", 0.5)
+    monkeypatch.setattr("node.gateway.door._MAX_OF_ADDRESS", 4)
+
+
+async def _hello(_scope, _receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"hi"})
+
+
+@asynccontextmanager
+async def door():
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listener.socket.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        made = Door()
+        nursery.start_soon(made.serve, _hello, Config(), listener)
+        yield made, partial(trio.open_tcp_stream, "127.0.0.1", port)
+        nursery.cancel_scope.cancel()
+
+
+async def everything(stream):
+    data = b""
+    async with stream:
+        with trio.fail_after(5), suppress(trio.BrokenResourceError):
+            while chunk := await stream.receive_some(4096):
+                data += chunk
+    return data
+
+
+async def test_unfinished_heads_end_and_do_not_keep_others_out(slow_heads):
+    async with door() as (made, connect):
+        held = [await connect() for _ in range(3)]
+        for stream in held:
+            await stream.send_all(b"POST / HTTP/1.1\r\nHo")
+        other = await connect()
+        await other.send_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert (await everything(other)).startswith(b"HTTP/1.1 200")
+        assert all([(await everything(stream)).startswith(b"HTTP/1.1 408") for stream in held])
+        assert made.num_open == 0
+
+
+async def test_one_address_has_so_many_connections(slow_heads):
+    async with door() as (made, connect):
+        held = [await connect() for _ in range(4)]
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert (await everything(await connect())).startswith(b"HTTP/1.1 503")
+        await held[0].aclose()
+        with trio.fail_after(2):
+            while made.num_open == 4:  # noqa: ASYNC110 - the door tells nobody
+                await trio.sleep(0.02)
+        other = await connect()
+        await other.send_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert (await everything(other)).endswith(b"hi")
+        for stream in held:
+            await stream.aclose()
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"505"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\nupgrade: h2c\r\n\r\n", b"505"),
+        (b"GET / HTTP/1.1\r\nhost: " + b"x" * (70 << 10), b"408"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", b"200"),
+    ],
+    ids=["http2", "upgrade", "endless", "plain"],
+)
+async def test_only_whole_heads_of_http_1_come_in(slow_heads, head, status):
+    async with door() as (_, connect):
+        stream = await connect()
+        await stream.send_all(head)
+        assert (await everything(stream)).startswith(b"HTTP/1.1 " + status)

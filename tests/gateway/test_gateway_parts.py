@@ -478,3 +478,14 @@ async def test_it_listens_on_ipv6():
         async with httpx.AsyncClient() as client:
             assert (await client.get(f"{url}/healthz")).json() == {"status": "ok"}
         nursery.cancel_scope.cancel()
+
+
+async def test_a_key_sees_what_others_do_only_if_it_may_watch():
+    keys = (ApiKey(name="alice", key="a" * 16), ApiKey(name="operator", key="o" * 16, watch=True))
+    alice, operator = ({"authorization": f"Bearer {letter * 16}"} for letter in "ao")
+    async with http(keys) as client:
+        for path in ("/v1/status", "/v1/events", "/metrics"):
+            asked = await client.get(path, headers=alice)
+            assert (asked.status_code, "watch = true" in asked.text) == (403, True)
+        for path in ("/v1/status", "/metrics"):
+            assert (await client.get(path, headers=operator)).status_code == 200

@@ -20,13 +20,14 @@ from dsd_p2p.errors import ModelError
 from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
+from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.batcher import Batcher
 from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy, sync_chain
 from dsd_p2p.window.tracker import Tracker
 
-LIMITS = StageLimits(max_sessions=64, max_sessions_per_peer=64)
+LIMITS = StageLimits(sessions=Scopes(what="sessions", node=64, root=64, peer=64))
 
 
 class Gate:

@@ -21,6 +21,7 @@ from toy_swarm import NUM_STAGES, PROMPT, SPANS, TappedNetwork, toy_swarm, toys
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.errors import CapacityError, ConfigError, ModelError, PeerError, RemoteProtocolError
 from dsd_p2p.netmodel import LinkModel
+from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.memory import MemoryNetwork
@@ -105,7 +106,11 @@ async def test_a_seeded_text_is_the_same_through_live_stages():
     ("spoil", "error", "words"),
     [
         ({"stages": "full"}, CapacityError, "raise --cache-memory"),
-        ({"limits": StageLimits(max_sessions=0)}, CapacityError, "try again later"),
+        (
+            {"limits": StageLimits(sessions=Scopes(what="sessions", node=0, root=1, peer=1))},
+            CapacityError,
+            "try again later",
+        ),
     ],
 )
 async def test_a_refusal_reaches_the_user_with_its_kind(spoil, error, words):

@@ -407,3 +407,10 @@ def test_the_picture_names_who_drafts_now():
     assert picture.sessions["s"].drafter == "ngram"
     picture.add(window(0.2, 2, drafter="shadow of near"))
     assert picture.sessions["s"].drafter == "shadow of near"
+
+
+@pytest.mark.parametrize("url", ["mqtt://me:secret@host:99999", "mqtt://me:secret@", "http://me:secret@host"])
+def test_an_error_about_a_broker_does_not_show_its_password(url):
+    with pytest.raises(ConfigError) as caught:
+        parse_broker(url, swarm="s")
+    assert "secret" not in str(caught.value)

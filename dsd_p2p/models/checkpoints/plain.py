@@ -44,7 +44,10 @@ class PlainCheckpoint:
         """
         try:
             if has_index:
-                return cls(msgspec.json.decode(path_of(INDEX).read_bytes(), type=_WeightIndex).weight_map, path_of)
+                files = msgspec.json.decode(path_of(INDEX).read_bytes(), type=_WeightIndex).weight_map
+                if any("/" in file or "\\" in file or file.startswith(".") for file in files.values()):
+                    raise ModelError(f"weights of {name}: {INDEX} names files outside the model's folder")
+                return cls(files, path_of)
             with safe_open(path_of(SINGLE), "pt") as weights:
                 return cls(dict.fromkeys(weights.keys(), SINGLE), path_of)
         except (SafetensorError, msgspec.DecodeError, OSError) as exc:

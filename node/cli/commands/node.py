@@ -6,6 +6,7 @@ import msgspec
 import trio
 
 from dsd_p2p import units
+from dsd_p2p.errors import ConfigError
 from node.config import FlagError, GatewayConfig, NodeCommand, NodeConfig, ServeFlags
 from node.local.stage_node import serve
 from node.member.control import Ask, Status, Stop, ask_node
@@ -26,7 +27,23 @@ def run(config: NodeCommand, gateway: GatewayConfig) -> int:
         return _ask(config)
     if config.swarm:
         return serve_swarm(_as_member(config), tell_user, gateway)
-    return serve(_as_stage(config), tell_user)
+    stage = _as_stage(config)
+    if not config.exit_with_parent:
+        _check_listen(stage.listen)
+    return serve(stage, tell_user)
+
+
+def _check_listen(listen: str) -> None:
+    """Check that only this machine reaches a stage that lets everybody in.
+
+    Raises:
+        ConfigError: other machines reach it.
+    """
+    if not listen.startswith(("/ip4/127.", "/ip6/::1/", "/dns4/localhost/")):
+        raise ConfigError(
+            f"--listen {listen} opens the stage to the network, and outside a swarm it serves whoever comes: create a "
+            "swarm with `dsd create`, or listen on /ip4/127.0.0.1/tcp/0"
+        )
 
 
 def _ask(config: NodeCommand) -> int:

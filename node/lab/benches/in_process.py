@@ -16,6 +16,7 @@ from dsd_p2p.models.describe import stage_info
 from dsd_p2p.models.open import OpenSpan, open_span
 from dsd_p2p.models.source import ModelSource
 from dsd_p2p.peers.links import PeerLinks
+from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.stage.admission import StageLimits
 from dsd_p2p.stage.server import StageServer
@@ -35,7 +36,8 @@ async def in_process_swarm(
         ModelError: the weights cannot be loaded.
     """
     network = MemoryNetwork()
-    limits = StageLimits(max_sessions=4 * config.sessions, max_sessions_per_peer=4 * config.sessions)
+    num_all = 4 * config.sessions
+    limits = StageLimits(sessions=Scopes(what="sessions", node=num_all, root=num_all, peer=num_all))
     cache_bytes = units.num_bytes(config.cache_memory)
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(trio.open_nursery())
