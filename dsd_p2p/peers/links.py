@@ -14,6 +14,7 @@ import trio
 from dsd_p2p.errors import PeerDisconnected, PeerError, PeerTimeout, RemoteProtocolError
 from dsd_p2p.peers.aside import Aside
 from dsd_p2p.peers.offences import Offences
+from dsd_p2p.peers.pings import Pings
 from dsd_p2p.transport.base import Lost, Transport
 from dsd_p2p.types import PeerId, PeerInfo
 from dsd_p2p.wire.codec import decode, encode
@@ -89,8 +90,7 @@ class PeerLinks:
         self._greeted: set[PeerId] = set()
         self._hello_from: dict[PeerId, trio.Event] = {}
         self._refusals: dict[PeerId, tuple[float, str]] = {}
-        self._pongs: dict[int, trio.Event] = {}
-        self._next_nonce = 0
+        self._pings = Pings()
         self._aside = Aside()
         self._offences = Offences()
         self.num_refused = 0
@@ -170,18 +170,14 @@ class PeerLinks:
         Raises:
             PeerTimeout, PeerDisconnected: there was no answer.
         """
-        self._next_nonce += 1
-        nonce = self._next_nonce
-        answered = self._pongs[nonce] = trio.Event()
         start_s = trio.current_time()
-        try:
-            with trio.fail_after(timeout_s):
-                await self.send(peer, Ping(nonce=nonce, padding=bytes(num_bytes)))
-                await answered.wait()
-        except trio.TooSlowError:
-            raise PeerTimeout(f"{peer} did not answer a ping within {timeout_s:g} s") from None
-        finally:
-            del self._pongs[nonce]
+        with self._pings.ping() as (nonce, answered):
+            try:
+                with trio.fail_after(timeout_s):
+                    await self.send(peer, Ping(nonce=nonce, padding=bytes(num_bytes)))
+                    await answered.wait()
+            except trio.TooSlowError:
+                raise PeerTimeout(f"{peer} did not answer a ping within {timeout_s:g} s") from None
         return trio.current_time() - start_s
 
     async def receive(self) -> Arrived | Lost:
@@ -230,8 +226,7 @@ class PeerLinks:
                 pong = partial(self.send, sender, Pong(nonce=nonce))
                 await self._aside.answer(sender, partial(self._reply, sender, pong))
             case Pong(nonce=nonce):
-                if nonce in self._pongs:
-                    self._pongs[nonce].set()
+                self._pings.answered(nonce)
             case Failure(session=session, text=text) if session == NO_SESSION:
                 logger.warning("peer refused us peer=%s text=%s", sender, text)
                 while len(self._refusals) >= MAX_KNOWN_PEERS:
