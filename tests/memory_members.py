@@ -9,6 +9,7 @@ from swarms import TEST_MODEL
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.membership import Load, MembershipSettings, open_membership
+from dsd_p2p.peers.rekeying import Rekeying
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.types import PeerInfo
@@ -44,6 +45,8 @@ class Node:
         self.links = PeerLinks(transport, self.info(), gatekeeper)
         settings = MembershipSettings(bootstrap=self.bootstrap, unix=unix, rng=self.rng)
         self.membership = open_membership(self.links, gatekeeper, self.key, settings, load)
+        self.network_keys = []
+        self.rekeying = Rekeying(self.membership, 0, lambda key, _made_at_ms: self.network_keys.append(key))
 
     @property
     def peer(self):
@@ -64,7 +67,7 @@ class Node:
         with self.scope:
             async with self.network.open(self.peer) as transport, trio.open_nursery() as nursery:
                 self.join(transport)
-                nursery.start_soon(run_services, self.links, [self.membership])
+                nursery.start_soon(run_services, self.links, [self.membership, self.rekeying])
                 await trio.testing.wait_all_tasks_blocked()
                 if self.belongs:
                     profile = PeerProfile(layer_us=1000, layer16_us=1500, max_layers=NUM_LAYERS if self.span else 0)

@@ -171,7 +171,7 @@ class Membership:
 
     def _merge(self, sender: PeerId, members: Members) -> None:
         news_records: list[MemberRecord] = []
-        news_revocations = [revocation for revocation in members.revocations if self._take_in(revocation)]
+        news_revocations = self._take_in_all(members.revocations)
         for record in members.records:
             try:
                 if PeerId(record.info.peer) == self.links.me.peer:
@@ -192,6 +192,24 @@ class Membership:
             self._pass_on(news, but=sender)
         if news_revocations:
             self._sweep()
+
+    def take_revocations(self, revocations: Sequence[Revocation]) -> None:
+        """Apply revocations at once, without passing them on.
+
+        Raises:
+            RemoteProtocolError: the owner did not sign one of them.
+        """
+        self._take_in_all(revocations)
+        self._sweep()
+
+    def pass_on(self, message: Message) -> None:
+        """Send a message to all connected members that may be here."""
+        unwanted = {peer for peer, _ in self.registry.admission.overdue(self._unix())}
+        for peer in self.links.connected - unwanted:
+            self._start(self._send, peer, message)
+
+    def _take_in_all(self, revocations: Sequence[Revocation]) -> list[Revocation]:
+        return [revocation for revocation in revocations if self._take_in(revocation)]
 
     def _take_in(self, revocation: Revocation) -> bool:
         try:

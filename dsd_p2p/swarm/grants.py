@@ -14,11 +14,12 @@ import msgspec
 from dsd_p2p.errors import RemoteProtocolError
 from dsd_p2p.keys import SigningKey, is_signed_by, public_of
 from dsd_p2p.types import PeerId
-from dsd_p2p.wire.membership import Grant, OwnerChoice, Revocation, Role
+from dsd_p2p.wire.membership import Grant, OwnerChoice, Rekey, Revocation, Role
 
 _GRANT_DOMAIN = b"dsd-p2p grant 1\0"
 _REVOCATION_DOMAIN = b"dsd-p2p revocation 1\0"
 _CHOICE_DOMAIN = b"dsd-p2p choice 1\0"
+_REKEY_DOMAIN = b"dsd-p2p network key 1\0"
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -44,6 +45,19 @@ def choose(owner: SigningKey, swarm: bytes, draft: str, made_at_ms: int) -> Owne
 def is_choice_valid(choice: OwnerChoice, swarm: bytes) -> bool:
     """True if the swarm's owner signed the choice."""
     return is_signed_by(swarm, choice.signature, _signed_choice(choice, swarm))
+
+
+def new_network_key(
+    owner: SigningKey, swarm: bytes, key: bytes, revocations: Sequence[Revocation], made_at_ms: int
+) -> Rekey:
+    """Return the owner's signed new network key. swarm: the owner's public key."""
+    rekey = Rekey(made_at_ms=made_at_ms, key=key, revocations=tuple(revocations))
+    return msgspec.structs.replace(rekey, signature=owner.sign(_signed_rekey(rekey, swarm)))
+
+
+def is_rekey_valid(rekey: Rekey, swarm: bytes) -> bool:
+    """True if the swarm's owner signed the new network key."""
+    return is_signed_by(swarm, rekey.signature, _signed_rekey(rekey, swarm))
 
 
 def check_grants(grants: Sequence[Grant], *, swarm: bytes, peer: PeerId, now_s: float) -> Role:
@@ -86,6 +100,10 @@ def _check_link(before: Grant, grant: Grant, *, is_from_member: bool) -> None:
         )
     if grant.role is Role.STAGE and (before.role is Role.CLIENT or is_from_member):
         raise RemoteProtocolError("role", grant.role.value, "client, the only role that this issuer may grant")
+
+
+def _signed_rekey(rekey: Rekey, swarm: bytes) -> bytes:
+    return _REKEY_DOMAIN + swarm + _encoder.encode(msgspec.structs.replace(rekey, signature=b""))
 
 
 def _signed_choice(choice: OwnerChoice, swarm: bytes) -> bytes:

@@ -75,6 +75,10 @@ class Transport(Protocol):
         """Return the next event from any peer."""
         ...
 
+    def change_network_key(self, key: bytes) -> None:
+        """Use another key of the private network for all connections to come. Those that are open stay."""
+        ...
+
     def penalise(self, peer: PeerId) -> None:
         """Count a useless frame against the peer: it is read more slowly until it sends better ones."""
         ...

@@ -82,6 +82,10 @@ class EmulatedTransport:
             link[1].close()
         return event
 
+    def change_network_key(self, key: bytes) -> None:
+        """Change it in the inner transport."""
+        self._inner.change_network_key(key)
+
     def penalise(self, peer: PeerId) -> None:
         """Penalise the peer in the inner transport."""
         self._inner.penalise(peer)

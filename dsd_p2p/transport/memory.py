@@ -85,6 +85,9 @@ class MemoryTransport:
         """Return the next event."""
         return await self._inbox.receive()
 
+    def change_network_key(self, key: bytes) -> None:
+        """Do nothing: in memory there is no private network."""
+
     def penalise(self, peer: PeerId) -> None:
         """Do nothing: in memory no peer is paced."""
 

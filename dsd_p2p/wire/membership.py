@@ -140,3 +140,16 @@ class Members(msgspec.Struct, frozen=True, array_like=True, tag=11):
     records: Annotated[tuple[MemberRecord, ...], Meta(max_length=MAX_MEMBERS)] = ()
     revocations: Annotated[tuple[Revocation, ...], Meta(max_length=MAX_REVOCATIONS)] = ()
     choice: OwnerChoice | None = None
+
+
+class Rekey(msgspec.Struct, frozen=True, array_like=True, tag=26):
+    """Member → member: the owner's new key for the private network. Whoever is revoked must not get it.
+
+    made_at_ms: milliseconds since 1970; a later key replaces an earlier one. revocations: all that hold by then.
+    signature: the owner's, over all other fields.
+    """
+
+    made_at_ms: Annotated[int, Meta(ge=0, le=1 << 50)]
+    key: KeyBytes
+    revocations: Annotated[tuple[Revocation, ...], Meta(max_length=MAX_REVOCATIONS)] = ()
+    signature: SignatureBytes = b""

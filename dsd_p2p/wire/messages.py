@@ -29,7 +29,7 @@ from dsd_p2p.types import (
 )
 from dsd_p2p.wire.drafts import AskDraft, Drafted, EndDrafts, OpenDrafts
 from dsd_p2p.wire.hints import AskHint, Hint
-from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members, SignatureBytes
+from dsd_p2p.wire.membership import MAX_GRANTS, Grant, Heartbeat, Members, Rekey, SignatureBytes
 
 MAX_WINDOW_NODES = 1024
 MAX_IDLE_S = 3600
@@ -387,4 +387,5 @@ Message = (
     | EndDrafts
     | AskHint
     | Hint
+    | Rekey
 )

@@ -69,6 +69,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         "draft": _command("draft", "choose the drafter of the whole swarm", f"{_CONFIG}:DraftConfig"),
         "invites": _command("invites", "list the invites made here, and who used them", f"{_CONFIG}:SwarmQuestion"),
         "revoke": _command("revoke", "remove a member or an invite from the swarm", f"{_CONFIG}:RevokeConfig"),
+        "rekey": _command("rekey", "give the swarm a new network key, without those revoked", f"{_CONFIG}:RekeyConfig"),
+        "recover": _command("recover", "bring the owner's key back from the recovery key", f"{_CONFIG}:RecoverConfig"),
     },
     "ask": {
         "generate": _command("generate", "write an answer", f"{_CONFIG}:GenerateConfig"),

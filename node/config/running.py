@@ -318,6 +318,18 @@ class RevokeConfig(Settings, frozen=True, kw_only=True):
     swarm: SwarmName = DEFAULT_SWARM
 
 
+class RekeyConfig(Settings, frozen=True, kw_only=True):
+    """Settings of `dsd rekey`."""
+
+    swarm: SwarmName = DEFAULT_SWARM
+
+
+class RecoverConfig(Settings, frozen=True, kw_only=True):
+    """Settings of `dsd recover`."""
+
+    swarm: SwarmName = DEFAULT_SWARM
+
+
 class QuantizeConfig(Settings, frozen=True, kw_only=True):
     """Settings of `dsd quantize`."""
 

@@ -28,6 +28,7 @@ from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.membership import Membership, MembershipSettings, open_membership
+from dsd_p2p.peers.rekeying import Rekeying
 from dsd_p2p.peers.services import run_services
 from dsd_p2p.placement.coordinator import choose_coordinator, speculation_of
 from dsd_p2p.session.retry import RetryPolicy
@@ -110,7 +111,8 @@ async def open_swarm_client(
             if engine.drafter is not LOOKUP:
                 engine.places = DraftPlaces(directory.draft_offers)
             thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
-            nursery.start_soon(run_services, links, [membership, engine, engine.experience, thin])
+            rekeying = Rekeying(membership, stored.key_made_at_ms, state.change_network_key)
+            nursery.start_soon(run_services, links, [membership, rekeying, engine, engine.experience, thin])
             await membership.announce(me, MemberState.SERVING)
             await _meet(membership, meet_timeout_s)
             yield SwarmClient(engine=engine, thin=thin, membership=membership, directory=directory, transport=inner)

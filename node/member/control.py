@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from dsd_p2p.errors import ConfigError, DsdError, PeerTimeout
-from dsd_p2p.wire.membership import OwnerChoice, Revocation
+from dsd_p2p.wire.membership import OwnerChoice, Rekey, Revocation
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,13 @@ class Choose(msgspec.Struct, tag="choose"):
     choice: OwnerChoice
 
 
-Ask = Status | Stop | Revoke | Choose
+class NewKey(msgspec.Struct, tag="rekey"):
+    """Asks the daemon to spread the owner's new network key."""
+
+    rekey: Rekey
+
+
+Ask = Status | Stop | Revoke | Choose | NewKey
 
 
 class MemberStatus(msgspec.Struct):

@@ -29,6 +29,7 @@ from dsd_p2p.models.grammar import ModelGrammars
 from dsd_p2p.peers.gatekeeper import SwarmGatekeeper
 from dsd_p2p.peers.links import PeerLinks
 from dsd_p2p.peers.membership import MembershipSettings, open_membership
+from dsd_p2p.peers.rekeying import Rekeying
 from dsd_p2p.peers.scopes import Scopes
 from dsd_p2p.peers.services import Service, run_services
 from dsd_p2p.stage.admission import StageLimits
@@ -48,7 +49,7 @@ from node.config import ServeFlags
 from node.gateway.setup import read_clients
 from node.local.events import GatewayOpen, Loading
 from node.member.client import next_coordinator
-from node.member.control import Answer, Ask, Choose, Done, Revoke, Status, Stop, serve_control
+from node.member.control import Answer, Ask, Choose, Done, NewKey, Revoke, Status, Stop, serve_control
 from node.member.drafts import MemberDrafts
 from node.member.gateway import serve_peer_gateway, swarm_topics, telling
 from node.member.lan import neighbours
@@ -147,6 +148,7 @@ class SwarmPeer:
             num_layers=shape.num_layers,
             max_positions=shape.max_positions,
         )
+        rekeying = Rekeying(membership, stored.key_made_at_ms, settings.state.change_network_key)
         thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
         drafts = MemberDrafts(settings, registry)
         choice = drafts.choice()
@@ -165,13 +167,14 @@ class SwarmPeer:
             shape=shape,
             transport=inner,
             membership=membership,
+            rekeying=rekeying,
             directory=directory,
             server=server,
             placed=placed,
             engine=engine,
             thin=thin,
             drafts=drafts,
-            services=(membership, server, *coordinating, thin),
+            services=(membership, rekeying, server, *coordinating, thin),
         )
 
     def _neighbours(self, parts: PeerParts) -> AbstractAsyncContextManager[None]:
@@ -258,6 +261,9 @@ class SwarmPeer:
             case Revoke(revocation=revocation):
                 await parts.membership.revoke(revocation)
                 self._remember(parts)
+                return Done()
+            case NewKey(rekey=rekey):
+                await parts.rekeying.take(rekey)
                 return Done()
             case Choose(choice=choice):
                 await parts.membership.choose(choice)

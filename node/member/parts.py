@@ -7,6 +7,7 @@ from dsd_p2p.coordination.for_others import ThinClient
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
 from dsd_p2p.models.architecture import ModelShape
 from dsd_p2p.peers.membership import Membership
+from dsd_p2p.peers.rekeying import Rekeying
 from dsd_p2p.peers.services import Service
 from dsd_p2p.stage.server import StageServer
 from dsd_p2p.transport.libp2p import Libp2pTransport
@@ -26,6 +27,7 @@ class PeerParts:
     shape: ModelShape
     transport: Libp2pTransport
     membership: Membership
+    rekeying: Rekeying
     directory: SwarmDirectory
     server: StageServer
     placed: Placed

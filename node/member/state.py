@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import base58
 import msgspec
 from filelock import FileLock, Timeout
 
@@ -27,7 +28,7 @@ from dsd_p2p.keys import SigningKey
 from dsd_p2p.swarm.admission import Authority
 from dsd_p2p.swarm.grants import check_grants, choose, issue
 from dsd_p2p.swarm.invite import Invite
-from dsd_p2p.transport.identity import load_or_create_seed
+from dsd_p2p.transport.identity import SEED_BYTES, load_or_create_seed
 from dsd_p2p.types import Address, Digest, ModelName, Name
 from dsd_p2p.wire.membership import Grant, KeyBytes, MemberRecord, OwnerChoice, Role
 from node.paths import state_dir
@@ -37,10 +38,14 @@ Stored = TypeVar("Stored")
 _OWN_GRANT_S = 10 * 365 * 86400
 _OWN_USES = 16
 _MAX_CLIENTS = 16
+_RECOVERY = "dsdowner1"
 
 
 class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
-    """The keys and grants that let this machine into a swarm, with bootstrap addresses, the model and the owner's choice."""
+    """The keys and grants that let this machine into a swarm, with bootstrap addresses, the model and the owner's choice.
+
+    key_made_at_ms: when the network key was made, in milliseconds since 1970; 0 for the first one.
+    """
 
     swarm: KeyBytes
     network_key: KeyBytes
@@ -50,6 +55,7 @@ class StoredMembership(msgspec.Struct, frozen=True, array_like=True):
     dtype: Name
     digest: Digest
     choice: OwnerChoice | None = None
+    key_made_at_ms: int = 0
 
 
 class Known(msgspec.Struct, frozen=True, array_like=True):
@@ -105,10 +111,41 @@ class SwarmState:
         Raises:
             ConfigError: this machine did not create the swarm.
         """
-        path = self.folder / "owner.key"
-        if not path.exists():
-            raise ConfigError(f"only the machine that created the swarm can do this: {path} is missing")
-        return self.key_of(path)
+        if not self.owner_file.exists():
+            raise ConfigError(
+                f"only the swarm's owner can do this, and {self.owner_file} is missing: use the machine that created the "
+                "swarm, or bring the key here with `dsd recover`"
+            )
+        return self.key_of(self.owner_file)
+
+    @property
+    def owner_file(self) -> Path:
+        """Path of the file with the swarm owner's secret key."""
+        return self.folder / "owner.key"
+
+    def recovery_key(self) -> str:
+        """Return the owner's secret key as text, from which `recover_owner` makes the file again.
+
+        Raises:
+            ConfigError: this machine does not have it.
+        """
+        self.owner_key()
+        seed = self.owner_file.read_bytes()
+        return _RECOVERY + base58.b58encode_check(seed).decode()
+
+    def recover_owner(self, recovery_key: str) -> None:
+        """Store the owner's secret key.
+
+        Raises:
+            ConfigError: the text is no recovery key, or one of another swarm.
+        """
+        try:
+            seed = base58.b58decode_check(recovery_key.removeprefix(_RECOVERY))
+        except ValueError as exc:
+            raise ConfigError(f"the recovery key is damaged, or none: it starts with {_RECOVERY}") from exc
+        if len(seed) != SEED_BYTES or SigningKey(seed).public != self.membership().swarm:
+            raise ConfigError(f"the recovery key is not that of swarm {self.name!r}")
+        self._write_secret(self.owner_file, seed)
 
     def refuse_second(self) -> None:
         """Raise ConfigError if this machine already belongs to a swarm of this name."""
@@ -178,6 +215,17 @@ class SwarmState:
                 choice=invite.choice,
             )
         )
+
+    def change_network_key(self, key: bytes, made_at_ms: int) -> None:
+        """Store the swarm's new network key.
+
+        Raises:
+            CapacityError: it cannot be written.
+        """
+        try:
+            self._store(msgspec.structs.replace(self.membership(), network_key=key, key_made_at_ms=made_at_ms))
+        except OSError as exc:
+            raise CapacityError(f"{self.folder / 'membership'}: {exc.strerror}") from exc
 
     def membership(self) -> StoredMembership:
         """Return the stored membership.
@@ -288,11 +336,14 @@ class SwarmState:
         return membership
 
     def _write(self, name: str, value: msgspec.Struct | tuple[msgspec.Struct, ...]) -> None:
-        scratch = self.folder / f".{name}.{os.getpid()}"
+        self._write_secret(self.folder / name, msgspec.msgpack.encode(value))
+
+    def _write_secret(self, path: Path, data: bytes) -> None:
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.msgpack.encode(value))
-        scratch.replace(self.folder / name)
+            file.write(data)
+        scratch.replace(path)
 
     def _read(self, name: str, kind: type[Stored]) -> Stored:
         try:

@@ -10,9 +10,10 @@ from msgspec.structs import replace
 from swarms import TEST_MODEL
 
 from dsd_p2p.coordination.swarm_directory import SwarmDirectory
-from dsd_p2p.errors import CoverageLost, PeerDisconnected, PeerTimeout
+from dsd_p2p.errors import CoverageLost, PeerDisconnected, PeerTimeout, RemoteProtocolError
+from dsd_p2p.peers.rekeying import SPREAD_S
 from dsd_p2p.placement.route import Detour
-from dsd_p2p.swarm.grants import revoke
+from dsd_p2p.swarm.grants import new_network_key, revoke
 from dsd_p2p.swarm.records import sign_record
 from dsd_p2p.transport.memory import MemoryNetwork
 from dsd_p2p.types import PeerInfo, Span
@@ -144,6 +145,28 @@ async def test_a_revoked_member_is_thrown_out_everywhere(autojump_clock):
         with pytest.raises(PeerDisconnected, match="revoked"):
             await nodes[2].links.connect(f"memory:{nodes[1].peer}", 5)
         assert nodes[1].registry.admission.revocations, "the one who was not told by the owner knows too"
+
+
+async def test_a_new_network_key_reaches_all_but_those_revoked(autojump_clock):
+    async with swarm(Span(0, 10), Span(10, 20), Span(20, 30), Span(0, 30)) as (_, _, nodes):
+        *stay, revoked = nodes
+        out = revoke(OWNER, OWNER.public, revoked.key.public)
+        rekey = new_network_key(OWNER, OWNER.public, bytes(range(32)), [out], 7)
+        forged = new_network_key(STRANGER, OWNER.public, bytes(32), [], 9)
+        with pytest.raises(RemoteProtocolError, match="owner's"):
+            await nodes[0].rekeying.take(forged)
+        await nodes[0].rekeying.take(rekey)
+        await trio.sleep(SPREAD_S / 2)
+        assert [node.network_keys for node in stay] == [[bytes(range(32))]] * 3
+        assert revoked.network_keys == []
+        # An older key, or the same one again, changes nothing.
+        await nodes[1].rekeying.take(rekey)
+        await nodes[1].rekeying.take(new_network_key(OWNER, OWNER.public, bytes(32), [out], 6))
+        assert nodes[1].network_keys == [bytes(range(32))]
+        await trio.sleep(SPREAD_S)
+        # Connections have ended and come back.
+        await settled(stay)
+        assert revoked.links.connected == set()
 
 
 async def test_nobody_can_outdate_our_record_in_our_name(autojump_clock):

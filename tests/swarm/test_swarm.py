@@ -17,6 +17,7 @@ from dsd_p2p.swarm.registry import Registry
 from dsd_p2p.types import PeerInfo, Span
 from dsd_p2p.wire.codec import decode, encode
 from dsd_p2p.wire.membership import Grant, Heard, Heartbeat, MemberRecord, Members, MemberState, PeerProfile, Role
+from node.member.state import SwarmState
 
 
 def record(member: SigningKey, *, grants=None, age=(NOW_S * 1000, NOW_S * 1000), span=None, **changes) -> MemberRecord:
@@ -349,3 +350,30 @@ def test_a_client_offers_nothing(offer, words):
     with pytest.raises(RemoteProtocolError, match=f"{words}: expected none, because its invite is for clients"):
         registry().merge(record(key(1), grants=grants, **offer), NOW_S)
     assert registry().merge(record(key(1), grants=grants), NOW_S)
+
+
+def test_the_owner_comes_back_from_the_recovery_key(tmp_path):
+    first, other = SwarmState(f"{tmp_path}/first"), SwarmState(f"{tmp_path}/other")
+    swarm = first.create(model="m", dtype="float32", digest="d").swarm
+    words = first.recovery_key()
+    first.owner_file.unlink()
+    with pytest.raises(ConfigError, match="dsd recover"):
+        first.owner_key()
+    for wrong in (words[:-1], "dsdowner1", "", words.replace("dsdowner1", "dsd1")):
+        with pytest.raises(ConfigError, match="recovery key"):
+            first.recover_owner(wrong)
+    first.recover_owner(words)
+    assert first.owner_key().public == swarm
+    assert first.owner_file.stat().st_mode & 0o077 == 0
+    other.create(model="m", dtype="float32", digest="d")
+    with pytest.raises(ConfigError, match="not that of swarm"):
+        other.recover_owner(words)
+
+
+def test_a_new_network_key_is_stored(tmp_path):
+    state = SwarmState(f"{tmp_path}/swarm")
+    before = state.create(model="m", dtype="float32", digest="d")
+    state.change_network_key(bytes(range(32)), 5)
+    after = state.membership()
+    assert (after.network_key, after.key_made_at_ms) == (bytes(range(32)), 5)
+    assert after.grants == before.grants

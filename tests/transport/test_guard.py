@@ -11,7 +11,7 @@ from libp2p.host.exceptions import StreamFailure
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 
-from dsd_p2p.errors import PeerError, PeerTimeout
+from dsd_p2p.errors import PeerDisconnected, PeerError, PeerTimeout
 from dsd_p2p.transport.base import Lost, Received
 from dsd_p2p.transport.libp2p import guard, host, open_libp2p, relay
 from dsd_p2p.types import PeerId
@@ -52,6 +52,28 @@ async def test_peers_with_the_network_key_talk(tmp_path):
             await end.send(other.peer, b"hello")
             assert await received(other) == b"hello"
         assert not a.is_relayed(b.peer)
+
+
+async def test_after_a_change_of_the_network_key_only_the_new_one_counts(tmp_path):
+    new = bytes(reversed(KEY))
+    async with (
+        open_host(tmp_path, "a") as a,
+        open_host(tmp_path, "b") as b,
+        open_host(tmp_path, "thief") as thief,
+    ):
+        await a.connect(b.addresses[0], 10)
+        for end in (a, b):
+            end.change_network_key(new)
+        # What is open stays until it is dropped.
+        await a.send(b.peer, b"still here")
+        assert await received(b) == b"still here"
+        await a.disconnect(b.peer, "new key")
+        await lost(b)
+        with pytest.raises(PeerDisconnected, match="network key"):
+            await thief.connect(b.addresses[0], 5)
+        await a.connect(b.addresses[0], 10)
+        await a.send(b.peer, b"back")
+        assert await received(b) == b"back"
 
 
 @pytest.mark.parametrize("theirs", [bytes(32), None])

@@ -170,6 +170,10 @@ class Libp2pTransport:
             self._pending_bytes[event.sender] -= len(event.frame)
         return event
 
+    def change_network_key(self, key: bytes) -> None:
+        """Use another key of the private network for all connections to come."""
+        self._host.get_network().psk = key.hex()
+
     def penalise(self, peer: PeerId) -> None:
         """Count the peer's last frame as several."""
         for _ in range(_USELESS_FRAME_COUNTS - 1):

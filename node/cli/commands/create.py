@@ -35,6 +35,10 @@ def run(config: CreateConfig, gateway: GatewayConfig) -> int:
         tell_user(event)
 
     console.print(f"swarm {config.swarm!r} created; to add other machines, run `dsd invite` here")
+    console.print(
+        f"recovery key, shown only now: {state.recovery_key()}\nwrite it down and keep it secret: whoever has it owns the "
+        "swarm, and `dsd recover` needs it if this machine is lost"
+    )
     try:
         return serve_swarm(msgspec.structs.replace(config, model=model, draft=""), tell, gateway)
     finally:
