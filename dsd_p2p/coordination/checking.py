@@ -21,6 +21,7 @@ class SpotChecks:
     """The spot checks of one request, carried out by its auditor. distrust: called with the error that names a liar.
 
     is_over: True once `conclude` was called. fault: what it found wrong with the answer, or None.
+    is_whole: True if it found that every position of the answer was checked.
     """
 
     def __init__(self, auditor: Auditor, distrust: Callable[[DishonestPeer], None]) -> None:
@@ -31,6 +32,7 @@ class SpotChecks:
         self._found: PeerError | None = None
         self.is_over = False
         self.fault: PeerError | None = None
+        self.is_whole = False
 
     @property
     def num_checks(self) -> int:
@@ -98,6 +100,7 @@ class SpotChecks:
         self.is_over = True
         if tokens is not None:
             self.fault = await self._check_rest(tokens)
+            self.is_whole = self.fault is None
 
     async def _check_rest(self, tokens: Sequence[TokenId]) -> PeerError | None:
         if self._is_checking:

@@ -14,7 +14,7 @@ class RequestDetails:
     """The details of an answer that only its coordinator knows.
 
     mean_accepted_length: committed tokens per epoch. num_checks, num_unchecked: spot checks that were carried out, and
-    those that no replica answered; None without `audit`.
+    those that no replica answered. is_checked: whether every position was checked. All three are None without `audit`.
     """
 
     drafter: str
@@ -29,6 +29,7 @@ class RequestDetails:
     counts: RequestStats
     num_checks: int | None
     num_unchecked: int | None
+    is_checked: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,11 @@ class AnswerStatistics:
                 "counts": asdict(details.counts),
             }
             if details.num_checks is not None:
-                shown |= {"num_checks": details.num_checks, "num_unchecked": details.num_unchecked}
+                shown |= {
+                    "num_checks": details.num_checks,
+                    "num_unchecked": details.num_unchecked,
+                    "is_checked": details.is_checked,
+                }
         return shown
 
 
@@ -88,5 +93,6 @@ def statistics_of(generation: Generation) -> AnswerStatistics:
         counts=stats,
         num_checks=checks.num_checks if checks else None,
         num_unchecked=checks.num_unchecked if checks else None,
+        is_checked=checks.is_whole if checks else None,
     )
     return AnswerStatistics(timing=timing, details=details)

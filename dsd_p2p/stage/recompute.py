@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _CHECKS = Scopes(what="checks", node=4, root=2, peer=1)
 """Checks that a stage runs at the same time. Each holds the cache and the rows of its text."""
 
-_NUM_AGAIN, _PIECE_AGAIN = 48, 4
+NUM_AGAIN, _PIECE_AGAIN = 48, 4
 """Rows that are computed a second time, and how many at once: CPUs and GPUs round otherwise for few rows than for many."""
 
 _SEND_TIMEOUT_S = 10.0
@@ -88,7 +88,7 @@ class Recomputer:
             caches = [await self._cache(part, len(asked.tokens))]
             stack.callback(caches[0].free)
             if asked.model.compute is not ComputeFormat.FLOAT32:
-                caches.append(await self._cache(part, _NUM_AGAIN))
+                caches.append(await self._cache(part, NUM_AGAIN))
                 stack.callback(caches[1].free)
             answer = await self._batcher.run(RecomputePass(part, caches, sender, asked, payload))
         assert answer is not None, "a check is never stale"
@@ -147,7 +147,7 @@ class RecomputePass:
         self._inputs: list[TokenId] | bytes = list(asked.tokens) if part.is_head else payload
         self._judge = _Judge(asked, part) if part.is_tail else None
         num_all = len(asked.tokens)
-        sizes = ((num_all, num_all), (min(num_all, _NUM_AGAIN), _PIECE_AGAIN))
+        sizes = ((num_all, num_all), (min(num_all, NUM_AGAIN), _PIECE_AGAIN))
         self._runs = [_Run(cache, *size) for cache, size in zip(caches, sizes, strict=False)]
 
     @property
@@ -187,6 +187,10 @@ class RecomputePass:
 
     def finish(self, cost: Cost) -> Answer:
         """Return the answer."""
+        return self.result()
+
+    def result(self) -> tuple[Recomputed, bytes]:
+        """Return the answer and its rows."""
         gaps = tuple(self._judge.gaps) if self._judge else ()
         rows = b"".join(self._runs[0].rows)
         return Recomputed(request=self._asked.request, gaps=gaps, noise=self._noise(rows)), rows

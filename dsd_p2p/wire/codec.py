@@ -73,7 +73,7 @@ def _check_text(text: TextRequest) -> None:
     relaxed = () if text.relaxation is None else msgspec.structs.astuple(text.relaxation)[1:]
     numbers = (text.sampling.temperature, text.sampling.top_p, *relaxed)
     if not all(math.isfinite(number) for number in numbers):
-        raise RemoteProtocolError("text", text, "finite numbers")
+        raise RemoteProtocolError("text", "some that are not", "finite numbers")
 
 
 def _check(message: Message, payload_bytes: int) -> None:

@@ -74,6 +74,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "ask": {
         "generate": _command("generate", "write an answer", f"{_CONFIG}:GenerateConfig"),
+        "verify": _command(
+            "verify", "say whether a finished answer is what its model writes", f"{_CONFIG}:VerifyConfig"
+        ),
     },
     "watch": {
         "top": _command("top", "show a dashboard of a swarm in the terminal", f"{_CONFIG}:TopConfig"),

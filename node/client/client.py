@@ -22,6 +22,7 @@ from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.session.timing import Timing
 from dsd_p2p.types import PeerId, Relaxation, Span, TextRequest, TokenId
 from dsd_p2p.window.base import Mode, WindowPolicy
+from node.client.answer import Asked
 from node.client.choices import make_relaxation
 from node.config import GenerateConfig, NodeConfig
 from node.local.formats import with_format
@@ -44,6 +45,20 @@ class Client:
     started: list[LocalStage]
     swarm: SwarmClient | None = None
 
+    def asked(self, prompt: list[TokenId]) -> Asked:
+        """Return what makes the answer to `prompt` the text that it is, for `dsd verify`."""
+        key = next(info.model for info in self.engine.links.known.values() if info.model is not None)
+        return Asked(model=self.config.model, key=key, prompt_ids=prompt, text=self._text(None, None))
+
+    def _text(self, max_tokens: int | None, relaxation: Relaxation | None) -> TextRequest:
+        config = self.config
+        return TextRequest(
+            max_tokens=max_tokens or config.max_tokens,
+            sampling=config.sampling(),
+            stop_tokens=self.text.stop_tokens,
+            relaxation=relaxation or make_relaxation(config),
+        )
+
     async def write(
         self,
         policy: WindowPolicy,
@@ -64,12 +79,7 @@ class Client:
         """
         config, prompt = self.config, prompt or self.prompt
         options = GenerateOptions(
-            text=TextRequest(
-                max_tokens=max_tokens or config.max_tokens,
-                sampling=config.sampling(),
-                stop_tokens=self.text.stop_tokens,
-                relaxation=relaxation or make_relaxation(config),
-            ),
+            text=self._text(max_tokens, relaxation),
             prefill_chunk=config.prefill_chunk,
             stall_timeout_s=units.seconds(config.stall_timeout),
             hidden_format=config.hidden,

@@ -1,6 +1,6 @@
 """Holds the settings of each command: one struct per command, whose fields carry type, default and help."""
 
-from node.config.asking import ChatConfig, DemoConfig, GenerateConfig, TopConfig
+from node.config.asking import ChatConfig, DemoConfig, GenerateConfig, TopConfig, VerifyConfig
 from node.config.reading import FlagError, read_config, read_configs
 from node.config.running import (
     DEFAULT_SWARM,
@@ -57,6 +57,7 @@ __all__ = [
     "SwarmQuestion",
     "TopConfig",
     "UpConfig",
+    "VerifyConfig",
     "read_config",
     "read_configs",
 ]

@@ -10,6 +10,15 @@ from node.config.fields import FILE, POSITIONAL, Help, Positive, Settings
 from node.config.running import Json, SwarmFlags
 
 
+class VerifyConfig(Settings, frozen=True, kw_only=True):
+    """Settings of `dsd verify`."""
+
+    answer: Annotated[str, Help("file with the output of dsd generate --json; -: standard input"), POSITIONAL]
+    model: Annotated[str, Help("where the model is on this machine; default: as the answer names it")] = ""
+    threads: Annotated[Positive, Help("torch threads")] = 1
+    json: Json = False
+
+
 class GenerateConfig(SwarmFlags, frozen=True, kw_only=True):
     """Settings of `dsd generate`."""
 

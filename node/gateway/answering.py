@@ -254,6 +254,7 @@ class Answering:
             stall_timeout_s=self.stall_timeout_s,
             retry=self.retry,
             owner=client.name,
+            audit=bool(asked.audit),
         )
 
     async def _writing(
@@ -299,6 +300,7 @@ class Answering:
                 is_stream=bool(asked.stream),
                 with_usage=bool(asked.stream_options and asked.stream_options.include_usage),
                 deadline_s=self.limits.deadline_s,
+                is_audited=bool(asked.audit),
                 headers={"x-dsd-ignored": ", ".join(map(as_header, ignored[:_MAX_NAMED]))} if ignored else {},
             ),
             client=client,

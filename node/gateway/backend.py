@@ -10,7 +10,7 @@ import trio
 from dsd_p2p.coordination.engine import Engine, GenerateOptions
 from dsd_p2p.coordination.for_others import ThinClient
 from dsd_p2p.coordination.statistics import AnswerStatistics, statistics_of
-from dsd_p2p.errors import ConfigError, PeerDisconnected
+from dsd_p2p.errors import CapacityError, ConfigError, PeerDisconnected
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.session.timing import Timing
 from dsd_p2p.types import PeerId, TokenId
@@ -95,7 +95,9 @@ class SwarmBackend:
         self, prompt: Sequence[TokenId], options: GenerateOptions, outcome: Outcome
     ) -> AsyncGenerator[Emit, None]:
         """Yield an answer piece by piece. Raises the same errors as `Backend.write`."""
-        coordinator = self._choose()
+        coordinator = None if options.audit else self._choose()
+        if options.audit and self._here is None:
+            raise CapacityError("this gateway coordinates nothing itself, so it cannot audit: start it with a drafter")
         if coordinator is None and self._here is not None:
             async with aclosing(self._here.write(prompt, options, outcome)) as pieces:
                 async for piece in pieces:

@@ -1,4 +1,4 @@
-"""Defines the replies, field by field as OpenAI documents them. Only `usage.speculation` is ours."""
+"""Defines the replies, field by field as OpenAI documents them. Only `usage.speculation` and `usage.audit` are ours."""
 
 from typing import Literal
 
@@ -39,14 +39,22 @@ class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
 
 
+class Audited(msgspec.Struct, frozen=True, kw_only=True):
+    """What was checked of an answer. num_checks: stages' checks. is_checked: True if every row of every stage was."""
+
+    num_checks: int
+    is_checked: bool
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """`usage`. speculation: one entry for each choice."""
+    """`usage`. speculation, audit: one entry for each choice; audit only if the request asked for it."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
     speculation: list[Speculation] = []
+    audit: list[Audited] | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
@@ -278,3 +286,11 @@ def speculation_of(statistics: AnswerStatistics | None) -> Speculation:
         num_replays=counts.num_replays,
         bytes_per_token=round(details.bytes_per_token, 1),
     )
+
+
+def audited_of(statistics: AnswerStatistics | None) -> Audited:
+    """Return what was checked of an audited answer."""
+    details = statistics.details if statistics else None
+    if details is None:
+        return Audited(num_checks=0, is_checked=False)
+    return Audited(num_checks=details.num_checks or 0, is_checked=bool(details.is_checked))

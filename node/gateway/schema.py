@@ -161,6 +161,7 @@ class Common(ForModel, frozen=True, kw_only=True):  # size: the fields are OpenA
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[TokenText, Bias], Meta(max_length=1024)] | None = None
+    audit: bool | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 import trio
+from msgspec import UNSET
 from starlette.types import Receive, Scope, Send
 
 from dsd_p2p.errors import DsdError, PeerTimeout, first_cause
@@ -20,7 +21,7 @@ from node.gateway.admission import Admission
 from node.gateway.choice import Choice, Piece
 from node.gateway.errors import ApiError, api_error, json_response, unexpected
 from node.gateway.keys import Client
-from node.gateway.replies import PromptTokensDetails, Usage, speculation_of
+from node.gateway.replies import PromptTokensDetails, Usage, audited_of, speculation_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class WritingOptions:
     """How a request's answers are sent.
 
     is_stream: whether to send server-sent events. deadline_s: the time limit for all answers together.
-    headers: further headers of the reply.
+    is_audited: whether to tell what was checked. headers: further headers of the reply.
     """
 
     model: str
@@ -101,6 +102,7 @@ class WritingOptions:
     is_stream: bool
     with_usage: bool
     deadline_s: float
+    is_audited: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -278,6 +280,9 @@ class Writing:
             total_tokens=self.num_prompt_tokens + num_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self.num_cached_tokens),
             speculation=[speculation_of(choice.outcome.statistics) for choice in self.choices],
+            audit=[audited_of(choice.outcome.statistics) for choice in self.choices]
+            if self._options.is_audited
+            else UNSET,
         )
 
 

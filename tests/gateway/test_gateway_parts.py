@@ -15,9 +15,12 @@ from toy import plain_text
 from toy_swarm import PROMPT, toy_swarm
 
 from dsd_p2p.coordination.engine import GenerateOptions
+from dsd_p2p.drafting.ngram import NgramDrafter
 from dsd_p2p.errors import CapacityError, ConfigError
+from dsd_p2p.models.progress import NoProgress
+from dsd_p2p.models.source import find_model
 from dsd_p2p.session.effects import Emit
-from dsd_p2p.types import Sampling, TextRequest
+from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.window.static import StaticPolicy, sync_chain
 from node.gateway.admission import Admission, PatientBackend
 from node.gateway.answering import GatewayLimits, Served
@@ -27,6 +30,8 @@ from node.gateway.choice import StopStrings
 from node.gateway.errors import ApiError
 from node.gateway.keys import ApiKey, Client, Clients, read_keys
 from node.gateway.server import check_exposure, serve_gateway
+from node.lab.audited.lies import LIES
+from node.lab.audited.swarm import audited_swarm
 from node.watch.hub import EventHub
 
 
@@ -489,3 +494,32 @@ async def test_a_key_sees_what_others_do_only_if_it_may_watch():
             assert (asked.status_code, "watch = true" in asked.text) == (403, True)
         for path in ("/v1/status", "/metrics"):
             assert (await client.get(path, headers=operator)).status_code == 200
+
+
+async def test_what_nobody_can_check_is_not_audited():
+    async with toy_swarm() as swarm, http() as client:
+        backend = EngineBackend(swarm.engine, lambda: StaticPolicy(sync_chain(2)))
+        client.gateway.answering = replace(client.gateway.answering, backend=backend)
+        reply = await client.post("/v1/completions", json=ASKED | {"prompt": [1, 2, 3], "audit": True})
+        assert reply.status_code == 503
+        assert "an audit needs a second peer" in reply.json()["error"]["message"]
+
+
+async def test_an_audited_answer_says_what_was_checked(tiny):
+    asked = {"model": "echo", "prompt": [5, 9, 2, 77], "max_tokens": 12, "temperature": 0, "audit": True}
+    source = find_model(str(tiny("llama")), NoProgress())
+    spans = [Span(0, 2), Span(2, 4)]
+    async with audited_swarm(source, spans, NgramDrafter()) as swarm, http() as client:
+        backend = EngineBackend(swarm.engine, lambda: StaticPolicy(sync_chain(2)))
+        client.gateway.answering = replace(client.gateway.answering, backend=backend)
+        reply = await client.post("/v1/completions", json=asked)
+        assert reply.status_code == 200, reply.text
+        (audited,) = reply.json()["usage"]["audit"]
+        assert audited["is_checked"]
+        assert audited["num_checks"] >= 3
+        reply = await client.post("/v1/completions", json=asked | {"audit": False})
+        assert "audit" not in reply.json()["usage"]
+        swarm.stages[0].model.lie = LIES[0]
+        reply = await client.post("/v1/completions", json=asked)
+        assert reply.status_code == 503
+        assert "cannot be trusted" in reply.json()["error"]["message"]

@@ -41,6 +41,7 @@ def test_the_simulator_can_be_fitted_to_the_rows_of_a_receipt():
         counts=RequestStats(),
         num_checks=None,
         num_unchecked=None,
+        is_checked=None,
     )
     runs = ArmRuns()
     runs.add(0, {"problem": "mt-bench-81", "category": "chat"}, AnswerStatistics(timing=timing, details=details))

@@ -7,6 +7,7 @@ import trio
 
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.types import short_peer
+from node.client.answer import WrittenAnswer
 from node.client.choices import make_policy
 from node.client.client import open_client
 from node.config import GenerateConfig
@@ -27,9 +28,10 @@ async def _generate(config: GenerateConfig) -> None:
         async with open_client(config, progress) as client:
             progress.close()
             tokens, stats = await client.write(policy, None if config.json else show)
-            text = client.text.decode(tokens)
+            text, asked = client.text.decode(tokens), client.asked(client.prompt)
     if config.json:
-        print(msgspec.json.encode({"text": text, "token_ids": tokens, "stats": stats.as_json()}).decode(), flush=True)
+        answer = WrittenAnswer(text=text, token_ids=tokens, asked=asked, stats=stats.as_json())
+        print(msgspec.json.encode(answer).decode(), flush=True)
     else:
         print(flush=True)
         timing = stats.timing

@@ -1,4 +1,4 @@
-"""Runs a swarm on this machine, to try things out (`up`) or to test it hard (`chaos`, `siege`, `place`).
+"""Runs a swarm on this machine, to try things out (`up`) or to test it hard (`chaos`, `siege`, `attack`, `place`).
 
 `up` and `chaos` use network namespaces and need root.
 """
@@ -17,7 +17,9 @@ from dsd_p2p.errors import DsdError, first_cause
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
 from dsd_p2p.telemetry.events import encode_event, read_events
+from node.config import GatewayConfig
 from node.lab.receipt import machine, write_receipt
+from node.lab.testnet.attack import API_KEY, Suite
 from node.lab.testnet.chaos import Chaos, Plan
 from node.lab.testnet.placement import measure_placement
 from node.lab.testnet.siege import ATTACKERS, Siege
@@ -55,6 +57,9 @@ def main() -> int:
     siege.add_argument("--handshakes", type=int, default=10_000)
     siege.add_argument("--rounds", type=int, default=3)
     siege.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
+    attack = commands.add_parser("attack", help="carry out all known attacks while an honest client writes (no root)")
+    attack.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth attack")
+    attack.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
     place = commands.add_parser("place", help="compare placement with an even split, one of four peers slow (no root)")
     place.add_argument("--rounds", type=int, default=5)
     place.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line")
@@ -63,7 +68,7 @@ def main() -> int:
         each.add_argument("--max-layers", type=int, default=12)
         each.add_argument("--heartbeat", type=float, default=0.75, help="seconds")
         each.add_argument("--seed", type=int, default=0)
-    for each in (chaos, siege, place):
+    for each in (chaos, siege, attack, place):
         each.add_argument("--receipt", metavar="NAME", help="write docs/benchmarks/NAME.json")
     options = parser.parse_args()
     before = machine()
@@ -86,7 +91,7 @@ def main() -> int:
 
 def _is_good(outcome: dict[str, Any]) -> bool:
     """Return whether the outcome is free of errors."""
-    bad = ("wrong", "hung", "leaked", "failed_while_covered")
+    bad = ("wrong", "hung", "leaked", "failed_while_covered", "not_held", "honest_wrong")
     return outcome.get("is_alive", True) and not any(outcome.get(name) for name in bad)
 
 
@@ -145,12 +150,32 @@ async def _siege(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return await Siege(net, decoy, options.frames, options.handshakes, options.rounds, expected).run(prompts)
 
 
+async def _attack(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    prompts, expected = await trio.to_thread.run_sync(_reference, 32)
+    keys = folder / "keys.toml"
+    keys.write_text(f'[[key]]\nname = "attackers"\nkey = "{API_KEY}"\n')
+    nets = [
+        Layout(
+            num_nodes=2,
+            num_clients=1,
+            max_layers=18,
+            model=_MODEL,
+            is_loopback=True,
+            base_port=port,
+            gateway=GatewayConfig(port=port + 40, api_keys=str(keys)),
+        )
+        for port in (42100, 42150)
+    ]
+    async with open_testnet(nets[0], folder / "net") as net, open_testnet(nets[1], folder / "decoy") as decoy:
+        return await Suite(net, decoy, find_model(_MODEL, NoProgress()), expected, options.every).run(prompts)
+
+
 async def _place(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts, expected = await trio.to_thread.run_sync(_reference, 24)
     return await measure_placement(folder, _MODEL, prompts[0], expected[0], options.rounds)
 
 
-_COMMANDS = {"up": _up, "chaos": _chaos, "siege": _siege, "place": _place}
+_COMMANDS = {"up": _up, "chaos": _chaos, "siege": _siege, "attack": _attack, "place": _place}
 
 
 def _reference(num_tokens: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -5,8 +5,8 @@ Events are JSON objects, one a line, on a shared pipe; each fits into one atomic
 
 import msgspec
 
-from node.config import ServeFlags
-from node.local.events import Failed, Loading, Ready, Started
+from node.config import NO_GATEWAY, GatewayConfig, ServeFlags
+from node.local.events import Failed, GatewayOpen, Loading, Ready, Started
 from node.local.pipe import Report
 
 
@@ -14,12 +14,14 @@ class StartNode(msgspec.Struct, tag="node"):
     """Run a peer's node daemon.
 
     namespace: its network namespace, empty for ours. slowdown: the factor by which its passes take longer.
+    gateway: the API that it serves, if any.
     """
 
     index: int
     config: ServeFlags
     namespace: str
     slowdown: float
+    gateway: GatewayConfig = NO_GATEWAY
 
 
 class StartClient(msgspec.Struct, tag="client"):
@@ -69,7 +71,7 @@ class Answered(msgspec.Struct, tag="answered"):
     resumes: int
 
 
-Event = Started | Loading | Ready | Failed | Asking | Answered
+Event = Started | Loading | Ready | GatewayOpen | Failed | Asking | Answered
 
 
 _decoder = msgspec.json.Decoder(Report[Event])

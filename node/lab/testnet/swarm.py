@@ -21,7 +21,7 @@ from dsd_p2p.netmodel import LinkModel
 from dsd_p2p.swarm.invite import InviteTerms, SwarmSettings, new_invite
 from dsd_p2p.types import Span
 from dsd_p2p.wire.membership import Role
-from node.config import ServeFlags
+from node.config import NO_GATEWAY, GatewayConfig, ServeFlags
 from node.lab.testnet.events import Command, Event, StartClient, StartNode, parse
 from node.local.events import Failed, Ready, Started
 from node.local.netlab import LinkChange, Netlab, address, namespace, netlab
@@ -58,7 +58,7 @@ class Layout:
     max_layers: for all serving peers, or one number for each. slowdowns: factors of the slowed peers, by index. record:
     the folder for each process's telemetry. draft: the drafter of the clients. num_drafters: how many of the nodes, the
     last ones, serve no layers and only draft. is_loopback: run everything on 127.0.0.1 from `base_port` on, without
-    namespaces. This needs no root and has no links to change.
+    namespaces. This needs no root and has no links to change. gateway: the API of the first peer.
     """
 
     num_nodes: int
@@ -73,6 +73,7 @@ class Layout:
     record: str = ""
     draft: str = "ngram"
     num_drafters: int = 0
+    gateway: GatewayConfig = NO_GATEWAY
 
     def role(self, index: int) -> Literal["stage", "draft"]:
         """Return what a node does."""
@@ -161,7 +162,10 @@ class Testnet:
             record=layout.recording(index),
         )
         slowdown = layout.slowdowns.get(index, 1.0)
-        await self.launch(StartNode(index=index, config=config, namespace=layout.namespace(index), slowdown=slowdown))
+        gateway = NO_GATEWAY if index else layout.gateway
+        await self.launch(
+            StartNode(index=index, config=config, namespace=layout.namespace(index), slowdown=slowdown, gateway=gateway)
+        )
 
     async def launch(self, command: Command) -> None:
         """Start a process."""

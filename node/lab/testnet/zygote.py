@@ -58,10 +58,10 @@ def _run(command: StartNode | StartClient) -> int:
     from node.member.process import serve_swarm
 
     match command:
-        case StartNode(index=index, config=config, namespace=name, slowdown=slowdown):
+        case StartNode(index=index, config=config, namespace=name, slowdown=slowdown, gateway=gateway):
             if name:
                 enter_namespace(name)
-            return serve_swarm(config, partial(report, index), machine=SlowMachine(slowdown))
+            return serve_swarm(config, partial(report, index), gateway, machine=SlowMachine(slowdown))
         case StartClient(namespace=name):
             if name:
                 enter_namespace(name)
