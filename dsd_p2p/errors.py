@@ -74,7 +74,14 @@ class DishonestPeer(PeerError):  # noqa: N818 - reads as what it reports
 
 
 class AuditIncomplete(PeerError):  # noqa: N818 - reads as what it reports
-    """An audited answer, or a part of it, could not be checked. Nobody is named."""
+    """An audited answer, or a part of it, could not be checked. No lie is proved.
+
+    peer: the one that did not show what it computed, if it failed for that.
+    """
+
+    def __init__(self, text: str, peer: str = "") -> None:
+        super().__init__(text)
+        self.peer = peer
 
 
 class PrefixLost(PeerError):  # noqa: N818 - reads as the event it reports

@@ -22,7 +22,7 @@ from dsd_p2p.coordination.tolerance import first_wrong_pick, first_wrong_row, to
 from dsd_p2p.errors import AuditIncomplete, DishonestPeer, PeerDisconnected, PeerError
 from dsd_p2p.peers.links import Arrived
 from dsd_p2p.types import ModelKey, PeerId, SessionId, Span, TextRequest, TokenId, short_peer
-from dsd_p2p.wire.attest import row_errors
+from dsd_p2p.wire.attest import PROBE_BYTES, row_errors
 from dsd_p2p.wire.hidden import to_float32
 from dsd_p2p.wire.messages import (
     MAX_RECOMPUTED,
@@ -43,6 +43,9 @@ _CYCLE_WINDOWS = 24
 The last check ends before the next turn is due. With three or more stages that is at most a third of a cycle later, at
 window 32.
 """
+
+_FIRST_PIECE, _PIECE_BYTES = 16, 1 << 20
+"""Rows of the first question to a stage, and bytes of each later one: a slow link carries them within the deadline."""
 
 _MAX_WITNESSES = 4
 """The most replicas that are asked about one stage, some of which may not answer."""
@@ -218,7 +221,8 @@ class Auditor:
     async def _ask_witnesses(self, turn: Turn, inputs: bytes, outputs: bytes) -> list[tuple[Replica, int | None]]:
         """Return what replicas say: the first wrong position, or None if all is right. Ask until two contradict nobody."""
         said: list[tuple[Replica, int | None]] = []
-        if self._root_of(turn.stage.peer) == OURSELVES:
+        are_given_tokens_open = turn.is_of_tail and turn.num_given > self._num_prompt
+        if self._root_of(turn.stage.peer) == OURSELVES and not are_given_tokens_open:
             return [(Replica(PeerId(turn.stage.peer), OURSELVES), None)]
         for replica in witnesses(self._replicas, self._root_of, turn.stage)[:_MAX_WITNESSES]:
             try:
@@ -256,23 +260,31 @@ class Auditor:
     async def _shown(self, turn: Turn, index: int) -> bytes:
         """Return the rows that stage number `index` sent for the turn's positions; ask for those that are new."""
         hop, shown = turn.signed.hops[index], turn.signed.shown[index]
+        is_tail = index == len(turn.signed.hops) - 1
         while shown.num_rows < turn.end:
-            start, end = shown.num_rows, min(shown.num_rows + MAX_REVEALED, turn.end)
+            start = shown.num_rows
+            end = min(start + _piece(shown.row_bytes), turn.end)
             asked = Reveal(session=self._session, start=start, end=end, at=turn.signed.node_at(end - 1))
             try:
                 answer = await self._ask(PeerId(hop.peer), asked, b"")
+            except PeerDisconnected:
+                raise
             except PeerError as exc:
-                if isinstance(exc, PeerDisconnected) or turn.signed is not self._signed:
+                if turn.signed is not self._signed:
                     raise
-                raise DishonestPeer(hop.peer, f"it did not show the rows that it sent: {exc}") from exc
+                raise AuditIncomplete(f"{short_peer(hop.peer)} did not show what it computed: {exc}", hop.peer) from exc
             if turn.signed is not self._signed:
                 # The stage may have answered for the route that followed.
                 raise PeerDisconnected("the route was lost during the check")
             message, rows = answer.message, bytes(answer.payload)
             assert isinstance(message, Revealed)
-            if (message.start, message.num_rows) != (start, end - start) or len(rows) % (end - start):
-                raise DishonestPeer(hop.peer, f"it showed {message.num_rows} of {end - start} rows")
-            if not turn.signed.is_signed_by(index, start, rows, len(rows) // (end - start)):
+            if (message.start, message.num_rows) == (start, 0):
+                raise AuditIncomplete(f"{short_peer(hop.peer)} no longer holds what it computed: ask again", hop.peer)
+            row_bytes = len(rows) // (end - start)
+            is_sized = row_bytes == PROBE_BYTES if is_tail else shown.row_bytes in (0, row_bytes)
+            if (message.start, message.num_rows) != (start, end - start) or len(rows) % (end - start) or not is_sized:
+                raise DishonestPeer(hop.peer, f"it showed {message.num_rows} of {end - start} rows, {len(rows)} bytes")
+            if not turn.signed.is_signed_by(index, start, rows, row_bytes):
                 raise DishonestPeer(hop.peer, f"a row that it showed from {start} on does not match its signed hash")
             shown.add(rows, end - start)
         return shown.first(turn.end)
@@ -298,7 +310,7 @@ class Auditor:
         if message.error or len(rows) != len(outputs):
             raise PeerDisconnected(message.error or "the replica sent too few rows")
         tolerance = tolerance_of(turn.model.weights)
-        mean = tolerance.mean(message.noise / 1e6)
+        mean = tolerance.mean(message.noise / 1e6, turn.end)
         if not turn.is_of_tail:
             claimed, computed = (to_float32(each, turn.model.compute).reshape(turn.end, -1) for each in (outputs, rows))
             return first_wrong_row(row_errors(claimed, computed), mean, tolerance.row)
@@ -312,6 +324,11 @@ class Auditor:
         claimed, computed = (np.frombuffer(each, "<f4").reshape(turn.end, -1)[first_row:] for each in (outputs, rows))
         wrong = first_wrong_row(row_errors(claimed, computed), mean, tolerance.row)
         return None if wrong is None else first_row + wrong
+
+
+def _piece(row_bytes: int) -> int:
+    """Return how many rows to ask for at once, given the size of the rows that were shown, 0 before the first."""
+    return min(MAX_REVEALED, max(1, _PIECE_BYTES // row_bytes)) if row_bytes else _FIRST_PIECE
 
 
 def witnesses(replicas: Replicas, root_of: Callable[[str], str], stage: Hop) -> list[Replica]:

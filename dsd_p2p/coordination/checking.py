@@ -16,15 +16,17 @@ from dsd_p2p.wire.messages import Message, OpenSession, Verdict, Window
 
 logger = logging.getLogger(__name__)
 
+_LAST_ATTEMPTS, _LAST_PAUSE_S = 4, 2.0
+
 
 class SpotChecks:
-    """The spot checks of one request, carried out by its auditor. distrust: called with the error that names a liar.
+    """The spot checks of one request, carried out by its auditor. distrust: called with the error that names a peer.
 
     is_over: True once `conclude` was called. fault: what it found wrong with the answer, or None.
     is_whole: True if it found that every position of the answer was checked.
     """
 
-    def __init__(self, auditor: Auditor, distrust: Callable[[DishonestPeer], None]) -> None:
+    def __init__(self, auditor: Auditor, distrust: Callable[[DishonestPeer | AuditIncomplete], None]) -> None:
         self._auditor = auditor
         self.distrust = distrust
         self._is_checking = False
@@ -95,21 +97,32 @@ class SpotChecks:
         """Note that the outcome of the running check has been taken in."""
         self._is_checking = False
 
-    async def conclude(self, tokens: Sequence[TokenId] | None) -> None:
-        """Check all stages up to the end of the text, and set `fault`. tokens: None if the answer ended otherwise."""
+    async def conclude(self, tokens: Sequence[TokenId]) -> None:
+        """Check all stages up to the end of the text, and set `fault`."""
         self.is_over = True
-        if tokens is not None:
-            self.fault = await self._check_rest(tokens)
-            self.is_whole = self.fault is None
+        self.fault = await self._check_rest(tokens)
+        self.is_whole = self.fault is None
+
+    def verdict(self) -> PeerError | None:
+        """Return what is wrong with an answer that has ended, or None if all of it was checked."""
+        if self.fault is None and not self.is_whole:
+            return AuditIncomplete("the answer ended before its stages were checked: ask again")
+        return self.fault
 
     async def _check_rest(self, tokens: Sequence[TokenId]) -> PeerError | None:
         if self._is_checking:
             await self._is_idle.wait()
         if self._found is not None:
             return self._found
-        for turn in self._auditor.last_turns(tokens):
-            if (error := await self._check(turn)) is not None:
-                return error
+        for attempt in range(_LAST_ATTEMPTS):
+            if attempt:
+                # Replicas may have been busy with other checks.
+                await trio.sleep(_LAST_PAUSE_S)
+            for turn in self._auditor.last_turns(tokens):
+                if (error := await self._check(turn)) is not None:
+                    return error
+            if self._auditor.missing(len(tokens)) is None:
+                return None
         return self._auditor.missing(len(tokens))
 
     async def _check_aside(self, turn: Turn, done: Callable[[PeerError | None], Awaitable[None]]) -> None:

@@ -13,6 +13,7 @@ from dsd_p2p.coordination.avoided import Avoided
 from dsd_p2p.coordination.checking import SpotChecks
 from dsd_p2p.coordination.guessing import Guesses
 from dsd_p2p.errors import (
+    AuditIncomplete,
     DishonestPeer,
     DsdError,
     PeerDisconnected,
@@ -198,7 +199,7 @@ class RequestDriver:
             if self.checks is not None:
                 self.checks.heard(message)
             effects = self._machine.receive(message, now_s)
-        except DishonestPeer as exc:
+        except (DishonestPeer, AuditIncomplete) as exc:
             # The lie was caught before its verdict was used, so nothing wrong was written.
             return self._caught(exc, self._machine.lost(exc, now_s))
         except RemoteProtocolError as exc:
@@ -209,7 +210,7 @@ class RequestDriver:
         return effects
 
     def _caught(self, error: PeerError, effects: Sequence[Effect]) -> Sequence[Effect]:
-        if isinstance(error, DishonestPeer):
+        if isinstance(error, DishonestPeer | AuditIncomplete) and error.peer:
             self._avoided.peer(PeerId(error.peer), error, trio.current_time())
             if self.checks is not None:
                 self.checks.distrust(error)
@@ -223,8 +224,8 @@ class RequestDriver:
         while self._pending:
             # Remove an effect only after it is done: a cancelled close message must be sent again.
             match self._pending[0]:
-                case Send(message=CloseSession()) if self.checks is not None and not self.checks.is_over:
-                    await self._judge_whole(self.checks)
+                case Send(message=CloseSession()) if self._owes_judgement():
+                    await self._judge_whole()
                     continue
                 case Send(to=to, message=message):
                     if self.checks is not None:
@@ -257,17 +258,22 @@ class RequestDriver:
                     logger.warning("route lost, replaying delay_s=%.2f reason=%s", delay_s, reason)
                     nursery.start_soon(self._reroute, delay_s)
                 case Finish() as finish:
-                    fault = self.checks.fault if self.checks is not None else None
+                    fault = self.checks.verdict() if self.checks is not None and finish.error is None else None
                     self.finish = finish if fault is None else Finish(reason="error", error=fault)
             self._pending.popleft()
         return self.finish is None
 
-    async def _judge_whole(self, checks: SpotChecks) -> None:
-        """Check the rest of an audited answer that has ended well, while its stages still hold their rows."""
-        is_whole = any(isinstance(effect, Finish) and effect.error is None for effect in self._pending)
-        await checks.conclude(self._machine.tokens if is_whole else None)
-        if checks.fault is not None:
-            self._caught(checks.fault, ())
+    def _owes_judgement(self) -> bool:
+        """Return whether an audited answer is about to end well and was not judged. A route that is left is no end."""
+        ends_well = any(isinstance(effect, Finish) and effect.error is None for effect in self._pending)
+        return self.checks is not None and not self.checks.is_over and ends_well
+
+    async def _judge_whole(self) -> None:
+        """Check the rest of an audited answer, while its stages still hold their rows."""
+        assert self.checks is not None, "it is audited"
+        await self.checks.conclude(self._machine.tokens)
+        if self.checks.fault is not None:
+            self._caught(self.checks.fault, ())
 
     async def _draft(self, draft: Draft, nursery: trio.Nursery) -> None:
         children = await self._guesses.expand(draft, nursery)

@@ -325,6 +325,7 @@ class Engine:
     def lost(self, event: Lost) -> None:
         """Report a lost peer to every request."""
         self._far.lost(event)
+        self.trust.lost(event.peer)
         for driver in self._drivers.values():
             self._hand(driver, event)
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dsd_p2p.errors import DishonestPeer
+from dsd_p2p.errors import AuditIncomplete, DishonestPeer
 from dsd_p2p.keys import is_signed_by, public_of
+from dsd_p2p.types import short_peer
 from dsd_p2p.wire.attest import hash_rows, hash_tokens, row_hash, signed_text
 from dsd_p2p.wire.messages import ROW_HASH_BYTES, Attestation, Hop, Verdict, Window
 
@@ -24,6 +25,11 @@ class Shown:
     rows: bytearray = field(default_factory=bytearray)
     num_rows: int = 0
 
+    @property
+    def row_bytes(self) -> int:
+        """The size of a row; 0 before the first."""
+        return len(self.rows) // max(1, self.num_rows)
+
     def add(self, rows: bytes, num_rows: int) -> None:
         """Add the rows of the next positions."""
         self.rows += rows
@@ -31,7 +37,7 @@ class Shown:
 
     def first(self, num_rows: int) -> bytes:
         """Return the rows of the first positions."""
-        return bytes(self.rows[: num_rows * (len(self.rows) // max(1, self.num_rows))])
+        return bytes(self.rows[: num_rows * self.row_bytes])
 
 
 class SignedWindows:
@@ -69,6 +75,7 @@ class SignedWindows:
         Raises:
             DishonestPeer: names the stage whose signed rows differ from its neighbour's, that did not sign, or that
                 gave a verdict on a window that was not sent.
+            AuditIncomplete: a signature is invalid; names the tail that passed it on.
         """
         if self._first_epoch is None or verdict.epoch < self._first_epoch:
             # It answers a window of the route before.
@@ -121,7 +128,9 @@ class SignedWindows:
         for index, (hop, stage) in enumerate(zip(self.hops, stages, strict=True)):
             text = signed_text(window, hop.span, stage.inputs, stage.outputs)
             if not is_signed_by(public_of(hop.peer), stage.signature, text):
-                raise DishonestPeer(hop.peer, "its signature on a window is invalid")
+                # Each stage checks its neighbour's. Who spoiled this one, or let it pass, cannot be told.
+                tail = self.hops[-1].peer
+                raise AuditIncomplete(f"a signature of {short_peer(hop.peer)} came spoiled out of the route", tail)
             if stage.inputs != expected:
                 before = f"the output that {self.hops[index - 1].peer} signed" if index else "the tokens that were sent"
                 raise DishonestPeer(hop.peer, f"the input that it signed differs from {before}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from dsd_p2p.coordination.tolerance import tolerance_of
+from dsd_p2p.coordination.tolerance import first_wrong_pick, tolerance_of
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.stage.recompute import NUM_AGAIN, RecomputePass
 from dsd_p2p.stage.span_model import SpanModel
@@ -21,9 +21,6 @@ from dsd_p2p.wire.attest import PROBES
 from dsd_p2p.wire.messages import MAX_RECOMPUTED, Recompute, Recomputed
 
 _MAX_ROWS = 128
-_LEAST_NOISE = 1e-6
-"""Of a logit's size; float32 rounds about so much even where two runs happen to agree."""
-
 _DOUBT = 1e-3
 
 
@@ -77,12 +74,12 @@ def judge_answer(
     gaps = np.array(message.gaps[len(prompt) - 1 :], np.float64) / 1e3
     logits = np.frombuffer(rows, "<f4").reshape(-1, PROBES)[len(prompt) - 1 :]
     size = float(np.sqrt(np.square(logits, dtype=np.float64).mean()))
-    noise = max(message.noise / 1e6, _LEAST_NOISE) * size
-    others, tolerance = np.flatnonzero(gaps > 0), tolerance_of(key.weights)
+    tolerance, others = tolerance_of(key.weights), np.flatnonzero(gaps > 0)
+    noise = max(message.noise / 1e6, tolerance.floor) * size
     worst = float(gaps.max())
     # Each of the two logits is off by `noise`, and any position may show the widest gap.
     probability = 1.0 if not len(others) else min(1.0, len(gaps) * math.erfc(worst / (2 * noise)))
-    is_close = worst <= tolerance.gap and float(gaps.mean()) <= tolerance.mean_gap
+    is_close = first_wrong_pick(message.gaps[len(prompt) - 1 :], tolerance) is None
     return Judgement(
         is_honest=is_close and (probability > _DOUBT or worst <= tolerance.mean_gap),
         probability=probability,

@@ -25,6 +25,9 @@ from dsd_p2p.wire.version import PROTOCOL_VERSION
 logger = logging.getLogger(__name__)
 
 _REPLY_TIMEOUT_S = 0.5
+_NOT_LET_IN_S = 2.0
+"""How long a peer is not read that was not let in. That is no offence: its invite may just have expired."""
+
 NO_SESSION = bytes(8)
 """The session id in a `Failure` that concerns the whole connection."""
 
@@ -212,8 +215,9 @@ class PeerLinks:
             await self.send(
                 peer, Failure(session=NO_SESSION, epoch=0, kind=FailureKind.PROTOCOL, text=str(error)[:512])
             )
-        now_s = trio.current_time()
-        left_s = self._offences.ban_left_s(peer, now_s) or self._offences.note(peer, now_s)
+        now_s, left_s = trio.current_time(), _NOT_LET_IN_S
+        if peer in self.connected:
+            left_s = self._offences.ban_left_s(peer, now_s) or self._offences.note(peer, now_s)
         await self.transport.disconnect(peer, str(error), left_s)
 
     async def _is_handled(self, sender: PeerId, message: Message) -> bool:

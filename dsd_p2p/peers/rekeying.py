@@ -20,6 +20,8 @@ from dsd_p2p.wire.messages import Message
 
 logger = logging.getLogger(__name__)
 
+_TIMES = 4
+
 SPREAD_S = 2.0
 """How long a member that has the new key stays reachable with the old one, so that all get it."""
 
@@ -70,13 +72,15 @@ class Rekeying:
         membership.take_revocations(rekey.revocations)
         self._note(rekey.key, rekey.made_at_ms)
         self._since_ms = rekey.made_at_ms
-        membership.pass_on(rekey)
-        self._nursery.start_soon(self._change, rekey.key)
+        self._nursery.start_soon(self._change, rekey)
 
-    async def _change(self, key: bytes) -> None:
-        await trio.sleep(SPREAD_S)
+    async def _change(self, rekey: Rekey) -> None:
+        for _ in range(_TIMES):
+            # Again and again, because members come in meanwhile and messages get lost.
+            self._membership.pass_on(rekey)
+            await trio.sleep(SPREAD_S / _TIMES)
         links = self._membership.links
-        links.transport.change_network_key(key)
+        links.transport.change_network_key(rekey.key)
         for peer in list(links.connected):
             await links.transport.disconnect(peer, "the swarm has a new network key")
         logger.warning("network key changed")

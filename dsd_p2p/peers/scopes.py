@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from dsd_p2p.errors import CapacityError
 from dsd_p2p.types import PeerId
 
+_OF_ALL = "are taken here"
+
 RootOf = Callable[[PeerId], str]
 """Returns the invite that a peer came with."""
 
@@ -26,6 +28,8 @@ class Scopes:
     def check(self, held: Iterable[tuple[PeerId, int]], peer: PeerId, amount: int, root_of: RootOf) -> None:
         """Check that there is room for `amount` more. held: how much each holder has now.
 
+        Whoever holds nothing yet is not refused for the size of what it asks, except by what all hold together.
+
         Raises:
             CapacityError: there is none; says whose bound is reached.
         """
@@ -38,7 +42,7 @@ class Scopes:
         for taken, limit, whose in (
             (of_peer, self.peer, "are yours"),
             (of_root, self.root, "belong to peers of your invite"),
-            (of_node, self.node, "are taken here"),
+            (of_node, self.node, _OF_ALL),
         ):
-            if taken > limit:
+            if taken > limit and (taken > amount or whose == _OF_ALL):
                 raise CapacityError(f"{taken - amount} of {limit} {self.what} {whose}: end some, or try again later")

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
-import numpy as np
 import trio
 
 from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
@@ -146,6 +145,7 @@ class RecomputePass:
         self._asked = asked
         self._inputs: list[TokenId] | bytes = list(asked.tokens) if part.is_head else payload
         self._judge = _Judge(asked, part) if part.is_tail else None
+        self._begin: list[bytes] = []
         num_all = len(asked.tokens)
         sizes = ((num_all, num_all), (min(num_all, NUM_AGAIN), _PIECE_AGAIN))
         self._runs = [_Run(cache, *size) for cache, size in zip(caches, sizes, strict=False)]
@@ -180,7 +180,10 @@ class RecomputePass:
         if self._judge is None:
             run.rows.append(hidden_of(output))
         elif run is self._runs[0]:
-            run.rows += [self._judge.row(view) for view in views_of(output)]
+            views = views_of(output)
+            run.rows += [self._judge.row(view) for view in views]
+            # The noise is measured in the prompt too, where nothing is picked.
+            self._begin += [probes_of(view.logits()) for view in views[: max(0, NUM_AGAIN - run.num_done)]]
         else:
             run.rows += [probes_of(view.logits()) for view in views_of(output)]
         run.num_done += done.num_rows
@@ -202,11 +205,9 @@ class RecomputePass:
         num_rows = self._runs[1].num_rows
         compute = self._asked.model.compute if self._judge is None else ComputeFormat.FLOAT32
         again = to_float32(b"".join(self._runs[1].rows), compute).reshape(num_rows, -1)
-        first = to_float32(rows, compute).reshape(len(self._asked.tokens), -1)[:num_rows]
-        has_row = np.any(first != 0, axis=1)
-        if not has_row.any():
-            return 0
-        return round(1e6 * min(1.0, float(row_errors(again[has_row], first[has_row]).mean())))
+        first = b"".join(self._begin) if self._judge else rows[: len(rows) // len(self._asked.tokens) * num_rows]
+        errors = row_errors(again, to_float32(first, compute).reshape(num_rows, -1))
+        return round(1e6 * min(1.0, float(errors.mean())))
 
 
 class _Run:

@@ -242,6 +242,9 @@ class StageServer:
         if (session := self._owned(reveal.session, event.sender)) is not None:
             check_reveal(session, reveal)
             self._nursery.start_soon(self._show, session, reveal)
+        else:
+            nothing = Revealed(session=reveal.session, start=reveal.start, num_rows=0)
+            self._nursery.start_soon(self._answer, event.sender, nothing, b"")
 
     async def _show(self, session: StageSession, reveal: Reveal) -> None:
         # No pass may move the rows meanwhile.

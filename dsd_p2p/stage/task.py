@@ -141,14 +141,11 @@ class SessionTasks:
 
     async def _start_empty(self, session: StageSession) -> None:
         await self._until_parked(session)
+        # Whoever is at the bound must not evict what others have parked.
+        self._check_room(session, 1)
         cache = await self._parking.new_cache(session, session.opened.max_length + self._limits.max_draft_slots)
         try:
-            held = [
-                (each.coordinator, each.held.cache.num_bytes)
-                for each in self.sessions.values()
-                if each.held.cache is not None
-            ]
-            self._limits.cache_bytes.check(held, session.coordinator, cache.num_bytes, self._links.root_of)
+            self._check_room(session, cache.num_bytes)
             await self._parking.copy_prefix(session, cache)
         except BaseException:
             cache.free()
@@ -158,6 +155,16 @@ class SessionTasks:
             session.held.log = BoundaryLog(session.place.written_row_bytes)
         elif session.opened.attest:
             session.held.log = BoundaryLog(PROBE_BYTES)
+
+    def _check_room(self, session: StageSession, num_bytes: int) -> None:
+        """Check that the session's peer may take `num_bytes` more of the cache.
+
+        Raises:
+            CapacityError: it may not.
+        """
+        caches = ((each.coordinator, each.held.cache) for each in self.sessions.values())
+        held = [(coordinator, cache.num_bytes) for coordinator, cache in caches if cache is not None]
+        self._limits.cache_bytes.check(held, session.coordinator, num_bytes, self._links.root_of)
 
     async def _until_parked(self, session: StageSession) -> None:
         """Wait for the end of the session whose text is our prefix.
@@ -209,17 +216,22 @@ class SessionTasks:
             self.orphan(session, exc, about=to)
 
     def _bound_logs(self, session: StageSession) -> None:
-        """Drop the session's log if all logs exceed the budget. Without a refill a replay takes longer.
+        """Drop the logs that are only there for refills if all exceed the budget. Without one a replay takes longer.
 
         Raises:
             CapacityError: the session is audited. Without its rows it would look like a lie.
         """
-        logs = (each.held.log for each in self.sessions.values())
-        if sum(log.num_bytes for log in logs if log is not None) <= self._limits.max_boundary_bytes:
+        if self._log_bytes() <= self._limits.max_boundary_bytes:
             return
-        if session.opened.attest:
+        for each in self.sessions.values():
+            if not each.opened.attest:
+                each.held.log = None
+        if session.opened.attest and self._log_bytes() > self._limits.max_boundary_bytes:
             raise CapacityError("the rows of audited answers fill this stage's memory for them: try again later")
-        session.held.log = None
+
+    def _log_bytes(self) -> int:
+        logs = (each.held.log for each in self.sessions.values())
+        return sum(log.num_bytes for log in logs if log is not None)
 
     def orphan(self, session: StageSession, error: PeerError, about: str = "") -> None:
         """Let a session wait for another route, and tell its coordinator why.

@@ -8,6 +8,7 @@ import numpy as np
 from dsd_p2p.cache.passes import SpanOutput, SpanPass, hidden_of, views_of
 from dsd_p2p.cache.slots import Forward
 from dsd_p2p.errors import RemoteProtocolError
+from dsd_p2p.keys import is_signed_by, public_of
 from dsd_p2p.session.tail import verdict_of
 from dsd_p2p.stage.batcher import Answer, Cost
 from dsd_p2p.stage.session import Queued, StageSession, Tail
@@ -225,9 +226,15 @@ class WindowPass:
         if len(signed) != place.index:
             self.session.about = place.previous
             raise RemoteProtocolError("attestations", len(signed), f"{place.index}, one for each stage before this one")
-        if signed and signed[-1].outputs != inputs:
+        if not signed:
+            return
+        if signed[-1].outputs != inputs:
             self.session.about = place.previous
             raise RemoteProtocolError("attestation", "hashes of other rows", "hashes of the rows that were sent")
+        text = signed_text(self.window, place.opened.route[place.index - 1].span, signed[-1].inputs, inputs)
+        if not is_signed_by(public_of(place.previous), signed[-1].signature, text):
+            self.session.about = place.previous
+            raise RemoteProtocolError("attestation signature", "an invalid one", f"that of {place.previous}")
 
     def _measured(self, window: Window, cost: StageCost, waited_s: float) -> Window:
         """Return the window with this stage's measurements added."""

@@ -27,7 +27,7 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
     network_key: pre-shared key of the private network; without it no connection gets past its first bytes.
     seed: secret of the invite's own key, which the last of `grants` names.
     digest: the content of the model, so that a newcomer with another copy of it is told at once.
-    choice: the owner's settings for all members.
+    choice: the owner's settings for all members. key_made_at_ms: when the network key was made; 0 for the first.
     """
 
     swarm: KeyBytes
@@ -39,6 +39,7 @@ class Invite(msgspec.Struct, frozen=True, array_like=True):
     dtype: Name
     digest: Digest
     choice: OwnerChoice | None = None
+    key_made_at_ms: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
 
     def __str__(self) -> str:
         body = msgspec.msgpack.encode(self)
@@ -98,6 +99,7 @@ class SwarmSettings:
     dtype: str
     digest: str
     choice: OwnerChoice | None = None
+    key_made_at_ms: int = 0
 
 
 def new_invite(owner: SigningKey, seed: bytes, terms: InviteTerms, swarm: SwarmSettings) -> Invite:
@@ -119,6 +121,7 @@ def new_invite(owner: SigningKey, seed: bytes, terms: InviteTerms, swarm: SwarmS
         dtype=swarm.dtype,
         digest=swarm.digest,
         choice=swarm.choice,
+        key_made_at_ms=swarm.key_made_at_ms,
     )
 
 

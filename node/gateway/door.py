@@ -11,6 +11,9 @@ from typing import cast
 
 import trio
 from hypercorn.config import Config
+from hypercorn.events import Event
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
@@ -42,16 +45,18 @@ class Door:
         """Serve until cancelled, which ends all connections."""
         context = WorkerContext(None)
         wrapped = wrap_app(cast("ASGIFramework", app), config.wsgi_max_body_size, "asgi")
-        handle = partial(self._admit, partial(TCPServer, wrapped, config, context, ConnectionState({})))
+        handle = partial(self._admit, partial(_Http1Server, wrapped, config, context, ConnectionState({})))
         await trio.serve_listeners(handle, [listener])
 
-    async def _admit(self, serve: partial[TCPServer], stream: trio.SocketStream) -> None:
-        address = str(stream.socket.getpeername()[0])
-        if self.num_open >= _MAX_CONNECTIONS or self._of_address[address] >= _MAX_OF_ADDRESS:
-            await self._refuse(stream, "503 Service Unavailable", "too many connections")
-            return
-        self._of_address[address] += 1
+    async def _admit(self, serve: partial["_Http1Server"], stream: trio.SocketStream) -> None:
+        address = ""
         try:
+            address = str(stream.socket.getpeername()[0])
+            is_full = self.num_open >= _MAX_CONNECTIONS or self._of_address[address] >= _MAX_OF_ADDRESS
+            self._of_address[address] += 1
+            if is_full:
+                await self._refuse(stream, "503 Service Unavailable", "too many connections")
+                return
             head = await _first_head(stream)
             if head is None:
                 await self._refuse(stream, "408 Request Timeout", f"no complete head within {_HEAD_S:g} s")
@@ -59,12 +64,14 @@ class Door:
                 await self._refuse(stream, "505 HTTP Version Not Supported", "this gateway speaks HTTP/1.1")
             else:
                 await serve(_Replayed(stream, head))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            # The other end is gone, perhaps before we asked who it is.
             await trio.aclose_forcefully(stream)
         finally:
-            self._of_address[address] -= 1
-            if not self._of_address[address]:
-                del self._of_address[address]
+            if address:
+                self._of_address[address] -= 1
+                if not self._of_address[address]:
+                    del self._of_address[address]
 
     async def _refuse(self, stream: trio.SocketStream, status: str, text: str) -> None:
         self.num_refused += 1
@@ -73,6 +80,30 @@ class Door:
         with trio.move_on_after(_REFUSAL_S):
             await stream.send_all(f"{answer}connection: close\r\n\r\n{body}".encode())
         await trio.aclose_forcefully(stream)
+
+
+class _Http1Server(TCPServer):
+    """Hypercorn's server of one connection, without its change to HTTP/2 when a later request asks for it."""
+
+    @property
+    def protocol(self) -> ProtocolWrapper:
+        return self._protocol
+
+    @protocol.setter
+    def protocol(self, made: ProtocolWrapper) -> None:
+        self._protocol = _Http1Only(made)
+
+
+class _Http1Only(ProtocolWrapper):
+    def __init__(self, other: ProtocolWrapper) -> None:
+        self.__dict__.update(vars(other))
+
+    async def handle(self, event: Event) -> None:
+        try:
+            await self.protocol.handle(event)
+        except (H2CProtocolRequiredError, H2ProtocolAssumedError):
+            # The server ends the connection.
+            raise ConnectionError("HTTP/2 is not spoken here") from None
 
 
 class _Replayed:

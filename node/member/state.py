@@ -213,6 +213,7 @@ class SwarmState:
                 dtype=invite.dtype,
                 digest=invite.digest,
                 choice=invite.choice,
+                key_made_at_ms=invite.key_made_at_ms,
             )
         )
 

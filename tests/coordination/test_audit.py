@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.coordination.signed import SignedWindows
+from dsd_p2p.coordination.tolerance import first_wrong_pick, tolerance_of
 from dsd_p2p.drafting.model import ModelDrafter
 from dsd_p2p.errors import AuditIncomplete, ConfigError, DishonestPeer, PeerError
 from dsd_p2p.models.open import open_span
@@ -90,7 +91,9 @@ async def test_every_lie_is_caught_before_its_answer_ends(tiny, dtype, monkeypat
                         assert dtype != "float32" or tokens == right, lie.name
                         assert lie.sends is not None, lie.name
                     else:
-                        assert isinstance(error, DishonestPeer), (lie.name, error)
+                        # Silence may be the network's fault: the peer is avoided for a while, but not called a liar.
+                        kind = AuditIncomplete if lie.name == "silent stage" else DishonestPeer
+                        assert isinstance(error, kind), (lie.name, error)
                         assert error.peer == swarm.stages[liar].key.peer, (lie.name, error)
                         assert caught(swarm) == {liar}, lie.name
                     swarm.honest()
@@ -191,6 +194,75 @@ async def test_an_answer_whose_replicas_left_is_not_called_checked(tiny):
         assert len(tokens) == NUM_TOKENS
         assert isinstance(error, AuditIncomplete)
         assert "no peer with these layers" in str(error)
+
+
+async def test_a_lost_route_does_not_end_the_audit(tiny):
+    """A stage is lost in the middle; the liar of the route that follows is caught all the same."""
+    async with swarm_of(tiny) as swarm:
+        liar = len(SPANS) + HEAD
+
+        def once(message):
+            if isinstance(message, Window) and message.window > 3:
+                swarm.stages[HEAD].model.lie = None
+                swarm.stages[liar].model.lie = BY_NAME["noise"]
+                return replace(message, attestations=())
+            return message
+
+        swarm.stages[HEAD].model.lie = Lie(name="leaves", sends=once)
+        _, error, generation = await write(swarm)
+        assert generation.stats.num_replays >= 1
+        assert isinstance(error, DishonestPeer) == (caught(swarm) == {liar})
+        if error is None:
+            assert generation.driver.checks.is_whole, "the route that followed had another head"
+
+
+async def test_two_audited_answers_at_once_do_not_refuse_each_other(tiny):
+    async with swarm_of(tiny) as swarm, trio.open_nursery() as nursery:
+        errors = []
+
+        async def one():
+            errors.append((await write(swarm))[1])
+
+        for _ in range(3):
+            nursery.start_soon(one)
+        with trio.fail_after(100):
+            while len(errors) < 3:  # noqa: ASYNC110 - three tasks
+                await trio.sleep(0.1)
+        assert errors == [None] * 3
+
+
+async def test_a_tail_that_spoils_a_signature_gets_nobody_else_banned(tiny):
+    def spoiled(message):
+        if not isinstance(message, Verdict) or not message.attestations:
+            return message
+        first = message.attestations[0]
+        head = replace(first.stages[0], signature=bytes(64))
+        bad = replace(first, stages=(head, *first.stages[1:]))
+        return replace(message, attestations=(bad, *message.attestations[1:]))
+
+    async with swarm_of(tiny) as swarm:
+        swarm.stages[TAIL].model.lie = Lie(name="spoils", sends=spoiled)
+        tokens, error, _ = await write(swarm)
+        assert (tokens, error) == (reference.greedy(tiny("llama"), PROMPT, NUM_TOKENS), None)
+        assert caught(swarm) == {TAIL}
+
+
+async def test_a_long_prompt_in_half_precision_accuses_nobody(tiny):
+    async with swarm_of(tiny, "bfloat16") as swarm:
+        options = GenerateOptions(text=TextRequest(max_tokens=8), audit=True)
+        prompt = [3 + number * 7 % 90 for number in range(90)]
+        with trio.fail_after(60):
+            async with swarm.engine.generate(prompt, options, StaticPolicy(CHAIN)) as generation:
+                assert len([token async for token in generation]) == 8
+        assert generation.driver.checks.is_whole
+        assert swarm.engine.trust.distrusted == {}
+
+
+@pytest.mark.parametrize("gaps", [[62], [0, 125, 0, 0], [0, 0, 0, 250, 0, 0, 0]])
+def test_one_near_tie_in_half_precision_is_no_lie(gaps):
+    assert first_wrong_pick(gaps, tolerance_of("bfloat16")) is None
+    assert first_wrong_pick([*gaps, 2000], tolerance_of("bfloat16")) == len(gaps)
+    assert first_wrong_pick([300] * 8, tolerance_of("bfloat16")) == 0
 
 
 def test_a_verdict_on_a_window_that_was_not_sent_is_a_lie():

@@ -102,7 +102,10 @@ def test_commands_that_need_nobody(dsd):
     few = ("--set", "workload.requests=6")
     assert "smollm2-135m" in dsd("dsd models list")
     alone = 'dsd generate --stages 2 --mode sync --depth 8 --json --prompt "..."'
-    assert json.loads(dsd(alone, "--max-tokens", 16))["stats"]["decision"]["depth"] == 8
+    answer = dsd(alone, "--max-tokens", 16)
+    assert json.loads(answer)["stats"]["decision"]["depth"] == 8
+    (dsd.folder / "answer.json").write_text(answer)
+    assert dsd("dsd verify answer.json").startswith("honest: 16 tokens")
     assert "tokens/s" in dsd("dsd sim run docs/scenarios/sharded.toml", *few)
     dsd("dsd sim run docs/scenarios/churn.toml --set churn.up=20s --csv requests.csv", *few)
     assert (dsd.folder / "requests.csv").read_text().count("\n") > 1
@@ -139,6 +142,7 @@ def test_two_machines(dsd):
                     assert second.wait(timeout=30) == 0
             assert gone[-6:] in dsd("dsd invites", "--swarm", a)
             dsd("dsd revoke PEER", "--swarm", a, PEER=gone[-10:])
+            assert "new network key" in dsd("dsd rekey", "--swarm", a)
 
 
 def test_every_command_of_the_documents_is_run_here():

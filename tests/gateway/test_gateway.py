@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -399,3 +401,34 @@ async def test_only_whole_heads_of_http_1_come_in(slow_heads, head, status):
         stream = await connect()
         await stream.send_all(head)
         assert (await everything(stream)).startswith(b"HTTP/1.1 " + status)
+
+
+H2C = b"connection: upgrade, http2-settings\r\nupgrade:h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "second", [b"GET / HTTP/1.1\r\nhost: x\r\n" + H2C, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], ids=["upgrade", "preface"]
+)
+async def test_a_later_request_does_not_change_to_http_2(slow_heads, second):
+    async with door() as (_, connect):
+        stream = await connect()
+        await stream.send_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        with trio.fail_after(5):
+            assert b"200" in await stream.receive_some(4096)
+        await stream.send_all(second)
+        # Whatever was said of a change, the connection ends before a frame of HTTP/2.
+        assert (await everything(stream)).rpartition(b"\r\n\r\n")[2] in (b"", b"hi")
+
+
+async def test_whoever_resets_at_once_ends_nothing(slow_heads):
+    async with door() as (made, connect):
+        for _ in range(20):
+            stream = await connect()
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await trio.aclose_forcefully(stream)
+        other = await connect()
+        await other.send_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert (await everything(other)).endswith(b"hi")
+        with trio.fail_after(5):
+            while made.num_open:  # noqa: ASYNC110 - the door tells nobody
+                await trio.sleep(0.02)

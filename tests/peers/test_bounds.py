@@ -31,6 +31,14 @@ def test_no_order_of_requests_passes_a_bound(requests):
     assert all(sum(taken[peer] for peer in taken if peer[0] == root) <= 6 for root in "abc")
 
 
+def test_the_first_is_refused_only_for_what_all_hold():
+    SCOPES.check([("b1", 2)], "a1", 8, root_of)
+    with pytest.raises(CapacityError, match="taken here"):
+        SCOPES.check([("b1", 3)], "a1", 8, root_of)
+    with pytest.raises(CapacityError, match="yours"):
+        SCOPES.check([("a1", 1)], "a1", 8, root_of)
+
+
 @pytest.mark.parametrize(
     ("held", "whose"),
     [

@@ -38,6 +38,7 @@ def run(config: InviteConfig) -> int:
             dtype=stored.dtype,
             digest=stored.digest,
             choice=state.choice(),
+            key_made_at_ms=stored.key_made_at_ms,
         ),
     )
     state.issue(
