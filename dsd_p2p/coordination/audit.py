@@ -22,7 +22,7 @@ from dsd_p2p.coordination.tolerance import first_wrong_pick, first_wrong_row, to
 from dsd_p2p.errors import AuditIncomplete, DishonestPeer, PeerDisconnected, PeerError
 from dsd_p2p.peers.links import Arrived
 from dsd_p2p.types import ModelKey, PeerId, SessionId, Span, TextRequest, TokenId, short_peer
-from dsd_p2p.wire.attest import PROBE_BYTES, row_errors
+from dsd_p2p.wire.attest import ALWAYS_PROBED, PROBE_BYTES, row_errors
 from dsd_p2p.wire.hidden import to_float32
 from dsd_p2p.wire.messages import (
     MAX_RECOMPUTED,
@@ -246,7 +246,7 @@ class Auditor:
                 raise DishonestPeer(said[0][0].peer, "its recomputation differs from two others'")
             return True
         text = f"output of layers {stage.span} at position {wrong_at} differs from that of"
-        if turn.is_of_tail and wrong_at < turn.num_given - 1:
+        if turn.is_of_tail and self._num_prompt - 1 <= wrong_at < turn.num_given - 1:
             raise AuditIncomplete(
                 f"the token at {wrong_at + 1}, from a route that was lost unchecked, is wrong: ask again"
             )
@@ -320,10 +320,10 @@ class Auditor:
         wrong = first_wrong_pick(message.gaps[first_pick:], tolerance)
         if wrong is not None:
             return first_pick + wrong
-        first_row = turn.num_given - 1
-        claimed, computed = (np.frombuffer(each, "<f4").reshape(turn.end, -1)[first_row:] for each in (outputs, rows))
+        probed = np.array([at for at in range(turn.end) if at < ALWAYS_PROBED or at >= turn.num_given - 1])
+        claimed, computed = (np.frombuffer(each, "<f4").reshape(turn.end, -1)[probed] for each in (outputs, rows))
         wrong = first_wrong_row(row_errors(claimed, computed), mean, tolerance.row)
-        return None if wrong is None else first_row + wrong
+        return None if wrong is None else int(probed[wrong])
 
 
 def _piece(row_bytes: int) -> int:

@@ -22,7 +22,7 @@ from dsd_p2p.stage.span_model import SpanCache, SpanModel
 from dsd_p2p.types import ComputeFormat, PeerId, Span, TokenId, check_same_model
 from dsd_p2p.verification.base import TargetView
 from dsd_p2p.verification.choice import choose_verifier
-from dsd_p2p.wire.attest import NO_PROBES, probes_of, row_errors
+from dsd_p2p.wire.attest import ALWAYS_PROBED, NO_PROBES, probes_of, row_errors
 from dsd_p2p.wire.hidden import to_float32
 from dsd_p2p.wire.messages import MAX_GAP, Recompute, Recomputed
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _CHECKS = Scopes(what="checks", node=4, root=2, peer=1)
 """Checks that a stage runs at the same time. Each holds the cache and the rows of its text."""
 
-NUM_AGAIN, _PIECE_AGAIN = 48, 4
+NUM_AGAIN, _PIECE_AGAIN = ALWAYS_PROBED, 4
 """Rows that are computed a second time, and how many at once: CPUs and GPUs round otherwise for few rows than for many."""
 
 _SEND_TIMEOUT_S = 10.0
@@ -145,7 +145,6 @@ class RecomputePass:
         self._asked = asked
         self._inputs: list[TokenId] | bytes = list(asked.tokens) if part.is_head else payload
         self._judge = _Judge(asked, part) if part.is_tail else None
-        self._begin: list[bytes] = []
         num_all = len(asked.tokens)
         sizes = ((num_all, num_all), (min(num_all, NUM_AGAIN), _PIECE_AGAIN))
         self._runs = [_Run(cache, *size) for cache, size in zip(caches, sizes, strict=False)]
@@ -180,10 +179,7 @@ class RecomputePass:
         if self._judge is None:
             run.rows.append(hidden_of(output))
         elif run is self._runs[0]:
-            views = views_of(output)
-            run.rows += [self._judge.row(view) for view in views]
-            # The noise is measured in the prompt too, where nothing is picked.
-            self._begin += [probes_of(view.logits()) for view in views[: max(0, NUM_AGAIN - run.num_done)]]
+            run.rows += [self._judge.row(view) for view in views_of(output)]
         else:
             run.rows += [probes_of(view.logits()) for view in views_of(output)]
         run.num_done += done.num_rows
@@ -205,7 +201,7 @@ class RecomputePass:
         num_rows = self._runs[1].num_rows
         compute = self._asked.model.compute if self._judge is None else ComputeFormat.FLOAT32
         again = to_float32(b"".join(self._runs[1].rows), compute).reshape(num_rows, -1)
-        first = b"".join(self._begin) if self._judge else rows[: len(rows) // len(self._asked.tokens) * num_rows]
+        first = rows[: len(rows) // len(self._asked.tokens) * num_rows]
         errors = row_errors(again, to_float32(first, compute).reshape(num_rows, -1))
         return round(1e6 * min(1.0, float(errors.mean())))
 
@@ -241,7 +237,7 @@ class _Judge:
         claimed = self._claimed[position - 1]
         self.gaps.append(0)
         if position < self._num_prompt:
-            return NO_PROBES
+            return probes_of(view.logits()) if position <= ALWAYS_PROBED else NO_PROBES
         if claimed >= 0 and not self._is_lost:
             self.gaps[-1] = self._gap(view, claimed)
         return probes_of(view.logits())

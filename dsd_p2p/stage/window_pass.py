@@ -17,7 +17,7 @@ from dsd_p2p.types import PeerId, StageCost, TokenId, TokenLogprobs
 from dsd_p2p.verification.base import TargetView
 from dsd_p2p.verification.importance import DraftOpinion
 from dsd_p2p.verification.logprobs import token_logprobs
-from dsd_p2p.wire.attest import NO_PROBES, hash_rows, hash_tokens, probes_of, signed_text
+from dsd_p2p.wire.attest import ALWAYS_PROBED, NO_PROBES, hash_rows, hash_tokens, probes_of, signed_text
 from dsd_p2p.wire.hidden import pack, unpack
 from dsd_p2p.wire.messages import (
     MAX_ATTESTED_WINDOWS,
@@ -100,7 +100,9 @@ class WindowPass:
         self._inputs = self._read()
         self._forward = step.forward
         if walk is not None:
-            self._wanted = [row for row, offset in enumerate(self._live) if walk.wants_pick(window.positions[offset])]
+            num_probed = ALWAYS_PROBED if session.opened.attest else 0
+            positions = [window.positions[offset] for offset in self._live]
+            self._wanted = [row for row, at in enumerate(positions) if walk.wants_pick(at) or at < num_probed]
         assert walk is not None or step.forward is not None, "only the tail skips nodes"
 
     def piece(self, max_rows: int) -> SpanPass:

@@ -21,7 +21,11 @@ PROBES = 128
 
 PROBE_BYTES = 4 * PROBES
 NO_PROBES = bytes(PROBE_BYTES)
-"""The tail's row for a node after which it picks nothing."""
+"""The tail's row for a node after which it picks nothing, behind the first `ALWAYS_PROBED` positions."""
+
+ALWAYS_PROBED = 48
+"""In an audited session the tail computes logits at the first positions too, where the prompt is: a short answer alone
+has too few rows to tell weights of 8 bits from rounding."""
 
 
 def probes_of(logits: NDArray[np.float32]) -> bytes:
