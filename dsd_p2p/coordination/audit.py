@@ -227,6 +227,8 @@ class Auditor:
         for replica in witnesses(self._replicas, self._root_of, turn.stage)[:_MAX_WITNESSES]:
             try:
                 wrong_at = await self._differs(turn, replica.peer, inputs, outputs)
+            except AuditIncomplete:
+                raise
             except PeerError:
                 continue
             said.append((replica, wrong_at))

@@ -22,8 +22,7 @@ _LAST_ATTEMPTS, _LAST_PAUSE_S = 4, 2.0
 class SpotChecks:
     """The spot checks of one request, carried out by its auditor. distrust: called with the error that names a peer.
 
-    is_over: True once `conclude` was called. fault: what it found wrong with the answer, or None.
-    is_whole: True if it found that every position of the answer was checked.
+    is_over: True once `conclude` has ended. fault: what it found wrong with the answer, or None.
     """
 
     def __init__(self, auditor: Auditor, distrust: Callable[[DishonestPeer | AuditIncomplete], None]) -> None:
@@ -34,7 +33,6 @@ class SpotChecks:
         self._found: PeerError | None = None
         self.is_over = False
         self.fault: PeerError | None = None
-        self.is_whole = False
 
     @property
     def num_checks(self) -> int:
@@ -99,13 +97,17 @@ class SpotChecks:
 
     async def conclude(self, tokens: Sequence[TokenId]) -> None:
         """Check all stages up to the end of the text, and set `fault`."""
-        self.is_over = True
         self.fault = await self._check_rest(tokens)
-        self.is_whole = self.fault is None
+        self.is_over = True
+
+    @property
+    def is_whole(self) -> bool:
+        """True if every position of the answer was checked."""
+        return self.is_over and self.fault is None
 
     def verdict(self) -> PeerError | None:
         """Return what is wrong with an answer that has ended, or None if all of it was checked."""
-        if self.fault is None and not self.is_whole:
+        if not self.is_over:
             return AuditIncomplete("the answer ended before its stages were checked: ask again")
         return self.fault
 

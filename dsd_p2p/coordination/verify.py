@@ -96,6 +96,7 @@ def _compute(model: SpanModel, asked: Recompute) -> tuple[Recomputed, bytes]:
     caches = [model.new_cache(len(asked.tokens)), model.new_cache(NUM_AGAIN)]
     try:
         work = RecomputePass(model, caches, PeerId(""), asked, b"")
+        work.begin()
         while work.num_left:
             piece = work.piece(_MAX_ROWS)
             work.take(piece, model.run([piece])[0])

@@ -189,7 +189,7 @@ class Membership:
         if news_records or news_revocations or choice:
             self._changed.ring()
             news = Members(records=tuple(news_records), revocations=tuple(news_revocations), choice=choice)
-            self._pass_on(news, but=sender)
+            self.pass_on(news, but=sender)
         if news_revocations:
             self._sweep()
 
@@ -202,9 +202,9 @@ class Membership:
         self._take_in_all(revocations)
         self._sweep()
 
-    def pass_on(self, message: Message) -> None:
-        """Send a message to all connected members that may be here."""
-        unwanted = {peer for peer, _ in self.registry.admission.overdue(self._unix())}
+    def pass_on(self, message: Message, *, but: PeerId | None = None) -> None:
+        """Send a message to all connected members that may be here, except one."""
+        unwanted = {but, *(peer for peer, _ in self.registry.admission.overdue(self._unix()))}
         for peer in self.links.connected - unwanted:
             self._start(self._send, peer, message)
 
@@ -229,7 +229,7 @@ class Membership:
             check_age(record, self._unix())
             check_record(record)
             self._own.incarnation = record.incarnation + 1
-            self._pass_on(Members(records=(self._renew(),)), but=PeerId(""))
+            self.pass_on(Members(records=(self._renew(),)))
 
     # Heartbeats
 
@@ -240,13 +240,12 @@ class Membership:
             self.registry.sent(self._beat, now_s)
             mine = self.registry.record_of(PeerId(self.links.me.peer))
             if mine is not None and self._unix() - mine.sequence / 1e3 > REFRESH_S:
-                self._pass_on(Members(records=(self._renew(),)), but=PeerId(""))
+                self.pass_on(Members(records=(self._renew(),)))
             load = self._load()
-            self._pass_on(
+            self.pass_on(
                 self.registry.heartbeat(
                     self._beat, now_s, num_sessions=load.num_sessions, cache_bytes=load.cache_bytes
                 ),
-                but=PeerId(""),
             )
             if self._nursery is not None:
                 self.dialer.dial(self.registry.records, self._nursery)
@@ -286,13 +285,8 @@ class Membership:
         if gone:
             self._changed.ring()
 
-    def _pass_on(self, message: Message, *, but: PeerId) -> None:
-        for peer in list(self.links.connected):
-            if peer != but:
-                self._start(self._send, peer, message)
-
     async def _tell_all(self, message: Members) -> None:
-        self._pass_on(message, but=PeerId(""))
+        self.pass_on(message)
         await trio.lowlevel.checkpoint()
 
     async def _send(self, peer: PeerId, message: Message) -> None:

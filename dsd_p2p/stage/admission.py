@@ -14,7 +14,7 @@ from dsd_p2p.peers.scopes import RootOf, Scopes
 from dsd_p2p.stage.parking import PARKED_S
 from dsd_p2p.stage.session import StageSession
 from dsd_p2p.types import PeerId, PeerInfo, check_same_model
-from dsd_p2p.wire.messages import MAX_REVEALED, OpenSession, Reveal, Window
+from dsd_p2p.wire.messages import MAX_REVEALED, MAX_REVEALED_BYTES, OpenSession, Reveal, Window
 
 _MAX_CLOSED_REMEMBERED = 1024
 _MAX_TIMES_REVEALED = 2
@@ -175,12 +175,15 @@ def check_reveal(session: StageSession, reveal: Reveal) -> None:
     """Check a question for rows, and count them.
 
     Raises:
-        RemoteProtocolError: the session is not audited, or has been asked for its rows again and again.
+        RemoteProtocolError: the session is not audited, the rows are too many for one answer, or it has been asked for
+            them again and again.
     """
     if not session.opened.attest:
         raise RemoteProtocolError("session", reveal.session.hex(), "one that was opened with attest")
     if not reveal.start < reveal.end <= reveal.start + MAX_REVEALED:
         raise RemoteProtocolError("end", reveal.end, f"1 to {MAX_REVEALED} above start, {reveal.start}")
+    if (num_bytes := (reveal.end - reveal.start) * session.place.written_row_bytes) > MAX_REVEALED_BYTES:
+        raise RemoteProtocolError("rows", f"{num_bytes} bytes of them", f"at most {MAX_REVEALED_BYTES} in one answer")
     session.num_revealed += reveal.end - reveal.start
     limit = _MAX_TIMES_REVEALED * session.opened.max_length + MAX_REVEALED
     if session.num_revealed > limit:

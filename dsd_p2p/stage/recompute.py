@@ -80,7 +80,7 @@ class Recomputer:
     ) -> tuple[Recomputed, bytes]:
         check_same_model(self._links.me.model, asked.model)
         part = part_of(asked.span)
-        check_asked(asked, part, payload)
+        _check_asked(asked, part, payload)
         if part.is_tail:
             await compile_constraint(part, asked.text)
         with ExitStack() as stack:
@@ -116,7 +116,7 @@ class Recomputer:
             await self._links.send(to, message, payload)
 
 
-def check_asked(asked: Recompute, part: SpanModel, payload: bytes) -> None:
+def _check_asked(asked: Recompute, part: SpanModel, payload: bytes) -> None:
     """Check that a question can be answered with `part`.
 
     Raises:
@@ -140,18 +140,19 @@ class RecomputePass:
         self.num_layers = asked.span.num_layers
         self.owner = owner
         self.arrived_s = 0.0
-        self.is_begun = True
+        self.is_begun = False
         self.is_stale = False
         self._asked = asked
+        self._caches = caches
         self._inputs: list[TokenId] | bytes = list(asked.tokens) if part.is_head else payload
-        self._judge = _Judge(asked, part) if part.is_tail else None
-        num_all = len(asked.tokens)
-        sizes = ((num_all, num_all), (min(num_all, NUM_AGAIN), _PIECE_AGAIN))
-        self._runs = [_Run(cache, *size) for cache, size in zip(caches, sizes, strict=False)]
+        self._judge: _Judge | None = None
+        self._runs: list[_Run] = []
 
     @property
     def num_left(self) -> int:
-        """The number of rows still to compute."""
+        """The number of rows still to compute; before `begin`, an upper bound."""
+        if not self.is_begun:
+            return len(self._asked.tokens) + NUM_AGAIN * (len(self._caches) - 1)
         return sum(run.num_rows - run.num_done for run in self._runs)
 
     @property
@@ -159,7 +160,16 @@ class RecomputePass:
         return next(run for run in self._runs if run.num_done < run.num_rows)
 
     def begin(self) -> None:
-        """Do nothing: the pass has begun."""
+        """Lay out the text. For thousands of tokens that takes too long for the event loop.
+
+        Raises:
+            ConfigError: the text's settings are not served.
+        """
+        num_all = len(self._asked.tokens)
+        sizes = ((num_all, num_all), (min(num_all, NUM_AGAIN), _PIECE_AGAIN))
+        self._runs = [_Run(cache, *size) for cache, size in zip(self._caches, sizes, strict=False)]
+        self._judge = _Judge(self._asked, self.model) if self.model.is_tail else None
+        self.is_begun = True
 
     def piece(self, max_rows: int) -> SpanPass:
         """Return the pass over the next rows."""

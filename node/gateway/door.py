@@ -30,11 +30,10 @@ _END = b"\r\n\r\n"
 
 
 class Door:
-    """The connections of one gateway. num_refused: those that it closed before hypercorn saw them."""
+    """The connections of one gateway."""
 
     def __init__(self) -> None:
         self._of_address: Counter[str] = Counter()
-        self.num_refused = 0
 
     @property
     def num_open(self) -> int:
@@ -74,7 +73,6 @@ class Door:
                     del self._of_address[address]
 
     async def _refuse(self, stream: trio.SocketStream, status: str, text: str) -> None:
-        self.num_refused += 1
         body = f'{{"error": {{"message": "{text}", "type": "invalid_request_error"}}}}'
         answer = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         with trio.move_on_after(_REFUSAL_S):

@@ -218,13 +218,16 @@ class SwarmState:
         )
 
     def change_network_key(self, key: bytes, made_at_ms: int) -> None:
-        """Store the swarm's new network key.
+        """Store the swarm's new network key, unless a later one is stored: the daemon and commands share the file.
 
         Raises:
             CapacityError: it cannot be written.
         """
+        stored = self.membership()
+        if made_at_ms <= stored.key_made_at_ms:
+            return
         try:
-            self._store(msgspec.structs.replace(self.membership(), network_key=key, key_made_at_ms=made_at_ms))
+            self._store(msgspec.structs.replace(stored, network_key=key, key_made_at_ms=made_at_ms))
         except OSError as exc:
             raise CapacityError(f"{self.folder / 'membership'}: {exc.strerror}") from exc
 

@@ -179,6 +179,16 @@ async def test_what_nobody_can_check_is_refused(tiny, monkeypatch):
             await write(swarm, num_tokens=96)
 
 
+async def test_a_text_whose_rows_fit_into_no_frame_says_so(tiny, monkeypatch):
+    monkeypatch.setattr("dsd_p2p.wire.codec.MAX_FRAME_BYTES", 9000)
+    monkeypatch.setattr("dsd_p2p.coordination.audit._PIECE_BYTES", 4096)
+    async with swarm_of(tiny) as swarm:
+        _, error, _ = await write(swarm)
+        assert isinstance(error, AuditIncomplete)
+        assert "does not fit into a frame" in str(error)
+        assert caught(swarm) == set()
+
+
 async def test_an_answer_whose_replicas_left_is_not_called_checked(tiny):
     async with swarm_of(tiny, num_replicas=2) as swarm:
         replicas = swarm.engine.trust._directory.replicas

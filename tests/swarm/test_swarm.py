@@ -377,3 +377,6 @@ def test_a_new_network_key_is_stored(tmp_path):
     after = state.membership()
     assert (after.network_key, after.key_made_at_ms) == (bytes(range(32)), 5)
     assert after.grants == before.grants
+    # A command that began earlier must not bring an older key back.
+    state.change_network_key(bytes(32), 4)
+    assert state.membership() == after

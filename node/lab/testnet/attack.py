@@ -4,10 +4,8 @@ The same attacks run in turns against a peer of the client's route and against a
 attackers' own work slows everything down. They run at the lowest priority, in a process of their own.
 """
 
-import statistics
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,9 +14,9 @@ import trio
 from dsd_p2p.models.source import ModelSource
 from node.lab.testnet.attacks.__main__ import ALL, Result
 from node.lab.testnet.attacks.ground import Ground
-from node.lab.testnet.events import Answered, Event
+from node.lab.testnet.honest import BETWEEN, HonestClient, report_of, resident_mib
 from node.lab.testnet.swarm import Testnet
-from node.member.control import PeerReport, Status, ask_node
+from node.member.control import PeerReport
 
 API_KEY = "an-ordinary-key-of-the-attackers"
 _ROUNDS = 4
@@ -39,81 +37,44 @@ class Suite:
     source: ModelSource
     expected: list[list[int]]
     every: int = 1
-    phase: str = "calm"
-    speeds: dict[str, list[float]] = field(
-        default_factory=lambda: {"calm": [], "decoy": [], "attacked": [], "between": []}
-    )
-    wrong: int = 0
-    failed: list[str] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     decoy_results: list[Result] = field(default_factory=list)
 
     async def run(self, prompts: list[list[int]]) -> dict[str, Any]:
         """Run all attacks and return the outcome."""
-        net = self.net
-        net.on_event = self._note
-        for each in (net, self.decoy):
-            for node in each.nodes:
-                await each.start_node(node.index)
-            await each.all_ready(each.nodes)
-        client = net.clients[0]
-        await net.launch(net.client_command(client.index, prompts, len(self.expected[0]), 1, 120))
-        await net.all_ready([client])
-        await self._answers(3)
-        before = await _report(net)
-        memory = [_resident_mib(before.pid)]
+        net, honest = self.net, HonestClient(self.net, self.expected)
+        await honest.start(prompts, [self.decoy])
+        before = await report_of(net)
+        memory = [resident_mib(before.pid)]
         for number in range(_ROUNDS):
             for phase, target, results in (
                 ("decoy", self.decoy, self.decoy_results),
                 ("attacked", net, self.results),
             ):
-                # Answers that were under way when the phase changed count for neither phase.
-                self.phase = "between"
-                await self._answers(1)
-                self.phase = phase
+                await honest.enter(phase)
                 await self._attack(await self._ground(target), number, results)
-            memory.append(_resident_mib(before.pid))
-        self.phase = "between"
-        after = await self._settled()
-        return self._outcome(before, after, memory)
-
-    def _outcome(self, before: PeerReport, after: PeerReport, memory: list[float]) -> dict[str, Any]:
-        medians = {phase: statistics.median(speeds) for phase, speeds in self.speeds.items() if speeds}
+            memory.append(resident_mib(before.pid))
+        honest.phase = BETWEEN
+        after, medians = await self._settled(), honest.tokens_per_s
         return {
             "not_held": [f"{each.name}: {each.why}" for each in self.results if not each.held],
             "not_held_by_the_decoy": [f"{each.name}: {each.why}" for each in self.decoy_results if not each.held],
-            "names": [each.name for each in self.results],
+            "seconds": {each.name: each.seconds for each in self.results},
             "is_alive": after.pid == before.pid,
             "sessions_left": after.num_sessions,
             "cache_bytes_left": after.cache_bytes,
             "resident_mib": memory,
-            "honest_answers": {phase: len(speeds) for phase, speeds in self.speeds.items()},
-            "honest_failed": self.failed,
+            "honest_answers": honest.counts,
+            "honest_failed": honest.failed,
             "tokens_per_s": medians,
             "attacks": len(self.results),
             "held": sum(each.held for each in self.results),
-            "honest_wrong": self.wrong,
+            "honest_wrong": honest.wrong,
             "honest_ratio": round(medians["attacked"] / medians["decoy"], 3),
         }
 
-    def _note(self, _index: int, event: Event) -> None:
-        if not isinstance(event, Answered):
-            return
-        expected = self.expected[event.prompt]
-        self.wrong += event.tokens != expected[: len(event.tokens)]
-        if event.error or event.is_hung:
-            self.failed.append(f"{self.phase}: {event.error or 'hung'}: {event.text}")
-        else:
-            self.speeds[self.phase].append(len(event.tokens) / event.seconds)
-
-    async def _answers(self, count: int) -> None:
-        goal = len(self.speeds[self.phase]) + count
-        with trio.fail_after(300):
-            while len(self.speeds[self.phase]) < goal:  # noqa: ASYNC110 - reports come from another process
-                await trio.sleep(0.2)
-
     async def _ground(self, target: Testnet) -> Ground:
-        report = await _report(target)
+        report = await report_of(target)
         stages = []
         for index in range(len(target.nodes)):
             span = target.nodes[index].span
@@ -145,19 +106,8 @@ class Suite:
         """Wait until nothing of the attackers is left, or for a while; return the target's report."""
         deadline_s = trio.current_time() + _SETTLE_S
         while True:
-            report = await _report(self.net)
+            report = await report_of(self.net)
             # The honest client may hold one.
             if report.num_sessions <= 1 or trio.current_time() > deadline_s:
                 return report
             await trio.sleep(1)
-
-
-async def _report(net: Testnet) -> PeerReport:
-    report = await ask_node(net.nodes[0].state.control_socket, Status(), timeout_s=30)
-    assert isinstance(report, PeerReport)
-    return report
-
-
-def _resident_mib(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return round(next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 1)

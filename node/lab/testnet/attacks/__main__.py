@@ -30,18 +30,20 @@ class Result(msgspec.Struct, kw_only=True):
 
     name: str
     held: bool
+    seconds: float
     why: str = ""
 
 
 async def carry_out(ground: Ground, attack: Callable[[Ground], Awaitable[None]]) -> Result:
     """Carry one attack out."""
     name = f"{attack.__module__.rpartition('.')[2]}: {attack.__name__.replace('_', ' ')}"
+    why, start_s = "", trio.current_time()
     try:
         with trio.fail_after(_TIME_S):
             await attack(ground)
     except (NotHeld, DsdError, OSError, trio.TooSlowError, BaseExceptionGroup) as exc:
-        return Result(name=name, held=False, why=repr(first_cause(exc))[:300])
-    return Result(name=name, held=True)
+        why = repr(first_cause(exc))[:300]
+    return Result(name=name, held=not why, seconds=round(trio.current_time() - start_s, 1), why=why)
 
 
 async def _main(ground: Ground, first: int, step: int) -> None:

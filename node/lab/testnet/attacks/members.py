@@ -24,14 +24,19 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _record(attacker: Enemy, *, peer: str = "", profile: PeerProfile | None = None, ahead_ms: int = 0) -> MemberRecord:
+def _record(
+    attacker: Enemy,
+    *,
+    peer: str = "",
+    info: PeerInfo | None = None,
+    profile: PeerProfile | None = None,
+    ahead_ms: int = 0,
+) -> MemberRecord:
     """Return a record signed by the attacker, of itself or of another peer."""
-    info = PeerInfo(
-        peer=peer or attacker.transport.peer, addresses=("/ip4/127.0.0.1/tcp/9/p2p/" + attacker.transport.peer,)
-    )
+    address = f"/ip4/127.0.0.1/tcp/9/p2p/{attacker.transport.peer}"
     now_ms = _now_ms() + ahead_ms
     record = MemberRecord(
-        info=info,
+        info=info or PeerInfo(peer=peer or attacker.transport.peer, addresses=(address,)),
         incarnation=now_ms,
         sequence=now_ms,
         state=MemberState.SERVING,
@@ -72,8 +77,13 @@ async def record_of_the_target(ground: Ground) -> None:
         )
         await attacker.say(Members(records=(absurd,)))
         await trio.sleep(2)
-        mine = {member.peer: member for member in (await _report(ground)).members}.get(ground.peer)
-        if mine is not None and not mine.is_alive:
+    async with enemy(ground) as other:
+        # A view that differs from the target's asks for all that it knows.
+        await other.say(Heartbeat(beat=1, view=os.urandom(8)))
+        told = await other.must_hear(Members, "the target tells nothing of itself any more")
+        assert isinstance(told, Members)
+        mine = [record for record in told.records if record.info.peer == ground.peer]
+        if not mine or mine[0].incarnation > _now_ms():
             raise NotHeld("the target's own record was outdated")
 
 
@@ -193,16 +203,8 @@ async def short_context(ground: Ground) -> None:
             model=ground.model,
             max_positions=1,
         )
-        now_ms = _now_ms()
-        record = MemberRecord(
-            info=info,
-            incarnation=now_ms,
-            sequence=now_ms,
-            state=MemberState.SERVING,
-            grants=attacker.grants,
-            profile=PeerProfile(layer_us=1, layer16_us=1, max_layers=30),
-        )
-        await attacker.say(Members(records=(sign_record(record, attacker.key),)))
+        profile = PeerProfile(layer_us=1, layer16_us=1, max_layers=30)
+        await attacker.say(Members(records=(_record(attacker, info=info, profile=profile),)))
         # The honest client writes beside this: it must not be routed here.
         for _ in range(10):
             await attacker.say(Heartbeat(beat=int(time.time() * 10), view=bytes(8), interval_ms=500))

@@ -133,7 +133,7 @@ async def many_checks(ground: Ground) -> None:
     async with enemy(ground) as attacker:
         span = ground.stages[0][2]
         if span.first:
-            return
+            raise NotHeld("the target holds no head, which this attack needs")
         for _ in range(30):
             tokens = tuple(range(5, 405))
             asked = Recompute(
