@@ -25,6 +25,64 @@ _NEOX = {key: value for key, value in _SHAPE.items() if key != "num_key_value_he
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
+_MIX = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": _MIX,
+}
+_MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 16}
+_MAMBA_1 = {
+    "attn_layer_period": 4,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 8,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+RECURRENT = {
+    "qwen3-next": lambda: transformers.Qwen3NextConfig(**_SHAPE, **_DELTA, **_MOE, shared_expert_intermediate_size=32),
+    "kimi-linear": lambda: transformers.KimiLinearConfig(
+        **_SHAPE | _LATENT,
+        layer_types=_MIX,
+        linear_num_heads=4,
+        linear_head_dim=16,
+        linear_conv_kernel_dim=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+    "granite-h": lambda: transformers.GraniteMoeHybridConfig(
+        **_SHAPE,
+        **_MAMBA_2,
+        layer_types=_MIX,
+        shared_intermediate_size=48,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        embedding_multiplier=3.0,
+    ),
+    "falcon-h1": lambda: transformers.FalconH1Config(**_SHAPE, **_MAMBA_2, head_dim=16, mamba_d_ssm=128),
+    "jamba": lambda: transformers.JambaConfig(**_SHAPE, **_MAMBA_1, num_experts=4),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **_SHAPE, conv_L_cache=3, layer_types=["conv", "full_attention", "conv", "conv"]
+    ),
+}
+"""One family for each sort of recurrent layer. The others are in tests/models/test_trials.py."""
+
 FAMILIES = {
     "llama": lambda: transformers.LlamaConfig(**_SHAPE),
     "llama-tied": lambda: transformers.LlamaConfig(**_SHAPE, tie_word_embeddings=True),
@@ -56,6 +114,7 @@ FAMILIES = {
         scale_attn_by_inverse_layer_idx=True,
     ),
     "granite": lambda: transformers.GraniteConfig(**_SHAPE, embedding_multiplier=3.0, logits_scaling=2.0),
+    **RECURRENT,
 }
 
 

@@ -74,7 +74,7 @@ class ToySpanModel:
         part.whole = self.whole
         return part
 
-    def new_cache(self, max_slots: int) -> ToySpanCache:
+    def new_cache(self, max_slots: int, _mark: int = 0, /) -> ToySpanCache:
         if self.whole.num_caches >= self.whole._max_caches:
             raise CapacityError("the toy's memory is full: raise --cache-memory")
         self.whole.num_caches += 1

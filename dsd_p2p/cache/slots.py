@@ -5,7 +5,7 @@ nodes in arrival order, so a parent always comes before its children. Stages and
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +46,13 @@ class Forward:
     positions: int64 `[n]`.
     slot_positions: int64 `[num_slots]`, the position of each slot's token.
     mask: bool `[n, num_slots]`, True where a node attends: to the committed prefix, to its ancestors and to itself.
+    num_settled: how many of the first slots hold text that is never taken back, except its last token.
     """
 
     positions: NDArray[np.int64]
     slot_positions: NDArray[np.int64]
     mask: NDArray[np.bool_]
+    num_settled: int = 0
 
     def part(self, start: int, end: int) -> "Forward":
         """Return the pass over nodes `[start, end)` alone; the nodes before them must already be in the cache."""
@@ -61,6 +63,7 @@ class Forward:
             positions=self.positions[start:end],
             slot_positions=self.slot_positions[:num_slots],
             mask=self.mask[start:end, :num_slots],
+            num_settled=min(self.num_settled, num_slots),
         )
 
 
@@ -79,9 +82,13 @@ class SlotTable:
         return self.prefix_length + len(self._positions)
 
     def chain(self, num_nodes: int) -> "Forward":
-        """Put nodes 0, 1, … into an empty table, each a child of the one before, and return their pass."""
+        """Put nodes 0, 1, … into an empty table, each a child of the one before, and return their pass.
+
+        They are a text that stays, though the caller has not settled it yet.
+        """
         assert self.num_slots == 0, "a chain starts a text"
-        return self.append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+        forward = self.append(range(num_nodes), [None, *range(num_nodes - 1)], range(num_nodes))
+        return replace(forward, num_settled=num_nodes)
 
     def __contains__(self, node: int) -> bool:
         return node in self._nodes
@@ -159,4 +166,5 @@ class SlotTable:
             positions=all_positions[num_old:],
             slot_positions=np.concatenate([np.arange(self.prefix_length), all_positions]),
             mask=np.concatenate([np.ones((num_new, self.prefix_length), np.bool_), attends[num_old:]], axis=1),
+            num_settled=self.prefix_length,
         )

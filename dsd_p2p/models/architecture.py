@@ -17,6 +17,12 @@ from dsd_p2p.errors import ModelError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+RECURRENT = ("linear_attention", "conv", "hybrid")
+"""Kinds of layers that keep a state or the last inputs of a convolution; hybrid ones attend as well."""
+
+WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
+"""Kinds of layers that keep no keys and values."""
+
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """RoPE types whose frequencies change when the text gets longer than the original limit. Up to it they do not."""
 
@@ -37,13 +43,23 @@ class _QuantisedConfig(msgspec.Struct):
 class LayerShape:
     """One decoder layer.
 
-    kind: the name of its sort of attention. window: how many positions it attends to, itself included; 0 for all.
+    kind: the name of its sort of attention or recurrence. window: how many positions it attends to, itself included; 0 for all.
     kv_values: how many numbers it keeps in the KV cache for one position.
     """
 
     kind: str
     window: int
     kv_values: int
+
+    @property
+    def attends(self) -> bool:
+        """True if it keeps keys and values."""
+        return self.kind not in WITHOUT_ATTENTION
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True if it keeps a state, or the last inputs of a convolution."""
+        return self.kind in RECURRENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +79,11 @@ class ModelShape:
     def num_layers(self) -> int:
         """The number of decoder layers."""
         return len(self.layers)
+
+    @cached_property
+    def is_recurrent(self) -> bool:
+        """True if some of its layers are recurrent."""
+        return any(layer.is_recurrent for layer in self.layers)
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -120,7 +141,7 @@ def check_config(config: Any) -> None:
         raise ModelError(f"{family} is an encoder-decoder; only decoders can be split")
     if not getattr(config, "num_hidden_layers", None) or not getattr(config, "vocab_size", None):
         raise ModelError(f"{family} is not a decoder language model")
-    unknown = set(_kinds(config)) - {FULL, SLIDING}
+    unknown = set(_kinds(config)) - {FULL, SLIDING, *RECURRENT, *WITHOUT_ATTENTION}
     if unknown:
         raise ModelError(f"{family}: attention of kind {', '.join(sorted(unknown))} is not supported")
     if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
@@ -195,7 +216,9 @@ def _kinds(config: Any) -> list[str]:
 
 
 def _kv_values(config: Any, layer: int, kind: str) -> int:
-    """Return how many numbers this layer stores for one position."""
+    """Return how many keys and values this layer stores for one position."""
+    if kind in WITHOUT_ATTENTION:
+        return 0
     latent = getattr(config, "kv_lora_rank", None)
     if latent:
         return int(latent) + int(config.qk_rope_head_dim)

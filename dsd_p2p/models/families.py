@@ -77,7 +77,8 @@ def try_family(config: Any) -> PassOrder:
     """
     family = config.model_type
     problem = ""
-    for order in PassOrder:
+    # Recurrent layers have no eager attention to fall back to.
+    for order in [PassOrder.TOGETHER] if shape_of(config).is_recurrent else PassOrder:
         try:
             problem = _try(shrink(config), order)
         except DsdError:
@@ -100,7 +101,7 @@ def _digest(config: Any) -> str:
 
 @functools.cache
 def _code_digest() -> str:
-    code = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    code = (path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
     return hashlib.sha256(b"".join(code)).hexdigest()
 
 

@@ -18,6 +18,8 @@ def swap_linear_layers(
     """
     with torch.inference_mode():
         for name, module in list(model.named_modules()):
+            if name.endswith("dt_proj"):
+                continue  # Mamba 1 reads this layer's weight and bias itself.
             if type(module) is nn.Linear:
                 bias = None if module.bias is None else module.bias.detach()
                 model.set_submodule(name, make(module.weight.detach(), bias))

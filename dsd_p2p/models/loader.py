@@ -152,8 +152,10 @@ def load_span(
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         if span.first > 0:
             setattr(model.base_model, parts.embedding, _PassThrough())
+    _keep_layers(model, parts, span)
+    # While the config still names all layers: some families initialise a layer by its index.
     _fill_buffers(model, device)
-    _keep_layers(model, parts, span, shape)
+    _name_layers(model.config, span, shape)
     if shape.has_slot_masks:
         mask_by_layer(getattr(model.base_model, parts.layers), shape.kinds[span.first : span.last])
     model.requires_grad_(False)
@@ -371,13 +373,19 @@ def _fill_buffers(model: Any, device: str) -> None:
     model.initialize_weights()
 
 
-def _keep_layers(model: Any, parts: _Parts, span: Span, shape: ModelShape) -> None:
+def _keep_layers(model: Any, parts: _Parts, span: Span) -> None:
     layers = list(getattr(model.base_model, parts.layers))
     setattr(model.base_model, parts.layers, nn.ModuleList(layers[span.first : span.last]))
-    _name_layers(model.config, span, shape)
 
 
 def _name_layers(config: Any, span: Span, shape: ModelShape) -> None:
     config.num_hidden_layers = span.num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = shape.kinds[span.first : span.last]
+    if not getattr(config, "layer_types", None):
+        return
+    kinds = shape.kinds[span.first : span.last]
+    name = type(config).attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(type(config), name, None), property):
+        # The family derives it from other fields, which count layers from the model's start.
+        config.__class__ = type(type(config).__name__, (type(config),), {name: kinds})
+    else:
+        config.layer_types = kinds

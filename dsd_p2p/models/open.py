@@ -68,6 +68,7 @@ def _open_float_span(
     loaded = load_span(source, span, torch_dtype, device, donor.loaded if donor else None)
     if can_pack(torch_dtype, device):
         pack_linear_layers(loaded.model)
-    if order is PassOrder.TOGETHER and device_type(device) == "cuda":
+    can_capture = order is PassOrder.TOGETHER and not loaded.shape.is_recurrent
+    if can_capture and device_type(device) == "cuda":
         return CapturedSpan(loaded, device=device, cache_bytes=cache_bytes)
     return SpanModel(loaded, order, device=device, cache_bytes=cache_bytes)

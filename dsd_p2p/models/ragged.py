@@ -7,6 +7,9 @@ How it works. A layer hands its new rows to `update`, may change what it gets ba
 pass on what they got: then each session's slots are used where they lie. Some do not: latent attention stores a latent
 and expands it, others repeat heads or halve the values. They get the slots of all sessions in one tensor, and the
 attention takes that apart again. Which sort a layer is shows in its first pass.
+
+Recurrent layers ask the running pass for its segments (`dsd_p2p.models.recurrent.mixers`). They find no earlier state
+in their cache, so they always take the way for several positions, in which their convolution and scan are ours.
 """
 
 from collections.abc import Mapping, MutableSet, Sequence
@@ -20,6 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsd_p2p.errors import ModelError
 from dsd_p2p.models.cache import KvCache
+from dsd_p2p.models.recurrent.cache import HybridCache
+from dsd_p2p.models.recurrent.memory import RecurrentMemory
+from dsd_p2p.models.recurrent.paths import Paths
 
 RAGGED = "dsd_ragged"
 """The attention implementation's name in transformers."""
@@ -36,12 +42,26 @@ class Segment:
 
     masks: bool `[1, 1, n, slots]` for each kind of attention; None if every row attends to every slot, as a single new
         token does.
+    recurrent_paths: None for a model without recurrent layers.
     """
 
-    cache: KvCache
+    cache: KvCache | HybridCache
     start: int
     end: int
     masks: Mapping[str, torch.Tensor | None]
+    recurrent_paths: Paths | None = None
+
+    @property
+    def memory(self) -> RecurrentMemory:
+        """What the recurrent layers keep of the session."""
+        assert isinstance(self.cache, HybridCache), "only a model with recurrent layers asks"
+        return self.cache.recurrent
+
+    @property
+    def paths(self) -> Paths:
+        """Where recurrent layers look."""
+        assert self.recurrent_paths is not None, "only a model with recurrent layers asks"
+        return self.recurrent_paths
 
 
 class RaggedCache:
@@ -99,6 +119,28 @@ class RaggedCache:
         counts = [each.cache.num_slots + each.end - each.start for each in self._segments]
         return list(zip(torch.split(key, counts, dim=2), torch.split(value, counts, dim=2), strict=True))
 
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """The sessions' rows."""
+        return self._segments
+
+    def get_conv_state(self, *_args: object, **_kwargs: object) -> None:
+        """Say that there is none, so that the layer calls the convolution."""
+
+    def get_recurrent_state(self, *_args: object, **_kwargs: object) -> None:
+        """Say that there is none, so that the layer calls the scan for several positions."""
+
+    def is_recording_past(self, *_args: object) -> bool:
+        """Return True, so that a single row takes the way of several."""
+        return True
+
+    def update_conv_state(self, rows: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
+        """Return the new rows alone: the convolution finds the earlier ones."""
+        return rows
+
+    def update_recurrent_state(self, *_args: object, **_kwargs: object) -> None:
+        """Do nothing: the scan has stored what it needs."""
+
     def run(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         """Run transformers' module with this as its cache, and return its result."""
         token = _running.set(self)
@@ -109,6 +151,11 @@ class RaggedCache:
         for each in self._segments:
             each.cache.grow(each.end - each.start)
         return result
+
+
+def running_segments() -> Sequence[Segment]:
+    """Return the segments of the pass that runs."""
+    return _running.get().segments
 
 
 def _attention(

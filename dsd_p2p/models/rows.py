@@ -56,7 +56,7 @@ def read_inputs(each: SpanPass, shape: ModelShape, dtype: torch.dtype, device: s
 def attends_by_kind(forward: Forward, layers: Sequence[LayerShape]) -> dict[str, NDArray[np.bool_]]:
     """Return for each kind of attention the slots that each node attends to, `[n, slots]`."""
     masks = {}
-    for kind, window in {layer.kind: layer.window for layer in layers}.items():
+    for kind, window in {layer.kind: layer.window for layer in layers if layer.attends}.items():
         attends = forward.mask
         if window:
             attends = attends & (forward.positions[:, None] - forward.slot_positions[None] < window)

@@ -41,6 +41,10 @@ _SMALL: tuple[tuple[str, int], ...] = (
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"(sliding|attention)_window(_size)?|window_size|local_attention|attention_chunk_size", WINDOW),
     (r"num_nextn_predict_layers|num_mtp_layers", 0),
+    (r"mamba_d_state|ssm_state_size|mamba_chunk_size", HEAD_DIM),
+    (r"mamba_dt_rank", 8),
+    (r"linear_(key_|value_)?head_dim", HEAD_DIM),
+    (r"linear_num_heads", HEADS),
     (r"index_topk", 4),
     (r"index_(n_heads|head_dim)", HEAD_DIM),
 )
@@ -57,7 +61,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in ("quantization_config", "dtype", "torch_dtype", "architectures", "_name_or_path", "attention_layers"):
         values.pop(name, None)
     num_layers = int(config.num_hidden_layers)
-    kept = _layers_to_keep(values, num_layers)
+    kept = _layers_to_keep(values, num_layers, getattr(config, "layer_types", None))
     small = {name: _shrunk(name, value, num_layers, kept) for name, value in values.items()}
     if small.get("per_layer_config"):
         small["per_layer_config"] = _shrunk_layers(values["per_layer_config"], num_layers, kept)
@@ -67,6 +71,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     if "moe_layer_end_index" in small:
         small["moe_layer_end_index"] = len(kept) - 1
     _shrink_heads(values, small)
+    _shrink_recurrence(values, small)
     _keep_impossible_choice(values, small)
     if "qk_rope_head_dim" in small and small.get("head_dim"):
         # Latent attention rotates a part of its own size, which some families also call head_dim.
@@ -76,9 +81,15 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     return type(config).from_dict(small)
 
 
-def _layers_to_keep(values: Mapping[str, Any], num_layers: int) -> list[int]:
-    """Return two layers of each sort if there are few sorts, else the first of each, in order."""
-    lists = [value for value in values.values() if isinstance(value, list) and len(value) == num_layers]
+def _layers_to_keep(values: Mapping[str, Any], num_layers: int, kinds: Any) -> list[int]:
+    """Return two layers of each sort if there are few sorts, else the first of each, in order.
+
+    kinds: of each layer; some families derive them from other fields.
+    """
+    if "attn_layer_period" in values:
+        # A layer's sort follows from its index, so layers in between cannot be left out.
+        return list(range(min(num_layers, _MAX_LAYERS)))
+    lists = [value for value in (*values.values(), kinds) if isinstance(value, list) and len(value) == num_layers]
     sorts: dict[str, list[int]] = {}
     for layer in range(num_layers):
         sorts.setdefault(repr([each[layer] for each in lists]), []).append(layer)
@@ -91,7 +102,7 @@ def _layers_to_keep(values: Mapping[str, Any], num_layers: int) -> list[int]:
 def _shrunk(name: str, value: Any, num_layers: int, kept: list[int]) -> Any:
     if isinstance(value, list) and len(value) == num_layers:
         return [_shrunk(name, value[layer], num_layers, kept) for layer in kept]
-    if name in ("mlp_only_layers", "moe_layers", "no_rope_layers") and isinstance(value, list):
+    if name in ("mlp_only_layers", "moe_layers", "no_rope_layers", "attn_layer_indices") and isinstance(value, list):
         return [kept.index(layer) for layer in value if layer in kept]
     if name == "attention_types":
         return [[kinds, 1] for kinds, _ in value]
@@ -124,6 +135,22 @@ def _shrink_heads(values: Mapping[str, Any], small: dict[str, Any]) -> None:
     for name in ("num_key_value_heads", "num_kv_heads", "num_query_groups", "swa_num_key_value_heads"):
         if values.get(name):
             small[name] = HEADS if values[name] == num_heads else min(int(values[name]), HEADS // 2)
+
+
+def _shrink_recurrence(values: Mapping[str, Any], small: dict[str, Any]) -> None:
+    """Give recurrent layers a few small heads: as many as fill the width that they work in."""
+    for heads, size in (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim")):
+        if values.get(heads):
+            small[heads] = 2 * HEADS
+            small[size] = int(values.get("mamba_expand") or 2) * WIDTH // small[heads]
+    for name in ("mamba_n_groups", "n_groups"):
+        if values.get(name):
+            small[name] = min(int(values[name]), 2)
+    if values.get("mamba_d_ssm"):
+        small["mamba_d_ssm"] = small["mamba_n_heads"] * small["mamba_d_head"]
+    if values.get("linear_num_key_heads"):
+        small["linear_num_key_heads"] = 2
+        small["linear_num_value_heads"] = 2 * (1 + (values["linear_num_value_heads"] > values["linear_num_key_heads"]))
 
 
 def _keep_impossible_choice(values: Mapping[str, Any], small: dict[str, Any]) -> None:

@@ -14,6 +14,10 @@ from dsd_p2p.models.cache import KvCache
 from dsd_p2p.models.layer_masks import layer_masks
 from dsd_p2p.models.loader import LoadedSpan
 from dsd_p2p.models.ragged import RAGGED, RaggedCache, Segment
+from dsd_p2p.models.recurrent.cache import HybridCache
+from dsd_p2p.models.recurrent.memory import RecurrentMemory
+from dsd_p2p.models.recurrent.mixers import bind_mixers
+from dsd_p2p.models.recurrent.paths import Paths
 from dsd_p2p.models.rows import attends_by_kind, split_hidden, split_views
 from dsd_p2p.models.stock import StockSpan
 from dsd_p2p.types import ComputeFormat
@@ -49,20 +53,24 @@ class SpanModel(StockSpan):
         self._is_ragged = order is PassOrder.TOGETHER
         if self._is_ragged:
             self._model.config._attn_implementation = RAGGED
+        if self.shape.is_recurrent:
+            assert self._is_ragged, "recurrent layers look for the pass's segments"
+            bind_mixers(self._model)
 
-    def new_cache(self, max_slots: int) -> KvCache:
-        """Return an empty cache for up to `max_slots` slots.
+    def new_cache(self, max_slots: int, mark: int = 0, /) -> KvCache | HybridCache:
+        """Return an empty cache for up to `max_slots` slots; see `dsd_p2p.stage.span_model`.
 
         Raises:
             CapacityError: the budget is full.
         """
-        return KvCache(
+        kv = KvCache(
             first_layer=self.span.first,
             num_layers=self.span.num_layers,
             max_slots=max_slots,
             num_bytes=max_slots * self.slot_bytes,
             budget=self.budget,
         )
+        return HybridCache(kv, RecurrentMemory(self.budget, mark)) if self.shape.is_recurrent else kv
 
     def _groups(self, indices: Sequence[int]) -> list[Sequence[int]]:
         """Families that have only eager attention run one session after the other."""
@@ -82,7 +90,13 @@ class SpanModel(StockSpan):
             arguments["logits_to_keep"] = torch.tensor(rows, device=self._device)
         if self._is_ragged:
             segments = [
-                Segment(cache=each.cache, start=start, end=end, masks=self._masks(each.forward))
+                Segment(
+                    cache=each.cache,
+                    start=start,
+                    end=end,
+                    masks=self._masks(each.forward),
+                    recurrent_paths=self._begin(each),
+                )
                 for each, start, end in zip(passes, starts, ends, strict=True)
             ]
             # Attention uses the segments' masks. This one only keeps transformers from making its own.
@@ -100,6 +114,9 @@ class SpanModel(StockSpan):
         if not self.is_tail:
             return split_hidden(result, ends)
         return split_views(result if rows else result[:0], [len(each.wanted) for each in passes])
+
+    def _begin(self, each: SpanPass) -> Paths | None:
+        return each.cache.begin(each.forward, self._device) if self.shape.is_recurrent else None
 
     def _masks(self, forward: Forward) -> dict[str, torch.Tensor | None]:
         """Return for each kind of attention a mask of the slots that each node attends to, bool `[1, 1, n, slots]`.

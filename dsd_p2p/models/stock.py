@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 
+from dsd_p2p.models.architecture import FULL, WITHOUT_ATTENTION
 from dsd_p2p.models.cache import CacheBudget
 from dsd_p2p.models.int8 import Int8Linear
 from dsd_p2p.models.loader import LoadedSpan
@@ -70,14 +71,20 @@ class StockSpan(RunnableSpan):
     @property
     def weight_bytes(self) -> int:
         """The total size in bytes of the span's tensors; a shared tensor counts once."""
-        tensors = {parameter.data_ptr(): parameter for parameter in self._model.parameters()}
+        # A checkpoint's buffers count as well: a router's bias is one.
+        tensors = {tensor.data_ptr(): tensor for tensor in self._model.state_dict().values()}
         packed_bytes = sum(
             each.num_bytes for each in self._model.modules() if isinstance(each, PackedLinear | Int8Linear)
         )
         num_bytes: int = packed_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         return num_bytes
 
-    def by_kind(self, mask: Callable[[str], torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
+    def by_kind(self, mask: Callable[[str], torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor | None]:
         """Return the masks in the form that every family accepts: one mask, or one per kind if a model mixes kinds."""
-        masks = {kind: mask(kind) for kind in sorted({layer.kind for layer in self._layers})}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        masks: dict[str, torch.Tensor | None] = {
+            kind: mask(kind) for kind in sorted({layer.kind for layer in self._layers if layer.attends})
+        }
+        if self.shape.is_recurrent:
+            # These families look up both kinds, whatever layers the span has; recurrent layers need no mask.
+            return {FULL: mask(FULL), **masks, **dict.fromkeys(WITHOUT_ATTENTION)}
+        return masks if len(masks) > 1 else mask(next(iter(masks)))

@@ -155,13 +155,15 @@ class Parking:
             CapacityError: open sessions fill the memory budget.
         """
         model = session.place.model
+        # The same prompt asked again begins with all of it but its last token.
+        mark = session.opened.num_prompt - 1
         with suppress(CapacityError):
-            return model.new_cache(max_slots)
+            return model.new_cache(max_slots, mark)
         # With both locks held nobody copies a parked text, so an evicted one is freed at once.
         async with self._in_use, self._model_in_use:
             while True:
                 try:
-                    return model.new_cache(max_slots)
+                    return model.new_cache(max_slots, mark)
                 except CapacityError:
                     if not self.texts.evict():
                         raise

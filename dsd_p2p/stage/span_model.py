@@ -69,8 +69,10 @@ class SpanModel(Protocol):
         """The size in bytes of one node's hidden state."""
         ...
 
-    def new_cache(self, max_slots: int) -> SpanCache:
+    def new_cache(self, max_slots: int, mark: int = 0, /) -> SpanCache:
         """Return an empty cache for up to `max_slots` slots.
+
+        mark: a length to which a copy of it will often be cut, such as the prompt's; 0 for none.
 
         Raises:
             CapacityError: the memory budget is full.

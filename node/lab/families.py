@@ -41,10 +41,17 @@ _SAMPLES: Mapping[str, Mapping[str, Any]] = {
         "topk_group": 1,
     },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
     "gemma4": {"hidden_size_per_layer_input": 0},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"] * 8
+    },
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "lfm3": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 6},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
 }

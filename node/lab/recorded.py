@@ -146,7 +146,7 @@ class RecordedSpan:
             raise ConfigError(f"this fake stage holds layers {self._span}, not {span}")
         return self
 
-    def new_cache(self, max_slots: int) -> RecordedCache:
+    def new_cache(self, max_slots: int, _mark: int = 0, /) -> RecordedCache:
         """Return an empty cache."""
         return RecordedCache()
 

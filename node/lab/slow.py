@@ -46,8 +46,8 @@ class _Slowed:
     def narrow(self, span: Span) -> "_Slowed":
         return _Slowed(self._model.narrow(span), self._factor)
 
-    def new_cache(self, max_slots: int) -> SpanCache:
-        return self._model.new_cache(max_slots)
+    def new_cache(self, max_slots: int, mark: int = 0, /) -> SpanCache:
+        return self._model.new_cache(max_slots, mark)
 
     def run(self, passes: Sequence[SpanPass]) -> Sequence[SpanOutput]:
         start_s = time.perf_counter()

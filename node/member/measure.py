@@ -108,12 +108,13 @@ def pass_s(model: OpenSpan, num_nodes: int) -> float:
 
     def run(start: int, count: int) -> None:
         nodes = range(start, start + count)
-        forward = slots.append(nodes, [None if node == 0 else node - 1 for node in nodes], nodes)
+        forward = slots.append(nodes, [None, *nodes[:-1]], nodes)
         inputs = [0] * count if model.is_head else bytes(count * model.row_bytes)
         if model.is_tail:
             model.views(cache, forward, inputs, range(count))
         else:
             model.hidden(cache, forward, inputs)
+        slots.settle(nodes[-1])
 
     run(0, _CONTEXT)
     starts = iter(range(_CONTEXT, _CONTEXT + (_REPEATS + 1) * num_nodes, num_nodes))

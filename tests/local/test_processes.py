@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import reference
 import trio
-from families import NUM_LAYERS, VOCAB
+from demand import on_demand
+from families import NUM_LAYERS, RECURRENT, VOCAB
 from prompting import DECISIONS, prompt_of
 
 from dsd_p2p.coordination.engine import GenerateOptions, open_engine
@@ -60,7 +61,18 @@ PROMISED = ["llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3-moe", "gpt-ne
 """Every family with one, two and four stages is split in one process (tests/models/test_families.py)."""
 
 
-@pytest.mark.parametrize(("family", "num_stages"), [*((family, 2) for family in PROMISED), ("llama", 1), ("gemma3", 4)])
+RECURRENT_OFTEN = ["qwen3-next", "granite-h"]
+
+
+@pytest.mark.parametrize(
+    ("family", "num_stages"),
+    [
+        *((family, 2) for family in [*PROMISED, *RECURRENT_OFTEN]),
+        ("llama", 1),
+        ("gemma3", 4),
+        *(pytest.param(family, 4, marks=on_demand) for family in RECURRENT),
+    ],
+)
 async def test_every_family_in_real_processes_writes_the_unsplit_models_text(tiny, family, num_stages):
     folder = tiny(family)
     source = find_model(str(folder), NoProgress())

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from demand import on_demand
-from families import FAMILIES, NUM_LAYERS, VOCAB
+from families import FAMILIES, NUM_LAYERS, RECURRENT, VOCAB
 from prompting import DECISIONS, prompt_of
 from safetensors import safe_open
 from swarms import load_stages, model_swarm
@@ -151,8 +151,9 @@ def test_part_of_a_span_computes_what_a_stage_of_that_part_does(tiny, family):
                 cache.free()
             outputs.append(np.stack(values))
         expected = reference.logits(tiny(family), prompt).numpy()
-        assert np.array_equal(outputs[0], expected)
-        assert np.array_equal(outputs[1], expected)
+        assert np.array_equal(outputs[0], outputs[1])
+        # A recurrence adds up in another order than transformers' own.
+        assert np.allclose(outputs[0], expected, atol=1e-4 if family in RECURRENT else 0)
     assert whole.budget.used_bytes == 0
     extended = open_span(source, Span(0, 3), donor=middle)
     pointers = [{p.data_ptr() for p in m.model.parameters()} for m in (middle, extended)]

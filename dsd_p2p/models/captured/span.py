@@ -58,7 +58,7 @@ class CapturedSpan(StockSpan):
             part._graphs = Graphs(self._capture)
         return part
 
-    def new_cache(self, max_slots: int) -> ArenaCache:
+    def new_cache(self, max_slots: int, _mark: int = 0, /) -> ArenaCache:
         """Return an empty cache for up to `max_slots` slots.
 
         Raises:

@@ -55,6 +55,8 @@ def open_lean_span(
     order, shape = pass_order(config), shape_of(config)
     if not 0 <= span.first < span.last <= shape.num_layers:
         raise ConfigError(f"span {span} is outside the model's layers [0, {shape.num_layers})")
+    if shape.is_recurrent:
+        raise ModelError(f"{config.model_type} has no int8 form: its recurrent layers need floats; use --weights float")
     layers: dict[int, Built] = {}
     ends = Ends()
     rotary = None

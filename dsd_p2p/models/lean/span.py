@@ -115,7 +115,7 @@ class LeanSpan(RunnableSpan):
         """The size in bytes of the span's weights."""
         return sum(layer.num_bytes for layer in self.layers) + self.ends.num_bytes
 
-    def new_cache(self, max_slots: int) -> LeanCache:
+    def new_cache(self, max_slots: int, _mark: int = 0, /) -> LeanCache:
         """Return an empty cache for up to `max_slots` slots.
 
         Raises:

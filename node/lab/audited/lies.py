@@ -176,9 +176,9 @@ class Switch:
         assert span == self._span, "routes use whole spans"
         return self
 
-    def new_cache(self, max_slots: int) -> SpanCache:
+    def new_cache(self, max_slots: int, mark: int = 0, /) -> SpanCache:
         """See `SpanModel`."""
-        return self._model().new_cache(max_slots)
+        return self._model().new_cache(max_slots, mark)
 
     def run(self, passes: Sequence[SpanPass]) -> Sequence[SpanOutput]:
         """See `SpanModel`."""

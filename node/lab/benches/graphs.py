@@ -3,9 +3,10 @@
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from dsd_p2p.cache.slots import SlotTable
+from dsd_p2p.cache.slots import CacheEdit, SlotTable
 from dsd_p2p.models.architecture import read_model_config, read_shape
 from dsd_p2p.models.captured.span import CapturedSpan
 from dsd_p2p.models.families import pass_order
@@ -94,13 +95,13 @@ class _Windows:
             start_s = time.perf_counter()
             self._give(SlotTable(_CONTEXT), _CONTEXT, num_rows)
             taken.append(1000 * (time.perf_counter() - start_s))
-            self._cache.num_slots = _CONTEXT
+            self._cache.edit(CacheEdit(num_kept=_CONTEXT, gathered=np.empty(0, np.int64)))
         return sample(taken).median
 
     def picks(self, num_rows: int) -> Sequence[int]:
         """Return the likeliest token after each node of a window; of a span without a head, none."""
         found = self._give(SlotTable(_CONTEXT), _CONTEXT, num_rows)
-        self._cache.num_slots = _CONTEXT
+        self._cache.edit(CacheEdit(num_kept=_CONTEXT, gathered=np.empty(0, np.int64)))
         return found
 
     def _give(self, slots: SlotTable, first: int, num_rows: int) -> list[int]:

@@ -3,10 +3,11 @@
 import time
 from typing import Any
 
+import numpy as np
 import torch
 import trio
 
-from dsd_p2p.cache.slots import SlotTable
+from dsd_p2p.cache.slots import CacheEdit, SlotTable
 from dsd_p2p.errors import ConfigError
 from dsd_p2p.models.architecture import read_shape
 from dsd_p2p.models.open import OpenSpan, open_span
@@ -89,7 +90,7 @@ class _Whole:
             start_s = time.perf_counter()
             self._model.views(self._cache, forward, self._prompt[:num_rows], range(num_rows))
             taken.append(1000 * (time.perf_counter() - start_s))
-            self._cache.num_slots = len(self._prompt)
+            self._cache.edit(CacheEdit(num_kept=len(self._prompt), gathered=np.empty(0, np.int64)))
         return _median(taken)
 
 
