@@ -97,6 +97,7 @@ class GenerateOptions:
 class Engine:
     """A coordinator's requests: it finds routes, drafts and streams tokens. A service of `dsd_p2p.peers.services`.
 
+    can_cut_texts: False for a model with recurrent layers (`PrefixIndex`).
     tell: receives the telemetry events of the requests, if set. places: where else requests may be drafted, if set.
     experience: where measurements of routes outlive this process and reach other members, if set.
     """
@@ -108,6 +109,8 @@ class Engine:
         vocab_size: int,
         nursery: trio.Nursery,
         directory: Directory,
+        *,
+        can_cut_texts: bool = True,
     ) -> None:
         self.links = links
         self.own_drafter = OwnDrafter(drafter, nursery)
@@ -120,7 +123,7 @@ class Engine:
         self.trust = Trust(links, directory)
         self.tell: Sink | None = None
         self._governor = Governor()
-        self._prefixes = PrefixIndex()
+        self._prefixes = PrefixIndex(can_cut=can_cut_texts)
         self._far = FarDrafts(links, vocab_size)
         self.places: DraftPlaces | None = None
         self.experience: SharedExperience | None = None
@@ -266,7 +269,10 @@ class Engine:
             return
         scope = scope_of(options.owner, machine.route, options.hidden_format)
         tokens = machine.tokens[: machine.opening.parked.num_tokens]
-        for session, route in self._prefixes.add(scope, machine.route, request.session, tokens, trio.current_time()):
+        replaced = self._prefixes.add(
+            scope, machine.route, request.session, tokens, request.num_prompt, trio.current_time()
+        )
+        for session, route in replaced:
             self._nursery.start_soon(self._discard, session, route)
 
     async def _discard(self, session: bytes, route: Route) -> None:
@@ -351,13 +357,13 @@ def _formats(hidden_format: HiddenFormat, num_links: int) -> tuple[HiddenFormat,
 
 @asynccontextmanager
 async def open_engine(
-    transport: Transport, drafter: Drafter | DrafterChoice, vocab_size: int
+    transport: Transport, drafter: Drafter | DrafterChoice, vocab_size: int, *, can_cut_texts: bool = True
 ) -> AsyncIterator[tuple[Engine, StageList]]:
     """Run an engine on `transport`; yield it with the list of stages that it may use, empty at first."""
     links = PeerLinks(transport, PeerInfo(peer=transport.peer, addresses=transport.addresses))
     stages = StageList(links)
     async with trio.open_nursery() as nursery:
-        engine = Engine(links, drafter, vocab_size, nursery, stages)
+        engine = Engine(links, drafter, vocab_size, nursery, stages, can_cut_texts=can_cut_texts)
         nursery.start_soon(run_services, links, [engine])
         yield engine, stages
         nursery.cancel_scope.cancel()

@@ -75,7 +75,10 @@ async def open_coordinator(
     """
     async with (
         open_ephemeral(link, host) as transport,
-        open_engine(transport, model.drafter, model.shape.vocab_size) as (engine, stages),
+        open_engine(transport, model.drafter, model.shape.vocab_size, can_cut_texts=not model.shape.is_recurrent) as (
+            engine,
+            stages,
+        ),
     ):
         engine.own_drafter.grammars = model.grammars
         await stages.add(addresses)

@@ -31,6 +31,7 @@ class _Text:
     scope: Scope
     route: Route
     tokens: NDArray[np.int64]
+    num_prompt: int
     at_s: float
 
 
@@ -41,17 +42,22 @@ def scope_of(owner: str, route: Route, hidden_format: HiddenFormat) -> Scope:
 
 
 class PrefixIndex:
-    """An index of the parked texts, the most recently used last."""
+    """An index of the parked texts, the most recently used last.
 
-    def __init__(self) -> None:
+    can_cut: False for a model with recurrent layers: its stages go on from the end of a text, or from just before the
+        end of its prompt, and from nowhere else.
+    """
+
+    def __init__(self, *, can_cut: bool = True) -> None:
+        self._can_cut = can_cut
         self._texts: OrderedDict[bytes, _Text] = OrderedDict()
 
     def find(self, scope: Scope, prompt: Sequence[TokenId], now_s: float) -> Prefix | None:
-        """Return the longest parked beginning of `prompt`, or None. The last token is never part of it."""
+        """Return the longest parked beginning of `prompt` that is of use, or None. It never has the last token."""
         for name in [name for name, text in self._texts.items() if now_s - text.at_s > PARKED_S]:
             del self._texts[name]
         tokens = np.asarray(prompt[:-1], np.int64)
-        lengths = {name: _common(text.tokens, tokens) for name, text in self._texts.items() if text.scope == scope}
+        lengths = {name: self._usable(text, tokens) for name, text in self._texts.items() if text.scope == scope}
         if not lengths:
             return None
         longest = max(lengths, key=lengths.__getitem__)
@@ -60,15 +66,21 @@ class PrefixIndex:
         self._texts.move_to_end(longest)
         return Prefix(session=longest, num_tokens=lengths[longest])
 
+    def _usable(self, text: _Text, tokens: NDArray[np.int64]) -> int:
+        common = _common(text.tokens, tokens)
+        if self._can_cut or common == len(text.tokens):
+            return common
+        return text.num_prompt - 1 if common >= text.num_prompt - 1 else 0
+
     def add(
-        self, scope: Scope, route: Route, session: bytes, tokens: Sequence[TokenId], now_s: float
+        self, scope: Scope, route: Route, session: bytes, tokens: Sequence[TokenId], num_prompt: int, now_s: float
     ) -> list[tuple[bytes, Route]]:
-        """Add a text that the stages of `route` have parked.
+        """Add a text that the stages of `route` have parked. num_prompt: how many of its tokens are the prompt's.
 
         Returns the session and route of each text to discard: those that the new one contains, and the oldest beyond
         the limit.
         """
-        added = _Text(scope=scope, route=route, tokens=np.asarray(tokens, np.int64), at_s=now_s)
+        added = _Text(scope=scope, route=route, tokens=np.asarray(tokens, np.int64), num_prompt=num_prompt, at_s=now_s)
         needless = [
             name
             for name, text in self._texts.items()

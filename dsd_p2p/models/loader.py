@@ -162,6 +162,13 @@ def load_span(
     return LoadedSpan(model=model, span=span, shape=shape, dtype=dtype, parts=parts, stored_as=_inverted(target_of))
 
 
+def wrap_whole(model: Any, dtype: torch.dtype) -> LoadedSpan:
+    """Return a model of transformers that is in memory already as a span of all its layers; raises ModelError."""
+    shape = shape_of(model.config)
+    parts = _find_parts(model, shape.num_layers)
+    return LoadedSpan(model=model, span=Span(0, shape.num_layers), shape=shape, dtype=dtype, parts=parts, stored_as={})
+
+
 def load_whole(source: ModelSource, dtype: torch.dtype, device: str = "cpu") -> Any:
     """Return transformers' own unsplit model, in evaluation mode.
 

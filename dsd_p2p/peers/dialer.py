@@ -43,6 +43,7 @@ class Dialer:
         self._next_dial_s: dict[str, float] = {}
         self._backoff_s: dict[str, float] = {}
         self._dialing: set[str] = set()
+        self._age: dict[str, tuple[int, int]] = {}
         self.last_failure = ""
         self.is_refused = False
 
@@ -61,10 +62,15 @@ class Dialer:
             is_of_use = profile.max_layers > 0 or record.info.span is not None or bool(profile.drafter)
             if peer == self._links.me.peer or not is_of_use or record.state is MemberState.LEFT:
                 continue
+            is_news = record.age != self._age.get(peer)
+            self._age[peer] = record.age
             if peer in self._links.connected:
                 self._next_dial_s.pop(peer, None)
+                self._backoff_s.pop(peer, None)
                 continue
-            if peer not in self._next_dial_s:
+            # Somebody else has just heard from it, so it can be reached again. A stage dials no clients: they must.
+            is_back = is_news and self._backoff_s.pop(peer, None) is not None
+            if peer not in self._next_dial_s or is_back:
                 self._next_dial_s[peer] = now_s + (_YIELD_S if peer < self._links.me.peer else 0.0)
             self._try(peer, record.info.addresses, nursery)
         if not self._links.connected:

@@ -102,6 +102,11 @@ GROUPS: dict[str, dict[str, Command]] = {
                     "speed of a slow gateway that drafts at home and with a near member", "DraftsConfig", run="drafts"
                 ),
                 "users": _bench("speed of many requests at once, compared with one", "UsersConfig", run="users"),
+                "pass": _bench(
+                    "a step and a tree window of a large model's layers, with random weights",
+                    "PassConfig",
+                    run="pass_of_shape",
+                ),
                 "passes": _bench("cost of a stage's pass as more sessions share it", "PassesConfig", run="passes"),
                 "constrained": _bench(
                     "answers that schemas constrain: validity, sameness over modes, speed",

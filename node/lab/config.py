@@ -135,6 +135,15 @@ class GraphsConfig(Settings, frozen=True, kw_only=True):
     threads: Annotated[Positive, Help("torch threads")] = 1
 
 
+class PassConfig(Settings, frozen=True, kw_only=True):
+    """`dsd bench pass`."""
+
+    shape: Annotated[str, Help("the model whose layers are timed"), Shape(metavar="NAME")] = "qwen3-next-80b"
+    dtype: Annotated[str, Help("number format that the layers compute in")] = "float32"
+    window_nodes: Annotated[Positive, Help("nodes of a tree window")] = 16
+    threads: Annotated[Positive, Help("torch threads")] = 1
+
+
 class FormsConfig(Settings, frozen=True, kw_only=True):
     """`dsd bench forms`."""
 

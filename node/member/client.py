@@ -105,7 +105,7 @@ async def open_swarm_client(
                 max_positions=shape.max_positions,
                 coverage_timeout_s=coverage_timeout_s,
             )
-            engine = Engine(links, drafter, shape.vocab_size, nursery, directory)
+            engine = Engine(links, drafter, shape.vocab_size, nursery, directory, can_cut_texts=not shape.is_recurrent)
             engine.own_drafter.grammars = ModelGrammars(source.folder, shape.vocab_size)
             engine.experience = SharedExperience(state.experience, links, directory.hint_givers)
             if engine.drafter is not LOOKUP:

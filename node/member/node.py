@@ -152,7 +152,9 @@ class SwarmPeer:
         thin = ThinClient(links, partial(next_coordinator, directory, inner.peer), shape.vocab_size)
         drafts = MemberDrafts(settings, registry)
         choice = drafts.choice()
-        engine = None if choice is None else Engine(links, choice, shape.vocab_size, nursery, directory)
+        engine = None
+        if choice is not None:
+            engine = Engine(links, choice, shape.vocab_size, nursery, directory, can_cut_texts=not shape.is_recurrent)
         coordinating: list[Service] = []
         if engine is not None:
             engine.own_drafter.grammars = ModelGrammars(settings.source.folder, shape.vocab_size)

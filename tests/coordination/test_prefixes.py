@@ -362,7 +362,7 @@ async def test_a_text_that_cannot_be_shrunk_is_lost_and_nothing_else():
     async with toy_swarm(stages=models) as swarm:
         cache_of = models[1].new_cache
 
-        def spoiled(max_slots):
+        def spoiled(max_slots, mark=0):
             cache = cache_of(max_slots)
             cache.shrink = lambda: 1 / 0
             return cache
@@ -413,8 +413,8 @@ def test_the_longest_common_beginning_is_found_and_the_index_stays_small():
     alice, bob = (scope_of(owner, route, HiddenFormat.MODEL) for owner in ("alice", "bob"))
     text = list(range(100))
     assert index.find(alice, text, 0) is None
-    assert index.add(alice, route, b"a", text[:20], 0) == []
-    assert [name for name, _ in index.add(alice, route, b"b", [*text[:40], 7], 0)] == [b"a"], (
+    assert index.add(alice, route, b"a", text[:20], 10, 0) == []
+    assert [name for name, _ in index.add(alice, route, b"b", [*text[:40], 7], 10, 0)] == [b"a"], (
         "all of it is in the new one"
     )
     assert index.find(alice, text, 0) == Prefix(session=b"b", num_tokens=40)
@@ -423,12 +423,12 @@ def test_the_longest_common_beginning_is_found_and_the_index_stays_small():
     assert index.find(bob, text, 0) is None
     assert index.find(scope_of("alice", route, HiddenFormat.BF16), text, 0) is None, "computed from other values"
     assert index.find(scope_of("alice", toy_route(3), HiddenFormat.MODEL), text, 0) is None
-    assert index.add(alice, route, b"c", text, 0) == []
+    assert index.add(alice, route, b"c", text, 10, 0) == []
     assert index.find(alice, text, 0) == Prefix(session=b"c", num_tokens=99)
     assert index.forget(b"c") is route
     assert index.forget(b"c") is None
     assert index.find(alice, text, 0) == Prefix(session=b"b", num_tokens=40)
-    dropped = [name for number in range(200) for name, _ in index.add(bob, route, b"%d" % number, [number] * 50, 0)]
+    dropped = [name for number in range(200) for name, _ in index.add(bob, route, b"%d" % number, [number] * 50, 10, 0)]
     assert dropped[0] == b"b"
     assert len(dropped) == len(set(dropped)) == 200 + 1 - 64
 

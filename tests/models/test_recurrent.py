@@ -106,7 +106,7 @@ class History:
         }
 
     def cancel(self):
-        """Drop what was not committed, as at a new epoch; at times go back to where rule 9 may cut: before the last token."""
+        """Drop what was not committed, as at a new epoch. At times go back by a token, as a resumed session does."""
         self.edit([table.settle(None) for table in self.tables])
         self.nodes = {}
         if len(self.text) > self.shortest and self.rng.random() < 0.5:

@@ -200,6 +200,18 @@ async def test_a_revoked_peer_that_hides_its_record_is_thrown_out(autojump_clock
                 await trio.sleep(0.05)
 
 
+async def test_who_is_back_is_dialled_at_once(autojump_clock):
+    """A stage dials no clients, so a client must notice, however long it has tried in vain."""
+    async with swarm(Span(0, 15), Span(15, 30), None) as (network, nursery, (stage, lost, client)):
+        lost.scope.cancel()
+        await trio.sleep(65)
+        assert lost.peer not in client.links.connected
+        again = await nursery.start(Node(network, 2, span=Span(15, 30), bootstrap=(1,)).run)
+        with trio.fail_after(6):
+            await settled([stage, again, client])
+        assert again.peer in client.links.connected
+
+
 async def test_records_do_not_make_a_member_dial_everywhere_at_once(autojump_clock, monkeypatch):
     async with swarm(Span(0, 15)) as (_, nursery, (node,)):
         dialled, most = [], 0

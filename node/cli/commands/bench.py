@@ -19,6 +19,7 @@ from node.lab.config import (
     GraphsConfig,
     OneRound,
     OverheadConfig,
+    PassConfig,
     PassesConfig,
     PeersConfig,
     PlacementConfig,
@@ -89,6 +90,13 @@ def forms(config: FormsConfig, flags: ReceiptFlags) -> int:
     from node.lab.benches.forms import run_forms
 
     return _measure("forms", flags, lambda progress: run_forms(config, progress))
+
+
+def pass_of_shape(config: PassConfig, flags: RoundFlags) -> int:
+    """Measure a step and a tree window of each kind of layer of a large model."""
+    from node.lab.benches.shapes import run_pass
+
+    return _measure("pass", flags, lambda progress: run_pass(config, flags.rounds, progress))
 
 
 def passes(config: PassesConfig, flags: RoundFlags) -> int:
