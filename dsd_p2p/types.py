@@ -79,6 +79,10 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return self.temperature == 0.0
 
 
+MAX_BUDGET = 10.0
+"""The largest budget of relaxed mode, in nats a token; more than any token is worth."""
+
+
 class RelaxationRule(StrEnum):
     """The rule by which relaxed mode accepts a drafted token that the target did not pick."""
 
@@ -93,6 +97,7 @@ class Relaxation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     max_ce_ratio, max_prob_gap, min_norm_match: a token is decisive above either maximum or below the minimum.
     max_overshoot: the greatest ratio P_d / P_t allowed.
     max_margin: the largest gap to the target's pick that the margin rule allows, in logits.
+    budget: the most that the text may lose by the target's own likelihood, in nats a token, at any point of it.
     """
 
     rule: RelaxationRule = RelaxationRule.IMPORTANCE
@@ -102,6 +107,7 @@ class Relaxation(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     min_norm_match: Annotated[float, Meta(ge=0, le=1)] = 0.6
     max_overshoot: Annotated[float, Meta(ge=1, le=1e9)] = 4.0
     max_margin: Annotated[float, Meta(ge=0, le=1e9)] = 0.3
+    budget: Annotated[float, Meta(ge=0, le=MAX_BUDGET)] = 0.02
 
 
 class ConstraintKind(StrEnum):

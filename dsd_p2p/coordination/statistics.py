@@ -58,6 +58,7 @@ class AnswerStatistics:
                 "mode": details.decision.mode,
                 "verification": "relaxed" if details.is_relaxed else "exact",
                 "num_relaxed_tokens": details.counts.num_relaxed_tokens,
+                "relaxed_nats": details.counts.relaxed_nats,
                 "drafter": details.drafter,
                 "decision": asdict(details.decision),
                 "finish_reason": details.finish_reason,

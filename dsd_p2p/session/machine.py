@@ -322,6 +322,7 @@ class RequestMachine:
         stats = self.stats
         stats.link_bytes = max(stats.link_bytes, verdict.link_bytes)
         stats.num_relaxed_tokens += verdict.num_relaxed
+        stats.relaxed_nats += verdict.relaxed_micronats / 1e6
         if not self.flight.landed(verdict, now_s):
             return
         self.pacing.measured()

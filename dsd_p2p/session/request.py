@@ -107,6 +107,7 @@ class RequestStats:  # size: counts, each written in one place and read by name 
     num_resumes: int = 0
     num_verdicts: int = 0
     num_relaxed_tokens: int = 0
+    relaxed_nats: float = 0.0
     max_windows_in_flight: int = 0
     link_bytes: int = 0
     draft_s: float = 0.0

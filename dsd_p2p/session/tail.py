@@ -28,6 +28,7 @@ def verdict_of(
     *,
     num_live: int,
     num_relaxed: int = 0,
+    relaxed_micronats: int = 0,
     attestations: Sequence[WindowAttestation] = (),
     logprobs: Sequence[TokenLogprobs] = (),
 ) -> Verdict:
@@ -44,6 +45,7 @@ def verdict_of(
         costs=window.costs,
         link_bytes=window.link_bytes,
         num_relaxed=num_relaxed,
+        relaxed_micronats=relaxed_micronats,
         attestations=tuple(attestations),
         logprobs=tuple(logprobs),
         waited=window.waited,

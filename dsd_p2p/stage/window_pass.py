@@ -158,15 +158,16 @@ class WindowPass:
             return None
         tops = {top.offset: top for top in window.drafts} if text.relaxation else {}
         live = self._live
-        num_relaxed = 0
+        num_relaxed, relaxed_nats = 0, 0.0
         logprobs: list[TokenLogprobs] = []
 
         def pick(row: int) -> TokenId:
-            nonlocal num_relaxed
+            nonlocal num_relaxed, relaxed_nats
             top = tops.get(live[row])
-            token, is_relaxed = verifier.judge(self._views[row], _opinion(top) if top else None)
+            token, is_relaxed, loss = verifier.judge(self._views[row], _opinion(top) if top else None)
             verifier.accept(token)
             num_relaxed += is_relaxed
+            relaxed_nats += loss
             if text.top_logprobs >= 0:
                 logprobs.append(token_logprobs(self._views[row].logits(), token, text.top_logprobs))
             return token
@@ -181,6 +182,7 @@ class WindowPass:
             committed,
             num_live=len(live),
             num_relaxed=num_relaxed,
+            relaxed_micronats=round(1e6 * relaxed_nats),
             attestations=attested,
             logprobs=logprobs,
         )

@@ -5,10 +5,15 @@ tokens and the target's own pick. The token stands if it is not decisive. Rule `
 drafter's first choice if it is the target's runner-up and at most a margin of logits behind. Both rules refuse
 overshoot: a token that the drafter finds much likelier than the target does.
 
+A budget bounds the harm. A token costs what the target finds it less likely than its own, in nats. It stands only if all
+that the text has cost so far, and this token, stay within the budget for each token written. So no beginning of a text
+costs more than its budget.
+
 Two kinds of tokens are strict whatever their probabilities, because of what they lead to. The first `STRICT_START` tokens
 decide what answer it will be, a refusal among them. And no token may replace one that ends the answer, or end it early.
 """
 
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -31,6 +36,10 @@ class AdaptiveSession:
         self._verifier = verifier
         self._exact = exact
         self._strict_until = exact.length + STRICT_START
+        self._costs: dict[int, float] = {}
+        # The first position that was decided here; earlier ones were given, and their costs are not known.
+        self._decided_from: int | None = None
+        self._last: Pick | None = None
 
     @property
     def length(self) -> int:
@@ -39,7 +48,13 @@ class AdaptiveSession:
 
     def judge(self, view: TargetView, draft: DraftOpinion | None) -> Pick:
         """Return the token for the next position; raises as `VerifierSession.judge` does."""
-        return self._verifier.pick(view, self.length, draft if self.length >= self._strict_until else None)
+        if self._decided_from is None:
+            self._decided_from = self.length
+        num_decided = self.length - self._decided_from + 1
+        left = self._verifier.budget * num_decided - sum(self._costs.values())
+        is_strict = self.length < self._strict_until
+        self._last = self._verifier.pick(view, self.length, None if is_strict else draft, left)
+        return self._last
 
     def gap(self, view: TargetView, pick: TokenId, claimed: TokenId) -> float:
         """See `VerifierSession`."""
@@ -47,11 +62,17 @@ class AdaptiveSession:
 
     def accept(self, token: TokenId) -> None:
         """See `VerifierSession`."""
+        last, self._last = self._last, None
+        if last is not None and last.token == token and last.loss:
+            self._costs[self.length] = last.loss
         self._exact.accept(token)
 
     def rewind(self, length: int) -> None:
         """See `VerifierSession`."""
         self._exact.rewind(length)
+        self._costs = {position: cost for position, cost in self._costs.items() if position < length}
+        if self._decided_from is not None:
+            self._decided_from = min(self._decided_from, length)
 
 
 class AdaptiveVerifier:
@@ -66,12 +87,19 @@ class AdaptiveVerifier:
         self._sampling = sampling
         self._relaxation = relaxation
 
+    @property
+    def budget(self) -> float:
+        """The most that a text may lose, in nats a token."""
+        return self._relaxation.budget
+
     def open(self, num_prompt: int) -> "AdaptiveSession":
         """Start a text whose first `num_prompt` tokens are its prompt."""
         return AdaptiveSession(self, self._exact.open(num_prompt))
 
-    def pick(self, view: TargetView, position: int, draft: DraftOpinion | None) -> Pick:
+    def pick(self, view: TargetView, position: int, draft: DraftOpinion | None, left: float = math.inf) -> Pick:
         """Return the token for `position`; without a drafter's opinion it is the exact one.
+
+        left: nats that a token may cost here.
 
         Raises:
             ModelError: the logits are not finite.
@@ -89,9 +117,10 @@ class AdaptiveVerifier:
         candidate = self._propose(target_logprobs, draft, position, strict)
         if candidate is None or candidate in self._stop_tokens:
             return Pick(strict, is_relaxed=False)
-        if self._is_overshoot(target_logprobs, draft, candidate):
+        loss = max(0.0, float(target_logprobs[strict] - target_logprobs[candidate]))
+        if loss > left or self._is_overshoot(target_logprobs, draft, candidate):
             return Pick(strict, is_relaxed=False)
-        return Pick(candidate, is_relaxed=True)
+        return Pick(candidate, is_relaxed=True, loss=loss)
 
     def _propose(
         self, target_logprobs: NDArray[np.float64], draft: DraftOpinion, position: int, strict: TokenId

@@ -26,10 +26,14 @@ class TargetView(Protocol):
 
 
 class Pick(NamedTuple):
-    """A token to commit; `is_relaxed` if the target itself would have written another."""
+    """A token to commit; `is_relaxed` if the target itself would have written another.
+
+    loss: how much likelier the target finds its own token, in nats.
+    """
 
     token: TokenId
     is_relaxed: bool
+    loss: float = 0.0
 
 
 class VerifierSession(Protocol):

@@ -42,7 +42,7 @@ MAX_ATTESTED_WINDOWS = 512
 MAX_RECOMPUTED = 4096
 MAX_REVEALED, MAX_REVEALED_BYTES = 256, 16 << 20
 MAX_GAP = 1_000_000
-MAX_WAITED = 1 << 40
+MAX_WAITED = MAX_MICRONATS = 1 << 40
 WAITED_PER_S = 10_000
 """The unit of `waited` is a tenth of a millisecond."""
 FILL_NODES = 128
@@ -199,7 +199,8 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
     settled: for each token the node that holds it in the tail's cache, or `BASE` if none does yet.
     num_live, num_stale: how many of the window's nodes descend from the tail's position, and how many do not.
-    num_relaxed: how many of `tokens` differ from the target's own pick (relaxed mode).
+    num_relaxed: how many of `tokens` differ from the target's own pick (relaxed mode). relaxed_micronats: what they cost
+        by the target's likelihood, in millionths of a nat.
     attestations: of every window since the last verdict. logprobs: one for each token, if the request asked for them.
     """
 
@@ -217,6 +218,7 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True, tag=4):
     attestations: Annotated[tuple[WindowAttestation, ...], Meta(max_length=MAX_ATTESTED_WINDOWS)] = ()
     logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=MAX_WINDOW_NODES)] = ()
     waited: Annotated[int, Meta(ge=0, le=MAX_WAITED)] = 0
+    relaxed_micronats: Annotated[int, Meta(ge=0, le=MAX_MICRONATS)] = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=5):

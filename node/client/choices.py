@@ -9,8 +9,8 @@ from dsd_p2p.types import Relaxation
 from dsd_p2p.window.base import Mode, WindowPolicy
 from dsd_p2p.window.named import adaptive_policy
 from dsd_p2p.window.static import PLAIN, StaticPolicy, continuous_tree, sync_chain
-from node.client.relaxation import bundled_thresholds, read_thresholds
 from node.config import GenerateConfig
+from node.config.relaxation import bundled_thresholds, read_thresholds
 
 _SYNC_DEPTH = 8
 _DEPTH, _WIDTH, _WINDOW_NODES, _IN_FLIGHT = 96, 2, 8, 6
@@ -52,7 +52,8 @@ def make_relaxation(config: GenerateConfig) -> Relaxation | None:
             return None
         case "relaxed":
             file = Path(config.relaxation) if config.relaxation else bundled_thresholds()
-            relaxation = read_thresholds(file).relaxation
-            return relaxation if config.tau is None else msgspec.structs.replace(relaxation, tau=config.tau)
+            changes = {"tau": config.tau, "budget": config.budget}
+            given = {name: value for name, value in changes.items() if value is not None}
+            return msgspec.structs.replace(read_thresholds(file).relaxation, **given)
         case other:
             raise ConfigError(f"--verify {other!r}: choose exact or relaxed")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from dsd_p2p.types import HiddenFormat, Sampling
+from dsd_p2p.types import MAX_BUDGET, HiddenFormat, Sampling
 from dsd_p2p.window.base import Mode
 from node.config.fields import FILE, POSITIONAL, Help, Positive, Settings
 from node.config.running import Json, SwarmFlags
@@ -89,6 +89,10 @@ class GenerateConfig(SwarmFlags, frozen=True, kw_only=True):
     tau: Annotated[
         Annotated[float, Meta(ge=0, le=1)] | None,
         Help("relaxed mode: weight of the drafter, 0 to 1; default: from the thresholds"),
+    ] = None
+    budget: Annotated[
+        Annotated[float, Meta(ge=0, le=MAX_BUDGET)] | None,
+        Help("relaxed mode: nats a token that an answer may lose; default: from the thresholds"),
     ] = None
     json: Json = False
 

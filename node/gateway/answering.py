@@ -14,6 +14,7 @@ from dsd_p2p.models.text import TextCodec
 from dsd_p2p.session.retry import RetryPolicy
 from dsd_p2p.types import Constraint, ModelKey, Sampling, TextRequest, TokenId
 from dsd_p2p.verification.grammar import Grammars
+from node.config.relaxation import bundled_relaxation
 from node.gateway.admission import Admission
 from node.gateway.backend import Backend
 from node.gateway.body import Asked, as_header, read_body
@@ -250,6 +251,7 @@ class Answering:
                 top_logprobs=top_logprobs,
                 shaping=shaping_of(asked),
                 constraint=constraint,
+                relaxation=bundled_relaxation(asked.relaxed) if asked.relaxed else None,
             ),
             stall_timeout_s=self.stall_timeout_s,
             retry=self.retry,

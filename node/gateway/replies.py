@@ -26,6 +26,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     num_misses: int = 0
     num_stale: int = 0
     num_relaxed: int = 0
+    relaxed_nats: float = 0.0
     num_replays: int = 0
     bytes_per_token: float = 0.0
 
@@ -283,6 +284,7 @@ def speculation_of(statistics: AnswerStatistics | None) -> Speculation:
         num_misses=counts.num_misses,
         num_stale=counts.num_stale_nodes,
         num_relaxed=counts.num_relaxed_tokens,
+        relaxed_nats=round(counts.relaxed_nats, 6),
         num_replays=counts.num_replays,
         bytes_per_token=round(details.bytes_per_token, 1),
     )

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from dsd_p2p.types import MAX_BUDGET
+
 MAX_CHOICES = 16
 MAX_STOPS = 4
 
@@ -162,6 +164,7 @@ class Common(ForModel, frozen=True, kw_only=True):  # size: the fields are OpenA
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[TokenText, Bias], Meta(max_length=1024)] | None = None
     audit: bool | None = None
+    relaxed: Annotated[float, Meta(ge=0, le=MAX_BUDGET)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

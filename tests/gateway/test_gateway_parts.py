@@ -22,6 +22,7 @@ from dsd_p2p.models.source import find_model
 from dsd_p2p.session.effects import Emit
 from dsd_p2p.types import Sampling, Span, TextRequest
 from dsd_p2p.window.static import StaticPolicy, sync_chain
+from node.config.relaxation import bundled_relaxation
 from node.gateway.admission import Admission, PatientBackend
 from node.gateway.answering import GatewayLimits, Served
 from node.gateway.app import Gateway
@@ -365,6 +366,8 @@ async def test_null_neutral_and_unknown_harmless_values_are_accepted(fields):
         ("presence_penalty", -3),
         ("logit_bias", {"5": 101}),
         ("functions", [{"name": "f"}]),
+        ("relaxed", -0.1),
+        ("relaxed", 11),
     ],
 )
 async def test_what_cannot_be_done_is_refused_by_name(field, value):
@@ -494,6 +497,23 @@ async def test_a_key_sees_what_others_do_only_if_it_may_watch():
             assert (asked.status_code, "watch = true" in asked.text) == (403, True)
         for path in ("/v1/status", "/metrics"):
             assert (await client.get(path, headers=operator)).status_code == 200
+
+
+async def test_a_budget_makes_an_answer_relaxed():
+    asked = []
+
+    class NotingBackend(EchoBackend):
+        def write(self, prompt, options, outcome):
+            asked.append(options.text.relaxation)
+            return super().write(prompt, options, outcome)
+
+    async with http() as client:
+        client.gateway.answering = replace(client.gateway.answering, backend=NotingBackend())
+        for budget in (None, 0, 0.05):
+            assert (await client.post("/v1/chat/completions", json=CHAT | {"relaxed": budget})).status_code == 200
+    assert asked[:2] == [None, None]
+    assert asked[2] == bundled_relaxation(0.05)
+    assert asked[2].budget == 0.05
 
 
 async def test_what_nobody_can_check_is_not_audited():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rows import Row
 from swarms import memory_swarm
 from toy import VOCAB, next_token, plain_text
@@ -20,12 +21,12 @@ from dsd_p2p.verification.adaptive import STRICT_START, AdaptiveVerifier
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import DraftOpinion, Signals, is_decisive, signals_of
 from dsd_p2p.window.static import StaticPolicy, continuous_tree, sync_chain
-from node.client.relaxation import Thresholds, bundled_thresholds, read_thresholds, write_thresholds
+from node.config.relaxation import Thresholds, bundled_thresholds, read_thresholds, write_thresholds
 from node.lab.benches.relaxed_chat import REFUSAL, accepted_length
 from node.lab.quality.pair_writer import Disagreement
 from node.lab.quality.thresholds import outcome, position_of
 
-LOOSE = Relaxation(tau=0.5, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9)
+LOOSE = Relaxation(tau=0.5, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9, budget=10.0)
 
 
 def opinion(probs):
@@ -41,13 +42,13 @@ PROBS = st.lists(st.floats(0.01, 1), min_size=6, max_size=6).map(lambda values: 
 def test_without_weight_of_the_drafter_nothing_is_relaxed(logits, probs, temperature, position):
     sampling = Sampling(temperature=temperature, seed=3)
     pick = AdaptiveVerifier(sampling, Relaxation(tau=0.0)).pick(Row(logits), position, opinion(probs))
-    assert pick == (ExactVerifier(sampling).pick(Row(logits), position), False)
+    assert pick == (ExactVerifier(sampling).pick(Row(logits), position), False, 0.0)
 
 
 @given(logits=LOGITS, probs=PROBS, tau=st.floats(0, 1))
 def test_the_blend_is_the_softmax_of_blended_logits(logits, probs, tau):
     relaxation = Relaxation(tau=tau, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=1e9)
-    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).pick(Row(logits), 5, opinion(probs))
+    token, is_relaxed, _ = AdaptiveVerifier(GREEDY, relaxation).pick(Row(logits), 5, opinion(probs))
     blended = (1 - tau) * np.float32(logits).astype(np.float64) + tau * np.log(probs)
     assert blended[token] == pytest.approx(blended.max(), abs=1e-9) or token == np.argmax(probs)
     assert is_relaxed == (token != Row(logits).argmax())
@@ -56,7 +57,7 @@ def test_the_blend_is_the_softmax_of_blended_logits(logits, probs, tau):
 @given(logits=LOGITS, probs=PROBS, ceiling=st.floats(1, 4))
 def test_nothing_the_drafter_overrates_is_let_stand(logits, probs, ceiling):
     relaxation = Relaxation(tau=0.9, max_ce_ratio=1e9, max_prob_gap=1.0, min_norm_match=0.0, max_overshoot=ceiling)
-    token, is_relaxed = AdaptiveVerifier(GREEDY, relaxation).pick(Row(logits), 5, opinion(probs))
+    token, is_relaxed, _ = AdaptiveVerifier(GREEDY, relaxation).pick(Row(logits), 5, opinion(probs))
     target = np.exp(np.float32(logits).astype(np.float64))
     if is_relaxed:
         assert probs[token] <= ceiling * target[token] / target.sum() * (1 + 1e-6)
@@ -90,9 +91,9 @@ def test_the_margin_rule_takes_a_close_runner_up_only(runner_up, is_relaxed):
     relaxation = Relaxation(rule=RelaxationRule.MARGIN, max_margin=0.3, max_overshoot=10)
     view = Row([3.0, runner_up, 1.0])
     draft = opinion(np.array([0.2, 0.7, 0.1]))
-    assert AdaptiveVerifier(GREEDY, relaxation).pick(view, 1, draft) == (int(is_relaxed), is_relaxed)
+    assert AdaptiveVerifier(GREEDY, relaxation).pick(view, 1, draft)[:2] == (int(is_relaxed), is_relaxed)
     third = opinion(np.array([0.2, 0.1, 0.7]))
-    assert AdaptiveVerifier(GREEDY, relaxation).pick(view, 1, third) == (0, False)
+    assert AdaptiveVerifier(GREEDY, relaxation).pick(view, 1, third)[:2] == (0, False)
 
 
 @pytest.mark.parametrize("tokens", [[1, 99], [1, 1]])
@@ -173,7 +174,7 @@ def test_the_beginning_and_the_end_of_an_answer_are_the_targets_own(seed, stop):
     num_relaxed = 0
     for index in range(STRICT_START + 40):
         view, draft = Row(rng.normal(size=6)), opinion(rng.dirichlet(np.ones(6)))
-        token, is_relaxed = session.judge(view, draft)
+        token, is_relaxed, _ = session.judge(view, draft)
         strict = exact.pick(view, session.length)
         if index < STRICT_START or strict == stop:
             assert (token, is_relaxed) == (strict, False)
@@ -182,7 +183,33 @@ def test_the_beginning_and_the_end_of_an_answer_are_the_targets_own(seed, stop):
         session.accept(token)
     assert num_relaxed > 0
     session.rewind(4)
-    assert session.judge(Row([0, 1, 0, 0, 0, 0]), opinion([0.9, 0.02, 0.02, 0.02, 0.02, 0.02])) == (1, False)
+    assert session.judge(Row([0, 1, 0, 0, 0, 0]), opinion([0.9, 0.02, 0.02, 0.02, 0.02, 0.02])).token == 1
+
+
+@given(seed=st.integers(0, 999), budget=st.sampled_from([0.0, 0.02, 0.3]), temperature=st.sampled_from([0.0, 0.8]))
+def test_no_beginning_of_a_text_costs_more_than_its_budget(seed, budget, temperature):
+    """Whatever is taken back on the way, and whatever was written before this tail took over."""
+    rng = np.random.default_rng(seed)
+    sampling = Sampling(temperature=temperature, seed=seed)
+    session = AdaptiveVerifier(sampling, replace(LOOSE, budget=budget)).open(3)
+    for _ in range(rng.integers(0, 20)):
+        session.accept(int(rng.integers(6)))
+    start, costs = session.length, []
+    num_relaxed = 0
+    for _ in range(120):
+        if costs and rng.random() < 0.05:
+            del costs[int(rng.integers(len(costs))) :]
+            session.rewind(start + len(costs))
+        row, draft = rng.normal(size=6), opinion(rng.dirichlet(np.ones(6)))
+        pick = session.judge(Row(row), draft)
+        strict = ExactVerifier(sampling).pick(Row(row), session.length)
+        cost = max(0.0, np.float32(row)[strict] - np.float32(row)[pick.token]) / (temperature or 1.0)
+        assert pick.loss == pytest.approx(cost if pick.is_relaxed else 0.0, abs=1e-5)
+        session.accept(pick.token)
+        costs.append(cost)
+        num_relaxed += pick.is_relaxed
+        assert sum(costs) <= budget * len(costs) + 1e-5
+    assert (num_relaxed > 0) or budget < 0.3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import msgspec
 import trio
 
 from dsd_p2p.models.progress import Progress
-from node.client.relaxation import bundled_thresholds, read_thresholds
+from node.config.relaxation import bundled_thresholds, read_thresholds
 from node.console import ConsoleProgress
 from node.lab.config import (
     AuditsConfig,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from node.client.relaxation import write_thresholds
+from node.config.relaxation import write_thresholds
 from node.console import ConsoleProgress, console
 from node.lab.config import CalibrateConfig
 

@@ -13,7 +13,7 @@ from dsd_p2p.types import GREEDY
 from dsd_p2p.verification.adaptive import AdaptiveVerifier
 from dsd_p2p.verification.base import Verifier
 from dsd_p2p.verification.exact import ExactVerifier
-from node.client.relaxation import Thresholds
+from node.config.relaxation import Thresholds
 from node.lab.config import RelaxedConfig
 from node.lab.quality.pair_writer import PairWriter, Written
 from node.lab.quality.prompts import Problem, load_problems, spread

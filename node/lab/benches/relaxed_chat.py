@@ -19,7 +19,7 @@ from dsd_p2p.verification.adaptive import AdaptiveVerifier
 from dsd_p2p.verification.base import Verifier
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.window.static import StaticPolicy, sync_chain
-from node.client.relaxation import Thresholds
+from node.config.relaxation import Thresholds
 from node.lab.benches.serving import serving_swarm
 from node.lab.config import RelaxedConfig, UsersConfig
 from node.lab.quality.pair_writer import PairWriter, Written

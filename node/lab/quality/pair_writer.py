@@ -147,6 +147,6 @@ class PairWriter:
             if observe is not None:
                 observe(Disagreement(strict=picks[row], target_row=target_row, opinion=opinion))
             view = LogitsRow(target_row, picks[row])
-            picks[row], is_relaxed = sessions[row].judge(view, opinion)
+            picks[row], is_relaxed, _ = sessions[row].judge(view, opinion)
             text.num_relaxed += is_relaxed
         return picks

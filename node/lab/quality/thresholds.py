@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +16,7 @@ from dsd_p2p.models.text import TextCodec
 from dsd_p2p.types import GREEDY, Relaxation
 from dsd_p2p.verification.exact import ExactVerifier
 from dsd_p2p.verification.importance import Signals, is_decisive, signals_of
-from node.client.relaxation import Thresholds
+from node.config.relaxation import Thresholds
 from node.lab.config import CalibrateConfig
 from node.lab.quality.pair_writer import Disagreement, PairWriter
 from node.lab.quality.prompts import load_problems, spread
@@ -68,7 +69,7 @@ def find_thresholds(config: CalibrateConfig, progress: Progress) -> Thresholds:
         raise ConfigError(f"no thresholds relax anything within {config.budget:g} nats a token: raise --budget")
     share, loss, relaxation = best
     return Thresholds(
-        relaxation=relaxation,
+        relaxation=msgspec.structs.replace(relaxation, budget=config.budget),
         target=config.model,
         drafter=config.draft,
         dtype=config.dtype,

@@ -1,5 +1,6 @@
 """Reads and writes the thresholds file of relaxed mode, which `dsd calibrate` makes."""
 
+import functools
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from dsd_p2p.types import Relaxation
 class Thresholds(msgspec.Struct, frozen=True, kw_only=True):
     """Thresholds of relaxed mode with their provenance.
 
-    budget_nats: allowed loss of the target's mean log-likelihood per token. loss_nats: the loss with these thresholds.
-    relaxed_share: share of tokens that they relax. Both were measured on the texts of `prompts`.
+    budget_nats: allowed loss of the target's mean log-likelihood per token, which is also the relaxation's own budget.
+    loss_nats, relaxed_share: the loss with these thresholds, and the share of tokens that they relax, both measured on
+        the texts of `prompts`.
     """
 
     relaxation: Relaxation
@@ -39,6 +41,16 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 def bundled_thresholds() -> Path:
     """Return the path of the thresholds that come with the project."""
     return Path(str(files("node").joinpath("data/relaxation.json")))
+
+
+def bundled_relaxation(budget: float) -> Relaxation:
+    """Return the bundled thresholds with another budget, in nats a token."""
+    return msgspec.structs.replace(_bundled(), budget=budget)
+
+
+@functools.cache
+def _bundled() -> Relaxation:
+    return read_thresholds(bundled_thresholds()).relaxation
 
 
 def write_thresholds(thresholds: Thresholds, path: Path) -> None:
