@@ -59,7 +59,7 @@ class Transport(Protocol):
         A cancelled send queues the whole frame or nothing.
 
         Raises:
-            PeerDisconnected: there is no connection to this peer.
+            PeerDisconnected: there is no connection to this peer, or the loss of an earlier one was not received yet.
             PeerTimeout: the queue stayed full because the peer reads nothing.
         """
         ...

@@ -4,6 +4,7 @@ import pytest
 import reference
 import test_swarm_live
 import trio
+from demand import on_demand
 from families import NUM_LAYERS, VOCAB
 from prompting import prompt_of
 from swarms import load_stages, model_swarm
@@ -14,6 +15,7 @@ from toy_drafts import TREE
 from dsd_p2p.coordination.engine import GenerateOptions
 from dsd_p2p.coordination.prefixes import PrefixIndex, scope_of
 from dsd_p2p.drafting.model import ModelDrafter
+from dsd_p2p.errors import DsdError
 from dsd_p2p.models.open import open_span
 from dsd_p2p.models.progress import NoProgress
 from dsd_p2p.models.source import find_model
@@ -21,8 +23,10 @@ from dsd_p2p.session.flight import FILL_NODES
 from dsd_p2p.types import HiddenFormat, Sampling, Span, TextRequest
 from dsd_p2p.window.static import PLAIN, StaticPolicy
 from dsd_p2p.wire.messages import Prefix
+from node.lab.audited.lies import LIES
+from node.lab.audited.swarm import audited_swarm
 
-FAMILY = pytest.mark.parametrize("family", ["qwen3-next", "granite-h"])
+FAMILY = pytest.mark.parametrize("family", ["qwen3-next", pytest.param("granite-h", marks=on_demand)])
 PROMPT = prompt_of(40)
 
 
@@ -101,3 +105,27 @@ async def test_a_killed_stage_costs_no_token(tiny, family, decision, position, m
             while any(node.server.num_sessions for node in nodes if node is not victim):  # noqa: ASYNC110 - of many
                 await trio.sleep(0.02)
         assert not any(node.model.budget.used_bytes for node in nodes if node is not victim)
+
+
+@FAMILY
+async def test_an_audit_checks_recurrent_layers_too(tiny, family):
+    """A replica computes in pieces what the stages computed in trees; their rows agree, and a liar's do not."""
+    folder = tiny(family)
+    source = find_model(str(folder), NoProgress())
+    itself = ModelDrafter(open_span(source, Span(0, NUM_LAYERS)), "itself")
+    options = GenerateOptions(text=TextRequest(max_tokens=40), audit=True)
+
+    async def write_audited(swarm):
+        with trio.fail_after(120):
+            async with swarm.engine.generate(PROMPT, options, StaticPolicy(TREE)) as generation:
+                return [token async for token in generation], generation.driver.checks
+
+    async with audited_swarm(source, [Span(0, 2), Span(2, NUM_LAYERS)], itself) as swarm:
+        tokens, checks = await write_audited(swarm)
+        assert tokens == reference.greedy(folder, PROMPT, 40)
+        assert (checks.num_unchecked, not swarm.engine.trust.distrusted) == (0, True)
+        assert min(checks.checked) >= len(PROMPT) + 39
+        for stage in swarm.stages:
+            stage.model.lie = LIES[0]
+        with pytest.raises(DsdError):
+            await write_audited(swarm)

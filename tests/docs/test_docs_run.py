@@ -106,6 +106,9 @@ def test_commands_that_need_nobody(dsd):
     assert json.loads(answer)["stats"]["decision"]["depth"] == 8
     (dsd.folder / "answer.json").write_text(answer)
     assert dsd("dsd verify answer.json").startswith("honest: 16 tokens")
+    relaxed = json.loads(dsd('dsd generate --verify relaxed --budget 0.02 --json --prompt "..."', "--max-tokens", 32))
+    assert relaxed["stats"]["verification"] == "relaxed"
+    assert relaxed["stats"]["relaxed_nats"] <= 0.02 * len(relaxed["token_ids"])
     assert "tokens/s" in dsd("dsd sim run docs/scenarios/sharded.toml", *few)
     dsd("dsd sim run docs/scenarios/churn.toml --set churn.up=20s --csv requests.csv", *few)
     assert (dsd.folder / "requests.csv").read_text().count("\n") > 1

@@ -61,13 +61,10 @@ PROMISED = ["llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3-moe", "gpt-ne
 """Every family with one, two and four stages is split in one process (tests/models/test_families.py)."""
 
 
-RECURRENT_OFTEN = ["qwen3-next", "granite-h"]
-
-
 @pytest.mark.parametrize(
     ("family", "num_stages"),
     [
-        *((family, 2) for family in [*PROMISED, *RECURRENT_OFTEN]),
+        *((family, 2) for family in [*PROMISED, "qwen3-next"]),
         ("llama", 1),
         ("gemma3", 4),
         *(pytest.param(family, 4, marks=on_demand) for family in RECURRENT),

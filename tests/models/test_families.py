@@ -31,10 +31,17 @@ OFTEN = ("llama", "gemma3", "gpt2", "qwen3-moe")
 """The families whose other splits are tested each time."""
 
 
+def is_often(family, num_stages):
+    if family in RECURRENT:
+        # All of them are in tests/models/test_recurrent.py.
+        return num_stages == 2 and family in ("qwen3-next", "granite-h")
+    return num_stages == 2 or family in OFTEN
+
+
 @pytest.mark.parametrize(
     ("family", "num_stages"),
     [
-        pytest.param(family, num_stages, marks=() if num_stages == 2 or family in OFTEN else on_demand)
+        pytest.param(family, num_stages, marks=() if is_often(family, num_stages) else on_demand)
         for family in FAMILIES
         for num_stages in (1, 2, 4)
     ],

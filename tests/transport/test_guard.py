@@ -68,7 +68,8 @@ async def test_after_a_change_of_the_network_key_only_the_new_one_counts(tmp_pat
         await a.send(b.peer, b"still here")
         assert await received(b) == b"still here"
         await a.disconnect(b.peer, "new key")
-        await lost(b)
+        for end in (a, b):
+            await lost(end)
         with pytest.raises(PeerDisconnected, match="network key"):
             await thief.connect(b.addresses[0], 5)
         await a.connect(b.addresses[0], 10)

@@ -106,6 +106,28 @@ async def test_a_lost_peer_can_be_connected_again(open_pair):
         assert (await received(b)).frame == b"again"
 
 
+async def test_nothing_is_sent_over_a_new_connection_before_the_loss_of_the_old_one_is_read(tmp_path):
+    """It would be meant for the old one: the peer, which has not been greeted again, would refuse it."""
+    async with open_host(tmp_path, "a") as a, open_host(tmp_path, "b") as b:
+        with trio.fail_after(30):
+            await a.connect(b.addresses[0], 5)
+            a.admit(b.peer)
+            b.admit(a.peer)
+            await a.send(b.peer, b"one")
+            await received(b)
+            await b.disconnect(a.peer, "for the test")
+            assert (await lost(a)).peer == b.peer
+            await a.connect(b.addresses[0], 5)
+            await a.send(b.peer, b"two")
+            while a.peer not in b._inbound:  # noqa: ASYNC110 - of the host's own
+                await trio.sleep(0.01)
+            with pytest.raises(PeerDisconnected, match="not connected"):
+                await b.send(a.peer, b"for the old connection")
+            assert (await lost(b)).peer == a.peer
+            await b.send(a.peer, b"three")
+            assert (await received(a)).frame == b"three"
+
+
 async def test_sending_to_a_stranger_is_an_error(open_pair):
     async with open_pair() as (a, b):
         with pytest.raises(PeerDisconnected):

@@ -25,23 +25,24 @@ _Result = tuple[torch.Tensor, torch.Tensor]
 """A scan's output, and an empty tensor for the state after it, which stays ours."""
 
 
-def bind_mixers(model: nn.Module) -> bool:
-    """Make every recurrent layer of a model look along paths; return whether there are any.
+def bind_mixers(model: Any) -> None:
+    """Make every recurrent layer of a model look along paths.
 
     Raises:
         ModelError: a layer's recurrence is of an unknown kind.
     """
-    return any([_bind(module) for module in model.modules()])  # noqa: C419 - all must be bound
+    for module in model.modules():
+        _bind(module, model.config.model_type)
 
 
-def _bind(module: Any) -> bool:
+def _bind(module: Any, family: str) -> None:
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     if code is None or "update_conv_state" not in code.co_names or not hasattr(module, "layer_idx"):
-        return False
+        return
     scan = next((name for name in _SCANS if name in code.co_names), None)
     if scan is None and "update_recurrent_state" in code.co_names:
-        raise ModelError(f"the recurrence of {type(module).__name__} is not supported")
+        raise ModelError(f"{family}: the recurrence of {type(module).__name__} is not supported")
     layer = int(module.layer_idx)
     own: dict[str, Any] = {_CONV: _convolution(layer)}
     if scan is not None:
@@ -51,7 +52,6 @@ def _bind(module: Any) -> bool:
     )
     copied.__kwdefaults__ = forward.__kwdefaults__
     module.forward = types.MethodType(copied, module)
-    return True
 
 
 def _convolution(layer: int) -> Callable[..., torch.Tensor]:
@@ -82,7 +82,8 @@ def _delta_rule(layer: int, names: list[str]) -> Callable[..., _Result]:
     """Gated delta net (Qwen3-Next, Qwen3.5, OLMo hybrid) and Kimi's delta attention."""
 
     def scan(*given: Any, **named: Any) -> _Result:
-        query, key, value, decay, beta = _first(given, named, names, "query", "key", "value", "g", "beta")
+        arguments = dict(zip(names, given, strict=False)) | named
+        query, key, value, decay, beta = _rows(arguments, "query", "key", "value", "g", "beta")
         heads = value.shape[1]
         terms = LinearTerms(
             query=_unit(query, heads) * query.shape[-1] ** -0.5,
@@ -102,7 +103,7 @@ def _mamba2(layer: int, names: list[str]) -> Callable[..., _Result]:
 
     def scan(*given: Any, **named: Any) -> _Result:
         arguments = dict(zip(names, given, strict=False)) | named
-        x, dt, b, c = _first(given, named, names, "hidden_states", "dt", "B", "C")
+        x, dt, b, c = _rows(arguments, "hidden_states", "dt", "B", "C")
         heads, original = x.shape[1], x.dtype
         x, dt = x.float(), _time_steps(dt, arguments).float()
         terms = LinearTerms(
@@ -124,7 +125,7 @@ def _mamba1(layer: int, names: list[str]) -> Callable[..., _Result]:
 
     def scan(*given: Any, **named: Any) -> _Result:
         arguments = dict(zip(names, given, strict=False)) | named
-        x, dt, b, c = (each.T for each in _first(given, named, names, "hidden_states", "dt", "B", "C"))
+        x, dt, b, c = (each.T for each in _rows(arguments, "hidden_states", "dt", "B", "C"))
         original = x.dtype
         if (bias := arguments.get("delta_bias")) is not None:
             dt = dt + bias.to(dt.dtype)
@@ -150,10 +151,9 @@ _SCANS: Mapping[str, Callable[[int, list[str]], Callable[..., _Result]]] = {
 """By the name of transformers' function for several positions."""
 
 
-def _first(given: tuple[Any, ...], named: Mapping[str, Any], names: list[str], *wanted: str) -> list[torch.Tensor]:
-    """Return these arguments without their batch dimension, which is 1."""
-    arguments = dict(zip(names, given, strict=False)) | dict(named)
-    return [arguments[name][0] for name in wanted]
+def _rows(arguments: Mapping[str, Any], *names: str) -> list[torch.Tensor]:
+    """Return these arguments without their batch dimension, which is 1: all sessions' rows lie in one."""
+    return [arguments[name][0] for name in names]
 
 
 def _along_paths(layer: int, scan: Callable[..., torch.Tensor], terms: Any) -> torch.Tensor:

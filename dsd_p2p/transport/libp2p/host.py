@@ -66,6 +66,8 @@ class Libp2pTransport:
         self._pending_bytes: dict[PeerId, int] = {}
         self._deliver, self._inbox = trio.open_memory_channel[Received | Lost](_INBOX_EVENTS)
         self._is_closing = False
+        # Peers whose loss nobody has read yet. A frame for one of them would be the first of a new connection.
+        self._unreported: set[PeerId] = set()
         self._admitted: set[PeerId] = set()
         self._paces: dict[PeerId, Pace] = {}
         self.peer = PeerId(str(host.get_id()))
@@ -145,7 +147,7 @@ class Libp2pTransport:
             await self._deliver.send(Received(sender=to, frame=frame))
             return
         link = self._links.get(to)
-        if link is None and to not in self._inbound:
+        if (link is None and to not in self._inbound) or to in self._unreported:
             raise PeerDisconnected(f"not connected to {to}")
         try:
             with trio.fail_after(_SEND_TIMEOUT_S):
@@ -168,6 +170,8 @@ class Libp2pTransport:
         event = await self._inbox.receive()
         if isinstance(event, Received):
             self._pending_bytes[event.sender] -= len(event.frame)
+        else:
+            self._unreported.discard(event.peer)
         return event
 
     def change_network_key(self, key: bytes) -> None:
@@ -307,6 +311,7 @@ class Libp2pTransport:
             return
         try:
             self._deliver.send_nowait(Lost(peer=peer, reason=reason))
+            self._unreported.add(peer)
         except trio.WouldBlock:
             logger.exception("inbox full, loss not reported peer=%s", peer)
 
