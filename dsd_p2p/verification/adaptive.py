@@ -70,6 +70,7 @@ class AdaptiveSession:
     def rewind(self, length: int) -> None:
         """See `VerifierSession`."""
         self._exact.rewind(length)
+        self._last = None
         self._costs = {position: cost for position, cost in self._costs.items() if position < length}
         if self._decided_from is not None:
             self._decided_from = min(self._decided_from, length)

@@ -297,5 +297,5 @@ def test_paths_name_the_inputs_of_a_convolution():
     paths = Paths(forward.mask, "cpu")
     # Three inputs of each node: numbers below 3 are those before the waiting slots.
     assert paths.last(3).tolist() == [[1, 2, 3], [2, 3, 4], [2, 3, 5], [3, 5, 6], [1, 2, 7]]
-    assert [level for level, _ in paths.levels()] == [[0, 4], [1, 2], [3]]
-    assert [places for _, places in paths.levels()] == [[0, 0], [0, 0], [1]]
+    assert [level for level, _ in paths.levels] == [[0, 4], [1, 2], [3]]
+    assert [places for _, places in paths.levels] == [[0, 0], [0, 0], [1]]

@@ -1,6 +1,6 @@
 """Says how the paths of a pass's nodes run through the slots that wait, for all recurrent layers of the pass."""
 
-from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,8 +49,9 @@ class Paths:
         """Return whether the new nodes `[start, end)` have all slots from `first` to that of node `start` on their path."""
         return bool(self._attends[start:end, first : self.num_old + start].all())
 
-    def levels(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield the slots of all paths by depth: the slots of one depth, and the place of each one's parent.
+    @cached_property
+    def levels(self) -> list[tuple[list[int], list[int]]]:
+        """The slots of all paths by depth: the slots of one depth, and the place of each one's parent.
 
         The place is an index into the depth before; 0 at the first depth, where the parent is the folded text.
         """
@@ -65,8 +66,8 @@ class Paths:
             if depths[slot] == len(levels):
                 levels.append([])
             levels[depths[slot]].append(slot)
-        before = [-1]
-        for level in levels:
+        found = []
+        for level, before in zip(levels, [[-1], *levels], strict=False):
             place = {slot: index for index, slot in enumerate(before)}
-            yield level, [place[parents[slot]] for slot in level]
-            before = level
+            found.append((level, [place[parents[slot]] for slot in level]))
+        return found

@@ -42,7 +42,7 @@ def scan_stepped(memory: LayerMemory, paths: Paths, new: SteppedTerms) -> torch.
     states = memory.start_state(new.x, tuple(a.shape))[None]
     memory.fold = lambda state, rows: _folded(state, rows, a)
     outputs = torch.empty_like(new.x)
-    for slots, parents in paths.levels():
+    for slots, parents in paths.levels:
         states = _after(states[parents], {name: each[slots] for name, each in rows.items()}, a)
         own = [index for index, slot in enumerate(slots) if slot >= num_old]
         nodes = [slots[index] - num_old for index in own]
