@@ -235,6 +235,8 @@ class Answering:
     def _options(
         self, client: Client, asked: Common, max_tokens: int, top_logprobs: int, constraint: Constraint | None
     ) -> GenerateOptions:
+        if asked.audit and asked.relaxed:
+            raise ApiError(400, "relaxed: an audited answer is exact: leave out relaxed or audit", param="relaxed")
         usual, stop_tokens = self.served.sampling, self.served.text.stop_tokens
         sampling = Sampling(
             temperature=usual.temperature if asked.temperature is None else asked.temperature,

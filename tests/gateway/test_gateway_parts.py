@@ -511,6 +511,8 @@ async def test_a_budget_makes_an_answer_relaxed():
         client.gateway.answering = replace(client.gateway.answering, backend=NotingBackend())
         for budget in (None, 0, 0.05):
             assert (await client.post("/v1/chat/completions", json=CHAT | {"relaxed": budget})).status_code == 200
+        reply = await client.post("/v1/chat/completions", json=CHAT | {"relaxed": 0.05, "audit": True})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "relaxed")
     assert asked[:2] == [None, None]
     assert asked[2] == bundled_relaxation(0.05)
     assert asked[2].budget == 0.05
